@@ -1,0 +1,287 @@
+"""From a recipe to a run: what the sections of a recipe become. Recipe objects stop here; what lies below takes plain
+arguments."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
+from torch import nn
+
+from vit_rsst import optim, results, resume, run_folder, tickets
+from vit_rsst.checkpoint import Checkpointer
+from vit_rsst.console import Console
+from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.data.loaders import Dealing, InMemoryLoader, evaluation_batches, placed, steps_per_epoch
+from vit_rsst.data.sources import DataOptions, ImageData, open_data
+from vit_rsst.data.transforms import Augmentation
+from vit_rsst.errors import Damaged, InputError
+from vit_rsst.loop import Run
+from vit_rsst.metrics.counters import RunningLoss, score
+from vit_rsst.models import zoo
+from vit_rsst.models.anatomy import prunable_weights
+from vit_rsst.progress import Progress
+from vit_rsst.pruning.controller import Controller
+from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.recipe import Optim, Recipe, StepDecay
+from vit_rsst.run_folder import RunFolder
+from vit_rsst.schedules import learning_rate
+from vit_rsst.seeds import derived_seed
+from vit_rsst.signals import StopFlag
+from vit_rsst.tracking import Tracker, to_stderr
+
+EVALUATION_BATCH = 500
+
+
+def build(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> tuple[Run, FileLock | None]:
+    """Everything of a run at its first step. The folder is created once nothing can be wrong any more."""
+    train, device, is_main = recipe.train, accelerator.device, accelerator.is_main_process
+    with accelerator.main_process_first():  # one process makes the cache, the others read it
+        data = open_data(data_options(recipe), recipe.seed)
+    dealing = Dealing.of(train.global_batch, train.batch_per_device, accelerator.num_processes)
+    progress = Progress(
+        steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch), recipe.round_epochs
+    )
+    net, mask = build_model(recipe, data)
+    weights = prunable_weights(net, recipe.pruning.include, recipe.pruning.protect)
+    net.to(device)
+    mask = MaskSet.full(weights) if mask is None else MaskSet({n: mask[n].to(device) for n in weights})
+    optimizer = build_optimizer(net, recipe.optim)
+    loader = InMemoryLoader(
+        placed(data.train, device), dealing, accelerator.process_index, device, recipe.seed,
+        augmentation(recipe), *channels(recipe),
+    )  # fmt: skip
+    evaluate = make_evaluate(net, data, accelerator, recipe)
+    lock = None
+    if is_main:
+        record = run_folder.environment(accelerator.num_processes, str(device), data.identity)
+        lock = folder.open(recipe, record)
+        folder.write_status("running")
+    if train.compile:
+        net.compile()
+    model, prepared = accelerator.prepare(net, optimizer)
+    controller = Controller(
+        model=net,
+        weights=weights,
+        optimizer=prepared,
+        method=recipe.pruning.method,
+        rounds=recipe.pruning.schedule.num_rounds,
+        density=recipe.pruning.schedule.density,
+        criterion=CRITERIA[recipe.pruning.criterion],
+        scope=recipe.pruning.scope,
+        rewind_epoch=recipe.pruning.rewind_epoch,
+        seed=recipe.seed,
+        evaluate=lambda: evaluate("val"),
+        mask=mask,
+    )
+    stop = StopFlag()
+    stop.install()
+    console = Console(is_main, progress, train.global_batch)
+    tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
+    tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
+    console.line(summary(recipe, data, net, weights, dealing, progress, str(device)))
+    run = Run(
+        accelerator=accelerator,
+        model=model,
+        net=net,
+        optimizer=prepared,
+        loader=loader,
+        loss=nn.CrossEntropyLoss(label_smoothing=train.label_smoothing),
+        lr=make_lr(recipe),
+        controller=controller,
+        progress=progress,
+        evaluate=evaluate,
+        folder=folder,
+        checkpointer=Checkpointer(folder.checkpoints, train.keep_resume_points),
+        tracker=tracker,
+        console=console,
+        stop=stop,
+        meter=RunningLoss(device),
+        clip_grad_norm=recipe.optim.clip_grad_norm,
+        max_skipped_steps=train.max_skipped_steps,
+        log_every_steps=train.log_every_steps,
+        save_every_steps=train.save_every_steps,
+        seed=recipe.seed,
+        recipe_fingerprint=recipe.fingerprint,
+        header=ticket_header(recipe, data),
+    )
+    return run, lock
+
+
+def resume_if_possible(s: Run) -> None:
+    """Sets the run to its newest sound resume point, on every rank, and says so."""
+    point = s.checkpointer.load() if s.accelerator.is_main_process else None
+    if s.accelerator.num_processes > 1:
+        [step] = broadcast_object_list([None if point is None else point.step])
+        if step is not None and point is None:  # the points lie on a file system that all ranks share
+            point = s.checkpointer.load()
+        if step != (None if point is None else point.step):
+            raise Damaged(f"the ranks read different resume points from {s.folder.checkpoints}; is it shared by all?")
+    if point is None:
+        return
+    resume.restore_(s, point)
+    p = s.progress
+    if s.accelerator.is_main_process:
+        results.forget_from(s.folder.path, p.round)
+    s.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch})
+    s.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}")
+
+
+def data_options(recipe: Recipe) -> DataOptions:
+    data = recipe.data
+    return DataOptions(
+        data.source, data.path, data.revision, data.image_column, data.label_column, data.image_size,
+        data.val_fraction, data.test_fraction, data.train_samples,
+    )  # fmt: skip
+
+
+def channels(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the source's channels."""
+    info = SOURCES[recipe.data.source]
+    return info.mean, info.std
+
+
+def augmentation(recipe: Recipe) -> Augmentation:
+    augment = recipe.data.augment
+    hflip = 0.5 * SOURCES[recipe.data.source].hflip if augment.hflip is None else augment.hflip
+    return Augmentation(augment.padding, hflip)
+
+
+def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | None]:
+    """The network, seeded; with the weights and the mask of `model.start_from` where it is given.
+
+    Raises:
+        InputError: the model does not take images of this size.
+    """
+    architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
+    torch.manual_seed(derived_seed(recipe.seed, "model"))
+    net = zoo.create(architecture, args, recipe.model.pretrained)
+    expected = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    size = data.options.size
+    if expected is not None and tuple(expected) != (size, size):
+        raise InputError(
+            f"data.image_size: {recipe.model.name} takes images of {expected[0]} px and the data have {size} px; set "
+            f"data.image_size={expected[0]}, or model.args.img_size={size}."
+        )
+    if not recipe.model.start_from:
+        return net, None
+    start = Path(recipe.model.start_from).expanduser()
+    path = last_ticket(start) if start.is_dir() else start
+    ticket = tickets.load(path)
+    tickets.load_into_(net, ticket, str(path))
+    return net, ticket.mask
+
+
+def last_ticket(folder: Path) -> Path:
+    """The newest ticket of a run folder.
+
+    Raises:
+        InputError: it has none.
+    """
+    found = sorted((folder / "tickets").glob("round_*.safetensors"))
+    if not found:
+        raise InputError(f"{folder}: there is no ticket in this run folder yet.")
+    return found[-1]
+
+
+def build_optimizer(net: nn.Module, options: Optim) -> torch.optim.Optimizer:
+    return optim.create_optimizer(
+        net,
+        options.name,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        betas=options.betas,
+    )
+
+
+def make_lr(recipe: Recipe) -> Callable[[Progress], float]:
+    """The learning rate at a progress: one schedule a round, replayed; from epoch K on with `rewind: epoch:K`."""
+    options, epochs = recipe.optim, recipe.train.epochs
+    decay = options.schedule if isinstance(options.schedule, StepDecay) else None
+    one_round = recipe.pruning.method.one_round
+    rewind = recipe.pruning.rewind
+    # A method of one round has one schedule over all its epochs: warm-up and milestones keep their place in epochs.
+    length = recipe.round_epochs[0] if one_round else epochs
+
+    def lr(progress: Progress) -> float:
+        start = 0.0
+        if progress.round > 0:
+            if rewind == "none":
+                return at(1.0, 1)
+            start = (recipe.pruning.rewind_epoch or 0) / epochs
+        x = start + (1.0 - start) * progress.round_step / max(progress.round_steps, 1)
+        return at(x, progress.round_steps)
+
+    def at(fraction: float, num_steps: int) -> float:
+        return learning_rate(
+            fraction * num_steps,
+            num_steps,
+            lr=options.lr,
+            warmup=options.warmup_epochs / length,
+            schedule="steps" if decay else options.schedule,
+            min_lr=options.min_lr,
+            milestones=tuple(epoch / length for epoch in decay.steps) if decay else (),
+            gamma=decay.gamma if decay else 1.0,
+        )
+
+    return lr
+
+
+def make_evaluate(
+    net: nn.Module, data: ImageData, accelerator: Accelerator, recipe: Recipe
+) -> Callable[[str], dict[str, float]]:
+    """Scores a split of the data with the network as it stands, over all ranks."""
+    mean, std = channels(recipe)
+    on_device: dict = {}
+
+    def evaluate(split: str) -> dict[str, float]:
+        if split not in on_device:
+            on_device[split] = placed(getattr(data, split), accelerator.device)
+        batches = evaluation_batches(
+            on_device[split], EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes,
+            accelerator.device, mean, std,
+        )  # fmt: skip
+        return score(net, batches, accelerator.device)
+
+    return evaluate
+
+
+def ticket_header(recipe: Recipe, data: ImageData) -> dict[str, str]:
+    """What every ticket of the run says of itself: enough to build the model and to prepare its images."""
+    architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
+    mean, std = channels(recipe)
+    info = {"image_size": data.options.size, "mean": mean, "std": std, "classes": data.classes}
+    return {
+        "model": recipe.model.name,
+        "architecture": architecture,
+        "model_args": json.dumps(args),
+        "data": json.dumps({**asdict(data.options), **info}),
+        "seed": str(recipe.seed),
+        "method": recipe.pruning.method_name,
+        "ema": "false",
+        "recipe": recipe.fingerprint,
+    }
+
+
+def summary(
+    recipe: Recipe, data: ImageData, net: nn.Module, weights: dict, dealing: Dealing, progress: Progress, device: str
+) -> str:
+    """What is about to happen, in four lines."""
+    total = sum(p.numel() for p in net.parameters())
+    prunable = sum(w.numel() for w in weights.values())
+    final = recipe.pruning.schedule.final if recipe.pruning.method_name != "dense" else 0.0
+    rows = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
+    return (
+        f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({rows})\n"
+        f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "
+        f"final density {1 - final:.3f}\n"
+        f"  {len(progress.round_epochs)} rounds, {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "
+        f"global batch {dealing}; {device}, precision {recipe.train.precision}\n"
+        f"  run folder {recipe.run_folder}"
+    )

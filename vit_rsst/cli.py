@@ -1,0 +1,133 @@
+"""The command `vit-rsst`: verbs for one process. What a verb needs is imported inside the verb."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vit_rsst import __version__
+from vit_rsst.train import add_arguments, guarded, train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs the verb; returns the exit code."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        # Overrides may stand between options: argparse parses them so only without subparsers.
+        overrides = getattr(arguments, "overrides", None)
+        if overrides is None or any(item.startswith("-") for item in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        overrides.extend(rest)
+    return guarded(arguments.verb, arguments)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vit-rsst",
+        description="Train and prune Vision Transformers. Exit codes: 0 done, 2 wrong input, 3 the environment lacks "
+        "something, 4 training diverged, 5 damaged checkpoint or ticket, 75 stopped cleanly and can go on.",
+    )
+    parser.add_argument("--version", action="version", version=f"vit-rsst {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, function: object, about: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        added.set_defaults(verb=function)
+        return added
+
+    add_arguments(verb("train", train, "train and prune by a recipe, in one process"))
+    evaluate = verb("evaluate", evaluate_verb, "score a ticket, or the last ticket of a run, on a split")
+    evaluate.add_argument("what", metavar="RUN|TICKET", help="a run folder or a ticket file")
+    evaluate.add_argument("--split", choices=("test", "val", "train"), default="test")
+    evaluate.add_argument("--data", metavar="PATH", help="folder of the data, when it is not where the run found it")
+    evaluate.add_argument("--json", metavar="FILE", help="write every number there as well")
+    verb("models", models_verb, "list the models of the catalogue; any timm name works too")
+    verb("recipes", recipes_verb, "list the recipes that come with the package")
+    verb("methods", methods_verb, "list pruning methods, criteria and data sources")
+    runs = verb("runs", runs_verb, "list the runs of a folder with their state and result")
+    runs.add_argument("folder", nargs="?", default="runs", metavar="FOLDER")
+    return parser
+
+
+def evaluate_verb(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst import files
+    from vit_rsst.evaluation import evaluate_ticket, report_text
+
+    result = evaluate_ticket(Path(arguments.what), arguments.split, arguments.data)
+    print(report_text(result))
+    if arguments.json:
+        files.write_json(Path(arguments.json), result)
+
+
+def models_verb(arguments: argparse.Namespace) -> None:
+    from vit_rsst.models import zoo
+    from vit_rsst.models.anatomy import prunable_weights
+    from vit_rsst.models.catalog import CATALOG
+    from vit_rsst.results import aligned
+
+    lines = [("model", "parameters", "prunable", "px", "weights", "timm")]
+    for name, stock in CATALOG.items():
+        net = zoo.create(*zoo.describe(name, {}, 10), device="meta")
+        total, prunable = sum(p.numel() for p in net.parameters()), prunable_weights(net)
+        published = "published" if stock.has_weights else "none"
+        counted = f"{sum(w.numel() for w in prunable.values()):,}"
+        lines.append((name, f"{total:,}", counted, str(stock.args["img_size"]), published, stock.architecture))
+    print(
+        aligned(lines),
+        "\n\nCounted with 10 classes. Any other name of timm works too, with its arguments in model.args.",
+    )
+
+
+def recipes_verb(arguments: argparse.Namespace) -> None:
+    from vit_rsst.recipe import builtin_folder, builtin_recipes
+
+    for path in builtin_recipes():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        print(f"{path.relative_to(builtin_folder()).with_suffix('')!s:28}{first.lstrip('# ')}")
+
+
+def methods_verb(arguments: argparse.Namespace) -> None:
+    import sys
+
+    import vit_rsst.pruning.methods  # noqa: F401 - registers them
+    from vit_rsst.data.catalog import CATALOG
+    from vit_rsst.pruning.criteria import CRITERIA
+    from vit_rsst.pruning.plan import METHODS
+
+    def about(part: object) -> str:
+        text = sys.modules[part.__module__].__doc__ if isinstance(part, type) else part.__doc__
+        return text.strip().splitlines()[0].removeprefix(f"{getattr(part, '__name__', '').lower()}: ")
+
+    for title, registry in (("method", METHODS), ("criterion", CRITERIA)):
+        for name in registry:
+            print(f"{title:11}{name:14}{about(registry[name])}")
+    for name, info in CATALOG.items():
+        print(f"{'source':11}{name:14}{info.about}")
+
+
+def runs_verb(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst.errors import InputError
+    from vit_rsst.results import aligned, load_rows
+    from vit_rsst.run_folder import RunFolder
+
+    folder = Path(arguments.folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; give the output_dir of your runs.")
+    lines = [("run", "state", "round", "epoch", "density", "val top-1", "test top-1")]
+    for path in sorted(folder.iterdir()):
+        if not (status := RunFolder(path).status()):
+            continue
+        row = next(iter(reversed(load_rows(path))), None)
+        scores = ("–", "–", "–") if row is None else (
+            f"{row.density:.4f}", f"{row.val_top1:.2f}", "–" if row.test_top1 is None else f"{row.test_top1:.2f}"
+        )  # fmt: skip
+        lines.append((path.name, status["state"], str(status.get("round", 0)), str(status.get("epoch", 0)), *scores))
+    print(aligned(lines) if len(lines) > 1 else f"no runs in {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

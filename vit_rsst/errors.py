@@ -1,0 +1,51 @@
+"""The ways a run can end badly, as exceptions that carry the exit code of the command line.
+
+The message of each is one sentence (or a list of them) for the user: the place, the value, the choices, the way out.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RunError(Exception):
+    """A run ended for a reason that the user can act on; printed without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(RunError, ValueError):
+    """The input is wrong: found before any training, nothing was created."""
+
+    exit_code = 2
+
+
+class EnvironmentLacks(RunError):
+    """The machine, an installed package or the network lacks something that the run needs."""
+
+    exit_code = 3
+
+
+class Diverged(RunError):
+    """Training diverged: a loss or a gradient was no longer finite."""
+
+    exit_code = 4
+
+
+class Damaged(RunError):
+    """A resume point or ticket is damaged, or does not belong to this model."""
+
+    exit_code = 5
+
+
+class Stopped(RunError):
+    """The run stopped cleanly on a signal; the same command goes on."""
+
+    exit_code = 75
+
+
+def unknown(what: str, value: object, choices: Iterable[str]) -> str:
+    """Sentence for a value that is not one of `choices`, with the nearest one suggested."""
+    choices = list(choices)
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
+    listed = ", ".join(choices[:-1]) + " or " + choices[-1] if len(choices) > 1 else "".join(choices)
+    return f"unknown {what} {str(value)!r}; expected {listed}." + (f" Did you mean {near[0]!r}?" if near else "")

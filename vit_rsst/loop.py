@@ -1,0 +1,222 @@
+"""The run: rounds, epochs, steps. The page to read first.
+
+A round begins with a plan (who is condemned, what is removed at once), trains its epochs while the controller
+enforces masks and applies the penalty, and ends with a sparse ticket. After the last round every ticket meets the
+test split, once.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vit_rsst import optim, results, resume, tickets
+from vit_rsst.checkpoint import Checkpointer
+from vit_rsst.console import Console
+from vit_rsst.data.loaders import Batch, InMemoryLoader
+from vit_rsst.errors import Diverged, Stopped
+from vit_rsst.metrics.counters import RunningLoss
+from vit_rsst.progress import Progress
+from vit_rsst.pruning.controller import Controller
+from vit_rsst.run_folder import RunFolder
+from vit_rsst.seeds import derived_seed
+from vit_rsst.signals import StopFlag
+from vit_rsst.tracking import Tracker
+
+
+@dataclass
+class Run:
+    """All that a run is made of.
+
+    Attributes:
+        model: as Accelerate prepared it; `net` is the same network without wrappers.
+        loss: (logits, labels) → mean loss.
+        lr: the learning rate at a progress.
+        evaluate: split name → top1, top5, loss; collective.
+        clip_grad_norm: largest norm of the gradients; None: not clipped.
+        max_skipped_steps: non-finite steps that are left out before the run stops.
+        header: strings of every ticket's header.
+        seconds: time spent in the round under way, over all sittings.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: InMemoryLoader
+    loss: Callable[[Tensor, Tensor], Tensor]
+    lr: Callable[[Progress], float]
+    controller: Controller
+    progress: Progress
+    evaluate: Callable[[str], dict[str, float]]
+    folder: RunFolder
+    checkpointer: Checkpointer
+    tracker: Tracker
+    console: Console
+    stop: StopFlag
+    meter: RunningLoss
+    clip_grad_norm: float | None
+    max_skipped_steps: int
+    log_every_steps: int
+    save_every_steps: int | None
+    seed: int
+    recipe_fingerprint: str
+    header: dict[str, str]
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    clock: float = field(default_factory=time.monotonic)
+
+
+def run(s: Run) -> None:
+    for round in s.progress.remaining_rounds():
+        if s.controller.begin_round(round):  # False when resuming inside this round
+            optim.reset_state_(s.optimizer)
+            s.seconds, s.clock = 0.0, time.monotonic()
+        for _ in s.progress.remaining_epochs():
+            train_epoch(s)
+            s.controller.after_epoch(s.progress)
+            finish_epoch(s)
+            resume.save(s)
+            stop_if_asked(s)
+        finish_round(s)
+    score_tickets(s)
+
+
+def train_epoch(s: Run) -> None:
+    """From the step at which `progress` stands to the end of its epoch."""
+    s.model.train()
+    for micro_batches in s.loader.steps(s.progress):
+        seed_step(s)
+        optim.set_lr_(s.optimizer, s.lr(s.progress))
+        loss, grad_norm = train_step(s, micro_batches)
+        s.progress.advance()
+        s.console.step(loss)
+        if s.progress.global_step % s.log_every_steps == 0:
+            log_step(s, loss, grad_norm)
+        if s.progress.step:  # the end of an epoch is saved after its evaluation
+            if s.save_every_steps and s.progress.global_step % s.save_every_steps == 0:
+                resume.save(s)
+            stop_if_asked(s)
+
+
+def train_step(s: Run, micro_batches: list[Batch]) -> tuple[float, float]:
+    """One optimizer step over all micro-batches of this rank; mean loss of this rank and gradient norm of all."""
+    total = 0.0
+    for images, labels in micro_batches:
+        with s.accelerator.accumulate(s.model):
+            logits = s.model(images)
+            loss = s.loss(logits, labels)
+            s.accelerator.backward(loss)  # divides by the accumulation
+        s.meter.add(logits, labels, loss)
+        total = total + loss.detach()
+    s.controller.after_backward(s.progress)
+    norm = float(s.accelerator.clip_grad_norm_(s.model.parameters(), s.clip_grad_norm or math.inf))
+    if is_finite := math.isfinite(norm):  # a loss that is not finite on any rank makes every rank's norm so
+        s.controller.before_step(s.progress)
+        s.optimizer.step()
+    else:
+        skip_step(s, norm)
+    s.optimizer.zero_grad()
+    s.controller.after_step(s.progress, skipped=not is_finite)
+    return float(total) / len(micro_batches), norm
+
+
+def seed_step(s: Run) -> None:
+    """Seeds every generator that a step may use from the step alone, so that none has a state to lose."""
+    seed = derived_seed(s.seed, "step", s.progress.global_step, s.accelerator.process_index)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def skip_step(s: Run, norm: float) -> None:
+    s.skipped_steps += 1
+    p = s.progress
+    place = f"round {p.round}, epoch {p.epoch}, step {p.global_step}"
+    if s.skipped_steps > s.max_skipped_steps:
+        raise Diverged(
+            f"{place}: the loss or a gradient is not finite (gradient norm {norm}); lower optim.lr, lengthen "
+            "optim.warmup_epochs or set optim.clip_grad_norm. The last resume point is sound; a changed recipe needs "
+            "another name, or --restart. train.max_skipped_steps tolerates single steps."
+        )
+    s.tracker.warning(
+        p.global_step, f"{place}: skipped a step whose gradient norm is {norm} ({s.skipped_steps} so far)"
+    )
+
+
+def log_step(s: Run, loss: float, grad_norm: float) -> None:
+    metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": s.optimizer.param_groups[0]["lr"]}
+    metrics["time/images_per_s"] = s.console.images_per_second
+    s.tracker.log("step", s.progress.global_step, _where(s.progress) | metrics)
+
+
+def finish_epoch(s: Run) -> None:
+    """Evaluates, logs and shows the epoch that has just ended."""
+    train = s.meter.compute_and_reset()
+    metrics = {"train/loss": train["loss"], "train/top1": train["top1"], "train/lr": s.optimizer.param_groups[0]["lr"]}
+    metrics |= {f"val/{key}": value for key, value in s.evaluate("val").items()}
+    last = replace(s.progress, epoch=s.progress.epoch - 1, step=s.progress.steps_per_epoch - 1)
+    metrics |= s.controller.metrics(last) | {"time/images_per_s": s.console.images_per_second}
+    s.tracker.log("epoch", s.progress.global_step, _where(s.progress) | metrics)
+    s.console.epoch(metrics)
+    s.folder.write_status("running", **_where(s.progress)) if s.accelerator.is_main_process else None
+
+
+def finish_round(s: Run) -> None:
+    """Leaves the round's ticket, its report and its row."""
+    report, scores = s.controller.end_round(), s.evaluate("val")
+    if s.accelerator.is_main_process:
+        path = results.ticket_path(s.folder.path, report.round)
+        header = s.header | {"round": str(report.round), "density": repr(report.density)}
+        num_bytes = tickets.save(path, s.net.state_dict(), s.controller.mask, header)
+        row = results.RoundRow(
+            round=report.round,
+            density_asked=report.density_asked,
+            density=report.density,
+            val_top1=scores["top1"],
+            val_top5=scores["top5"],
+            val_loss=scores["loss"],
+            test_top1=None,
+            test_loss=None,
+            what_if_gap=report.what_if_gap,
+            epochs=s.progress.round_epochs[report.round],
+            seconds=round(s.seconds + time.monotonic() - s.clock, 1),
+            ticket_bytes=num_bytes,
+        )
+        results.save_row(s.folder.path, row, asdict(report))
+        s.console.rounds(results.load_rows(s.folder.path))
+        s.tracker.log("round", s.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
+    s.accelerator.wait_for_everyone()
+
+
+def score_tickets(s: Run) -> None:
+    """Every ticket meets the test split, once, read back from its file."""
+    s.checkpointer.wait()
+    for row in results.load_rows(s.folder.path):
+        path = results.ticket_path(s.folder.path, row.round)
+        tickets.load_into_(s.net, tickets.load(path), str(path))
+        scores = s.evaluate("test")
+        if s.accelerator.is_main_process:
+            report = results.load_report(path.with_suffix(".json"))["pruning"]
+            scored = replace(row, test_top1=scores["top1"], test_loss=scores["loss"])
+            results.save_row(s.folder.path, scored, report)
+    s.accelerator.wait_for_everyone()
+
+
+def stop_if_asked(s: Run) -> None:
+    """Leaves a resume point at this step on every rank, then stops."""
+    if s.stop.agreed(s.progress.global_step):
+        if s.progress.step:
+            resume.save(s)
+        s.checkpointer.wait()
+        raise Stopped(
+            f"stopped on {s.stop.reason} at step {s.progress.global_step}; the same command goes on from there."
+        )
+
+
+def _where(progress: Progress) -> dict[str, int]:
+    return {"round": progress.round, "epoch": progress.epoch, "step": progress.global_step}

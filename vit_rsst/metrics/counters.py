@@ -1,0 +1,62 @@
+"""Counters that add up over batches and ranks: one reduction at the end is exact on any number of ranks."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, float]:
+    """Top-1, top-5 (percent) and mean cross-entropy over all samples of all ranks; collective.
+
+    Args:
+        model: gives logits (batch, classes); put into eval mode meanwhile.
+        batches: this rank's share of the samples.
+
+    Raises:
+        ValueError: there was no sample on any rank.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # samples, top-1, top-5, loss
+    for images, labels in batches:
+        logits = model(images).float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss.new_tensor(len(labels)), ranked[:, 0].sum(), ranked.sum(), loss]).double()
+    model.train(was_training)
+    samples, top1, top5, loss = reduce(sums, "sum").tolist()
+    if samples == 0:
+        raise ValueError("the evaluation split is empty")
+    return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples, "loss": loss / samples}
+
+
+class RunningLoss:
+    """Mean training loss and top-1 since the last reset; exact over ranks and over resumes."""
+
+    def __init__(self, device: torch.device):
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # samples, top-1, loss
+
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Counts one micro-batch: logits (batch, classes), labels (batch,), its mean loss."""
+        hits = (logits.detach().argmax(1) == labels).sum()
+        self._sums += torch.stack([loss.new_tensor(len(labels)), hits, loss.detach() * len(labels)]).double()
+
+    def gather_(self, is_main: bool) -> list[float]:
+        """Sums over all ranks, collective. Leaves them on the main rank alone, as a resumed run finds them."""
+        total = reduce(self._sums, "sum")
+        self._sums = total if is_main else torch.zeros_like(total)
+        return total.tolist()
+
+    def load(self, sums: list[float], is_main: bool) -> None:
+        """Continues from what `gather_` gave."""
+        self._sums = torch.tensor(sums if is_main else [0.0] * 3, dtype=torch.float64, device=self._sums.device)
+
+    def compute_and_reset(self) -> dict[str, float]:
+        """`loss` and `top1` (percent), collective."""
+        samples, top1, loss = reduce(self._sums, "sum").tolist()
+        self._sums = torch.zeros_like(self._sums)
+        return {"loss": loss / max(samples, 1), "top1": 100 * top1 / max(samples, 1)}

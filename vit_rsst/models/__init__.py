@@ -1,0 +1,1 @@
+"""Models: the catalogue of names, construction through timm, and which weights can be pruned."""

@@ -1,0 +1,71 @@
+"""Models through timm: the catalogue in timm's registry, and construction that never starts from random in silence."""
+
+import difflib
+
+import timm
+import torch
+from timm.models import register_model
+from torch import nn
+
+from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.models.catalog import CATALOG, stock
+
+
+def _register(name: str) -> None:
+    """Makes a catalogue name one that `timm.create_model` knows as well."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: object) -> nn.Module:
+        if pretrained and not CATALOG[name].has_weights:
+            raise ValueError(f"{name} has no published weights")
+        return timm.create_model(CATALOG[name].architecture, pretrained=pretrained, **{**CATALOG[name].args, **kwargs})
+
+    entrypoint.__name__ = name
+    entrypoint.__module__ = __name__
+    register_model(entrypoint)
+
+
+for _name in CATALOG:
+    _register(_name)
+
+
+def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
+    """Stock timm architecture and all arguments that build the model without this package."""
+    found = stock(name)
+    return found.architecture, {**found.args, **args, "num_classes": num_classes}
+
+
+def create(architecture: str, args: dict, pretrained: bool = False, device: str | None = None) -> nn.Module:
+    """Builds a model.
+
+    Args:
+        architecture: a name of timm, as `describe` gives it.
+        args: arguments of `timm.create_model`, `num_classes` among them.
+        pretrained: load published weights; timm resamples patch and position embeddings and replaces the head.
+        device: where to build; `meta` makes shapes without memory.
+
+    Raises:
+        InputError: no such model, arguments it does not take, or no published weights for it.
+        EnvironmentLacks: the weights exist but cannot be had.
+    """
+    if not timm.is_model(architecture.split(".")[0]):
+        near = difflib.get_close_matches(architecture, [*CATALOG, *timm.list_models()], n=3)
+        raise InputError(
+            f"model.name: unknown model {architecture!r}; expected {', '.join(CATALOG)} or a name of timm "
+            f"{timm.__version__}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
+        )
+    if pretrained and not timm.is_model_pretrained(architecture):
+        raise InputError(
+            f"model.pretrained: timm has no weights for {architecture!r}; set it to false or name another."
+        )
+    try:
+        with torch.device(device or "cpu"):
+            return timm.create_model(architecture, pretrained=pretrained, **args)
+    except TypeError as error:
+        raise InputError(f"model.args: {architecture} does not take these arguments: {error}.") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise InputError(f"model: {architecture} cannot be built with {args}: {error}.") from error
+        raise EnvironmentLacks(
+            f"model.pretrained: the weights of {architecture!r} could not be loaded ({error}). Check the network "
+            "or the cache, or set model.pretrained=false to train from random weights."
+        ) from error

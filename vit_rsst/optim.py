@@ -1,0 +1,85 @@
+"""Optimizers: parameter groups, construction, and the few in-place edits that pruning needs."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+TOKENS = ("cls_token", "dist_token", "reg_token", "mask_token", "pos_embed")
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices with decay; norms, biases, tokens and position embeddings without."""
+    undecayed = set(getattr(model, "no_weight_decay", set)()) | set(TOKENS)
+    groups = {weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_free = parameter.ndim <= 1 or name in undecayed or name.rsplit(".", 1)[-1] in undecayed
+            groups[0.0 if is_free else weight_decay].append(parameter)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+
+
+def create_optimizer(
+    model: nn.Module, name: str, *, lr: float, weight_decay: float, momentum: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """SGD (with Nesterov-free momentum), Adam or AdamW over `param_groups`, fused: one kernel on CPU and GPU alike."""
+    options = {"momentum": momentum} if name == "sgd" else {"betas": betas}
+    return OPTIMIZERS[name](param_groups(model, weight_decay), lr=lr, fused=True, **options)
+
+
+def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def reset_state_(optimizer: torch.optim.Optimizer) -> None:
+    """Forgets all moments, as a new optimizer would begin; the object stays, for `prepare` knows it."""
+    optimizer.state.clear()
+
+
+def clear_moments_(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], where: Mapping[str, Tensor]
+) -> None:
+    """Zeroes the moments of the elements selected by `where` (bool, the weight's shape)."""
+    for name, weight in weights.items():
+        for moment in _moments(optimizer.state.get(weight, {})):
+            moment.masked_fill_(where[name], 0.0)
+
+
+def _moments(state: Mapping[str, object]) -> Iterable[Tensor]:
+    return (value for key, value in state.items() if isinstance(value, Tensor) and key != "step")
+
+
+def decay_rates(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """What weight decay does to each weight in one step: (factor of AdamW's decoupled decay, λ of SGD's L2 term)."""
+    decoupled = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    rates = {}
+    for name, weight in weights.items():
+        group = group_of[id(weight)]
+        rates[name] = (1 - group["lr"] * group["weight_decay"], 0.0) if decoupled else (1.0, group["weight_decay"])
+    return rates
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """The optimizer's state as `parameter/entry` → tensor; `names` maps id(parameter) to its name."""
+    return {
+        f"{names[id(parameter)]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_state_tensors_(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> None:
+    """Inverse of `state_tensors`: replaces the whole state. Raises KeyError for a parameter that does not exist."""
+    optimizer.state.clear()
+    for path, value in tensors.items():
+        name, key = path.rsplit("/", 1)
+        parameter = parameters[name]
+        # torch keeps the step counter of non-capturable optimizers on the CPU, that of fused ones with the weight
+        optimizer.state[parameter][key] = value.to(parameter.device)

@@ -1,0 +1,187 @@
+"""The whole plan of a recipe, for `--dry-run`: rounds, densities, steps, penalty, memory, disk. Creates nothing."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vit_rsst import assembly
+from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.data.loaders import Dealing, steps_per_epoch
+from vit_rsst.data.sources import open_data
+from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.models import zoo
+from vit_rsst.models.anatomy import prunable_weights
+from vit_rsst.progress import Progress, at_fraction
+from vit_rsst.pruning.methods.gmp import Gmp
+from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.pruning.plan import Method
+from vit_rsst.recipe import Recipe
+from vit_rsst.results import aligned, size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples of each split, and whether they were counted or are the published numbers."""
+
+    train: int
+    val: int
+    test: int
+    num_classes: int
+    are_counted: bool
+
+
+def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
+    """The plan as text.
+
+    Raises:
+        InputError, EnvironmentLacks: what a run of the recipe would stop at before its first step.
+    """
+    rows = count_rows(recipe)
+    dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, num_processes)
+    steps = steps_per_epoch(rows.train, recipe.train.global_batch, recipe.train.steps_per_epoch)
+    progress = Progress(steps, recipe.round_epochs)
+    architecture, args = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
+    net = zoo.create(architecture, args, device="meta")
+    weights = prunable_weights(net, recipe.pruning.include, recipe.pruning.protect)
+    total, prunable = sum(p.numel() for p in net.parameters()), sum(w.numel() for w in weights.values())
+    dropped = rows.train - steps * recipe.train.global_batch
+    parts = [
+        f"plan of {recipe.name}: {recipe.pruning.method_name}, seed {recipe.seed}; nothing is created",
+        f"data       {recipe.data.source}: {rows.train:,} train, {rows.val:,} val, {rows.test:,} test, "
+        f"{rows.num_classes} classes ({'counted' if rows.are_counted else 'as published; the data were not reached'})",
+        f"model      {recipe.model.name} = timm {architecture}: {total:,} parameters, {prunable:,} prunable in "
+        f"{len(weights)} weights ({prunable / total:.1%})",
+        f"batch      {dealing} with {num_processes} process(es); the same on any number that divides it",
+        f"epoch      {steps:,} optimizer steps, {dropped:,} images of the tail dropped",
+        f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
+        f"{progress.total_steps * recipe.train.global_batch:,} images",
+        "",
+        aligned(round_lines(recipe, progress, prunable)),
+        "",
+        *penalty_lines(recipe, progress),
+        *resource_lines(recipe, net, dealing, total, prunable, rows),
+        f"run folder {recipe.run_folder}",
+    ]
+    return "\n".join(parts)
+
+
+def count_rows(recipe: Recipe) -> Rows:
+    """Rows of each split: counted, or the published numbers where the Hub cannot be reached."""
+    info = SOURCES[recipe.data.source]
+    try:
+        data = open_data(assembly.data_options(recipe), recipe.seed)
+        return Rows(data.count("train"), data.count("val"), data.count("test"), len(data.classes), True)
+    except EnvironmentLacks:
+        if info.rows is None or recipe.data.path:
+            raise
+        val = round(info.rows[0] * recipe.data.val_fraction)
+        train = min(info.rows[0] - val, recipe.data.train_samples or info.rows[0])
+        return Rows(train, val, info.rows[1], info.num_classes, False)
+
+
+def round_lines(recipe: Recipe, progress: Progress, prunable: int) -> list[tuple[str, ...]]:
+    """One line a round: density asked, weights kept and removed, epochs, steps, when the removal comes."""
+    lines = [("round", "density", "kept", "removed", "epochs", "steps", "removal")]
+    before = prunable
+    for number, (epochs, density) in enumerate(zip(progress.round_epochs, round_densities(recipe), strict=True)):
+        kept, steps = round(density * prunable), epochs * progress.steps_per_epoch
+        removal = removal_text(recipe.pruning.method, steps) if kept < before else "none"
+        lines.append(
+            (str(number), f"{density:.4f}", f"{kept:,}", f"{before - kept:,}", str(epochs), f"{steps:,}", removal)
+        )
+        before = kept
+    return lines
+
+
+def round_densities(recipe: Recipe) -> list[float]:
+    """Density that each round is asked to end with."""
+    schedule = recipe.pruning.schedule
+    if recipe.pruning.method.one_round:
+        return [1.0 if recipe.pruning.method_name == "dense" else schedule.density(1.0)]
+    return [schedule.density(min(r / schedule.num_rounds, 1.0)) for r in range(len(recipe.round_epochs))]
+
+
+def removal_text(method: Method, steps: int) -> str:
+    """When the weights of a round leave."""
+    if isinstance(method, Gmp):
+        return f"every {method.interval} steps in {list(method.window)} of the run"
+    if isinstance(method, Rsst) and method.remove_at > 0:
+        return f"after step {max(at_fraction(method.remove_at, steps), 1):,}"
+    return "before the first step"
+
+
+def penalty_lines(recipe: Recipe, progress: Progress) -> list[str]:
+    """What the penalty will leave of the condemned, predicted from its own arithmetic."""
+    method = recipe.pruning.method
+    if not isinstance(method, Rsst) or method.remove_at == 0:
+        return []
+    penalty, epochs = method.penalty, progress.round_epochs[1]
+    steps = epochs * progress.steps_per_epoch
+    window = penalty.steps(steps)
+    if not window:
+        return ["penalty    none: the window is empty"]
+    shape = f"ramp {penalty.ramp} over steps {window.start:,}–{window.stop:,} of a round, once a {penalty.span}"
+    if penalty.coupling == "decoupled":
+        total = math.fsum(penalty.shrink_at(t, steps, progress.steps_per_epoch) for t in window)
+        return [
+            f"penalty    {shape}; decoupled: leaves the condemned {math.exp(-total):.2e} of their size, whatever the lr"
+        ]
+    lr = assembly.make_lr(recipe)
+    momentum = recipe.optim.momentum
+    total = math.fsum(
+        lr(Progress(progress.steps_per_epoch, progress.round_epochs, 1, *divmod(t, progress.steps_per_epoch)))
+        * penalty.strength
+        * penalty.ramp_at(t, steps, progress.steps_per_epoch)
+        / (1 - momentum)
+        for t in window
+    )
+    return [
+        f"penalty    {shape}; gradient: leaves the condemned about {math.exp(-total):.2e} of their size (Σ lr·λ/(1−μ))"
+    ]
+
+
+def resource_lines(
+    recipe: Recipe, net: nn.Module, dealing: Dealing, total: int, prunable: int, rows: Rows
+) -> list[str]:
+    """Memory of a process and disk of the run."""
+    moments = 2 if recipe.optim.name != "sgd" else 1 if recipe.optim.momentum else 0
+    state = total * 4 * (2 + moments)
+    masks = prunable * (2 if isinstance(recipe.pruning.method, Rsst) else 1)
+    image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
+    images = (rows.train + rows.val + rows.test) * 3 * image_size**2
+    activations = activation_bytes(net, image_size, dealing.batch_per_device)
+    if recipe.train.precision == "bf16":
+        activations //= 2
+    densities = round_densities(recipe)
+    ticket_bytes = sum(prunable * 4 * (d + 1 / 32) + (total - prunable) * 4 for d in densities)
+    rewind = total * 4 if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
+    point = total * 4 * (1 + moments) + prunable // 4 + rewind
+    return [
+        f"memory     a process: weights, gradients and moments {size(state)}, masks {size(masks)}, activations about "
+        f"{size(activations)} at {dealing.batch_per_device} images; images decoded {size(images)}",
+        f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
+        f"{size(point)}, one more while it is written",
+    ]
+
+
+def activation_bytes(net: nn.Module, image_size: int, batch: int) -> int:
+    """Bytes that the backward pass keeps for one micro-batch, counted on the meta device in fp32."""
+    parameters = {id(p) for p in net.parameters()}
+    counted: set[int] = set()
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        base = tensor._base if tensor._base is not None else tensor
+        if id(base) not in parameters and id(base) not in counted:
+            counted.add(id(base))
+            kept.append(base)  # so that its id is not given again
+            total += base.numel() * base.element_size()
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(torch.empty(batch, 3, image_size, image_size, device="meta"))
+    return total

@@ -1,0 +1,307 @@
+"""The controller acts: it asks the method for a plan and carries it out on the model's weights, in place.
+
+It enforces masks, applies the penalty, commits targets, rewinds and measures what a removal costs. It knows nothing
+of recipes, loaders or trackers; weights keep their names and their storage, and `prepare` never sees a change.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from vit_rsst import optim
+from vit_rsst.progress import Progress, at_fraction
+from vit_rsst.pruning.agreement import agreed, fingerprints
+from vit_rsst.pruning.criteria import Criterion
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.plan import Method, Penalty, PruningView
+from vit_rsst.pruning.selection import keep_top
+
+Evaluate = Callable[[], Mapping[str, float]]
+"""Scores the model as it stands on the validation split: at least `top1` (percent) and `loss`. Collective."""
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What pruning did in one round; densities over prunable weights.
+
+    Attributes:
+        density_asked: what the schedule wanted; `density` is what the mask has.
+        condemned_ratio: mean |w| of the condemned over mean |w| of the kept, just before removal; None without one.
+        what_if_gap: top-1 in points lost by the removal, measured just before and after it; None without one.
+        what_if_loss_gap: likewise, loss gained.
+        mask_fingerprints: of the mask on every rank.
+        layers: per weight its elements, how many are alive, density.
+    """
+
+    round: int
+    density_asked: float
+    density: float
+    condemned_ratio: float | None
+    what_if_gap: float | None
+    what_if_loss_gap: float | None
+    mask_fingerprints: list[str]
+    layers: dict[str, dict[str, float]]
+
+
+@dataclass
+class RoundState:
+    """The numbers of the round under way; what a resume point must hold beside the masks."""
+
+    round: int = -1
+    density_asked: float = 1.0
+    penalty: Penalty | None = None
+    remove_at: float = 1.0
+    condemned_norm: float = 0.0
+    condemned_ratio: float | None = None
+    what_if_gap: float | None = None
+    what_if_loss_gap: float | None = None
+
+
+@dataclass
+class Controller:
+    """Carries out a method's plans on `weights`.
+
+    Attributes:
+        model: the unwrapped model; its whole state is what a rewind restores.
+        weights: the prunable parameters by name.
+        rounds: sparse rounds of the schedule.
+        density: fraction of the schedule → density.
+        rewind_epoch: epochs of round 0 after which the rewind point is taken; None: there is none.
+        evaluate: scores the model around a removal.
+        mask: what is alive now.
+        condemned: alive now, leaving in this round; None when nobody is.
+    """
+
+    model: nn.Module
+    weights: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    method: Method
+    rounds: int
+    density: Callable[[float], float]
+    criterion: Criterion
+    scope: str
+    rewind_epoch: int | None
+    seed: int
+    evaluate: Evaluate
+    mask: MaskSet
+    condemned: MaskSet | None = None
+    rewind_point: dict[str, Tensor] | None = None
+    state: RoundState = field(default_factory=RoundState)
+
+    # -- the loop calls these, in this order
+
+    def begin_round(self, round: int) -> bool:
+        """Plans the round and sets the weights for it. False when the round had begun before a resume."""
+        if self.state.round == round:
+            return False
+        if self.rewind_epoch == 0 and round == 0:
+            self.rewind_point = self._snapshot()
+        self.state = RoundState(round, density_asked=self.state.density_asked)
+        plan = self.method.plan(round, self._view())
+        if plan.mask.num_alive < self.mask.num_alive:
+            self._remove_(plan.mask)
+        if plan.start_from == "rewind" and self.rewind_point is not None:
+            self._rewind_()
+        self.mask = plan.mask
+        self._enforce_()
+        if plan.target is not None:
+            self.condemned = self.mask.minus(plan.target)
+            self.state = replace(
+                self.state, penalty=plan.penalty, remove_at=plan.remove_at, condemned_norm=self._norm(self.condemned)
+            )
+        fingerprints(self.mask if plan.target is None else plan.target)
+        return True
+
+    @torch.no_grad()
+    def after_backward(self, progress: Progress) -> None:
+        """Masks gradients, before clipping: the norm that is clipped and logged is that of the living weights."""
+        window_began = self._condemned_gradient_blocked(progress)
+        if window_began and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
+            optim.clear_moments_(self.optimizer, self.weights, self.condemned.masks)
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                weight.grad.mul_(self.mask[name] ^ self.condemned[name] if window_began else self.mask[name])
+
+    @torch.no_grad()
+    def before_step(self, progress: Progress) -> None:
+        """What must join the gradient after clipping: the coupled penalty; without it, the decay the condemned skip."""
+        penalty = self._penalty(progress)
+        if penalty is None:
+            return
+        if penalty.coupling == "gradient":
+            strength = {name: self._strength(penalty, progress) for name in self.weights}
+        elif not penalty.condemned_gradient:
+            # SGD adds wd · w to the gradient: taken away here, so that the penalty alone moves the condemned.
+            rates = optim.decay_rates(self.optimizer, self.weights)
+            strength = {name: -l2 for name, (_, l2) in rates.items()}
+        else:
+            return
+        for name, weight in self.weights.items():
+            if strength[name] != 0.0:
+                weight.grad.addcmul_(weight, self.condemned[name], value=strength[name])
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress, skipped: bool = False) -> None:
+        """Shrinks the condemned, keeps the dead at zero, commits the target or takes the method's new mask."""
+        penalty = self._penalty(progress)
+        if penalty is not None and penalty.coupling == "decoupled":
+            self._shrink_(penalty, progress, skipped)
+        self._enforce_()
+        done = progress.round_step + 1
+        if self.condemned is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
+            self._remove_(self.mask.minus(self.condemned))
+        refresh = getattr(self.method, "refresh", None)
+        if refresh is not None and (new := refresh(progress, self._view())) is not None:
+            self._set_mask_(new)
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Takes the rewind point when its epoch of round 0 has ended."""
+        if progress.round == 0 and progress.epoch == self.rewind_epoch:
+            self.rewind_point = self._snapshot()
+
+    def end_round(self) -> RoundReport:
+        """Checks that masked weights are zero and ranks agree, and reports."""
+        zeros = all(not bool((w.detach() * ~self.mask[n]).any()) for n, w in self.weights.items())
+        assert zeros, "a masked weight is not zero"
+        return RoundReport(
+            round=self.state.round,
+            density_asked=self.state.density_asked,
+            density=self.mask.density,
+            condemned_ratio=self.state.condemned_ratio,
+            what_if_gap=self.state.what_if_gap,
+            what_if_loss_gap=self.state.what_if_loss_gap,
+            mask_fingerprints=fingerprints(self.mask),
+            layers=self.mask.report(),
+        )
+
+    def metrics(self, progress: Progress) -> dict[str, float]:
+        """What to log at the step at which `progress` stands; `condemned_left` is a share of the round's start."""
+        found = {"prune/density": self.mask.density}
+        if self.condemned is not None and self.state.penalty is not None:
+            found["prune/penalty"] = self._strength(self.state.penalty, progress)
+            found["prune/condemned_ratio"] = self._condemned_ratio(self.condemned)
+            found["prune/condemned_left"] = self._norm(self.condemned) / max(self.state.condemned_norm, 1e-30)
+        if self.state.what_if_gap is not None:
+            found["prune/what_if_gap"] = self.state.what_if_gap
+        return found
+
+    # -- resume points
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors (masks as bits, the rewind point as it is) and plain numbers."""
+        tensors = {f"mask/{name}": bits for name, bits in self.mask.pack().items()}
+        if self.condemned is not None:
+            tensors |= {f"condemned/{name}": bits for name, bits in self.condemned.pack().items()}
+        if self.rewind_point is not None:
+            tensors |= {f"rewind/{name}": value for name, value in self.rewind_point.items()}
+        numbers = {key: value for key, value in vars(self.state).items() if key != "penalty"}
+        return tensors, numbers | {"penalty": vars(self.state.penalty) if self.state.penalty else None}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping) -> None:
+        """Inverse of `state_dict`."""
+        parts: dict[str, dict[str, Tensor]] = {"mask": {}, "condemned": {}, "rewind": {}}
+        for path, value in tensors.items():
+            part, name = path.split("/", 1)
+            parts[part][name] = value
+        self.mask = MaskSet.unpack(parts["mask"], self.weights)
+        self.condemned = MaskSet.unpack(parts["condemned"], self.weights) if parts["condemned"] else None
+        self.rewind_point = parts["rewind"] or None
+        penalty = numbers["penalty"]
+        if penalty is not None:
+            penalty = Penalty(**{**penalty, "window": tuple(penalty["window"])})
+        self.state = RoundState(**{**numbers, "penalty": penalty})
+
+    # -- in-place work on the weights
+
+    @torch.no_grad()
+    def _enforce_(self) -> None:
+        """Writes zeros where the mask says: masked gradients alone would let decay and moments move them."""
+        torch._foreach_mul_(list(self.weights.values()), self.mask.tensors())
+
+    @torch.no_grad()
+    def _set_mask_(self, mask: MaskSet) -> None:
+        """Makes `mask` the mask: the removed become +0 (not −0, and not NaN · 0) and lose their moments."""
+        removed = {name: ~alive for name, alive in mask.masks.items()}
+        for name, weight in self.weights.items():
+            weight.masked_fill_(removed[name], 0.0)
+        optim.clear_moments_(self.optimizer, self.weights, removed)
+        self.mask = mask
+
+    def _remove_(self, mask: MaskSet) -> None:
+        """Commits `mask` and measures what that costs."""
+        leaving = self.mask.minus(mask)
+        ratio, before = self._condemned_ratio(leaving), self.evaluate()
+        self._set_mask_(mask)
+        self.condemned = None
+        after = self.evaluate()
+        self.state = replace(
+            self.state,
+            condemned_ratio=ratio,
+            what_if_gap=before["top1"] - after["top1"],
+            what_if_loss_gap=after["loss"] - before["loss"],
+        )
+        fingerprints(mask)
+
+    def _shrink_(self, penalty: Penalty, progress: Progress, skipped: bool) -> None:
+        sigma = penalty.shrink_at(progress.round_step, progress.round_steps, progress.steps_per_epoch)
+        if sigma == 0.0:
+            return
+        # AdamW multiplied all weights by 1 − lr · wd: divided out, so that `residual` is what is left of the condemned.
+        undo = not (skipped or penalty.condemned_gradient)
+        rates = optim.decay_rates(self.optimizer, self.weights)
+        for name, weight in self.weights.items():
+            factor = math.exp(-sigma) / (rates[name][0] if undo else 1.0)
+            weight.addcmul_(weight, self.condemned[name], value=factor - 1.0)
+
+    @torch.no_grad()
+    def _rewind_(self) -> None:
+        """Copies the rewind point into the model's own tensors, which optimizer, DDP and masks refer to."""
+        for name, value in self.model.state_dict().items():
+            value.copy_(self.rewind_point[name])
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+
+    # -- small answers
+
+    def _view(self) -> PruningView:
+        return PruningView(self.mask, self.rounds, self.density, self._elements)
+
+    def _elements(self, density: float) -> MaskSet:
+        self.state.density_asked = density
+        seed = self.seed * 1_000 + self.state.round  # a new draw for each round, the same on every device
+
+        def select() -> MaskSet:
+            return keep_top(self.criterion(self.weights, seed), self.mask, density, self.scope)
+
+        return agreed(select, self.mask)
+
+    def _penalty(self, progress: Progress) -> Penalty | None:
+        """The penalty, when it acts at this step: from the start of its window until the condemned are removed."""
+        penalty = self.state.penalty if self.condemned is not None else None
+        if penalty is None or not (window := penalty.steps(progress.round_steps)):
+            return None
+        return penalty if progress.round_step >= window.start else None
+
+    def _condemned_gradient_blocked(self, progress: Progress) -> bool:
+        penalty = self._penalty(progress)
+        return penalty is not None and not penalty.condemned_gradient
+
+    def _strength(self, penalty: Penalty, progress: Progress) -> float:
+        phi = penalty.ramp_at(progress.round_step, progress.round_steps, progress.steps_per_epoch)
+        return penalty.strength * phi
+
+    def _condemned_ratio(self, condemned: MaskSet) -> float:
+        return self._mean_size(condemned) / max(self._mean_size(self.mask.minus(condemned)), 1e-30)
+
+    @torch.no_grad()
+    def _mean_size(self, part: MaskSet) -> float:
+        total = sum(float((weight.abs() * part[name]).sum()) for name, weight in self.weights.items())
+        return total / max(part.num_alive, 1)
+
+    @torch.no_grad()
+    def _norm(self, part: MaskSet) -> float:
+        return math.sqrt(sum(float((weight * part[name]).square().sum()) for name, weight in self.weights.items()))

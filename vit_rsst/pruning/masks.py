@@ -1,0 +1,97 @@
+"""MaskSet: which elements of which weights are alive. Sets are immutable; every operation makes a new one."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """Weight name → bool tensor of the weight's shape; True means alive."""
+
+    masks: Mapping[str, Tensor]
+
+    @classmethod
+    def full(cls, weights: Mapping[str, Tensor]) -> "MaskSet":
+        """Everything alive, on the devices of `weights`."""
+        return cls({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.masks)
+
+    def tensors(self) -> list[Tensor]:
+        """The bool tensors in the order of the names, for `torch._foreach_*`."""
+        return list(self.masks.values())
+
+    def _combine(self, other: "MaskSet", op: Callable[[Tensor, Tensor], Tensor]) -> "MaskSet":
+        assert list(self) == list(other), "masks of different weights"
+        return MaskSet({name: op(mask, other[name]) for name, mask in self.masks.items()})
+
+    def __and__(self, other: "MaskSet") -> "MaskSet":
+        return self._combine(other, torch.logical_and)
+
+    def __or__(self, other: "MaskSet") -> "MaskSet":
+        return self._combine(other, torch.logical_or)
+
+    def minus(self, other: "MaskSet") -> "MaskSet":
+        """Alive here and not in `other`."""
+        return self._combine(other, lambda a, b: a & ~b)
+
+    def nested_in(self, other: "MaskSet") -> bool:
+        """Whether everything alive here is alive in `other`."""
+        return not self.minus(other).num_alive
+
+    @property
+    def num_alive(self) -> int:
+        return sum(int(mask.sum()) for mask in self.tensors())
+
+    @property
+    def num_elements(self) -> int:
+        return sum(mask.numel() for mask in self.tensors())
+
+    @property
+    def density(self) -> float:
+        """Share of the prunable elements that is alive."""
+        return self.num_alive / self.num_elements
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Per weight: number of elements, number alive, density."""
+        return {
+            name: {"elements": mask.numel(), "alive": int(mask.sum()), "density": int(mask.sum()) / mask.numel()}
+            for name, mask in self.masks.items()
+        }
+
+    def pack(self) -> dict[str, Tensor]:
+        """Bits, row-major, most significant first: uint8 of ceil(elements / 8) bytes for each weight, on the CPU."""
+        return {name: pack_bits(mask) for name, mask in self.masks.items()}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> "MaskSet":
+        """Inverse of `pack`, with the shapes and devices of `like`."""
+        return cls({name: unpack_bits(packed[name], w.shape).to(w.device) for name, w in like.items()})
+
+    def fingerprint(self) -> str:
+        """First 16 hexadecimal digits of the sha256 over names and bits: equal masks, equal fingerprints."""
+        digest = hashlib.sha256()
+        for name, bits in self.pack().items():
+            digest.update(name.encode() + b"\0")
+            digest.update(bits.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """One bool tensor of any shape as uint8 bits."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+
+
+def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Inverse of `pack_bits` for a tensor of `shape`."""
+    count = int(np.prod(shape, dtype=np.int64))
+    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)).reshape(shape)

@@ -1,0 +1,19 @@
+"""imp: iterative magnitude pruning (Frankle & Carbin 2019; learning-rate rewinding: Renda et al. 2020)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vit_rsst.pruning.plan import PruningView, RoundPlan, register_method
+
+
+@register_method("imp")
+@dataclass(frozen=True)
+class Imp:
+    """Between rounds the weights of the lowest scores are removed at once; then the recipe's rewind applies."""
+
+    one_round: ClassVar[bool] = False
+
+    def plan(self, round: int, view: PruningView) -> RoundPlan:
+        if round == 0:
+            return RoundPlan(mask=view.mask)
+        return RoundPlan(mask=view.elements(view.density(round / view.rounds)), start_from="rewind")

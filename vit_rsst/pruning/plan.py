@@ -1,0 +1,150 @@
+"""What a method decides and what it may ask: `RoundPlan`, `Penalty`, `PruningView`, `Method`.
+
+Plans are data: the controller carries them out, tests and `--dry-run` print them. No torch is imported here, so that
+the options of a method can be checked before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
+
+from annotated_types import Gt, Lt
+
+from vit_rsst.progress import at_fraction
+from vit_rsst.registry import Registry
+from vit_rsst.schedules import ramp
+
+if TYPE_CHECKING:
+    from vit_rsst.progress import Progress
+    from vit_rsst.pruning.masks import MaskSet
+
+Ramp = Literal["x", "x^2", "x^3", "exp", "exp_custom", "exp_custom_exponents", "cos"]
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The growing penalty that takes the condemned to zero.
+
+    Attributes:
+        ramp: φ, how the strength grows over the window.
+        exponent: p of the ramp `exp_custom_exponents`.
+        strength: g; decoupled: multiplies the logarithm of the shrink, 1 reaches `residual`; gradient: the largest λ.
+        residual: share of their size that the condemned have left when a decoupled window ends with strength 1.
+        window: part of the round, as fractions, in which the penalty acts.
+        coupling: `decoupled` multiplies the weights after the step; `gradient` adds λ·w to the gradient before it.
+        span: `round` grows once over the window; `epoch` grows anew in each epoch of it.
+        condemned_gradient: whether the condemned go on receiving the gradient of the loss.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    ramp: Ramp = "x"
+    exponent: Annotated[float, Gt(0)] = 4.0
+    strength: Annotated[float, Gt(0)] = 1.0
+    residual: Annotated[float, Gt(0), Lt(1)] = 1e-3
+    window: tuple[float, float] = (0.0, 0.3)
+    coupling: Literal["decoupled", "gradient"] = "decoupled"
+    span: Literal["round", "epoch"] = "round"
+    condemned_gradient: bool = False
+
+    def steps(self, round_steps: int) -> range:
+        """The steps of a round in which the penalty acts."""
+        return range(at_fraction(self.window[0], round_steps), at_fraction(self.window[1], round_steps))
+
+    def ramp_at(self, round_step: int, round_steps: int, steps_per_epoch: int) -> float:
+        """φ at one step: 0 before the window, up to 1 at the last step of its span, held at 1 after the window."""
+        window = self.steps(round_steps)
+        if round_step < window.start or not window:
+            return 0.0
+        if round_step >= window.stop:
+            return 1.0
+        start, length = window.start, len(window)
+        if self.span == "epoch":
+            start = max(window.start, round_step // steps_per_epoch * steps_per_epoch)
+            length = min(length, steps_per_epoch)
+        return ramp(self.ramp, (round_step - start + 1) / length, self.exponent)
+
+    def shrink_at(self, round_step: int, round_steps: int, steps_per_epoch: int) -> float:
+        """σ of one step, decoupled: w ← w · exp(−σ). Sums to g · ln(1/residual) over the window; 0 outside of it."""
+        if round_step not in self.steps(round_steps):
+            return 0.0
+        phi = self.ramp_at(round_step, round_steps, steps_per_epoch)
+        return self.strength * -math.log(self.residual) * phi / _ramp_sum(self, round_steps, steps_per_epoch)
+
+
+@lru_cache(maxsize=8)
+def _ramp_sum(penalty: Penalty, round_steps: int, steps_per_epoch: int) -> float:
+    """Σ φ over the window, so that `residual` holds whatever the number of steps."""
+    return math.fsum(penalty.ramp_at(t, round_steps, steps_per_epoch) for t in penalty.steps(round_steps))
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What a method wants of one round.
+
+    Attributes:
+        mask: enforced from the first step of the round on.
+        target: enforced once the condemned (`mask − target`) are gone; None when nobody is condemned.
+        penalty: how the condemned are taken to zero.
+        remove_at: fraction of the round after which the target becomes the mask.
+        start_from: `trained` keeps the weights; `rewind` asks for the recipe's rewind point.
+    """
+
+    mask: MaskSet
+    target: MaskSet | None = None
+    penalty: Penalty | None = None
+    remove_at: float = 1.0
+    start_from: Literal["trained", "rewind"] = "trained"
+
+
+@dataclass(frozen=True)
+class PruningView:
+    """What a method may ask when it plans.
+
+    Attributes:
+        mask: what is alive now.
+        rounds: number of sparse rounds in the schedule; round 0, dense, comes on top.
+        density: fraction of the schedule (0 … 1) → density asked.
+        elements: density → the mask of the best elements among those alive, the same on every rank.
+    """
+
+    mask: MaskSet
+    rounds: int
+    density: Callable[[float], float] = field(repr=False)
+    elements: Callable[[float], MaskSet] = field(repr=False)
+
+
+class Method(Protocol):
+    """One pruning method: a frozen dataclass of its options, in a file of its own under `@register_method`.
+
+    A method whose `one_round` is true trains a single round of all epochs together; `refresh` may then change the
+    mask within the round. The other methods prune between rounds.
+    """
+
+    one_round: ClassVar[bool]
+    __pydantic_config__: ClassVar[dict]
+
+    def plan(self, round: int, view: PruningView) -> RoundPlan:
+        """What round `round` starts with."""
+        ...
+
+    def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
+        """A new mask after the step at which `progress` stands, or None to leave it."""
+        ...
+
+
+METHODS: Registry[type[Method]] = Registry("method")
+
+
+def register_method(name: str) -> Callable[[type], type]:
+    """Class decorator: makes the frozen dataclass a method that a recipe can name."""
+
+    def add(method: type) -> type:
+        method.__pydantic_config__ = {"extra": "forbid"}
+        return METHODS.register(name)(method)
+
+    return add

@@ -1,0 +1,145 @@
+"""Rules that join several fields of a recipe. Each says what does not fit, why, and the way out."""
+
+from collections.abc import Iterator
+
+from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.models.catalog import CATALOG as MODELS
+from vit_rsst.pruning.methods.gmp import Gmp
+from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.recipe import Problem, Recipe, StepDecay
+
+
+def broken_rules(recipe: Recipe) -> list[Problem]:
+    """Every rule that the recipe breaks."""
+    rules = (_schedule, _method, _data, _model, _optim, _epochs)
+    return [problem for rule in rules for problem in rule(recipe)]
+
+
+def _schedule(recipe: Recipe) -> Iterator[Problem]:
+    schedule = recipe.pruning.schedule
+    place = "pruning.schedule"
+    if schedule.name == "explicit":
+        if not schedule.sparsities:
+            yield Problem(
+                f"{place}.sparsities", "missing; explicit needs the sparsity of each round, such as [0.5, 0.8, 0.9]"
+            )
+        elif list(schedule.sparsities) != sorted(set(schedule.sparsities)):
+            yield Problem(
+                f"{place}.sparsities", f"{list(schedule.sparsities)} does not rise; a removed weight stays removed"
+            )
+        if schedule.rounds and schedule.sparsities and schedule.rounds != len(schedule.sparsities):
+            yield Problem(
+                f"{place}.rounds", f"{schedule.rounds} and {len(schedule.sparsities)} sparsities; leave rounds out"
+            )
+        for key in ("rate", "final_sparsity"):
+            if getattr(schedule, key) is not None:
+                yield Problem(f"{place}.{key}", "means nothing beside an explicit list of sparsities; leave it out")
+        return
+    if schedule.sparsities is not None:
+        yield Problem(
+            f"{place}.sparsities", f"means nothing to {schedule.name!r}; set {place}.name=explicit or leave it out"
+        )
+    if schedule.rate is not None and schedule.final_sparsity is not None:
+        yield Problem(f"{place}.rate", "given together with final_sparsity, which follows from it; keep one of the two")
+    if schedule.rate is not None and schedule.name != "geometric":
+        yield Problem(
+            f"{place}.rate", f"is a share of what remains, which is the geometric schedule, not {schedule.name!r}"
+        )
+
+
+def _method(recipe: Recipe) -> Iterator[Problem]:
+    pruning, method, place = recipe.pruning, recipe.pruning.method, "pruning.method"
+    if isinstance(method, Gmp):
+        if pruning.schedule.name == "explicit":
+            yield Problem(
+                "pruning.schedule.name", "explicit lists sparsities of rounds, and gmp has one; use cubic or linear"
+            )
+        yield from _window(method.window, f"{place}.window")
+    if not isinstance(method, Rsst):
+        return
+    penalty = method.penalty
+    yield from _window(penalty.window, f"{place}.penalty.window")
+    if penalty.window[1] > method.remove_at > 0:
+        yield Problem(
+            f"{place}.remove_at",
+            f"{method.remove_at} lies before the end of the penalty window {list(penalty.window)}; remove then or later",
+        )
+    if penalty.coupling == "gradient" and recipe.optim.name != "sgd":
+        yield Problem(
+            f"{place}.penalty.coupling",
+            f"gradient means nothing under {recipe.optim.name}, which divides λ·w by its own size; use decoupled, or "
+            "optim.name=sgd",
+        )
+    if penalty.coupling == "decoupled" and recipe.optim.name == "adam" and recipe.optim.weight_decay:
+        yield Problem(
+            "optim.weight_decay",
+            "under adam the decay is part of the gradient and would move the condemned whatever "
+            "the penalty; use optim.name=adamw, or weight_decay 0",
+        )
+    if recipe.train.recovery_epochs and method.remove_at < 1:
+        yield Problem(
+            "train.recovery_epochs", f"follow a removal at the end of a round; remove_at is {method.remove_at}"
+        )
+
+
+def _window(window: tuple[float, float], place: str) -> Iterator[Problem]:
+    start, end = window
+    if not 0 <= start <= end <= 1:
+        yield Problem(place, f"{list(window)} is not a part of the round; expected 0 ≤ start ≤ end ≤ 1")
+
+
+def _data(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    if data.source == "folder" and data.path is None:
+        yield Problem("data.path", "missing; the source 'folder' needs the path of a local folder")
+    if data.source == "digits" and data.path is not None:
+        yield (
+            "data.path",
+            "means nothing to the embedded digits; name the source of the folder",
+        )
+    if data.revision is not None and (data.path is not None or not SOURCES[data.source].hub_id):
+        yield Problem("data.revision", "is a version on the Hub, and the data come from this machine; leave it out")
+
+
+def _model(recipe: Recipe) -> Iterator[Problem]:
+    model = recipe.model
+    if model.pretrained and model.name in MODELS and not MODELS[model.name].has_weights:
+        yield (
+            "model.pretrained",
+            (f"{model.name} has no published weights; set it to false, or use vit_small, vit_base or a timm name"),
+        )
+    if model.pretrained and model.start_from:
+        yield Problem(
+            "model.pretrained", "given together with start_from, which brings all weights; keep one of the two"
+        )
+    if "num_classes" in model.args:
+        yield Problem("model.args.num_classes", "follows from the data; leave it out")
+
+
+def _optim(recipe: Recipe) -> Iterator[Problem]:
+    optim, train = recipe.optim, recipe.train
+    if optim.warmup_epochs >= train.epochs:
+        yield Problem(
+            "optim.warmup_epochs", f"{optim.warmup_epochs} of {train.epochs} epochs leaves none after the warm-up"
+        )
+    if isinstance(optim.schedule, StepDecay) and max(optim.schedule.steps, default=0) >= train.epochs:
+        yield Problem("optim.schedule.steps", f"{list(optim.schedule.steps)} go past the {train.epochs} epochs")
+    if optim.min_lr > optim.lr:
+        yield Problem("optim.min_lr", f"{optim.min_lr} is more than lr {optim.lr}")
+    if recipe.pruning.rewind == "none" and optim.schedule == "cosine" and optim.min_lr == 0:
+        yield Problem(
+            "pruning.rewind",
+            "none trains later rounds at the rate where the cosine ends, optim.min_lr, which is 0; set it, or use lr",
+        )
+
+
+def _epochs(recipe: Recipe) -> Iterator[Problem]:
+    rewind_epoch = recipe.pruning.rewind_epoch
+    if rewind_epoch is not None and rewind_epoch >= recipe.train.epochs:
+        yield Problem(
+            "pruning.rewind", f"epoch {rewind_epoch} is not before the end of round 0 ({recipe.train.epochs} epochs)"
+        )
+    if rewind_epoch and recipe.model.start_from:
+        yield Problem("pruning.rewind", "round 0 is not trained when model.start_from is given; use lr, init or none")
+    if recipe.train.recovery_epochs and recipe.pruning.method_name not in ("rsst", "dense", "gmp"):
+        yield Problem("train.recovery_epochs", f"{recipe.pruning.method_name} removes before it trains; leave them out")

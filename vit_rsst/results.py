@@ -1,0 +1,104 @@
+"""Results of rounds: one row each, kept as JSON beside the ticket, listed in rounds.csv and shown as a table."""
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from vit_rsst import files
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One line of rounds.csv. Accuracies in percent, losses in nats, gaps in points; empty where there is none."""
+
+    round: int
+    density_asked: float
+    density: float
+    val_top1: float
+    val_top5: float
+    val_loss: float
+    test_top1: float | None
+    test_loss: float | None
+    what_if_gap: float | None
+    epochs: int
+    seconds: float
+    ticket_bytes: int
+
+
+COLUMNS = tuple(f.name for f in fields(RoundRow))
+
+
+def ticket_path(folder: Path, round: int) -> Path:
+    """Where the ticket of a round lies in a run folder."""
+    return folder / "tickets" / f"round_{round:02d}.safetensors"
+
+
+def save_row(folder: Path, row: RoundRow, report: dict) -> None:
+    """Writes the row with its report beside the ticket, and rounds.csv anew from all rows."""
+    files.write_json(ticket_path(folder, row.round).with_suffix(".json"), {"row": asdict(row), "pruning": report})
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: "" if v is None else v for k, v in asdict(r).items()} for r in load_rows(folder))
+    files.write_text(folder / "rounds.csv", buffer.getvalue())
+
+
+def load_rows(folder: Path) -> list[RoundRow]:
+    """All rows of a run, by round."""
+    return [RoundRow(**load_report(path)["row"]) for path in sorted((folder / "tickets").glob("round_*.json"))]
+
+
+def forget_from(folder: Path, round: int) -> None:
+    """Removes what a run left of `round` and later ones: it goes on from before they ended."""
+    for path in (folder / "tickets").glob("round_*"):
+        if int(path.stem.removeprefix("round_")) >= round:
+            path.unlink()
+
+
+def load_report(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(rows: list[RoundRow]) -> str:
+    """The rows as aligned text: density, accuracy, what-if gap, epochs, time and ticket size."""
+    heads = ("round", "density", "val top-1", "test top-1", "what-if gap", "epochs", "time", "ticket")
+    lines = [heads] + [
+        (
+            str(row.round),
+            f"{row.density:.4f}",
+            f"{row.val_top1:.2f}",
+            "–" if row.test_top1 is None else f"{row.test_top1:.2f}",
+            "–" if row.what_if_gap is None else f"{row.what_if_gap:+.2f}",
+            str(row.epochs),
+            duration(row.seconds),
+            size(row.ticket_bytes),
+        )
+        for row in rows
+    ]
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Columns of equal width, right-aligned, two spaces apart; the first line is the head."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def duration(seconds: float) -> str:
+    """`43s`, `12m05s` or `3h20m`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def size(num_bytes: float) -> str:
+    """`812 B`, `3.4 KiB`, `1.2 MiB` …"""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

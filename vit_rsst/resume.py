@@ -1,0 +1,58 @@
+"""From a run to a resume point and back. Randomness needs no place in it: every draw is a function of progress."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from vit_rsst import optim, tickets
+from vit_rsst.checkpoint import ResumePoint
+from vit_rsst.errors import Damaged
+
+if TYPE_CHECKING:
+    from vit_rsst.loop import Run
+
+
+def save(s: Run) -> None:
+    """Saves the run as it stands between two steps; collective, written by the main process in the background."""
+    meter = s.meter.gather_(s.accelerator.is_main_process)
+    now = time.monotonic()
+    s.seconds, s.clock = s.seconds + now - s.clock, now
+    if not s.accelerator.is_main_process:
+        return
+    masks, controller = s.controller.state_dict()
+    names = {id(parameter): name for name, parameter in s.net.named_parameters()}
+    tensors = {
+        "model": s.net.state_dict(),
+        "optimizer": optim.state_tensors(s.optimizer, names),
+        "controller": masks,
+    }
+    numbers = {
+        "progress": s.progress.state_dict(),
+        "controller": controller,
+        "meter": meter,
+        "skipped_steps": s.skipped_steps,
+        "seconds": s.seconds,
+        "recipe": s.recipe_fingerprint,
+    }
+    s.checkpointer.save(ResumePoint(s.progress.global_step, tensors, numbers))
+
+
+def restore_(s: Run, point: ResumePoint) -> None:
+    """Sets the run to where a point was taken.
+
+    Raises:
+        Damaged: the point's tensors do not fit this model.
+    """
+    model = tickets.Ticket(dict(point.tensors["model"]), s.controller.mask, {})
+    tickets.load_into_(s.net, model, f"resume point {point.step}")
+    try:
+        optim.load_state_tensors_(s.optimizer, point.tensors["optimizer"], dict(s.net.named_parameters()))
+        s.controller.load_state_dict(point.tensors["controller"], point.numbers["controller"])
+    except KeyError as error:
+        raise Damaged(f"resume point {point.step}: it holds state of {error}, which this model has not.") from error
+    s.progress.load_state_dict(point.numbers["progress"])
+    s.meter.load(point.numbers["meter"], s.accelerator.is_main_process)
+    s.skipped_steps, s.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
+    s.clock = time.monotonic()
+    s.tracker.truncate(s.progress.global_step)

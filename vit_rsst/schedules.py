@@ -1,0 +1,64 @@
+"""Pure curves: ramps of the penalty, schedules of sparsity, learning rates. Numbers in, numbers out.
+
+Nothing here knows epochs, tensors or optimizers: `progress` turns epochs into steps, the controller and the loop
+ask for the value at a step.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+RAMPS: dict[str, Callable[[float, float], float]] = {
+    "x": lambda x, p: x,
+    "x^2": lambda x, p: x**2,
+    "x^3": lambda x, p: x**3,
+    "exp": lambda x, p: math.expm1(x) / math.expm1(1.0),
+    "exp_custom": lambda x, p: math.expm1(x) / math.expm1(1.0),
+    "exp_custom_exponents": lambda x, p: math.expm1(x**p) / math.expm1(1.0),
+    "cos": lambda x, p: (1.0 - math.cos(math.pi * x)) / 2.0,
+}
+"""φ(x, p): fraction of the penalty window → strength of the penalty; φ(0) = 0, φ(1) = 1, never falling."""
+
+SPARSITY_CURVES: dict[str, Callable[[float, float], float]] = {
+    "geometric": lambda f, final: 1.0 - (1.0 - final) ** f,
+    "cubic": lambda f, final: final * (1.0 - (1.0 - f) ** 3),  # Zhu & Gupta 2017, eq. 1
+    "linear": lambda f, final: final * f,
+}
+"""s(f, final): fraction of the rounds (or steps) → sparsity; s(0) = 0, s(1) = final."""
+
+
+def ramp(name: str, x: float, exponent: float) -> float:
+    """Strength of the penalty at fraction `x` of its window, clipped to 0 … 1."""
+    return RAMPS[name](min(max(x, 0.0), 1.0), exponent)
+
+
+def learning_rate(
+    step: int,
+    num_steps: int,
+    *,
+    lr: float,
+    warmup: float,
+    schedule: str,
+    min_lr: float = 0.0,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+) -> float:
+    """Learning rate of one step out of `num_steps`, a pure function.
+
+    Args:
+        step: index of the step, from 0; may be fractional (a schedule replayed from its middle).
+        num_steps: length of the schedule.
+        lr: the highest rate, reached when the warm-up ends.
+        warmup: fraction of `num_steps` over which the rate rises linearly to `lr`.
+        schedule: `cosine` (from `lr` to `min_lr`), `steps` (times `gamma` at each milestone) or `constant`.
+        milestones: fractions of `num_steps` at which `steps` decays.
+    """
+    warmup_steps = warmup * num_steps
+    if step < warmup_steps:
+        return lr * min(1.0, (step + 1) / warmup_steps)
+    if schedule == "constant":
+        return lr
+    if schedule == "steps":
+        # A milestone that falls on a step belongs to it: the epsilon absorbs the rounding of epochs / epochs * steps.
+        return lr * gamma ** sum(step + 1e-6 >= m * num_steps for m in milestones)
+    x = (step - warmup_steps) / max(num_steps - warmup_steps, 1e-12)
+    return min_lr + (lr - min_lr) * (1.0 + math.cos(math.pi * min(x, 1.0))) / 2.0

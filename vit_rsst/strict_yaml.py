@@ -1,0 +1,109 @@
+"""YAML 1.2's core schema, strictly: `5e-4` is a number, `no` a string, `2:4` a string, two equal keys an error.
+
+Every key keeps its line, so that whatever is found wrong later can be said with its place.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import yaml
+
+_CORE = {
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+
+Path = tuple[str, ...]
+
+
+@dataclass
+class Document:
+    """A parsed file.
+
+    Attributes:
+        tree: nested dicts, lists and scalars.
+        lines: path of a key → the line it stands on, from 1.
+        problems: (path, line, sentence) of what the syntax itself has wrong.
+    """
+
+    tree: dict = field(default_factory=dict)
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[tuple[Path, int, str]] = field(default_factory=list)
+
+
+class _CoreLoader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+for _tag, (_pattern, _first) in _CORE.items():
+    # The empty scalar has no first letter: PyYAML looks it up under ''.
+    _CoreLoader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first])
+
+
+def parse(text: str) -> Document:
+    """Parses one document whose top is a mapping; collects what is wrong instead of stopping at the first."""
+    document = Document()
+    try:
+        loader = _CoreLoader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        line = (error.problem_mark.line if error.problem_mark else 0) + 1
+        document.problems.append(((), line, f"not valid YAML: {error.problem or error}"))
+        return document
+    except yaml.YAMLError as error:
+        document.problems.append(((), 1, f"not valid YAML: {error}"))
+        return document
+    if node is None:
+        return document
+    if not isinstance(node, yaml.MappingNode):
+        document.problems.append(((), node.start_mark.line + 1, "expected a mapping of sections at the top"))
+        return document
+    document.tree = _build(node, (), document, loader)
+    return document
+
+
+def parse_scalar(text: str) -> object:
+    """A value from the command line, by the same rules; a flow list or mapping is one as well.
+
+    Raises:
+        ValueError: not valid YAML.
+    """
+    document = parse(f"value: {text}")
+    if document.problems:
+        raise ValueError(document.problems[0][2])
+    return document.tree["value"]
+
+
+def _build(node: yaml.Node, path: Path, document: Document, loader: _CoreLoader) -> object:
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(child, (*path, str(i)), document, loader) for i, child in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return _scalar(node, path, document, loader)
+    tree: dict = {}
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in tree:
+            first = document.lines[(*path, key)]
+            document.problems.append(
+                ((*path, key), line, f"key given twice, first in line {first}; keep one of the two")
+            )
+            continue
+        document.lines[(*path, key)] = line
+        tree[key] = _build(value_node, (*path, key), document, loader)
+    return tree
+
+
+def _scalar(node: yaml.ScalarNode, path: Path, document: Document, loader: _CoreLoader) -> object:
+    text = node.value
+    if node.tag == "tag:yaml.org,2002:int":
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    if node.tag not in (*_CORE, "tag:yaml.org,2002:str"):
+        document.problems.append((path, node.start_mark.line + 1, f"tag {node.tag!r} is not allowed in a recipe"))
+        return None
+    return loader.construct_object(node)

@@ -1,0 +1,136 @@
+"""Tickets: the sparse weights of one round in one safetensors file, with all that is needed to build the model again.
+
+For each pruned weight NAME: `NAME.values` (the kept values, row-major), `NAME.mask` (bits, packed, most significant
+first) and `NAME.shape`; every other tensor under its own name. The header says which timm architecture with which
+arguments the tensors fit, and holds a hash of them all.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vit_rsst import files
+from vit_rsst.errors import Damaged
+from vit_rsst.pruning.masks import MaskSet, pack_bits, unpack_bits
+
+FORMAT = "vit_rsst.ticket/1"
+PARTS = ("values", "mask", "shape")
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A loaded ticket.
+
+    Attributes:
+        state: the dense state dict, zeros where the mask says.
+        mask: of the prunable weights.
+        metadata: strings of the header; `model_args`, `data` and `recipe` are JSON.
+    """
+
+    state: dict[str, Tensor]
+    mask: MaskSet
+    metadata: dict[str, str]
+
+    @property
+    def model_args(self) -> dict:
+        return json.loads(self.metadata["model_args"])
+
+
+def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mapping[str, str]) -> int:
+    """Writes a ticket atomically; returns its size in bytes."""
+    tensors = _pack(state, mask)
+    header = {"format": FORMAT, **metadata, "sha256": _digest(tensors)}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata=header)
+    files.settle(temporary)
+    os.replace(temporary, path)
+    files.settle_folder(path.parent)
+    return path.stat().st_size
+
+
+def load(path: Path) -> Ticket:
+    """Reads a ticket back into dense tensors.
+
+    Raises:
+        Damaged: no such file, not a ticket, another schema, truncated, or not what its hash says.
+    """
+    if not path.is_file():
+        raise Damaged(f"{path}: there is no such ticket.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path}: not a readable safetensors file ({error}); copy or make the ticket again.") from error
+    if metadata.get("format") != FORMAT:
+        raise Damaged(
+            f"{path}: the format is {metadata.get('format', 'not given')!r}, not {FORMAT!r}; expected a ticket as "
+            "a run of this version writes it."
+        )
+    if _digest(tensors) != metadata.get("sha256"):
+        raise Damaged(f"{path}: the tensors are not what the hash in the header says; copy or make the ticket again.")
+    return _unpack(tensors, metadata)
+
+
+def load_into_(model: nn.Module, ticket: Ticket, place: str) -> None:
+    """Copies a ticket's tensors into a model.
+
+    Raises:
+        Damaged: names or shapes differ; the first five differences are listed and the model is untouched.
+    """
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in ticket.state.items()}
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    if wrong:
+        listed = "; ".join(
+            f"{n}: model {expected.get(n, 'has none')}, ticket {found.get(n, 'has none')}" for n in wrong[:5]
+        )
+        raise Damaged(f"{place}: the ticket does not fit this model in {len(wrong)} tensors ({listed}).")
+    model.load_state_dict(ticket.state)
+
+
+def _pack(state: Mapping[str, Tensor], mask: MaskSet) -> dict[str, Tensor]:
+    tensors = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu()
+        if name in mask.masks:
+            alive = mask[name].cpu()
+            values = tensor[alive]
+            tensors[f"{name}.values"] = values + torch.zeros((), dtype=values.dtype)  # −0 becomes +0
+            tensors[f"{name}.mask"] = pack_bits(alive)
+            tensors[f"{name}.shape"] = torch.tensor(tensor.shape, dtype=torch.int64)
+        else:
+            tensors[name] = tensor.contiguous().clone()
+    return tensors
+
+
+def _unpack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Ticket:
+    names = [
+        name.removesuffix(".mask") for name in tensors if name.endswith(".mask") and f"{name[:-5]}.values" in tensors
+    ]
+    state, masks = {}, {}
+    for name in names:
+        shape = tuple(tensors[f"{name}.shape"].tolist())
+        masks[name] = unpack_bits(tensors[f"{name}.mask"], shape)
+        values = tensors[f"{name}.values"]
+        state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(masks[name], values)
+    packed = {f"{name}.{part}" for name in names for part in PARTS}
+    state |= {name: tensor for name, tensor in tensors.items() if name not in packed}
+    return Ticket(state, MaskSet(masks), metadata)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""The entry for `accelerate launch -m vit_rsst.train RECIPE [key=value …]`: parse, assemble, call `loop.run`.
+
+The recipe is checked before anything heavy is imported, so that a mistake costs a second and no rank waits.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vit_rsst.errors import Damaged, InputError, RunError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from vit_rsst.loop import Run
+    from vit_rsst.recipe import Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training, for this entry and for `vit-rsst train`."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe file, or the name of one that comes with the package"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="fields of the recipe to override")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole plan and stop; nothing is created")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew; an existing run folder is kept as NAME.old-N"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and trains; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="vit_rsst.train", description="Train and prune by a recipe.")
+    add_arguments(parser)
+    return guarded(train, parser.parse_intermixed_args(argv))
+
+
+def guarded(verb: object, arguments: argparse.Namespace) -> int:
+    """Runs a verb; an error that the user can act on is printed without a traceback and becomes its exit code."""
+    try:
+        verb(arguments)
+    except RunError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{'' if error.exit_code == 75 else 'error: '}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from vit_rsst import recipe as recipes
+
+    recipe = recipes.load(recipes.find(arguments.recipe), arguments.overrides)
+    if arguments.dry_run:
+        from vit_rsst.planning import plan_text
+
+        print(plan_text(recipe))
+        return
+    run_recipe(recipe, arguments.restart)
+
+
+def run_recipe(recipe: "Recipe", restart: bool = False) -> None:
+    """Trains by a recipe, going on where an earlier run of it stopped."""
+    from vit_rsst import loop
+    from vit_rsst.results import load_rows
+    from vit_rsst.run_folder import RunFolder
+
+    folder = RunFolder(recipe.run_folder)
+    accelerator = make_accelerator(recipe)
+    if accelerator.is_main_process and restart and (old := folder.set_aside()):
+        print(f"kept the earlier run as {old}")
+    accelerator.wait_for_everyone()
+    folder.check(recipe)
+    if folder.status().get("state") == "finished":
+        if accelerator.is_main_process:
+            from vit_rsst.results import table
+
+            print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
+        return
+    s, lock = assemble(recipe, accelerator, folder)
+    try:
+        loop.run(s)
+        finish(s, recipe)
+    except BaseException as error:
+        fail(s, error)
+        raise
+    finally:
+        s.console.close()
+        s.tracker.finish()
+        if lock is not None:
+            lock.release()
+        accelerator.end_training()
+
+
+def make_accelerator(recipe: "Recipe") -> "Accelerator":
+    """The Accelerator, with the recipe's precision and the accumulation that its global batch asks for.
+
+    Raises:
+        InputError: the launcher started another number of processes than Accelerate sees.
+    """
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import GradientAccumulationPlugin
+
+    from vit_rsst.data.loaders import Dealing
+
+    state = PartialState()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != state.num_processes:
+        raise InputError(
+            f"the launcher started {world} processes and Accelerate sees {state.num_processes}: they would train apart "
+            "from each other. For several CPU processes set ACCELERATE_USE_CPU=true and use a configuration with "
+            "distributed_type: MULTI_GPU, such as accelerate_configs/cpu_2proc.yaml."
+        )
+    dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, state.num_processes)
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher always sets it, to `no` when not told
+    if asked not in ("no", recipe.train.precision) and state.is_main_process:
+        print(
+            f"warning: the launcher asks for mixed precision {asked!r}; the recipe's train.precision "
+            f"{recipe.train.precision!r} holds.",
+            file=sys.stderr,
+        )
+    # Without sync_with_dataloader the windows count micro-batches alone: an epoch is whole windows by construction.
+    accumulation = GradientAccumulationPlugin(num_steps=dealing.accumulation, sync_with_dataloader=False)
+    return Accelerator(mixed_precision=recipe.train.precision, gradient_accumulation_plugin=accumulation)
+
+
+def assemble(recipe: "Recipe", accelerator: "Accelerator", folder: object) -> tuple["Run", object]:
+    """Builds the run of a recipe, resumed where it can be; all that can be wrong is found before the first step."""
+    from vit_rsst import assembly
+
+    s, lock = assembly.build(recipe, accelerator, folder)
+    assembly.resume_if_possible(s)
+    return s, lock
+
+
+def finish(s: "Run", recipe: "Recipe") -> None:
+    """Says how it went and what can be done next."""
+    from vit_rsst.results import load_rows, ticket_path
+
+    if not s.accelerator.is_main_process:
+        return
+    rows = load_rows(s.folder.path)
+    s.folder.write_status("finished", exit_code=0)
+    s.console.rounds(rows)
+    last = ticket_path(s.folder.path, rows[-1].round)
+    s.console.line(
+        f"The last ticket holds {rows[-1].density:.2%} of the prunable weights: {last}\n"
+        f"  vit-rsst evaluate {last}      its test scores by class\n"
+        f"  {s.folder.path}/rounds.csv, metrics.jsonl      every number of this run"
+    )
+
+
+def fail(s: "Run", error: BaseException) -> None:
+    """Leaves the reason in status.json."""
+    if not s.accelerator.is_main_process:
+        return
+    code = getattr(error, "exit_code", 1)
+    s.folder.write_status(
+        "stopped" if code == 75 else "failed", code, str(error) or type(error).__name__,
+        round=s.progress.round, epoch=s.progress.epoch, step=s.progress.global_step,
+    )  # fmt: skip
+    if not isinstance(error, Damaged):
+        s.tracker.log("warning", s.progress.global_step, {"text": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
