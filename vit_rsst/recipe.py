@@ -281,6 +281,7 @@ class Source:
     def _override(self, item: str) -> None:
         key, equals, text = item.partition("=")
         if not equals or not key or not all(key.split(".")):
+            self.overridden[item] = item
             self.problems.append(Problem(item, "expected key=value, such as train.epochs=60"))
             return
         self.overridden[key] = item
@@ -456,20 +457,21 @@ def _sentences(error: ValidationError, root: type, tree: dict, prefix: tuple[str
     """pydantic's errors in the project's words; one for each place, however many branches of a union failed there."""
     found: dict[str, Problem] = {}
     for item in error.errors(include_url=False):
-        inside = tuple(str(part) for part in item["loc"])
-        path = _real_path(inside, tree)
+        is_new_key = item["type"] in ("unexpected_keyword_argument", "missing")
+        path = _real_path(tuple(str(part) for part in item["loc"]), tree, is_new_key)
         dotted = ".".join((*prefix, *path))
         if path == ("data", "augment") and isinstance(item["input"], str):
             continue  # said as an unknown preset
         found.setdefault(dotted, Problem(dotted, _sentence(item, _siblings(root, path), root)))
-    return list(found.values())
+    # A mapping that fails one branch of a union by its keys fails the others as a whole: the keys say more.
+    return [p for path, p in found.items() if not any(other.startswith(f"{path}.") for other in found)]
 
 
-def _real_path(inside: tuple[str, ...], tree: Any) -> tuple[str, ...]:
+def _real_path(inside: tuple[str, ...], tree: Any, ends_in_new_key: bool) -> tuple[str, ...]:
     """Drops the parts of a location that name a branch of a union and not a key."""
     path, node = [], tree
     for i, part in enumerate(inside):
-        if isinstance(node, dict) and (part in node or i == len(inside) - 1):
+        if isinstance(node, dict) and (part in node or (ends_in_new_key and i == len(inside) - 1)):
             path.append(part)
             node = node.get(part)
         elif isinstance(node, list) and part.isdigit() and int(part) < len(node):

@@ -62,7 +62,7 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
     if penalty.window[1] > method.remove_at > 0:
         yield Problem(
             f"{place}.remove_at",
-            f"{method.remove_at} lies before the end of the penalty window {list(penalty.window)}; remove then or later",
+            f"{method.remove_at} lies before the end of the window {list(penalty.window)}; remove then or later",
         )
     if penalty.coupling == "gradient" and recipe.optim.name != "sgd":
         yield Problem(
@@ -73,8 +73,8 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
     if penalty.coupling == "decoupled" and recipe.optim.name == "adam" and recipe.optim.weight_decay:
         yield Problem(
             "optim.weight_decay",
-            "under adam the decay is part of the gradient and would move the condemned whatever "
-            "the penalty; use optim.name=adamw, or weight_decay 0",
+            "under adam the decay is part of the gradient and would move the condemned whatever the penalty; "
+            "use optim.name=adamw, or weight_decay 0",
         )
     if recipe.train.recovery_epochs and method.remove_at < 1:
         yield Problem(
