@@ -281,7 +281,7 @@ def summary(
         f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({rows})\n"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "
         f"final density {1 - final:.3f}\n"
-        f"  {len(progress.round_epochs)} rounds, {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "
+        f"  {len(progress.round_epochs)} round(s), {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "
         f"global batch {dealing}; {device}, precision {recipe.train.precision}\n"
         f"  run folder {recipe.run_folder}"
     )

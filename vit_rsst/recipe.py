@@ -142,8 +142,10 @@ class Schedule:
         """Density asked after a fraction (0 … 1) of the rounds, or of the steps of a method of one round."""
         if self.sparsities:
             done = round(fraction * self.num_rounds)
-            return 1.0 - self.sparsities[done - 1] if done else 1.0
-        return 1.0 - SPARSITY_CURVES[self.name](fraction, self.final)
+            sparsity = self.sparsities[done - 1] if done else 0.0
+        else:
+            sparsity = SPARSITY_CURVES[self.name](fraction, self.final)
+        return round(1.0 - sparsity, 12)  # 0.1, not 0.09999999999999998
 
 
 @section

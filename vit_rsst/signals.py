@@ -12,16 +12,20 @@ AGREE_EVERY = 10
 """Steps between two agreements when there are several ranks; each costs one tiny all-reduce."""
 
 
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"
+"""Set by `accelerate launch` and by nothing else here; without a launcher, a parent that ends means nothing (nohup)."""
+
+
 @dataclass
 class StopFlag:
     """Why the run should stop, once it should.
 
     A second SIGINT ends the process at once. `accelerate launch` with one process does not pass SIGTERM on and leaves
-    the trainer orphaned, so that a parent that is gone counts as SIGTERM.
+    the trainer orphaned, so that a launcher that is gone counts as SIGTERM.
     """
 
     reason: str = ""
-    _parent: int = field(default_factory=os.getppid)
+    _launcher: int | None = field(default_factory=lambda: os.getppid() if LAUNCHED in os.environ else None)
 
     def install(self) -> None:
         """Takes over SIGTERM, SIGINT and SIGUSR1."""
@@ -35,7 +39,7 @@ class StopFlag:
 
     def agreed(self, step: int) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank, so it is collective."""
-        if not self.reason and os.getppid() != self._parent:
+        if not self.reason and self._launcher not in (None, os.getppid()):
             self.reason = "the launcher is gone"
         state = PartialState()
         if state.num_processes == 1:

@@ -45,6 +45,8 @@ def guarded(verb: object, arguments: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"{'' if error.exit_code == 75 else 'error: '}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:  # the second one: the first asks a run to stop with a resume point
+        return 130
     return 0
 
 
@@ -55,7 +57,8 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         from vit_rsst.planning import plan_text
 
-        print(plan_text(recipe))
+        if os.environ.get("RANK", "0") == "0":
+            print(plan_text(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     run_recipe(recipe, arguments.restart)
 
