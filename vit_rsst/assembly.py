@@ -25,7 +25,7 @@ from vit_rsst.metrics.counters import RunningLoss, score
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.progress import Progress
-from vit_rsst.pruning.controller import Controller
+from vit_rsst.pruning.controller import Controller, Evaluate
 from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.recipe import Optim, Recipe, StepDecay
@@ -44,56 +44,36 @@ def build(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> tuple[
     with accelerator.main_process_first():  # one process makes the cache, the others read it
         data = open_data(data_options(recipe), recipe.seed)
     dealing = Dealing.of(train.global_batch, train.batch_per_device, accelerator.num_processes)
-    progress = Progress(
-        steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch), recipe.round_epochs
-    )
-    net, mask = build_model(recipe, data)
+    steps = steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch)
+    progress = Progress(steps, recipe.round_epochs)
+    net, start_mask = build_model(recipe, data)
     weights = prunable_weights(net, recipe.pruning.include, recipe.pruning.protect)
     net.to(device)
-    mask = MaskSet.full(weights) if mask is None else MaskSet({n: mask[n].to(device) for n in weights})
-    optimizer = build_optimizer(net, recipe.optim)
-    loader = InMemoryLoader(
-        placed(data.train, device), dealing, accelerator.process_index, device, recipe.seed,
-        augmentation(recipe), *channels(recipe),
-    )  # fmt: skip
-    evaluate = make_evaluate(net, data, accelerator, recipe)
+    loader = build_loader(recipe, data, dealing, accelerator)
     lock = None
     if is_main:
         record = run_folder.environment(accelerator.num_processes, str(device), data.identity)
         lock = folder.open(recipe, record)
         folder.write_status("running")
     if train.compile:
-        net.compile()
-    model, prepared = accelerator.prepare(net, optimizer)
-    controller = Controller(
-        model=net,
-        weights=weights,
-        optimizer=prepared,
-        method=recipe.pruning.method,
-        rounds=recipe.pruning.schedule.num_rounds,
-        density=recipe.pruning.schedule.density,
-        criterion=CRITERIA[recipe.pruning.criterion],
-        scope=recipe.pruning.scope,
-        rewind_epoch=recipe.pruning.rewind_epoch,
-        seed=recipe.seed,
-        evaluate=lambda: evaluate("val"),
-        mask=mask,
-    )
-    stop = StopFlag()
-    stop.install()
+        net.compile()  # in place: names stay, and masks written outside of it never recompile
+    model, optimizer = accelerator.prepare(net, build_optimizer(net, recipe.optim))
+    evaluate = make_evaluate(net, data, accelerator, recipe)
     console = Console(is_main, progress, train.global_batch)
+    console.line(summary(recipe, data, net, weights, dealing, progress, str(device)))
     tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
     tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
-    console.line(summary(recipe, data, net, weights, dealing, progress, str(device)))
+    stop = StopFlag()
+    stop.install()
     run = Run(
         accelerator=accelerator,
         model=model,
         net=net,
-        optimizer=prepared,
+        optimizer=optimizer,
         loader=loader,
         loss=nn.CrossEntropyLoss(label_smoothing=train.label_smoothing),
         lr=make_lr(recipe),
-        controller=controller,
+        controller=build_controller(recipe, net, weights, optimizer, lambda: evaluate("val"), start_mask),
         progress=progress,
         evaluate=evaluate,
         folder=folder,
@@ -111,6 +91,62 @@ def build(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> tuple[
         header=ticket_header(recipe, data),
     )
     return run, lock
+
+
+def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator: Accelerator) -> InMemoryLoader:
+    """This rank's training batches, from the decoded images."""
+    mean, std = channels(recipe)
+    device = accelerator.device
+    return InMemoryLoader(
+        split=placed(data.train, device),
+        dealing=dealing,
+        rank=accelerator.process_index,
+        device=device,
+        seed=recipe.seed,
+        augmentation=augmentation(recipe),
+        mean=mean,
+        std=std,
+    )
+
+
+def build_controller(
+    recipe: Recipe,
+    net: nn.Module,
+    weights: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    evaluate: Evaluate,
+    start_mask: MaskSet | None,
+) -> Controller:
+    """The controller of the recipe's method, with everything alive or with the mask that the run starts from.
+
+    Raises:
+        InputError: the start has zeros in a weight that this recipe does not prune, which would come back.
+    """
+    pruning = recipe.pruning
+    mask = MaskSet.full(weights)
+    freed = [n for n, found in start_mask.masks.items() if n not in weights and not found.all()] if start_mask else []
+    if freed:
+        raise InputError(
+            f"pruning.protect: model.start_from has zeros in {freed[0]} and {len(freed) - 1} more weights that this recipe "
+            "does not prune, so that they would grow back; prune the same weights as the run it comes from."
+        )
+    if start_mask is not None:  # a weight that was not prunable there is alive here
+        alive = {n: start_mask[n].to(w.device) if n in start_mask.masks else mask[n] for n, w in weights.items()}
+        mask = MaskSet(alive)
+    return Controller(
+        model=net,
+        weights=weights,
+        optimizer=optimizer,
+        method=pruning.method,
+        rounds=pruning.schedule.num_rounds,
+        density=pruning.schedule.density,
+        criterion=CRITERIA[pruning.criterion],
+        scope=pruning.scope,
+        rewind_epoch=pruning.rewind_epoch,
+        seed=recipe.seed,
+        evaluate=evaluate,
+        mask=mask,
+    )
 
 
 def resume_if_possible(s: Run) -> None:

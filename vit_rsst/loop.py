@@ -163,7 +163,8 @@ def finish_epoch(s: Run) -> None:
     metrics |= s.controller.metrics(last) | {"time/images_per_s": s.console.images_per_second}
     s.tracker.log("epoch", s.progress.global_step, _where(s.progress) | metrics)
     s.console.epoch(metrics)
-    s.folder.write_status("running", **_where(s.progress)) if s.accelerator.is_main_process else None
+    if s.accelerator.is_main_process:
+        s.folder.write_status("running", **_where(s.progress))
 
 
 def finish_round(s: Run) -> None:

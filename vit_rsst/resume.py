@@ -44,8 +44,7 @@ def restore_(s: Run, point: ResumePoint) -> None:
     Raises:
         Damaged: the point's tensors do not fit this model.
     """
-    model = tickets.Ticket(dict(point.tensors["model"]), s.controller.mask, {})
-    tickets.load_into_(s.net, model, f"resume point {point.step}")
+    tickets.load_state_(s.net, point.tensors["model"], f"resume point {point.step}")
     try:
         optim.load_state_tensors_(s.optimizer, point.tensors["optimizer"], dict(s.net.named_parameters()))
         s.controller.load_state_dict(point.tensors["controller"], point.numbers["controller"])

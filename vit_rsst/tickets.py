@@ -81,20 +81,25 @@ def load(path: Path) -> Ticket:
 
 
 def load_into_(model: nn.Module, ticket: Ticket, place: str) -> None:
-    """Copies a ticket's tensors into a model.
+    """Copies a ticket's tensors into a model; see `load_state_`."""
+    load_state_(model, ticket.state, place)
+
+
+def load_state_(model: nn.Module, state: Mapping[str, Tensor], place: str) -> None:
+    """Copies a state dict into a model, whole or not at all.
 
     Raises:
         Damaged: names or shapes differ; the first five differences are listed and the model is untouched.
     """
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in ticket.state.items()}
+    found = {name: tuple(t.shape) for name, t in state.items()}
     wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     if wrong:
         listed = "; ".join(
-            f"{n}: model {expected.get(n, 'has none')}, ticket {found.get(n, 'has none')}" for n in wrong[:5]
+            f"{n}: model {expected.get(n, 'has none')}, file {found.get(n, 'has none')}" for n in wrong[:5]
         )
-        raise Damaged(f"{place}: the ticket does not fit this model in {len(wrong)} tensors ({listed}).")
-    model.load_state_dict(ticket.state)
+        raise Damaged(f"{place}: it does not fit this model in {len(wrong)} tensors ({listed}).")
+    model.load_state_dict(state)
 
 
 def _pack(state: Mapping[str, Tensor], mask: MaskSet) -> dict[str, Tensor]:
