@@ -127,8 +127,8 @@ def build_controller(
     freed = [n for n, found in start_mask.masks.items() if n not in weights and not found.all()] if start_mask else []
     if freed:
         raise InputError(
-            f"pruning.protect: model.start_from has zeros in {freed[0]} and {len(freed) - 1} more weights that this recipe "
-            "does not prune, so that they would grow back; prune the same weights as the run it comes from."
+            f"pruning.protect: model.start_from has zeros in {freed[0]} and {len(freed) - 1} more weights that this "
+            "recipe does not prune, so that they would grow back; prune the same weights as the run it comes from."
         )
     if start_mask is not None:  # a weight that was not prunable there is alive here
         alive = {n: start_mask[n].to(w.device) if n in start_mask.masks else mask[n] for n, w in weights.items()}
