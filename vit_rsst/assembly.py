@@ -38,8 +38,14 @@ from vit_rsst.tracking import Tracker, to_stderr
 EVALUATION_BATCH = 500
 
 
-def build(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> tuple[Run, FileLock | None]:
-    """Everything of a run at its first step. The folder is created once nothing can be wrong any more."""
+def build(
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, restart: bool = False
+) -> tuple[Run, FileLock | None]:
+    """Everything of a run at its first step. The folder is created once nothing can be wrong any more.
+
+    Args:
+        restart: keep an earlier run of this folder beside it and begin anew.
+    """
     train, device, is_main = recipe.train, accelerator.device, accelerator.is_main_process
     with accelerator.main_process_first():  # one process makes the cache, the others read it
         data = open_data(data_options(recipe), recipe.seed)
@@ -49,16 +55,19 @@ def build(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> tuple[
     net, start_mask = build_model(recipe, data)
     weights = prunable_weights(net, recipe.pruning.include, recipe.pruning.protect)
     net.to(device)
+    mask = starting_mask(weights, start_mask)
     loader = build_loader(recipe, data, dealing, accelerator)
+    evaluate = make_evaluate(net, data, accelerator, recipe)
     lock = None
     if is_main:
         record = run_folder.environment(accelerator.num_processes, str(device), data.identity)
+        if restart and (old := folder.set_aside()):
+            print(f"kept the earlier run as {old}")
         lock = folder.open(recipe, record)
         folder.write_status("running")
     if train.compile:
         net.compile()  # in place: names stay, and masks written outside of it never recompile
     model, optimizer = accelerator.prepare(net, build_optimizer(net, recipe.optim))
-    evaluate = make_evaluate(net, data, accelerator, recipe)
     console = Console(is_main, progress, train.global_batch)
     console.line(summary(recipe, data, net, weights, dealing, progress, str(device)))
     tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
@@ -73,7 +82,7 @@ def build(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> tuple[
         loader=loader,
         loss=nn.CrossEntropyLoss(label_smoothing=train.label_smoothing),
         lr=make_lr(recipe),
-        controller=build_controller(recipe, net, weights, optimizer, lambda: evaluate("val"), start_mask),
+        controller=build_controller(recipe, net, weights, optimizer, lambda: evaluate("val"), mask),
         progress=progress,
         evaluate=evaluate,
         folder=folder,
@@ -109,30 +118,35 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
     )
 
 
+def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None) -> MaskSet:
+    """Everything alive, less the zeros of the ticket that the run starts from.
+
+    Raises:
+        InputError: the ticket has zeros in a weight that this recipe does not prune, which would grow back.
+    """
+    mask = MaskSet.full(weights)
+    if found is None:
+        return mask
+    freed = [name for name in found if name not in weights and not found[name].all()]
+    if freed:
+        raise InputError(
+            f"pruning.protect: model.start_from has zeros in {freed[0]} and {len(freed) - 1} more weights that this "
+            "recipe does not prune, so that they would grow back; prune the same weights as the run it comes from."
+        )
+    # A weight that was not prunable there is alive here.
+    return MaskSet({n: found[n].to(w.device) if n in found.masks else mask[n] for n, w in weights.items()})
+
+
 def build_controller(
     recipe: Recipe,
     net: nn.Module,
     weights: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     evaluate: Evaluate,
-    start_mask: MaskSet | None,
+    mask: MaskSet,
 ) -> Controller:
-    """The controller of the recipe's method, with everything alive or with the mask that the run starts from.
-
-    Raises:
-        InputError: the start has zeros in a weight that this recipe does not prune, which would come back.
-    """
+    """The controller of the recipe's method."""
     pruning = recipe.pruning
-    mask = MaskSet.full(weights)
-    freed = [n for n, found in start_mask.masks.items() if n not in weights and not found.all()] if start_mask else []
-    if freed:
-        raise InputError(
-            f"pruning.protect: model.start_from has zeros in {freed[0]} and {len(freed) - 1} more weights that this "
-            "recipe does not prune, so that they would grow back; prune the same weights as the run it comes from."
-        )
-    if start_mask is not None:  # a weight that was not prunable there is alive here
-        alive = {n: start_mask[n].to(w.device) if n in start_mask.masks else mask[n] for n, w in weights.items()}
-        mask = MaskSet(alive)
     return Controller(
         model=net,
         weights=weights,
@@ -274,13 +288,12 @@ def make_evaluate(
 ) -> Callable[[str], dict[str, float]]:
     """Scores a split of the data with the network as it stands, over all ranks."""
     mean, std = channels(recipe)
-    on_device: dict = {}
+    # Both are decoded now: an image that cannot be is found before the first step, not after the last.
+    splits = {name: placed(getattr(data, name), accelerator.device) for name in ("val", "test")}
 
     def evaluate(split: str) -> dict[str, float]:
-        if split not in on_device:
-            on_device[split] = placed(getattr(data, split), accelerator.device)
         batches = evaluation_batches(
-            on_device[split], EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes,
+            splits[split], EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes,
             accelerator.device, mean, std,
         )  # fmt: skip
         return score(net, batches, accelerator.device)

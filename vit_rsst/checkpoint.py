@@ -117,23 +117,41 @@ class Checkpointer:
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in listed}
         files.write_json(temporary / "manifest.json", {"format": FORMAT, "files": manifest})
         files.settle_folder(temporary)
-        if final.exists():  # the same step, saved again after a resume: the new one replaces it in two renames
-            os.replace(final, self.folder / f".tmp-old-{uuid.uuid4().hex[:8]}")
-        os.replace(temporary, final)
+        if final.exists():  # the same step, saved again after a resume: the new one stands beside it until it is gone
+            beside = final.with_name(f"{final.name}-again")
+            os.replace(temporary, beside)
+            self._hide(final)
+            os.replace(beside, final)
+        else:
+            os.replace(temporary, final)
         files.write_text(self.folder / "LATEST", final.name + "\n")
         files.settle_folder(self.folder)
         for old in self._points()[: -self.keep]:
-            hidden = self.folder / f".tmp-old-{uuid.uuid4().hex[:8]}"  # never half a visible point
-            os.replace(old, hidden)
+            self._hide(old)
         for left_over in self.folder.glob(".tmp-old-*"):
             shutil.rmtree(left_over)
 
+    def _hide(self, path: Path) -> None:
+        """Takes a point out of sight in one rename, so that no deletion leaves half of a visible one."""
+        os.replace(path, self.folder / f".tmp-old-{uuid.uuid4().hex[:8]}")
+
 
 def _read(path: Path) -> ResumePoint:
-    """Reads a point, comparing size and hash of every file with the manifest."""
+    """Reads a point, comparing size and hash of every file with the manifest.
+
+    Raises:
+        Damaged: anything is not what it should be.
+    """
+    try:
+        return _read_as_listed(path)
+    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+        raise Damaged(f"the resume point {path.name} is damaged: {type(error).__name__} {error}") from error
+
+
+def _read_as_listed(path: Path) -> ResumePoint:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise Damaged(f"the resume point {path.name} has no readable manifest ({error})") from error
     if manifest.get("format") != FORMAT:
         raise Damaged(f"the resume point {path.name} has the format {manifest.get('format')!r}, not {FORMAT!r}")

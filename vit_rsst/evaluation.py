@@ -28,15 +28,21 @@ def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dic
     """
     path = last_ticket(what) if what.is_dir() else what
     ticket = tickets.load(path)
-    info = json.loads(ticket.metadata["data"])
+
+    def entry(name: str) -> str:
+        if name not in ticket.metadata:
+            raise Damaged(f"{path}: the header has no {name!r}; the ticket does not come from a run of this version.")
+        return ticket.metadata[name]
+
+    info = json.loads(entry("data"))
     mean, std, classes = tuple(info.pop("mean")), tuple(info.pop("std")), info.pop("classes")
     options = DataOptions(**(info | ({"path": data_path} if data_path else {})))
-    data = open_data(options, int(ticket.metadata["seed"]))
+    data = open_data(options, int(entry("seed")))
     if list(data.classes) != classes:
         raise Damaged(
             f"{path}: trained on {len(classes)} classes, {classes[:3]} …, and the data have {data.classes[:3]} …."
         )
-    net = zoo.create(ticket.metadata["architecture"], ticket.model_args)
+    net = zoo.create(entry("architecture"), json.loads(entry("model_args")))
     tickets.load_into_(net, ticket, str(path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device).eval()

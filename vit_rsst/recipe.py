@@ -303,9 +303,10 @@ class Source:
         node[last] = value
 
     def place(self, problem: Problem) -> str:
-        """`file:line`, or the override on the command line."""
-        if problem.path in self.overridden:
-            return f"command line ({self.overridden[problem.path]})"
+        """`file:line`, or the override on the command line that gave the key or what it stands in."""
+        for key, item in self.overridden.items():
+            if problem.path == key or problem.path.startswith(f"{key}."):
+                return f"command line ({item})"
         line = self._problem_lines.get((problem.path, problem.sentence))
         path = tuple(problem.path.split("."))
         while line is None and path:

@@ -11,8 +11,13 @@ from vit_rsst.recipe import Problem, Recipe, StepDecay
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
-    rules = (_schedule, _method, _data, _model, _optim, _epochs)
+    rules = (_name, _schedule, _method, _data, _model, _optim, _epochs)
     return [problem for rule in rules for problem in rule(recipe)]
+
+
+def _name(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.name.startswith("."):
+        yield Problem("name", f"{recipe.name!r} is not usable as the name of a folder; leave out the dot before it")
 
 
 def _schedule(recipe: Recipe) -> Iterator[Problem]:
@@ -93,10 +98,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
     if data.source == "folder" and data.path is None:
         yield Problem("data.path", "missing; the source 'folder' needs the path of a local folder")
     if data.source == "digits" and data.path is not None:
-        yield (
-            "data.path",
-            "means nothing to the embedded digits; name the source of the folder",
-        )
+        yield Problem("data.path", "means nothing to the embedded digits; name the source of the folder")
     if data.revision is not None and (data.path is not None or not SOURCES[data.source].hub_id):
         yield Problem("data.revision", "is a version on the Hub, and the data come from this machine; leave it out")
 
@@ -104,9 +106,9 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
 def _model(recipe: Recipe) -> Iterator[Problem]:
     model = recipe.model
     if model.pretrained and model.name in MODELS and not MODELS[model.name].has_weights:
-        yield (
+        yield Problem(
             "model.pretrained",
-            (f"{model.name} has no published weights; set it to false, or use vit_small, vit_base or a timm name"),
+            f"{model.name} has no published weights; set it to false, or use vit_small, vit_base or a timm name",
         )
     if model.pretrained and model.start_from:
         yield Problem(

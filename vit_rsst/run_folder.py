@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 
 from vit_rsst import files, strict_yaml
@@ -65,9 +64,14 @@ class RunFolder:
         files.write_json(self.path / "status.json", status)
 
     def set_aside(self) -> Path | None:
-        """Renames an existing folder to `<name>.old-N` and says which; None when there is none."""
+        """Renames an existing folder to `<name>.old-N` and says which; None when there is none.
+
+        Raises:
+            EnvironmentLacks: another process runs there.
+        """
         if not self.path.exists():
             return None
+        self._lock().release()
         number = 1
         while (old := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
@@ -101,6 +105,16 @@ class RunFolder:
                 )
             )
 
+    def _lock(self) -> FileLock:
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise EnvironmentLacks(
+                f"{self.path}: another process is running there; wait for it, or give this run another name (name=…)."
+            ) from error
+        return lock
+
     def open(self, recipe: Recipe, environment: dict) -> FileLock:
         """Creates the folder, takes its lock and records recipe and environment.
 
@@ -110,16 +124,9 @@ class RunFolder:
         try:
             for folder in (self.path, self.checkpoints, self.tickets, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock")
-            lock.acquire(timeout=0)
-            files.write_text(
-                self.path / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False, allow_unicode=True)
-            )
+            lock = self._lock()
+            files.write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.tree()))
             files.write_json(self.path / "environment.json", environment)
-        except Timeout as error:
-            raise EnvironmentLacks(
-                f"{self.path}: another process is running there; wait for it, or give this run another name (name=…)."
-            ) from error
         except OSError as error:
             raise EnvironmentLacks(
                 f"output_dir: {self.path} cannot be written ({error}); set another output_dir."

@@ -19,6 +19,28 @@ _CORE = {
     ),
 }
 
+_TAGS = {
+    yaml.ScalarNode: {*_CORE, "tag:yaml.org,2002:str"},
+    yaml.SequenceNode: {"tag:yaml.org,2002:seq"},
+    yaml.MappingNode: {"tag:yaml.org,2002:map"},
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would not read as the text that it is."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+
+
+for _tag, (_pattern, _first) in _CORE.items():
+    _Dumper.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first])
+
+
+def dump(tree: dict) -> str:
+    """The tree as text that `parse` reads back as it is."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 Path = tuple[str, ...]
 
 
@@ -80,9 +102,16 @@ def parse_scalar(text: str) -> object:
     return document.tree["value"]
 
 
-def _build(node: yaml.Node, path: Path, document: Document, loader: _CoreLoader) -> object:
+def _build(node: yaml.Node, path: Path, document: Document, loader: _CoreLoader, above: tuple = ()) -> object:
+    line = node.start_mark.line + 1
+    if node in above:
+        document.problems.append((path, line, "an alias inside of its own anchor has no end"))
+        return None
+    if node.tag not in _TAGS[type(node)]:
+        document.problems.append((path, line, f"tag {node.tag!r} is not allowed in a recipe"))
+        return None
     if isinstance(node, yaml.SequenceNode):
-        return [_build(child, (*path, str(i)), document, loader) for i, child in enumerate(node.value)]
+        return [_build(child, (*path, str(i)), document, loader, (*above, node)) for i, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         return _scalar(node, path, document, loader)
     tree: dict = {}
@@ -95,15 +124,16 @@ def _build(node: yaml.Node, path: Path, document: Document, loader: _CoreLoader)
             )
             continue
         document.lines[(*path, key)] = line
-        tree[key] = _build(value_node, (*path, key), document, loader)
+        tree[key] = _build(value_node, (*path, key), document, loader, (*above, node))
     return tree
 
 
 def _scalar(node: yaml.ScalarNode, path: Path, document: Document, loader: _CoreLoader) -> object:
     text = node.value
+    if node.tag in _CORE and not re.fullmatch(_CORE[node.tag][0], text):  # a tag written out before the value
+        kind = node.tag.rsplit(":", 1)[-1]
+        document.problems.append((path, node.start_mark.line + 1, f"{text!r} is not what its tag !!{kind} says"))
+        return None
     if node.tag == "tag:yaml.org,2002:int":
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-    if node.tag not in (*_CORE, "tag:yaml.org,2002:str"):
-        document.problems.append((path, node.start_mark.line + 1, f"tag {node.tag!r} is not allowed in a recipe"))
-        return None
     return loader.construct_object(node)

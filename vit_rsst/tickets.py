@@ -47,7 +47,8 @@ class Ticket:
 def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mapping[str, str]) -> int:
     """Writes a ticket atomically; returns its size in bytes."""
     tensors = _pack(state, mask)
-    header = {"format": FORMAT, **metadata, "sha256": _digest(tensors)}
+    header = {"format": FORMAT, **metadata}
+    header["sha256"] = _digest(tensors, header)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata=header)
     files.settle(temporary)
@@ -75,8 +76,9 @@ def load(path: Path) -> Ticket:
             f"{path}: the format is {metadata.get('format', 'not given')!r}, not {FORMAT!r}; expected a ticket as "
             "a run of this version writes it."
         )
-    if _digest(tensors) != metadata.get("sha256"):
-        raise Damaged(f"{path}: the tensors are not what the hash in the header says; copy or make the ticket again.")
+    expected = metadata.pop("sha256", None)
+    if _digest(tensors, metadata) != expected:
+        raise Damaged(f"{path}: the content is not what the hash in the header says; copy or make the ticket again.")
     return _unpack(tensors, metadata)
 
 
@@ -132,8 +134,8 @@ def _unpack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Ticket:
     return Ticket(state, MaskSet(masks), metadata)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

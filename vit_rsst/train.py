@@ -65,24 +65,23 @@ def train(arguments: argparse.Namespace) -> None:
 
 def run_recipe(recipe: "Recipe", restart: bool = False) -> None:
     """Trains by a recipe, going on where an earlier run of it stopped."""
-    from vit_rsst import loop
+    from vit_rsst import assembly, loop
     from vit_rsst.results import load_rows
     from vit_rsst.run_folder import RunFolder
 
     folder = RunFolder(recipe.run_folder)
     accelerator = make_accelerator(recipe)
-    if accelerator.is_main_process and restart and (old := folder.set_aside()):
-        print(f"kept the earlier run as {old}")
-    accelerator.wait_for_everyone()
-    folder.check(recipe)
-    if folder.status().get("state") == "finished":
+    if not restart:
+        folder.check(recipe)
+    if not restart and folder.status().get("state") == "finished":
         if accelerator.is_main_process:
             from vit_rsst.results import table
 
             print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
         return
-    s, lock = assemble(recipe, accelerator, folder)
+    s, lock = assembly.build(recipe, accelerator, folder, restart)
     try:
+        assembly.resume_if_possible(s)
         loop.run(s)
         finish(s, recipe)
     except BaseException as error:
@@ -103,11 +102,11 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
         InputError: the launcher started another number of processes than Accelerate sees.
     """
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
     from vit_rsst.data.loaders import Dealing
 
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != state.num_processes:
         raise InputError(
@@ -126,15 +125,6 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
     # Without sync_with_dataloader the windows count micro-batches alone: an epoch is whole windows by construction.
     accumulation = GradientAccumulationPlugin(num_steps=dealing.accumulation, sync_with_dataloader=False)
     return Accelerator(mixed_precision=recipe.train.precision, gradient_accumulation_plugin=accumulation)
-
-
-def assemble(recipe: "Recipe", accelerator: "Accelerator", folder: object) -> tuple["Run", object]:
-    """Builds the run of a recipe, resumed where it can be; all that can be wrong is found before the first step."""
-    from vit_rsst import assembly
-
-    s, lock = assembly.build(recipe, accelerator, folder)
-    assembly.resume_if_possible(s)
-    return s, lock
 
 
 def finish(s: "Run", recipe: "Recipe") -> None:

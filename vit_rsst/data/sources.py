@@ -160,6 +160,11 @@ def open_data(options: DataOptions, seed: int) -> ImageData:
     rows = {"train": (train, rest[np.sort(kept)]), "val": (train, val), "test": test}
     for name, (table, index) in rows.items():
         _check_labels(name, table, index)
+        if table.classes != train.classes:
+            raise InputError(
+                f"data: the classes of train and {name} differ ({len(train.classes)}: {', '.join(train.classes[:3])}; "
+                f"{len(table.classes)}: {', '.join(table.classes[:3])} …): a number means another class in each."
+            )
     return ImageData(options, rows, train.classes, train.identity)
 
 
@@ -206,16 +211,25 @@ def _load_splits(options: DataOptions) -> dict[str, object]:
     for file in sorted(folder.rglob("*.parquet")):
         if split := SPLIT_NAMES.get(file.name.split("-")[0].split(".")[0]):
             parquet.setdefault(split, []).append(str(file))
-    if parquet:
-        found = dict(datasets.load_dataset("parquet", data_files=parquet))
-    else:
-        found = _class_folders(folder)
+    try:
+        found = _parquet(parquet) if parquet else _class_folders(folder)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise InputError(
+            f"data.path: {options.path} cannot be read ({_first_line(error.__cause__ or error)}); check its files."
+        ) from error
     if "train" not in found:
         raise InputError(
             f"data.path: no training split in {options.path!r} (found: {', '.join(found) or 'nothing'}); expected "
             "parquet files train-*.parquet, or a folder train/ with one folder a class."
         )
     return found
+
+
+def _parquet(files: dict[str, list[str]]) -> dict[str, object]:
+    """One call a split: in one for all, the features of the first file stand for those of the others."""
+    import datasets
+
+    return {split: datasets.load_dataset("parquet", data_files={split: f}, split=split) for split, f in files.items()}
 
 
 def _class_folders(folder: Path) -> dict[str, object]:
@@ -239,7 +253,8 @@ def _table(split: object, options: DataOptions) -> Table:
     label = options.label_column or LABEL_COLUMNS.get(options.source)
     label = _column(features, ClassLabel, label if label in features else options.label_column, "label_column", options)
     encoded = split.cast_column(image, Image(decode=False)).with_format(None)[image]
-    labels = np.asarray(split.with_format("numpy")[label][:])
+    # A missing label is None there, which no label of a class is; −1 is what the Hub's unlabelled splits hold.
+    labels = np.asarray([-1 if value is None else value for value in split.with_format(None)[label]], dtype=np.int64)
     return Table(encoded, labels, tuple(features[label].names), _identity(split, options))
 
 
@@ -288,8 +303,10 @@ def _decode(image: object, size: int, place: str) -> np.ndarray:
         return image
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, TypeError) as error:
+            # 16 bits a pixel: Pillow would clip them at 255
+            grey = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if opened.mode[0] == "I" else opened
+            picture = grey.convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, TypeError, ValueError, SyntaxError) as error:
         raise InputError(f"data: the image in {place} cannot be decoded ({_first_line(error)}).") from error
     if picture.size != (size, size):
         scale = size / min(picture.size)

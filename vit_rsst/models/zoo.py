@@ -1,6 +1,8 @@
 """Models through timm: the catalogue in timm's registry, and construction that never starts from random in silence."""
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -58,14 +60,47 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
             f"model.pretrained: timm has no weights for {architecture!r}; set it to false or name another."
         )
     try:
-        with torch.device(device or "cpu"):
-            return timm.create_model(architecture, pretrained=pretrained, **args)
+        with torch.device(device or "cpu"), _recorded_loads() as loads:
+            net = timm.create_model(architecture, pretrained=pretrained, **args)
     except TypeError as error:
         raise InputError(f"model.args: {architecture} does not take these arguments: {error}.") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         if not pretrained:
-            raise InputError(f"model: {architecture} cannot be built with {args}: {error}.") from error
+            raise InputError(f"model.args: {architecture} cannot be built with {args}: {error}.") from error
         raise EnvironmentLacks(
-            f"model.pretrained: the weights of {architecture!r} could not be loaded ({error}). Check the network "
-            "or the cache, or set model.pretrained=false to train from random weights."
+            f"model.pretrained: the weights of {architecture!r} could not be loaded ({error}). Check the network or "
+            "the cache, or set model.pretrained=false to train from random weights."
         ) from error
+    if pretrained:
+        _check_loaded(net, loads, architecture)
+    return net
+
+
+@contextlib.contextmanager
+def _recorded_loads() -> Iterator[list]:
+    """What every `load_state_dict` meanwhile found missing and left over; timm only logs it."""
+    found, original = [], nn.Module.load_state_dict
+
+    def load_state_dict(self: nn.Module, *args: object, **kwargs: object) -> object:
+        found.append(original(self, *args, **kwargs))
+        return found[-1]
+
+    nn.Module.load_state_dict = load_state_dict
+    try:
+        yield found
+    finally:
+        nn.Module.load_state_dict = original
+
+
+def _check_loaded(net: nn.Module, loads: list, architecture: str) -> None:
+    """Refuses weights that left a part of the network, other than a new classifier, at random."""
+    classifier = net.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    wrong = [
+        key for load in loads for key in (*load.missing_keys, *load.unexpected_keys) if not key.startswith(tuple(heads))
+    ]
+    if wrong or not loads:
+        raise InputError(
+            f"model.pretrained: the published weights of {architecture} do not fit this network in {len(wrong)} places "
+            f"({', '.join(wrong[:5])}); use its own width and depth in model.args, or set model.pretrained=false."
+        )

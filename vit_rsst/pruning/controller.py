@@ -105,8 +105,7 @@ class Controller:
             self._remove_(plan.mask)
         if plan.start_from == "rewind" and self.rewind_point is not None:
             self._rewind_()
-        self.mask = plan.mask
-        self._enforce_()
+        self._set_mask_(plan.mask)
         if plan.target is not None:
             self.condemned = self.mask.minus(plan.target)
             self.state = replace(
@@ -218,7 +217,7 @@ class Controller:
 
     @torch.no_grad()
     def _enforce_(self) -> None:
-        """Writes zeros where the mask says: masked gradients alone would let decay and moments move them."""
+        """Keeps the zeros of the mask: masked gradients alone would let decay and moments move them."""
         torch._foreach_mul_(list(self.weights.values()), self.mask.tensors())
 
     @torch.no_grad()
@@ -247,14 +246,13 @@ class Controller:
 
     def _shrink_(self, penalty: Penalty, progress: Progress, skipped: bool) -> None:
         sigma = penalty.shrink_at(progress.round_step, progress.round_steps, progress.steps_per_epoch)
-        if sigma == 0.0:
-            return
-        # AdamW multiplied all weights by 1 − lr · wd: divided out, so that `residual` is what is left of the condemned.
+        # AdamW multiplied all weights by 1 − lr · wd: divided out until the removal, so that `residual` is left.
         undo = not (skipped or penalty.condemned_gradient)
         rates = optim.decay_rates(self.optimizer, self.weights)
         for name, weight in self.weights.items():
             factor = math.exp(-sigma) / (rates[name][0] if undo else 1.0)
-            weight.addcmul_(weight, self.condemned[name], value=factor - 1.0)
+            if factor != 1.0:
+                weight.addcmul_(weight, self.condemned[name], value=factor - 1.0)
 
     @torch.no_grad()
     def _rewind_(self) -> None:

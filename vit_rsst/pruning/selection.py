@@ -45,7 +45,7 @@ def _keep_k(scores: Mapping[str, Tensor], alive: MaskSet, density: float) -> dic
         raise ValueError("pruning.criterion: a score is not a number; the weights or the statistics have diverged.")
     flat.partition(flat.size - k)
     threshold = float(flat[flat.size - k])
-    kept = {name: (scores[name].float() > threshold) & mask for name, mask in alive.masks.items()}
+    kept = {name: ((scores[name].float() > threshold) & mask).contiguous() for name, mask in alive.masks.items()}
     missing = k - sum(int(mask.sum()) for mask in kept.values())
     for name, mask in alive.masks.items():
         if missing == 0:
