@@ -189,7 +189,8 @@ def finish_round(s: Run) -> None:
             ticket_bytes=num_bytes,
         )
         results.save_row(s.folder.path, row, asdict(report))
-        s.console.rounds(results.load_rows(s.folder.path))
+        if report.round + 1 < len(s.progress.round_epochs):  # the last table comes with the test scores
+            s.console.rounds(results.load_rows(s.folder.path))
         s.tracker.log("round", s.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
     s.accelerator.wait_for_everyone()
 

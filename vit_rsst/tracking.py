@@ -62,8 +62,10 @@ class Tracker:
         """One line of metrics.jsonl; the numbers of steps, epochs and rounds go to the trackers too."""
         if not self.is_main:
             return
+        # JSON has no NaN: what is not finite is written as a text.
+        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "step": step, **values}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"event": event, "step": step, **record}, ensure_ascii=False, allow_nan=False) + "\n")
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         for name, tracker in list(self.trackers.items()):
             self._guarded(name, "log", lambda tracker=tracker: tracker.log(numbers, step=step))
@@ -88,7 +90,8 @@ class Tracker:
                 is_later = True
             (tail if is_later else kept).append(line)
         if tail:
-            files.write_text(self.path.with_name("logs") / f"metrics-after-{step:08d}.jsonl", "".join(tail))
+            with open(self.path.with_name("logs") / f"metrics-after-{step:08d}.jsonl", "a", encoding="utf-8") as aside:
+                aside.write("".join(tail))
             files.write_text(self.path, "".join(kept))
 
     def finish(self) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vit_rsst.recipe import Recipe
 
 
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of training, for this entry and for `vit-rsst train`."""
     parser.add_argument(
@@ -46,7 +49,7 @@ def guarded(verb: object, arguments: argparse.Namespace) -> int:
             print(f"{'' if error.exit_code == 75 else 'error: '}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:  # the second one: the first asks a run to stop with a resume point
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -148,7 +151,7 @@ def fail(s: "Run", error: BaseException) -> None:
     """Leaves the reason in status.json."""
     if not s.accelerator.is_main_process:
         return
-    code = getattr(error, "exit_code", 1)
+    code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     s.folder.write_status(
         "stopped" if code == 75 else "failed", code, str(error) or type(error).__name__,
         round=s.progress.round, epoch=s.progress.epoch, step=s.progress.global_step,

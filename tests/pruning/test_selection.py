@@ -1,0 +1,174 @@
+"""Selection against a slow second implementation: Python's stable sort over every element."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.selection import keep_top
+
+
+def by_sorting(scores: dict[str, Tensor], alive: MaskSet, density: float) -> dict[str, Tensor]:
+    """Sorts all living elements by falling score; Python's sort is stable, so that ties keep the order of weights."""
+    elements = [
+        (name, i, float(scores[name].flatten()[i]))
+        for name in alive
+        for i in range(alive[name].numel())
+        if alive[name].flatten()[i]
+    ]
+    k = round(density * sum(alive[name].numel() for name in alive))
+    kept = {name: torch.zeros(alive[name].numel(), dtype=torch.bool) for name in alive}
+    for name, i, _ in sorted(elements, key=lambda element: -element[2])[:k]:
+        kept[name][i] = True
+    return {name: kept[name].reshape(alive[name].shape) for name in alive}
+
+
+def assert_same(found: MaskSet, expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def random_case(seed: int) -> tuple[dict[str, Tensor], MaskSet, float]:
+    """Two to four weights of odd shapes, half of the elements dead, and in every second case hardly a score unique."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    shapes = [(number(1, 9), number(1, 9)) for _ in range(number(2, 5))]
+    scores = {f"w{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
+    if seed % 2:
+        scores = {name: s.round() for name, s in scores.items()}
+    alive = MaskSet(
+        {name: torch.rand(s.shape, generator=generator) < 0.5 + 0.5 * (seed % 3 == 0) for name, s in scores.items()}
+    )
+    return scores, alive, float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+# -- by hand
+
+
+def test_the_largest_scores_survive_over_all_weights_together():
+    scores = {"a": torch.tensor([[5.0, 1.0]]), "b": torch.tensor([3.0, 2.0, 4.0])}
+    kept = keep_top(scores, MaskSet.full(scores), 0.6, "global")
+    assert_same(kept, {"a": torch.tensor([[True, False]]), "b": torch.tensor([True, False, True])})
+
+
+def test_by_layer_every_weight_keeps_the_same_share():
+    scores = {"a": torch.tensor([9.0, 8.0, 7.0, 6.0]), "b": torch.tensor([1.0, 2.0])}
+    kept = keep_top(scores, MaskSet.full(scores), 0.5, "layer")
+    assert_same(kept, {"a": torch.tensor([True, True, False, False]), "b": torch.tensor([False, True])})
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.25, 0.5, 0.77, 1.0])
+def test_equal_scores_still_keep_exactly_k(scope, density):
+    scores = {"a": torch.full((5, 7), 0.5), "b": torch.full((3, 3), 0.5), "c": torch.full((10,), 0.5)}
+    kept = keep_top(scores, MaskSet.full(scores), density, scope)
+    if scope == "global":
+        assert kept.num_alive == round(density * 54)
+    else:
+        assert [int(kept[name].sum()) for name in kept] == [round(density * n) for n in (35, 9, 10)]
+
+
+def test_a_tie_goes_to_the_lower_index_in_the_order_of_the_weights():
+    scores = {"b": torch.tensor([1.0, 0.5, 0.5]), "a": torch.tensor([[0.5, 2.0], [0.5, 0.5]])}
+    kept = keep_top(scores, MaskSet.full(scores), 4 / 7, "global")
+    assert_same(kept, {"b": torch.tensor([True, True, True]), "a": torch.tensor([[False, True], [False, False]])})
+    kept = keep_top(scores, MaskSet.full(scores), 5 / 7, "global")
+    assert_same(kept, {"b": torch.tensor([True, True, True]), "a": torch.tensor([[True, True], [False, False]])})
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("value", [float("inf"), 1e30, float("nan")])
+def test_the_dead_never_come_back_whatever_their_score(scope, value):
+    alive = MaskSet({"w": torch.tensor([True, False, True, False, True, True])})
+    scores = {"w": torch.tensor([0.4, value, 0.3, value, 0.2, 0.1])}
+    kept = keep_top(scores, alive, 0.5, scope)
+    assert_same(kept, {"w": torch.tensor([True, False, True, False, True, False])})
+
+
+def test_asking_for_more_than_is_alive_keeps_all_that_is():
+    alive = MaskSet({"w": torch.tensor([True, False, False, True])})
+    assert_same(keep_top({"w": torch.ones(4)}, alive, 0.9, "global"), dict(alive.masks))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_density_of_one_keeps_everything(scope):
+    scores = {"a": torch.tensor([3.0, -1.0, 2.0]), "b": torch.tensor([[0.0], [7.0]])}
+    assert keep_top(scores, MaskSet.full(scores), 1.0, scope).density == 1.0
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_score_that_is_not_a_number_is_refused(scope):
+    scores = {"w": torch.tensor([1.0, float("nan"), 3.0])}
+    with pytest.raises(ValueError, match="not a number"):
+        keep_top(scores, MaskSet.full(scores), 0.5, scope)
+
+
+@pytest.mark.parametrize("low", [0.0, -float("inf")])
+def test_zeros_and_minus_infinities_among_the_living_are_ranked_like_any_score(low):
+    scores = {"w": torch.tensor([low, 2.0, low, 1.0, low])}
+    kept = keep_top(scores, MaskSet.full(scores), 0.6, "global")
+    assert_same(kept, {"w": torch.tensor([True, True, False, True, False])})
+
+
+# -- against the second implementation
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_global_selection_is_what_sorting_gives(seed):
+    scores, alive, density = random_case(seed)
+    assert_same(keep_top(scores, alive, density, "global"), by_sorting(scores, alive, density))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_selection_by_layer_is_what_sorting_each_weight_gives(seed):
+    scores, alive, density = random_case(seed)
+    expected = {}
+    for name in alive:
+        expected |= by_sorting({name: scores[name]}, MaskSet({name: alive[name]}), density)
+    assert_same(keep_top(scores, alive, density, "layer"), expected)
+
+
+def test_the_random_cases_hold_both_ties_and_dead_elements():
+    cases = [random_case(seed) for seed in range(40)]
+    assert sum(alive.density < 1 for _, alive, _ in cases) >= 20
+    assert sum(len(torch.cat([s.flatten() for s in scores.values()]).unique()) < 8 for scores, _, _ in cases) >= 15
+
+
+def test_bf16_scores_full_of_ties_keep_exactly_k():
+    scores = {"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0)).bfloat16()}
+    assert len(scores["w"].unique()) < 3000
+    kept = keep_top(scores, MaskSet.full(scores), 0.1, "global")
+    assert kept.num_alive == 1000
+    assert scores["w"][kept["w"]].min() >= scores["w"][~kept["w"]].max()
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_scores_and_masks_that_lie_in_columns_are_ranked_in_the_order_of_rows(scope):
+    straight = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 2.0]])
+    turned = straight.t().contiguous().t()
+    alive = MaskSet({"w": torch.ones_like(turned, dtype=torch.bool)})
+    kept = keep_top({"w": turned}, alive, 0.5, scope)
+    assert_same(kept, {"w": torch.tensor([[True, True, False], [False, False, True]])})
+
+
+# -- criteria
+
+
+def test_magnitude_is_the_absolute_value_in_float32():
+    scores = CRITERIA["magnitude"]({"w": torch.tensor([-2.0, 0.5], dtype=torch.bfloat16, requires_grad=True)}, 0)
+    assert scores["w"].tolist() == [2.0, 0.5]
+    assert scores["w"].dtype == torch.float32
+    assert not scores["w"].requires_grad
+
+
+def test_random_scores_depend_on_the_seed_alone():
+    weights = {"a": torch.zeros(3, 4), "b": torch.ones(5)}
+    first, again, other = (CRITERIA["random"](weights, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in weights)
+    assert not torch.equal(first["a"], other["a"])
+    assert {name: s.shape for name, s in first.items()} == {name: w.shape for name, w in weights.items()}

@@ -1,0 +1,622 @@
+"""The command: its verbs, its exit codes, and what a run leaves, stops and goes on with."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vit_rsst import __version__, cli, console, evaluation, train
+from vit_rsst.data import loaders
+from vit_rsst.models.catalog import CATALOG as MODELS
+from vit_rsst.pruning.methods import __all__ as METHODS
+from vit_rsst.recipe import builtin_recipes
+
+VERBS = ["train", "evaluate", "models", "recipes", "methods", "runs"]
+SHORT = ("train.epochs=1", "train.round_epochs=1", "train.steps_per_epoch=1", "pruning.schedule.rounds=1")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rounds(run: Path) -> list[dict[str, str]]:
+    with open(run / "rounds.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a recipe whose run, runs/tiny, is finished. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert tiny.command("train", tiny.write_recipe(folder)) == 0
+    before = snapshot(folder)
+    yield folder
+    assert snapshot(folder) == before
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the finished run for tests that change it; returns the recipe."""
+    recipe = tiny.write_recipe(tmp_path)
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    return recipe
+
+
+# -- the parser
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([verb, "--help"] for verb in VERBS), ["--version"]])
+def test_help_ends_with_0(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 0
+    told = capsys.readouterr().out
+    assert ("usage: vit-rsst" in told) != (argv == ["--version"])
+    assert argv != ["--version"] or told == f"vit-rsst {__version__}\n"
+
+
+def test_help_names_every_verb_and_every_exit_code(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = capsys.readouterr().out
+    assert re.search(r"^verbs:\n  VERB\n((?:    \w+ .*\n(?:  {8,}.*\n)*)+)", told, re.MULTILINE)
+    assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == VERBS
+    for code in ("0 done", "2 wrong input", "3 the environment", "4 training diverged", "5 damaged", "75 stopped"):
+        assert code in " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["trane"],
+        ["train"],
+        ["train", "r", "--no-such-option"],
+        ["evaluate", "t", "--split", "all"],
+        ["models", "x"],
+    ],
+)
+def test_a_command_that_is_not_understood_ends_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert "usage: vit-rsst" in capsys.readouterr().err
+
+
+def test_the_installed_command_is_this_one(tmp_path):
+    script = Path(sys.executable).with_name("vit-rsst")
+    if not script.exists():
+        pytest.skip(f"the package is not installed beside {sys.executable}")
+    done = subprocess.run(
+        [script, "train", "no/such/recipe"],
+        cwd=tmp_path,
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no/such/recipe: there is no such recipe file")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("order", ["before", "between", "after"])
+@pytest.mark.parametrize("entry", ["command", "module"])
+def test_overrides_may_stand_before_between_and_after_options(tmp_path, capsys, entry, order):
+    recipe = str(tiny.write_recipe(tmp_path))
+    argv = {
+        "before": [recipe, "seed=7", "train.epochs=1", "--dry-run"],
+        "between": [recipe, "seed=7", "--dry-run", "train.epochs=1"],
+        "after": ["--dry-run", recipe, "seed=7", "train.epochs=1"],
+    }[order]
+    with tiny.alone_on_cpu():
+        assert (cli.main(["train", *argv]) if entry == "command" else train.main(argv)) == 0
+    told = capsys.readouterr().out
+    assert "seed 7" in told
+    assert "5 epochs" in told
+
+
+# -- the plan
+
+
+def test_the_plan_says_rounds_densities_and_steps_and_creates_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny.write_recipe(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert tiny.command("train", recipe, "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    table = [line.split() for line in told.splitlines() if re.match(r" *[0-9]+ ", line)]
+    assert [row[:3] for row in table] == [
+        ["0", "1.0000", f"{tiny.NUM_PRUNABLE:,}"],
+        ["1", "0.3162", f"{round(tiny.NUM_PRUNABLE * 0.1**0.5):,}"],
+        ["2", "0.1000", f"{round(tiny.NUM_PRUNABLE * 0.1):,}"],
+    ]
+    assert [row[4:6] for row in table] == [["2", "6"]] * 3
+    assert "after step 5" in told
+    assert "6 epochs, 18 steps, 576 images" in told
+    assert "1,293 train, 144 val, 360 test, 10 classes" in told
+    assert "leaves the condemned 1.00e-03 of their size" in told
+    assert f"run folder {tmp_path}/runs/tiny" in told
+
+
+@pytest.mark.parametrize(
+    "override", ["pruning.method=dense", "pruning.method=gmp", "pruning.method=imp", "model.name=vit_base"]
+)
+def test_every_kind_of_recipe_has_a_plan(tmp_path, capsys, override):
+    more = ["data.image_size=32", "model.args={}"] if override.startswith("model") else []
+    assert tiny.command("train", tiny.write_recipe(tmp_path), "--dry-run", override, *more) == 0
+    assert "plan of tiny" in capsys.readouterr().out
+
+
+def test_every_recipe_of_the_package_has_a_plan(capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    seen = 0
+    for path in builtin_recipes():
+        assert tiny.command("train", path, "--dry-run", "data.path=null") == 0, path
+        assert "as published" in capsys.readouterr().out or "digits" in path.read_text(encoding="utf-8")
+        seen += 1
+    assert seen == len(builtin_recipes()) >= 3
+
+
+# -- what is wrong is found before anything is created
+
+
+@pytest.mark.parametrize(
+    "overrides, code, sentence",
+    [
+        (["train.epochs=0"], 2, "train.epochs"),
+        (["train.global_batch=2000"], 2, "train.global_batch"),
+        (["train.global_batch=33", "train.batch_per_device=10"], 2, "train.global_batch: 33 cannot be divided"),
+        (["pruning.protect=[nothing.*]"], 2, "pruning.protect"),
+        (["pruning.protect=['*']"], 2, "nothing is left to prune"),
+        (["data.train_samples=5000"], 2, "data.train_samples"),
+        (["data.image_size=48"], 2, "data.image_size=32, or model.args.img_size=48"),
+        (["model.name=no_such_model"], 2, "model.name"),
+        (["model.args={num_heads: 5}"], 2, "model"),
+        (["model.start_from=nowhere.safetensors"], 5, "nowhere.safetensors: there is no such ticket"),
+        (["data={source: folder, path: nowhere}"], 2, "data.path: there is no folder"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, overrides, code, sentence):
+    recipe = tiny.write_recipe(tmp_path)
+    assert tiny.command("train", recipe, *overrides) == code
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ")
+    assert sentence in told.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"]
+
+
+def test_a_start_whose_zeros_would_grow_back_is_refused_and_leaves_nothing(finished, tmp_path, capsys):
+    recipe = tiny.write_recipe(tmp_path)
+    start = f"model.start_from={finished / 'runs' / 'tiny'}"
+    assert tiny.command("train", recipe, start, "pruning.protect=['*.qkv.*']") == 2
+    assert "grow back" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"]
+
+
+def image_folder(folder: Path) -> Path:
+    for split, count in (("train", 24), ("test", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (32, 32), 200 * label + i).save(folder / split / name / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch) -> list[str]:
+    """Overrides that train on a folder of images; the folder is tmp_path/images."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    image_folder(tmp_path / "images")
+    chosen = f"data={{source: folder, path: {tmp_path / 'images'}, image_size: 32}}"
+    return [chosen, "train.global_batch=16", *SHORT]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_corrupt_image_is_found_before_the_first_step(tmp_path, images, capsys, split):
+    path = tmp_path / "images" / split / "dark" / "01.png"
+    path.write_bytes(path.read_bytes()[:40])
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *images) == 2
+    assert "cannot be decoded" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+# -- a finished run and its evaluation
+
+
+def test_a_finished_run_leaves_what_the_documents_promise(finished):
+    run = finished / "runs" / "tiny"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "status.json",
+        "rounds.csv",
+        "checkpoints",
+        "tickets",
+    }
+    assert sorted(p.name for p in (run / "tickets").iterdir()) == [
+        f"round_{r:02d}.{kind}" for r in range(3) for kind in ("json", "safetensors")
+    ]
+    points = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert points == ["LATEST", "step-00000015", "step-00000018"]
+
+    found = tiny.status(run)
+    assert (found["state"], found["exit_code"], found["reason"]) == ("finished", 0, "")
+    assert (found["round"], found["epoch"], found["step"]) == (2, 2, 18)
+
+    rows = rounds(run)
+    assert ",".join(rows[0]) == (
+        "round,density_asked,density,val_top1,val_top5,val_loss,test_top1,test_loss,what_if_gap,epochs,seconds,ticket_bytes"
+    )
+    assert [row["round"] for row in rows] == ["0", "1", "2"]
+    for row, density in zip(rows, (1, 0.1**0.5, 0.1), strict=True):
+        assert float(row["density"]) == round(density * tiny.NUM_PRUNABLE) / tiny.NUM_PRUNABLE
+        assert float(row["density_asked"]) == pytest.approx(density)
+        assert int(row["ticket_bytes"]) == (run / "tickets" / f"round_0{row['round']}.safetensors").stat().st_size
+        assert (row["what_if_gap"] == "") == (row["round"] == "0")
+
+    events = tiny.events(run)
+    counted = {
+        kind: sum(e["event"] == kind for e in events) for kind in ("step", "epoch", "round", "warning", "resume")
+    }
+    assert counted == {"step": 18, "epoch": 6, "round": 3, "warning": 0, "resume": 0}
+    keys = set().union(*(e.keys() for e in events))
+    assert keys >= {
+        "train/loss", "train/top1", "train/lr", "train/grad_norm", "val/loss", "val/top1", "val/top5",
+        "prune/density", "prune/penalty", "prune/condemned_ratio", "prune/what_if_gap", "time/images_per_s",
+    }  # fmt: skip
+
+    about = json.loads((run / "environment.json").read_text())
+    assert (about["processes"], about["device"]) == (1, "cpu")
+    assert about["data"]["source"] == "scikit-learn digits"
+
+
+def test_the_seconds_of_a_round_are_those_of_its_training(finished):
+    assert all(0 <= float(row["seconds"]) < 60 for row in rounds(finished / "runs" / "tiny"))
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_evaluate_finds_what_the_run_found(finished, tmp_path, capsys, monkeypatch, split):
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 50)
+    run = finished / "runs" / "tiny"
+    for number, row in enumerate(rounds(run)):
+        ticket = run / "tickets" / f"round_{number:02d}.safetensors"
+        assert tiny.command("evaluate", ticket, "--split", split, "--json", tmp_path / "out.json") == 0
+        told = capsys.readouterr().out
+        result = json.loads((tmp_path / "out.json").read_text())
+        assert f"top1 {float(row[f'{split}_top1']):.2f}  " in told
+        assert result["top1"] == pytest.approx(float(row[f"{split}_top1"]), abs=1e-9)
+        assert result["loss"] == pytest.approx(float(row[f"{split}_loss"]), rel=1e-5)
+        assert f"density {float(row['density']):.4f}" in told
+        assert (result["samples"], result["split"]) == ({"test": 360, "val": 144}[split], split)
+        assert sum(map(sum, result["confusion"])) == result["samples"]
+        hits = sum(result["confusion"][i][i] for i in range(10))
+        assert 100 * hits / result["samples"] == pytest.approx(result["top1"])
+        assert 100 * result["accuracy"] == pytest.approx(result["top1"])
+        assert sum(result["support"]) == result["samples"]
+
+
+def test_evaluate_of_a_run_means_its_last_ticket(finished, capsys):
+    assert tiny.command("evaluate", finished / "runs" / "tiny") == 0
+    told = capsys.readouterr().out
+    assert "round_02.safetensors on test (360 images)" in told
+    assert f"top1 {float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in told
+    assert len([line for line in told.splitlines() if re.match(r" *[0-9] ", line)]) == 10
+
+
+def test_evaluate_of_a_run_without_a_ticket_says_so(tmp_path, capsys):
+    assert tiny.command("evaluate", tmp_path) == 2
+    assert "there is no ticket in this run folder yet" in capsys.readouterr().err
+
+
+def test_evaluate_finds_data_that_have_moved(tmp_path, images, capsys):
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *images) == 0
+    run = tmp_path / "runs" / "tiny"
+    (tmp_path / "images").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert tiny.command("evaluate", run) == 2
+    assert "data.path: there is no folder" in capsys.readouterr().err
+    assert tiny.command("evaluate", run, "--data", tmp_path / "moved") == 0
+    assert f"top1 {float(rounds(run)[-1]['test_top1']):.2f}" in capsys.readouterr().out
+
+
+# -- lists
+
+
+def test_models_are_listed_with_their_sizes(capsys):
+    assert tiny.command("models") == 0
+    told = capsys.readouterr().out
+    for name, number in (("vit_tiny", "2,697,610"), ("vit_small", "21,342,346"), ("vit_base", "85,152,010")):
+        [line] = [line for line in told.splitlines() if line.split()[:1] == [name]]
+        assert number in line
+        assert MODELS[name].architecture in line
+    assert len(MODELS) == 3
+
+
+def test_recipes_are_listed_by_the_name_that_train_takes(capsys):
+    assert tiny.command("recipes") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == len(builtin_recipes())
+    for line in told:
+        name, about = line.split(maxsplit=1)
+        assert (tiny.REPOSITORY / "recipes" / f"{name}.yaml").exists()
+        assert len(about) > 10
+        assert not about.startswith(("name:", "#"))
+
+
+def test_methods_criteria_and_sources_are_listed_with_a_line_each(capsys):
+    assert tiny.command("methods") == 0
+    told = capsys.readouterr().out.splitlines()
+    found = {tuple(line.split()[:2]) for line in told}
+    expected = {("method", name) for name in METHODS}
+    expected |= {("criterion", name) for name in ("magnitude", "random")}
+    expected |= {("source", name) for name in ("digits", "cifar10", "cifar100", "imagenet1k", "folder")}
+    assert found >= expected
+    assert len(told) == len(found)
+    assert all(len(line.split(maxsplit=2)[2]) > 10 for line in told)
+
+
+def test_runs_are_listed_with_state_and_result(finished, tmp_path, capsys):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "no run").mkdir()
+    (tmp_path / "runs" / "young").mkdir()
+    (tmp_path / "runs" / "young" / "status.json").write_text('{"state": "running"}')
+    assert tiny.command("runs", tmp_path / "runs") == 0
+    head, *told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head[:2] == ["run", "state"]
+    last = rounds(finished / "runs" / "tiny")[-1]
+    scores = [f"{float(last['density']):.4f}", f"{float(last['val_top1']):.2f}", f"{float(last['test_top1']):.2f}"]
+    assert told == [["tiny", "finished", "2", "2", *scores], ["young", "running", "0", "0", "–", "–", "–"]]
+
+
+def test_runs_of_an_empty_and_of_a_missing_folder(tmp_path, capsys):
+    assert tiny.command("runs", tmp_path) == 0
+    assert "no runs" in capsys.readouterr().out
+    assert tiny.command("runs", tmp_path / "none") == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+# -- the same command again
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
+    before = snapshot(finished)
+    capsys.readouterr()
+    assert tiny.command("train", finished / "tiny.yaml") == 0
+    told = capsys.readouterr().out
+    assert "is finished; --restart would begin anew" in told
+    assert f"{float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in told
+    assert snapshot(finished) == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_what_differs(finished, capsys):
+    before = snapshot(finished)
+    assert tiny.command("train", finished / "tiny.yaml", "seed=5", "optim.lr=1e-4") == 2
+    told = capsys.readouterr().err
+    assert "2 fields differ" in told
+    assert "optim.lr: 0.003 there, 0.0001 now" in told
+    assert "seed: 0 there, 5 now" in told
+    assert snapshot(finished) == before
+
+
+def test_a_restart_begins_anew_and_keeps_the_old_folder(copied, capsys):
+    runs = copied.parent / "runs"
+    before = snapshot(runs / "tiny")
+    assert tiny.command("train", copied, "--restart", "seed=5", *SHORT) == 0
+    assert "kept the earlier run as" in capsys.readouterr().out
+    assert sorted(p.name for p in runs.iterdir()) == ["tiny", "tiny.old-1"]
+    assert snapshot(runs / "tiny.old-1") == before
+    assert [row["round"] for row in rounds(runs / "tiny")] == ["0", "1"]
+    assert not [e for e in lines(runs / "tiny") if e["event"] == "resume"]
+
+
+def test_a_restart_with_wrong_input_leaves_the_run_where_it_is(copied, capsys):
+    runs = copied.parent / "runs"
+    before = snapshot(runs)
+    assert tiny.command("train", copied, "--restart", "model.name=no_such_model") == 2
+    assert "model.name" in capsys.readouterr().err
+    assert [p.name for p in runs.iterdir()] == ["tiny"]
+    assert snapshot(runs) == before
+
+
+def test_damaged_resume_points_end_with_5_in_the_status_too(copied, capsys):
+    run = copied.parent / "runs" / "tiny"
+    (run / "status.json").write_text(json.dumps(tiny.status(run) | {"state": "stopped", "exit_code": 75}))
+    for path in run.glob("checkpoints/step-*/model.safetensors"):
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="set aside"):
+        assert tiny.command("train", copied) == 5
+    assert "no sound resume point is left" in capsys.readouterr().err
+    found = tiny.status(run)
+    assert (found["state"], found["exit_code"]) == ("failed", 5)
+
+
+# -- divergence
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, capsys):
+    recipe = tiny.write_recipe(tmp_path)
+    assert tiny.command("train", recipe, "optim.lr=1e30") == 4
+    told = capsys.readouterr().err
+    [where] = re.findall(r"round 0, epoch \d, step \d", told)
+    assert "optim.lr" in told
+    run = tmp_path / "runs" / "tiny"
+    found = tiny.status(run)
+    assert (found["state"], found["exit_code"]) == ("failed", 4)
+    assert where in found["reason"]
+    assert where.endswith(f"step {found['step']}")
+    assert tiny.command("train", recipe, "optim.lr=1e30") == 4, "the same command goes on, to the same end"
+    assert tiny.command("train", recipe, "optim.lr=1e-3") == 2, "another recipe needs another name or --restart"
+
+
+@pytest.fixture
+def one_bad_batch(monkeypatch):
+    """The second training batch of this process is not a number."""
+    normalize, count = loaders.normalize, 0
+
+    def broken(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return normalize(images, mean, std) * (float("nan") if count == 2 else 1.0)
+
+    monkeypatch.setattr(loaders, "normalize", broken)
+
+
+def test_one_bad_step_stops_a_run_that_tolerates_none(tmp_path, one_bad_batch, capsys):
+    assert tiny.command("train", tiny.write_recipe(tmp_path)) == 4
+    assert "round 0, epoch 0, step 1" in capsys.readouterr().err
+
+
+def test_as_many_bad_steps_are_skipped_as_the_recipe_tolerates(tmp_path, one_bad_batch, capsys):
+    assert (
+        tiny.command("train", tiny.write_recipe(tmp_path), "train.max_skipped_steps=1", "train.log_every_steps=50") == 0
+    )
+    assert "skipped a step" in capsys.readouterr().err
+    run = tmp_path / "runs" / "tiny"
+    [warning] = [e for e in lines(run) if e["event"] == "warning"]
+    assert "round 0, epoch 0, step 1: skipped a step" in warning["text"]
+    for path in (run / "tickets").glob("*.safetensors"):
+        assert all(torch.isfinite(t.float()).all() for t in load_file(path).values())
+    assert tiny.status(run)["step"] == 18
+
+
+# -- stopping and going on
+
+LONG = ("train.steps_per_epoch=8", "train.log_every_steps=2", "pruning.rewind=epoch:1", "model.args.drop_path_rate=0.1")
+TOTAL = 3 * 2 * 8
+
+STOPPING = """
+import os, signal, sys
+from vit_rsst import cli, console
+
+step_of = console.Console.step
+
+def step(self, loss):
+    step_of(self, loss)
+    if self.progress.global_step == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+console.Console.step = step
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert tiny.command("train", tiny.write_recipe(folder), *LONG) == 0
+    return folder / "runs" / "tiny"
+
+
+def outcome(run: Path) -> Iterator[object]:
+    """All that two runs of one recipe have in common, bit by bit."""
+    for path in sorted((run / "tickets").glob("*.safetensors")):
+        yield path.name, {name: t.flatten().view(torch.uint8).tolist() for name, t in load_file(path).items()}
+    yield [{k: v for k, v in row.items() if k != "seconds"} for row in rounds(run)]
+    timed = ("time/images_per_s", "seconds")
+    for event in tiny.events(run):
+        if event["event"] not in ("warning", "resume"):
+            yield {k: v for k, v in event.items() if k not in timed}
+
+
+def is_as_undisturbed(run: Path, undisturbed: Path) -> None:
+    found, expected = list(outcome(run)), list(outcome(undisturbed))
+    assert len(found) == len(expected) == 3 + 1 + TOTAL // 2 + 6 + 3
+    for one, other in zip(found, expected, strict=True):
+        assert one == other
+
+
+def test_a_terminated_process_ends_with_75_and_the_same_command_ends_bit_identical(tmp_path, undisturbed, capsys):
+    recipe = tiny.write_recipe(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    stop_at = 2 * 8 + 3  # in round 1, within the penalty's window
+    done = tiny.python("-c", STOPPING, stop_at, "train", recipe, *LONG, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert f"stopped on SIGTERM at step {stop_at}; the same command goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    found = tiny.status(run)
+    assert (found["state"], found["exit_code"], found["step"]) == ("stopped", 75, stop_at)
+    assert (run / "checkpoints" / "LATEST").read_text().strip() == f"step-{stop_at:08d}"
+
+    assert tiny.command("train", recipe, *LONG) == 0
+    assert f"resumed at round 1, epoch 0, step {stop_at} of {TOTAL}" in capsys.readouterr().out
+    is_as_undisturbed(run, undisturbed)
+
+
+@pytest.mark.parametrize("stops", [[1], [8], [13, 14], [TOTAL - 1], [TOTAL]])
+def test_a_run_may_be_stopped_at_any_step(tmp_path, undisturbed, monkeypatch, stops):
+    """In the first step, at the end of an epoch, twice in a row, before the last step and after it."""
+    recipe = tiny.write_recipe(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    step_of = console.Console.step
+    for stop_at in stops:
+
+        def step(self: console.Console, loss: float, stop_at: int = stop_at) -> None:
+            step_of(self, loss)
+            if self.progress.global_step == stop_at:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        monkeypatch.setattr(console.Console, "step", step)
+        assert tiny.command("train", recipe, *LONG) == 75
+        assert tiny.status(run)["step"] == stop_at
+    monkeypatch.setattr(console.Console, "step", step_of)
+    assert tiny.command("train", recipe, *LONG) == 0
+    is_as_undisturbed(run, undisturbed)
+
+
+def test_a_second_interrupt_ends_at_once_and_the_same_command_goes_on(tmp_path, undisturbed, monkeypatch):
+    recipe = tiny.write_recipe(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    step_of = console.Console.step
+
+    def step(self: console.Console, loss: float) -> None:
+        step_of(self, loss)
+        if self.progress.global_step == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(console.Console, "step", step)
+    assert tiny.command("train", recipe, *LONG) == 130
+    assert tiny.status(run)["exit_code"] == 130
+    assert tiny.status(run)["state"] in ("stopped", "failed")
+    monkeypatch.setattr(console.Console, "step", step_of)
+    assert tiny.command("train", recipe, *LONG) == 0
+    is_as_undisturbed(run, undisturbed)
+
+
+def test_fields_that_decide_nothing_may_change_when_a_run_goes_on(tmp_path, undisturbed, monkeypatch):
+    recipe = tiny.write_recipe(tmp_path)
+    step_of = console.Console.step
+
+    def step(self: console.Console, loss: float) -> None:
+        step_of(self, loss)
+        if self.progress.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(console.Console, "step", step)
+    assert tiny.command("train", recipe, *LONG) == 75
+    monkeypatch.setattr(console.Console, "step", step_of)
+    assert tiny.command("train", recipe, *LONG, "train.save_every_steps=3", "train.keep_resume_points=4") == 0
+    is_as_undisturbed(tmp_path / "runs" / "tiny", undisturbed)
+    assert len(list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))) == 4

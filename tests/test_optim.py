@@ -1,0 +1,164 @@
+"""Optimizers: who decays, what one step does by hand, and the edits of the state that pruning needs."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vit_rsst import optim
+
+ALL = ("sgd", "adam", "adamw")
+
+
+def make(model: nn.Module, name: str, lr: float = 0.1, weight_decay: float = 0.05) -> torch.optim.Optimizer:
+    return optim.create_optimizer(model, name, lr=lr, weight_decay=weight_decay, momentum=0.9, betas=(0.9, 0.999))
+
+
+def linear(seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(3, 2)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+def test_matrices_decay_and_norms_biases_tokens_and_positions_do_not():
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=1, num_classes=2)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    groups = optim.param_groups(model, 0.05)
+    names = {group["weight_decay"]: {name_of[id(p)] for p in group["params"]} for group in groups}
+    assert names[0.05] == {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+        "head.weight",
+    }
+    assert names[0.05] | names[0.0] == {name for name, _ in model.named_parameters()}
+    assert not names[0.05] & names[0.0]
+    assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} <= names[0.0]
+
+
+def test_without_decay_every_parameter_is_still_optimized_once():
+    model = linear()
+    assert sum(len(group["params"]) for group in optim.param_groups(model, 0.0)) == 2
+
+
+def test_a_frozen_parameter_is_left_out():
+    model = linear()
+    model.bias.requires_grad_(False)
+    assert sum(len(group["params"]) for group in optim.param_groups(model, 0.1)) == 1
+
+
+def one_weight(name: str, weight_decay: float) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    return model.weight, make(model, name, weight_decay=weight_decay)
+
+
+def test_sgd_carries_plain_momentum_by_hand():
+    weight, optimizer = one_weight("sgd", 0.0)
+    seen = []
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        seen.append(weight.item())
+    # velocities 1, 1.9, 2.71; Nesterov would begin with 1.9
+    assert seen == pytest.approx([0.9, 0.71, 0.439], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("sgd", 1 - 0.1 * (2 + 0.05)),  # the decay is part of the gradient
+        ("adam", 1 - 0.1),  # likewise, and Adam divides it away: the first step is lr whatever the gradient
+        ("adamw", 1 * (1 - 0.1 * 0.05) - 0.1),
+    ],
+)
+def test_the_first_step_with_decay_by_hand(name, expected):
+    weight, optimizer = one_weight(name, 0.05)
+    weight.grad = torch.full_like(weight, 2.0)
+    optimizer.step()
+    assert weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name, expected", [("sgd", (1.0, 0.05)), ("adam", (1.0, 0.05)), ("adamw", (0.995, 0.0))])
+def test_decay_rates_say_what_one_step_of_decay_does(name, expected):
+    model = linear()
+    rates = optim.decay_rates(make(model, name), {"w": model.weight, "b": model.bias})
+    assert rates == {"w": pytest.approx(expected), "b": (1.0, 0.0)}
+
+
+def test_decay_rates_follow_the_learning_rate():
+    model = linear()
+    optimizer = make(model, "adamw")
+    optim.set_lr_(optimizer, 0.4)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.4]
+    assert optim.decay_rates(optimizer, {"w": model.weight})["w"] == pytest.approx((0.98, 0.0))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_after_a_reset_the_same_object_steps_as_a_new_optimizer_does(name):
+    model, other = linear(), linear()
+    used = make(model, name)
+    train(model, used, 5)
+    optim.reset_state_(used)
+    other.load_state_dict(model.state_dict())
+    train(model, used, 3, first=5)
+    train(other, make(other, name), 3, first=5)
+    assert torch.equal(model.weight, other.weight)
+    assert torch.equal(model.bias, other.bias)
+
+
+@pytest.mark.parametrize("name, moments", [("sgd", 1), ("adam", 2), ("adamw", 2)])
+def test_cleared_moments_are_zero_where_asked_and_untouched_elsewhere(name, moments):
+    model = linear()
+    optimizer = make(model, name)
+    train(model, optimizer, 3)
+    before = {key: value.clone() for key, value in optimizer.state[model.weight].items()}
+    where = torch.tensor([[True, False, False], [False, False, True]])
+    optim.clear_moments_(optimizer, {"w": model.weight}, {"w": where})
+    after = optimizer.state[model.weight]
+    assert len(set(after) - {"step"}) == moments
+    for key in set(after) - {"step"}:
+        assert torch.equal(after[key], torch.where(where, 0.0, before[key]))
+        assert before[key].all()
+    if "step" in after:
+        assert after["step"] == before["step"] == 3
+
+
+def test_clearing_moments_before_the_first_step_creates_no_state():
+    model = linear()
+    optimizer = make(model, "adamw")
+    optim.clear_moments_(optimizer, {"w": model.weight}, {"w": torch.ones(2, 3, dtype=torch.bool)})
+    assert len(optimizer.state) == 0
+    train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_state_tensors_put_into_a_fresh_optimizer_give_the_same_next_steps(name):
+    model = linear()
+    optimizer = make(model, name)
+    train(model, optimizer, 4)
+    names = {id(p): n for n, p in model.named_parameters()}
+    saved = {path: value.clone() for path, value in optim.state_tensors(optimizer, names).items()}
+    other = linear(seed=1)
+    other.load_state_dict(model.state_dict())
+    fresh = make(other, name)
+    optim.load_state_tensors_(fresh, saved, dict(other.named_parameters()))
+    train(model, optimizer, 3, first=4)
+    train(other, fresh, 3, first=4)
+    assert torch.equal(model.weight, other.weight)
+    assert torch.equal(model.bias, other.bias)
+
+
+def test_state_of_a_parameter_that_does_not_exist_is_refused():
+    model = linear()
+    with pytest.raises(KeyError, match="ghost"):
+        optim.load_state_tensors_(make(model, "sgd"), {"ghost/momentum_buffer": torch.zeros(1)}, {"w": model.weight})

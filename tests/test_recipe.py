@@ -1,0 +1,587 @@
+"""Recipes: every fault at once with its place and a way out, overrides, rules that join fields, what is recorded."""
+
+import ast
+import dataclasses
+import functools
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from vit_rsst import recipe as recipes
+from vit_rsst import recipe_rules, strict_yaml
+from vit_rsst.errors import InputError
+from vit_rsst.pruning.plan import METHODS
+from vit_rsst.recipe import FREE_FIELDS, Recipe, load
+from vit_rsst.run_folder import RunFolder
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaints(folder: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the error that a recipe is refused with, less the head line."""
+    with pytest.raises(InputError) as caught:
+        load(written(folder, text), overrides)
+    head, *lines = str(caught.value).splitlines()
+    expected = "1 problem in" if len(lines) == 1 else f"{len(lines)} problems in"
+    assert head.startswith(expected)
+    return lines
+
+
+# -- the shape of a recipe, walked once: every dataclass that a recipe or a method is made of
+
+
+def dataclasses_in(hint: object) -> Iterator[type]:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
+    elif typing.get_origin(hint) is typing.Annotated:
+        yield from dataclasses_in(typing.get_args(hint)[0])
+    elif isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        for argument in typing.get_args(hint):
+            yield from dataclasses_in(argument)
+
+
+def key_of(field: dataclasses.Field) -> str:
+    return "with" if field.name == "trackers" else field.name
+
+
+def shape(cls: type, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type]]:
+    """(path, dataclass) of `cls` and of every section below it."""
+    yield prefix, cls
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        for child in dataclasses_in(hints[field.name]):
+            yield from shape(child, (*prefix, key_of(field)))
+
+
+SECTIONS = list(shape(Recipe))
+METHOD_SECTIONS = [(name, path, cls) for name in METHODS for path, cls in shape(METHODS[name], ("pruning", "method"))]
+LEAVES = sorted(
+    ".".join((*path, key_of(f)))
+    for path, cls in SECTIONS
+    for f in dataclasses.fields(cls)
+    if (*path, key_of(f)) not in {path for path, _ in SECTIONS}
+)
+
+
+def nested(path: tuple[str, ...], value: object) -> dict:
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def test_the_walk_over_the_schema_sees_all_of_it():
+    names = " ".join(sorted(cls.__name__ for _, cls in SECTIONS))
+    assert names == "Augment Data Model Optim Pruning Recipe Schedule StepDecay Tracking Train"
+    assert {name for name, _, _ in METHOD_SECTIONS} == set(METHODS) >= {"dense", "gmp", "imp", "rsst"}
+    assert len(LEAVES) > 45
+
+
+# -- every error at once
+
+FIVE_FAULTS = """\
+name: faulty
+optim:
+  lr: 1e-3
+  weightdecay: 0.1
+train:
+  epochs: many
+  global_batch: 64
+  global_batch: 32
+pruning:
+  method: rssst
+  schedule: {rounds: 2, final_sparsity: 1.5}
+"""
+
+
+def test_five_faults_are_told_at_once_in_a_moment_and_nothing_is_created(tmp_path):
+    path = written(tmp_path, FIVE_FAULTS)
+    before = sorted(tmp_path.rglob("*"))
+    done = tiny.python("-X", "importtime", "-m", "vit_rsst.cli", "train", path, f"output_dir={tmp_path}/runs")
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+
+    assert done.returncode == 2
+    assert "5 problems" in told[0]
+    assert len(told) == 6
+    for line, name, hint in [
+        (4, "optim.weightdecay", "did you mean 'weight_decay'?"),
+        (6, "train.epochs", "'many' is not a whole number"),
+        (8, "train.global_batch", "first in line 7"),
+        (10, "pruning.method", "Did you mean 'rsst'?"),
+        (11, "pruning.schedule.final_sparsity", "1.5 is out of range; expected less than 1"),
+    ]:
+        assert [t for t in told if t.startswith(f"{path}:{line}  {name}: ") and hint in t], (name, told)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "vit_rsst.recipe" in imported, "the probe sees imports"
+    heavy = {"torch", "numpy", "datasets", "timm", "transformers", "accelerate", "evaluate", "sklearn", "wandb"}
+    assert not imported & heavy
+
+
+def test_unknown_keys_are_refused_in_every_section(tmp_path):
+    seen = 0
+    for path, cls in SECTIONS:
+        siblings = {"steps": [1.0]} if cls.__name__ == "StepDecay" else {}
+        tree = {"name": "r"} | nested(path, {**siblings, "bogus_key": 1})
+        lines = complaints(tmp_path, json.dumps(tree))
+        assert len(lines) == 1
+        assert f"  {'.'.join((*path, 'bogus_key'))}: unknown key" in lines[0]
+        seen += 1
+    assert seen == len(SECTIONS) == 10
+
+
+@pytest.mark.parametrize("name, path", [(name, path) for name, path, _ in METHOD_SECTIONS])
+def test_unknown_keys_are_refused_in_every_method(tmp_path, name, path):
+    inside = nested(path[2:], {"bogus_key": 1})
+    tree = {"name": "r", "pruning": {"method": {"name": name, **inside}}}
+    lines = complaints(tmp_path, json.dumps(tree))
+    assert len(lines) == 1
+    assert f"  {'.'.join((*path, 'bogus_key'))}: unknown key" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "text, where, sentence",
+    [
+        ("seed: 1\n", "r.yaml", "name: missing"),
+        ("name: r\ntrain: {epochs: 1.5}\n", "r.yaml:2", "train.epochs: 1.5 is not a whole number"),
+        ("name: r\ntrain: {epochs: '5'}\n", "r.yaml:2", "train.epochs: '5' is not a whole number"),
+        ("name: r\ntrain: {epochs: true}\n", "r.yaml:2", "train.epochs: True is not a whole number"),
+        ("name: r\ntrain: {epochs: 0}\n", "r.yaml:2", "train.epochs: 0 is out of range; expected at least 1"),
+        ("name: r\noptim: {lr: fast}\n", "r.yaml:2", "optim.lr: 'fast' is not a number"),
+        ("name: r\nmodel: {pretrained: no}\n", "r.yaml:2", "model.pretrained: 'no' is not true or false"),
+        ("name: r\nmodel: {args: [1]}\n", "r.yaml:2", "model.args: [1] is not a mapping"),
+        ("name: r\ndata: {source: cifar1}\n", "r.yaml:2", "unknown source 'cifar1'"),
+        ("name: r\ndata: {source: 5}\n", "r.yaml:2", "data.source: 5 is not a text"),
+        ("name: r\ndata: cifar10\n", "r.yaml:2", "data: 'cifar10' is not a mapping"),
+        ("name: r\ndata: {augment: plane}\n", "r.yaml:2", "Did you mean 'plain'?"),
+        ("name: r\noptim: {name: adamww}\n", "r.yaml:2", "Did you mean 'adamw'?"),
+        ("name: r\noptim:\n  betas: [0.9, 1.5]\n", "r.yaml:3", "optim.betas.1: 1.5 is out of range"),
+        ("name: r\noptim:\n  schedule: {gamma: 0.5}\n", "r.yaml:3", "optim.schedule.steps: missing"),
+        ("name: r\npruning: {criterion: size}\n", "r.yaml:2", "unknown criterion 'size'"),
+        ("name: r\npruning: {method: [imp]}\n", "r.yaml:2", "pruning.method: expected the name of a method"),
+        ("name: r\npruning: {rewind: epoch}\n", "r.yaml:2", "epoch:K"),
+        ("name: r\npruning:\n  method: {name: gmp, interval: 0}\n", "r.yaml:3", "pruning.method.interval: 0 is out"),
+        (
+            "name: r\npruning:\n  method:\n    name: rsst\n    penalty: {ramp: x^4}\n",
+            "r.yaml:5",
+            "pruning.method.penalty.ramp: unknown value 'x^4'",
+        ),
+        ("name: r\ntracking: {with: [wandbb]}\n", "r.yaml:2", "Did you mean 'wandb'?"),
+        ("name: a/b\n", "r.yaml:1", "not usable as the name of a folder"),
+        ("name: r\nepochs: 5\n", "r.yaml:2", "epochs: unknown key; did you mean 'train.epochs'?"),
+        ("name: r\n\n- a\n", "r.yaml:3", "not valid YAML"),
+        ("name: r\na: !!binary aGk=\n", "r.yaml:2", "tag"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_said_with_its_place_and_what_was_expected(tmp_path, text, where, sentence):
+    lines = complaints(tmp_path, text)
+    assert any(line.startswith(f"{tmp_path}/{where}  ") and sentence in line for line in lines), lines
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    assert "name of a folder" in complaints(tmp_path, f"name: '{name}'\n")[0]
+
+
+def test_a_file_that_is_no_text_is_one_sentence(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"name: \xff\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load(path)
+
+
+BAD_VALUES = [None, "text", -1, 0, 1e9, True, [], ["a", "a"], [[1]], {}, {"a": {"b": 1}}, {"name": "x"}]
+
+
+def test_whatever_stands_in_a_field_the_answer_is_a_recipe_or_an_error_for_the_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "TypeAdapter", functools.cache(recipes.TypeAdapter))  # building one takes 10 ms
+    refused, crashes = 0, []
+    for leaf in [*LEAVES, *sorted({".".join(path) for path, _ in SECTIONS if path})]:
+        for value in BAD_VALUES:
+            tree = {"name": "r"} | nested(tuple(leaf.split(".")), value)
+            try:
+                load(written(tmp_path, json.dumps(tree)))
+            except InputError:
+                refused += 1
+            except Exception as error:
+                crashes.append(f"{leaf}: {value!r} ends in {type(error).__name__}: {error}")
+    assert not crashes
+    assert refused > len(LEAVES) * len(BAD_VALUES) / 2
+
+
+# -- finding a recipe
+
+
+def test_a_recipe_of_the_package_is_found_by_its_name():
+    assert recipes.find("digits/quickstart") == recipes.find("recipes/digits/quickstart.yaml").resolve()
+
+
+def test_a_recipe_that_is_not_there_suggests_the_nearest():
+    with pytest.raises(InputError, match="Did you mean 'digits/quickstart'"):
+        recipes.find("digits/quickstar")
+
+
+# -- overrides
+
+PLAIN = "name: r\ntrain: {epochs: 7}\n"
+
+
+@pytest.mark.parametrize(
+    "text, overrides, expected",
+    [
+        (PLAIN, ["train.epochs=3"], {"train.epochs": 3}),
+        (PLAIN, ["train.epochs=3", "train.epochs=4"], {"train.epochs": 4}),
+        (PLAIN, ["train.global_batch=64"], {"train.epochs": 7, "train.global_batch": 64}),
+        (PLAIN, ["optim.lr=5e-4"], {"optim.lr": 5e-4}),
+        (PLAIN, ["data.augment.padding=0"], {"data.augment.padding": 0}),
+        (PLAIN, ["data.augment=none"], {"data.augment.padding": 0, "data.augment.hflip": 0.0}),
+        (PLAIN, ["data.source=folder", "data.path=a=b c"], {"data.path": "a=b c"}),
+        (PLAIN, ["pruning.method=imp"], {"pruning.method": {"name": "imp"}}),
+        (PLAIN, ["pruning.method={name: rsst, remove_at: 1}"], {"pruning.method.remove_at": 1.0}),
+        (PLAIN, ["pruning.method.name=rsst", "pruning.method.remove_at=1"], {"pruning.method.remove_at": 1.0}),
+        ("name: r\npruning: {method: rsst}\n", ["pruning.method.remove_at=1"], {"pruning.method.remove_at": 1.0}),
+        (PLAIN, ["pruning.method=rsst", "pruning.method.remove_at=1"], {"pruning.method.remove_at": 1.0}),
+        (
+            "name: r\npruning: {method: {name: rsst, remove_at: 0.5, penalty: {ramp: cos}}}\n",
+            ["pruning.method.penalty.strength=0.5"],
+            {"pruning.method.remove_at": 0.5, "pruning.method.penalty.ramp": "cos",
+             "pruning.method.penalty.strength": 0.5},
+        ),
+        ("name: r\npruning: {method: {name: rsst, remove_at: 1}}\n", ["pruning.method=rsst"],
+         {"pruning.method.remove_at": 0.3}),
+        (PLAIN, ["pruning.schedule=linear"], {"pruning.schedule.name": "linear"}),
+        ("name: r\npruning: {schedule: cubic}\n", ["pruning.schedule.rounds=3"],
+         {"pruning.schedule.name": "cubic", "pruning.schedule.rounds": 3}),
+        (PLAIN, ["pruning.protect=[blocks.0.*, '*.proj.*']"], {"pruning.protect": ["blocks.0.*", "*.proj.*"]}),
+        (PLAIN, ["tracking.with=[tensorboard]"], {"tracking.with": ["tensorboard"]}),
+        (PLAIN, ["optim.betas=[0.8, 0.9]"], {"optim.betas": [0.8, 0.9]}),
+        (PLAIN, ["optim.schedule={steps: [3, 5]}"], {"optim.schedule": {"steps": [3.0, 5.0], "gamma": 0.1}}),
+        ("name: r\noptim: {clip_grad_norm: 2.0}\n", ["optim.clip_grad_norm=null"], {"optim.clip_grad_norm": None}),
+        ("name: r\ntrain: {round_epochs: 5}\n", ["train.round_epochs="], {"train.round_epochs": None}),
+        (PLAIN, ["model.args.depth=2", "model.args.mlp_ratio=1.5"], {"model.args": {"depth": 2, "mlp_ratio": 1.5}}),
+        (PLAIN, ["name=no"], {"name": "no"}),
+    ],
+)  # fmt: skip
+def test_an_override_reaches_any_field(tmp_path, text, overrides, expected):
+    tree = load(written(tmp_path, text), overrides).tree()
+    for dotted, value in expected.items():
+        node = tree
+        for key in dotted.split("."):
+            node = node[key]
+        assert node == value, dotted
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("train.epochs", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("train..epochs=3", "expected key=value"),
+        ("train.epochs=[1", "not valid YAML"),
+        ("train.epochs=soon", "'soon' is not a whole number"),
+        ("train.epoch=3", "did you mean 'epochs'?"),
+        ("pruning.method=rssst", "Did you mean 'rsst'?"),
+        ("optim.warmup_epochs=7", "leaves none after the warm-up"),
+    ],
+)
+def test_a_faulty_override_is_placed_on_the_command_line(tmp_path, override, sentence):
+    [line] = complaints(tmp_path, PLAIN, override)
+    assert line.startswith(f"command line ({override})  ")
+    assert sentence in line
+
+
+@pytest.mark.parametrize(
+    "text, override",
+    [
+        ("name: r\noptim:\n  lr: 1e-3\n", "optim.betas=[0.9, 1.5]"),
+        ("name: r\npruning:\n  criterion: magnitude\n", "pruning.schedule={rate: 3}"),
+        ("name: r\npruning:\n  method: imp\n", "pruning.method={name: rsst, remove_at: 3}"),
+    ],
+)
+def test_a_fault_inside_the_value_of_an_override_is_placed_on_the_command_line(tmp_path, text, override):
+    [line] = complaints(tmp_path, text, override)
+    assert line.startswith(f"command line ({override})  "), line
+
+
+def test_faults_of_the_file_and_of_overrides_are_told_together(tmp_path):
+    lines = complaints(tmp_path, "name: r\nseeed: 1\n", "train.epochs=0", "plugins=[no.such.module]")
+    assert len(lines) == 3
+
+
+# -- rules that join fields: (overrides, path, part of the sentence)
+
+EXPLICIT = "pruning.schedule={name: explicit, sparsities: [0.5, 0.8]}"
+RULES = {
+    "a name that hides the run": (["name=.hidden"], "name", "leave out the dot"),
+    "explicit without a list": (["pruning.schedule=explicit"], "pruning.schedule.sparsities", "explicit needs"),
+    "explicit that falls": (
+        ["pruning.schedule={name: explicit, sparsities: [0.8, 0.5]}"], "pruning.schedule.sparsities", "does not rise"),
+    "explicit that stands still": (
+        ["pruning.schedule={name: explicit, sparsities: [0.5, 0.5]}"], "pruning.schedule.sparsities", "does not rise"),
+    "explicit with another number of rounds": (
+        [EXPLICIT, "pruning.schedule.rounds=3"], "pruning.schedule.rounds", "leave rounds out"),
+    "explicit with a rate": ([EXPLICIT, "pruning.schedule.rate=0.2"], "pruning.schedule.rate", "means nothing beside"),
+    "explicit with a final sparsity": (
+        [EXPLICIT, "pruning.schedule.final_sparsity=0.8"], "pruning.schedule.final_sparsity", "means nothing beside"),
+    "a list for a curve": (
+        ["pruning.schedule={name: linear, sparsities: [0.5]}"], "pruning.schedule.sparsities", "set pruning.schedule"),
+    "rate and final sparsity": (
+        ["pruning.schedule={rate: 0.2, final_sparsity: 0.9}"], "pruning.schedule.rate", "keep one of the two"),
+    "a rate for a line": (["pruning.schedule={name: linear, rate: 0.2}"], "pruning.schedule.rate", "geometric"),
+    "gmp with a list": (["pruning.method=gmp", EXPLICIT], "pruning.schedule.name", "use cubic or linear"),
+    "gmp with a window turned round": (
+        ["pruning.method={name: gmp, window: [0.7, 0.1]}"], "pruning.method.window", "0 ≤ start ≤ end ≤ 1"),
+    "rsst with a window past the round": (
+        ["pruning.method={name: rsst, remove_at: 1, penalty: {window: [0.0, 1.5]}}"],
+        "pruning.method.penalty.window", "0 ≤ start ≤ end ≤ 1"),
+    "removal inside the window": (
+        ["pruning.method={name: rsst, remove_at: 0.2}"], "pruning.method.remove_at", "before the end of the window"),
+    "gradient coupling under adamw": (
+        ["pruning.method={name: rsst, penalty: {coupling: gradient}}"],
+        "pruning.method.penalty.coupling", "optim.name=sgd"),
+    "coupled decay under adam": (["optim.name=adam"], "optim.weight_decay", "use optim.name=adamw, or weight_decay 0"),
+    "recovery after an early removal": (
+        ["train.recovery_epochs=2"], "train.recovery_epochs", "follow a removal at the end"),
+    "recovery for imp": (
+        ["pruning.method=imp", "train.recovery_epochs=2"], "train.recovery_epochs", "removes before it trains"),
+    "a folder without a path": (["data.source=folder"], "data.path", "needs the path"),
+    "a path for the digits": (["data.path=somewhere"], "data.path", "means nothing to the embedded digits"),
+    "a revision of the digits": (["data.revision=main"], "data.revision", "leave it out"),
+    "a revision of a folder": (
+        ["data.source=cifar10", "data.path=x", "data.revision=main"], "data.revision", "leave it out"),
+    "pretrained vit_tiny": (["model.pretrained=true"], "model.pretrained", "has no published weights"),
+    "pretrained and start_from": (
+        ["model.name=vit_small", "model.pretrained=true", "model.start_from=x"], "model.pretrained", "keep one of"),
+    "a number of classes": (["model.args.num_classes=5"], "model.args.num_classes", "follows from the data"),
+    "a warm-up as long as the epochs": (
+        ["train.epochs=5", "optim.warmup_epochs=5"], "optim.warmup_epochs", "none after the warm-up"),
+    "a decay past the end": (
+        ["train.epochs=5", "optim.schedule={steps: [3, 5]}"], "optim.schedule.steps", "past the 5 epochs"),
+    "a least rate above the rate": (["optim.min_lr=1"], "optim.min_lr", "is more than lr"),
+    "no rewind at rate 0": (["pruning.rewind=none"], "pruning.rewind", "set it, or use lr"),
+    "a rewind to the end": (
+        ["train.epochs=5", "pruning.rewind=epoch:5"], "pruning.rewind", "is not before the end of round 0"),
+    "a rewind into a round that is not trained": (
+        ["model.start_from=x", "pruning.rewind=epoch:5"], "pruning.rewind", "round 0 is not trained"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_broken_rule_is_a_sentence_that_names_the_way_out(tmp_path, case):
+    overrides, path, sentence = RULES[case]
+    lines = complaints(tmp_path, "name: r\n", *overrides)
+    assert [line for line in lines if f"  {path}: " in line and sentence in line], lines
+
+
+def test_every_rule_of_the_rules_is_broken_by_one_of_these_recipes(tmp_path, monkeypatch):
+    text = Path(recipe_rules.__file__).read_text(encoding="utf-8")
+    rules = [(n.lineno, n.end_lineno) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Yield)]
+    told = []
+
+    def problem(path: str, sentence: str) -> recipes.Problem:
+        told.append(sys._getframe(1).f_lineno)
+        return recipes.Problem(path, sentence)
+
+    monkeypatch.setattr(recipe_rules, "Problem", problem)
+    for overrides, _, _ in RULES.values():
+        with pytest.raises(InputError):
+            load(written(tmp_path, "name: r\n"), overrides)
+    untold = [start for start, end in rules if not any(start <= line <= end for line in told)]
+    assert not untold, f"no recipe here breaks the rules in these lines of recipe_rules.py: {untold}"
+    assert len(rules) >= 26
+
+
+def test_rules_are_told_beside_faults_of_other_fields(tmp_path):
+    lines = complaints(tmp_path, "name: r\n", "train.global_batch=0", "pruning.schedule=explicit", "optim.min_lr=1")
+    assert len(lines) == 3
+
+
+def test_what_follows_from_a_faulty_field_is_not_told_as_well(tmp_path):
+    [line] = complaints(tmp_path, "name: r\noptim: {warmup_epochs: 5, warmup_epoch: 3}\ntrain: {epochs: 20}\n")
+    assert "optim.warmup_epoch: unknown key" in line
+
+
+# -- what is recorded
+
+VARIANTS = {
+    "defaults": "name: r\n",
+    "every kind of value": (
+        "name: 'no'\nseed: 3\noptim: {schedule: {steps: [3, 5], gamma: 0.5}, lr: 1e30, min_lr: 1e-12, "
+        "clip_grad_norm: null}\npruning:\n  method: {name: gmp, window: [0.0, 1.0]}\n  schedule: linear\n"
+        "  protect: ['*.qkv.weight']\nmodel: {args: {a: [1, 2.5], b: {c: null, d: 'true', e: '2:4'}}}\n"
+        "tracking: {with: [tensorboard]}\n"
+    ),
+    "an explicit schedule": "name: r\npruning: {method: imp, schedule: {name: explicit, sparsities: [0.5, 0.75]}}\n",
+    "texts that look like numbers": (
+        "name: '1e3'\ndata: {source: cifar10, revision: '12e4567'}\nmodel: {name: '08', args: {a: '1e-3', b: '0o10', "
+        "c: '2:4', d: 'on', e: '1_000', f: '.inf', g: '', h: '~', i: '019', j: 'é\\n', k: '.5e1'}}\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_recipe_in_the_run_folder_is_the_recipe_of_the_run(tmp_path, variant):
+    recipe = load(written(tmp_path, VARIANTS[variant]))
+    folder = RunFolder(tmp_path / "run")
+    folder.open(recipe, {}).release()
+    again = load(folder.path / "recipe.yaml")
+    assert again == recipe
+    assert again.fingerprint == recipe.fingerprint
+    folder.check(recipe)
+
+
+def test_the_tree_holds_every_field():
+    tree = load(recipes.find("digits/quickstart")).tree()
+    for path, cls in SECTIONS:
+        if cls.__name__ == "StepDecay":
+            continue
+        node = tree
+        for key in path:
+            node = node[key]
+        assert node.keys() == {key_of(f) for f in dataclasses.fields(cls)}
+    assert tree["pruning"]["method"]["name"] == "rsst"
+
+
+def with_value(section: object, path: list[str], value: object) -> object:
+    """The recipe with one field changed, whether or not that value would be accepted."""
+    key = "trackers" if path[0] == "with" else path[0]
+    child = value if len(path) == 1 else with_value(getattr(section, key), path[1:], value)
+    return dataclasses.replace(section, **{key: child})
+
+
+def test_the_fingerprint_changes_with_every_field_that_decides_and_with_no_other(tmp_path):
+    recipe = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\n"))
+    free, deciding = 0, 0
+    for leaf in [*LEAVES, "pruning.method.remove_at", "pruning.method.penalty.residual"]:
+        if leaf == "pruning.method":
+            continue
+        changed = with_value(recipe, leaf.split("."), {"another": "value"})
+        if any(leaf == name or leaf.startswith(f"{name}.") for name in FREE_FIELDS):
+            assert changed.fingerprint == recipe.fingerprint, leaf
+            free += 1
+        else:
+            assert changed.fingerprint != recipe.fingerprint, leaf
+            deciding += 1
+    method = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\npruning: {method: imp}\n"))
+    assert method.fingerprint != recipe.fingerprint
+    assert free == 7
+    assert free + deciding == len(LEAVES) + 1
+    assert re.fullmatch("[0-9a-f]{16}", recipe.fingerprint)
+
+
+# -- the recipes of the repository
+
+FILES = sorted((tiny.REPOSITORY / "recipes").rglob("*.yaml"))
+
+
+def test_the_package_sees_every_recipe_of_the_repository():
+    assert [path.resolve() for path in recipes.builtin_recipes()] == FILES
+    found = {str(path.relative_to(tiny.REPOSITORY / "recipes")) for path in FILES}
+    assert found >= {"digits/quickstart.yaml", "cifar10/cpu_rsst.yaml", "reference.yaml"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(tiny.REPOSITORY / "recipes")))
+def test_a_recipe_of_the_repository_loads_and_says_what_it_is(path):
+    recipe = load(path)
+    assert recipe.name
+    assert path.read_text(encoding="utf-8").startswith("# "), "its first line is what `vit-rsst recipes` shows"
+
+
+def test_no_two_recipes_of_the_repository_share_a_run_folder():
+    names = [load(path).name for path in FILES]
+    assert len(set(names)) == len(names) == len(FILES)
+
+
+def test_the_reference_recipe_shows_every_field():
+    path = tiny.REPOSITORY / "recipes" / "reference.yaml"
+    text = path.read_text(encoding="utf-8")
+    given = {".".join(key) for key in strict_yaml.parse(text).lines}
+    recipe = load(path)
+
+    def is_shown(place: tuple[str, ...], owner: str | None = None) -> bool:
+        """Given as a key; a field of what the recipe did not choose may stand in a comment that names its owner."""
+        if ".".join(place) in given:
+            return True
+        lines = [line for line in text.splitlines() if owner is None or re.search(rf"\b{owner}\b", line)]
+        return any(re.search(rf"#.*(?<![\w.]){re.escape(place[-1])}:", line) for line in lines)
+
+    missing = []
+    for place, cls in SECTIONS:
+        for f in dataclasses.fields(cls):
+            owner = "steps" if cls.__name__ == "StepDecay" else None
+            if not is_shown((*place, key_of(f)), owner):
+                missing.append(".".join((*place, key_of(f))))
+    for name, place, cls in METHOD_SECTIONS:
+        is_chosen = name == recipe.pruning.method_name
+        for f in dataclasses.fields(cls):
+            key = (*place, key_of(f))
+            if not (".".join(key) in given if is_chosen else is_shown((name, key_of(f)), name)):
+                missing.append(f"{'.'.join(key)} of {name}")
+    assert not missing
+
+
+# -- plugins
+
+PLUGIN = '''\
+"""mine: removes at once, like imp, and takes an option."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vit_rsst.pruning.plan import RoundPlan, register_method
+
+
+@register_method("mine")
+@dataclass(frozen=True)
+class Mine:
+    one_round: ClassVar[bool] = False
+    strength: float = 1.0
+
+    def plan(self, round, view):
+        return RoundPlan(mask=view.mask if round == 0 else view.elements(view.density(round / view.rounds)))
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    (tmp_path / "my_plugin.py").write_text(PLUGIN, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "my_plugin"
+    METHODS._parts.pop("mine", None)
+    sys.modules.pop("my_plugin", None)
+
+
+def test_a_method_of_a_plugin_is_a_method_like_the_others(tmp_path, plugin):
+    head = f"name: r\nplugins: [{plugin}]\n"
+    recipe = load(written(tmp_path, f"{head}pruning: {{method: {{name: mine, strength: 2}}}}\n"))
+    assert recipe.pruning.method.strength == 2.0
+    assert recipe.tree()["pruning"]["method"] == {"name": "mine", "strength": 2.0}
+    [line] = complaints(tmp_path, f"{head}pruning: {{method: {{name: mine, strenght: 2}}}}\n")
+    assert "did you mean 'strength'?" in line
+
+
+def test_a_method_of_a_plugin_trains(tmp_path, plugin):
+    recipe = tiny.write_recipe(tmp_path, tiny.RECIPE.replace("{name: rsst, remove_at: 0.8}", "mine"))
+    assert tiny.command("train", recipe, f"plugins=[{plugin}]", "train.epochs=1", "train.round_epochs=1") == 0
+    assert (tmp_path / "runs" / "tiny" / "tickets" / "round_02.safetensors").exists()
+
+
+def test_a_plugin_that_is_not_there_is_an_error_that_names_it(tmp_path):
+    [line] = complaints(tmp_path, "name: r\nplugins: [no_such_plugin]\n")
+    assert "no_such_plugin" in line
+    assert "PYTHONPATH" in line
+
+
+def test_a_method_of_a_plugin_that_is_not_named_is_unknown(tmp_path):
+    [line] = complaints(tmp_path, "name: r\npruning: {method: mine}\n")
+    assert "unknown method 'mine'" in line

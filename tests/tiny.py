@@ -1,0 +1,108 @@
+"""Runs that take a second: a tiny recipe on the digits, and the command started within the test process or beside it.
+
+Not a test module: what the tests of the command line, the run folder, tickets and models have in common.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "vit_rsst"
+
+MODEL_ARGS = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "mlp_ratio": 1.0}
+NUM_PRUNABLE = 24 * 72 + 24 * 24 + 24 * 24 + 24 * 24  # qkv, proj, fc1, fc2
+
+RECIPE = f"""\
+name: tiny
+data: {{source: digits}}
+model: {{name: vit_tiny, args: {json.dumps(MODEL_ARGS)}}}
+optim: {{lr: 3e-3}}
+train: {{epochs: 2, round_epochs: 2, global_batch: 32, steps_per_epoch: 3, log_every_steps: 1}}
+pruning:
+  method: {{name: rsst, remove_at: 0.8}}
+  schedule: {{rounds: 2, final_sparsity: 0.9}}
+"""
+
+
+def write_recipe(folder: Path, text: str = RECIPE) -> Path:
+    """A recipe file whose runs go to `folder`/runs."""
+    path = folder / "tiny.yaml"
+    path.write_text(f"{text}output_dir: {folder / 'runs'}\n", encoding="utf-8")
+    return path
+
+
+def command(*argv: object) -> int:
+    """Runs `vit-rsst ARGV…` within this process, on the CPU with one thread; returns the exit code."""
+    from vit_rsst import cli
+
+    with alone_on_cpu():
+        return cli.main([str(item) for item in argv])
+
+
+@contextlib.contextmanager
+def alone_on_cpu() -> Iterator[None]:
+    """A process as a fresh `vit-rsst` finds it; what a run changes of the process is put back after it."""
+    import numpy as np
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    variables, threads = dict(os.environ), torch.get_num_threads()
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        os.environ.pop(name, None)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+        os.environ.clear()
+        os.environ.update(variables)
+        torch.set_num_threads(threads)
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Environment of a subprocess: this package, one thread, no network, no GPU, nothing of a launcher."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("ACCELERATE_")}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), kept.get("PYTHONPATH"))))
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return kept | offline | {"PYTHONPATH": path} | more
+
+
+def python(*argv: object, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess:
+    """Runs python beside this process; its output is text."""
+    arguments = [sys.executable, *map(str, argv)]
+    return subprocess.run(
+        arguments, env=environment(**variables), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text(encoding="utf-8"))
+
+
+def events(run: Path) -> list[dict]:
+    """metrics.jsonl, read as strict JSON: NaN and Infinity are no JSON."""
+
+    def refuse(token: str) -> object:
+        raise ValueError(f"{token} is not JSON")
+
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
