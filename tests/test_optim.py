@@ -158,6 +158,15 @@ def test_state_tensors_put_into_a_fresh_optimizer_give_the_same_next_steps(name)
     assert torch.equal(model.bias, other.bias)
 
 
+def test_loading_replaces_the_whole_state():
+    model = linear()
+    optimizer = make(model, "adamw")
+    train(model, optimizer, 2)
+    saved = {"weight/exp_avg": torch.ones(2, 3)}
+    optim.load_state_tensors_(optimizer, saved, dict(model.named_parameters()))
+    assert optim.state_tensors(optimizer, {id(model.weight): "weight", id(model.bias): "bias"}).keys() == saved.keys()
+
+
 def test_state_of_a_parameter_that_does_not_exist_is_refused():
     model = linear()
     with pytest.raises(KeyError, match="ghost"):

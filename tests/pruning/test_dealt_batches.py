@@ -114,8 +114,8 @@ def test_seed_epoch_and_round_each_change_order_and_augmentation():
         assert not torch.equal(joined(plain_other)[0][0], order[0])
     assert_same(joined(epoch(loader())), joined(epoch(loader())))
     same = Split(torch.full((43, 3, 8, 8), 9, dtype=torch.uint8), torch.zeros(43, dtype=torch.int64))
-    one_image = joined(epoch(loader(split=same)))
-    assert len({x.numpy().tobytes() for x, _ in one_image}) == 5, "each step draws anew"
+    one_image = [batch for number in range(3) for batch in joined(epoch(loader(split=same), number))]
+    assert len({x.numpy().tobytes() for x, _ in one_image}) == 15, "each step of each epoch draws its own crops"
 
 
 def test_the_arithmetic_of_a_global_batch():
