@@ -22,7 +22,7 @@ from vit_rsst import __version__, cli, console, evaluation, train
 from vit_rsst.data import loaders
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.methods import __all__ as METHODS
-from vit_rsst.recipe import builtin_recipes
+from vit_rsst.recipe_file import builtin_recipes
 
 VERBS = ["train", "evaluate", "models", "recipes", "methods", "runs"]
 SHORT = ("train.epochs=1", "train.round_epochs=1", "train.steps_per_epoch=1", "pruning.schedule.rounds=1")

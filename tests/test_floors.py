@@ -21,7 +21,7 @@ FLOORS = [
     "pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
     "pruning.agreement pruning.controller models.zoo data.sources data.loaders checkpoint tickets tracking results "
-    "console signals recipe recipe_rules run_folder",
+    "console signals recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
     "resume loop",
     # 5 assemble: from a recipe to a run, a plan or scores
@@ -44,8 +44,11 @@ SIDEWAYS = {
     ("pruning.controller", "pruning.agreement"),
     ("data.loaders", "data.sources"),
     ("console", "results"),
-    ("recipe", "recipe_rules"),
     ("recipe_rules", "recipe"),
+    ("recipe_rules", "recipe_errors"),
+    ("recipe_file", "recipe"),
+    ("recipe_file", "recipe_errors"),
+    ("recipe_file", "recipe_rules"),
     ("run_folder", "recipe"),
     ("loop", "resume"),
     ("evaluation", "assembly"),
@@ -181,7 +184,7 @@ def test_methods_see_plan_masks_and_progress_alone():
 
 
 def test_recipe_objects_stop_above_what_they_describe():
-    allowed = {"recipe_rules", "run_folder", "assembly", "planning", "train", "cli"}
+    allowed = {"recipe_rules", "recipe_file", "run_folder", "assembly", "planning", "train", "cli"}
     users = {m: place(m, line) for m, t, line, _ in EDGES if t == "recipe"}
     assert not set(users) - allowed, [users[m] for m in set(users) - allowed]
 
@@ -234,7 +237,7 @@ def test_a_recipe_can_be_read_without_torch_or_datasets():
         "    __import__(module)\n"
         "    print(module, *[name for name in sys.modules if '.' not in name])\n"
     )
-    modules = ["vit_rsst", "vit_rsst.cli", "vit_rsst.train", "vit_rsst.recipe", "vit_rsst.recipe_rules"]
+    modules = ["vit_rsst", "vit_rsst.cli", "vit_rsst.train", "vit_rsst.recipe_file"]
     modules += ["vit_rsst.pruning.methods", "vit_rsst.models.catalog", "vit_rsst.data.catalog", "vit_rsst.run_folder"]
     done = tiny.python("-c", script, *modules)
     assert done.returncode == 0, done.stderr

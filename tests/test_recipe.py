@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import tiny
 
-from vit_rsst import recipe as recipes
+from vit_rsst import recipe_file as recipes
 from vit_rsst import recipe_rules, strict_yaml
 from vit_rsst.errors import InputError
 from vit_rsst.pruning.plan import METHODS
-from vit_rsst.recipe import FREE_FIELDS, Recipe, load
+from vit_rsst.recipe import FREE_FIELDS, Recipe
+from vit_rsst.recipe_errors import Problem
+from vit_rsst.recipe_file import load
 from vit_rsst.run_folder import RunFolder
 
 
@@ -388,9 +390,9 @@ def test_every_rule_of_the_rules_is_broken_by_one_of_these_recipes(tmp_path, mon
     rules = [(n.lineno, n.end_lineno) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Yield)]
     told = []
 
-    def problem(path: str, sentence: str) -> recipes.Problem:
+    def problem(path: str, sentence: str) -> Problem:
         told.append(sys._getframe(1).f_lineno)
-        return recipes.Problem(path, sentence)
+        return Problem(path, sentence)
 
     monkeypatch.setattr(recipe_rules, "Problem", problem)
     for overrides, _, _ in RULES.values():

@@ -14,7 +14,8 @@ import tiny
 import yaml
 
 from vit_rsst.errors import EnvironmentLacks, InputError
-from vit_rsst.recipe import Recipe, Train, load
+from vit_rsst.recipe import Recipe, Train
+from vit_rsst.recipe_file import load
 from vit_rsst.run_folder import RunFolder, environment
 
 RECIPE = Recipe(name="r")
@@ -181,7 +182,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 
-from vit_rsst.recipe import load
+from vit_rsst.recipe_file import load
 from vit_rsst.run_folder import RunFolder
 
 recipe = load(Path(sys.argv[1]))

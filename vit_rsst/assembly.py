@@ -313,6 +313,7 @@ def ticket_header(recipe: Recipe, data: ImageData) -> dict[str, str]:
         "data": json.dumps({**asdict(data.options), **info}),
         "seed": str(recipe.seed),
         "method": recipe.pruning.method_name,
+        "precision": recipe.train.precision,
         "ema": "false",
         "recipe": recipe.fingerprint,
     }

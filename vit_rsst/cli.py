@@ -81,7 +81,7 @@ def models_verb(arguments: argparse.Namespace) -> None:
 
 
 def recipes_verb(arguments: argparse.Namespace) -> None:
-    from vit_rsst.recipe import builtin_folder, builtin_recipes
+    from vit_rsst.recipe_file import builtin_folder, builtin_recipes
 
     for path in builtin_recipes():
         first = path.read_text(encoding="utf-8").splitlines()[0]

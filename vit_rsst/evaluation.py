@@ -51,8 +51,11 @@ def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dic
     def batches() -> object:
         return evaluation_batches(samples, EVALUATION_BATCH, 0, 1, device, mean, std)
 
+    # As the run scored it: Accelerate wraps the forward pass in autocast.
+    with torch.autocast(device.type, torch.bfloat16, enabled=ticket.metadata.get("precision") == "bf16"):
+        scores = score(net, batches(), device) | _by_class(net, batches(), classes)
     result = {"ticket": str(path), "split": split, "samples": len(samples), "density": ticket.mask.density}
-    return result | score(net, batches(), device) | _by_class(net, batches(), classes)
+    return result | scores
 
 
 @torch.no_grad()

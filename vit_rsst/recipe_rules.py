@@ -6,7 +6,8 @@ from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.rsst import Rsst
-from vit_rsst.recipe import Problem, Recipe, StepDecay
+from vit_rsst.recipe import Recipe, StepDecay
+from vit_rsst.recipe_errors import Problem
 
 
 def broken_rules(recipe: Recipe) -> list[Problem]:

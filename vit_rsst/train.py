@@ -54,9 +54,9 @@ def guarded(verb: object, arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from vit_rsst import recipe as recipes
+    from vit_rsst.recipe_file import find, load
 
-    recipe = recipes.load(recipes.find(arguments.recipe), arguments.overrides)
+    recipe = load(find(arguments.recipe), arguments.overrides)
     if arguments.dry_run:
         from vit_rsst.planning import plan_text
 

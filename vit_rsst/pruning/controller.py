@@ -101,7 +101,7 @@ class Controller:
             self.rewind_point = self._snapshot()
         self.state = RoundState(round, density_asked=self.state.density_asked)
         plan = self.method.plan(round, self._view())
-        if plan.mask.num_alive < self.mask.num_alive:
+        if self.mask.minus(plan.mask).num_alive:
             self._remove_(plan.mask)
         if plan.start_from == "rewind" and self.rewind_point is not None:
             self._rewind_()

@@ -94,4 +94,5 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Inverse of `pack_bits` for a tensor of `shape`."""
     count = int(np.prod(shape, dtype=np.int64))
+    assert bits.numel() == -(-count // 8), "bits of another shape"
     return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)).reshape(shape)

@@ -35,6 +35,7 @@ class Gmp:
 
     def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
         start, end = (at_fraction(x, progress.round_steps) for x in self.window)
+        end = max(end, start + 1)  # a window that holds no step still removes, at once
         step = progress.round_step + 1  # counting the one under way
         if not start < step <= end or ((step - start) % self.interval and step != end):
             return None
