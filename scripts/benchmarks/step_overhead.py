@@ -1,0 +1,197 @@
+"""What a step of an rsst round costs beside a bare PyTorch loop, and what its masks cost in memory.
+
+RSST pays only if masks and penalty are nearly free. So the project's own loop (`loop.train_epoch`: loader, Accelerate,
+controller, seeds, console, tracker) runs beside the loop that anybody would write by hand: the same vit_tiny (32 px,
+patch 4, width 192, depth 9), random images in memory, augmentation, AdamW with decay and clipping, with loss and
+gradient norm logged at every step. The peers are other ways to mask; `bare loop, again` shows the machine's noise:
+whatever is as near to 1 as that row is no finding.
+
+The contenders alternate in short blocks, in one process and in an order drawn anew each time. A ratio compares two
+blocks of one alternation; its median and 95 % interval are printed. A bound is missed when the interval's lower end
+lies above it; with --quick the intervals are too wide to mean much.
+"""
+
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import Interval, alternate, environment, interval, parse_args, report
+from _plain_loop import MASKINGS, accelerated_loop, masked_loop, plain_loop
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from vit_rsst import assembly, loop
+from vit_rsst.data.loaders import placed
+from vit_rsst.data.sources import Split
+from vit_rsst.pruning.controller import Controller
+from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.pruning.plan import Penalty
+from vit_rsst.recipe import Augment, Data, Pruning, Recipe, Schedule, Train
+from vit_rsst.run_folder import RunFolder
+from vit_rsst.train import make_accelerator
+
+RATIO_BOUNDS = {64: 1.03, 8: 1.05}
+"""Batch size → largest ratio of the project's step to the bare loop's, in every phase of a round."""
+BYTES_BOUND = 2.0
+"""Bytes a prunable weight that masks and condemned sets may take inside the window."""
+
+ALTERNATIONS, QUICK_ALTERNATIONS, WARMUPS = 40, 3, 2
+IMAGES_PER_BLOCK = {"cpu": 128, "cuda": 2048}
+NUM_IMAGES, NUM_CLASSES, SPARSITY = 4096, 10, 0.5
+BARE = "bare loop"
+PHASES = ("dense round", "inside the window", "after the removal")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: every contender trains `blocks` blocks of `steps` steps, of which the last is never reached."""
+
+    batch: int
+    precision: str
+    steps: int
+    blocks: int
+
+    def recipe(self, folder: Path, phase: str) -> Recipe:
+        """Round 0 dense, round 1 of rsst; an epoch is a block."""
+        end = 1 / self.blocks if phase == "after the removal" else 1.0  # removes in the first warm-up, or never
+        return Recipe(
+            name=phase,
+            output_dir=str(folder),
+            data=Data(source="digits", augment=Augment(hflip=0.5)),
+            train=Train(
+                epochs=self.blocks,
+                steps_per_epoch=self.steps,
+                global_batch=self.batch,
+                precision=self.precision,
+                log_every_steps=1,
+            ),
+            pruning=Pruning(
+                method=Rsst(Penalty(window=(0.0, end)), remove_at=end),
+                schedule=Schedule(rounds=1, final_sparsity=SPARSITY),
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {'fp32' if self.precision == 'no' else self.precision}"
+
+
+def begin_run(case: Case, folder: Path, phase: str, split: Split) -> loop.Run:
+    """The project's run, assembled from its recipe, at the start of the round with this phase."""
+    recipe = case.recipe(folder, phase)
+    with redirect_stdout(io.StringIO()):
+        s, lock = assembly.build(recipe, make_accelerator(recipe), RunFolder(recipe.run_folder))
+    lock.release()
+    s.loader.split = split
+    s.progress.round = 0 if phase == "dense round" else 1
+    s.controller.begin_round(s.progress.round)
+    return s
+
+
+def train_block(s: loop.Run) -> None:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the console's bar, or its line a minute
+        loop.train_epoch(s)
+
+
+def check_phases(runs: Mapping[str, loop.Run]) -> None:
+    """The blocks were what their names say."""
+    found = [(round(s.controller.mask.density, 3), s.controller.condemned is not None) for s in runs.values()]
+    assert found == [(1.0, False), (1.0, True), (1 - SPARSITY, False)], found
+
+
+def mask_bytes(controller: Controller) -> float:
+    """Bytes a prunable weight of all tensors that the controller holds beside model, optimizer and rewind point."""
+    found: dict[int, int] = {}
+
+    def walk(value: object) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            walk([*value.values()])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                walk(item)
+        elif is_dataclass(value):
+            walk(vars(value))
+
+    walk({k: v for k, v in vars(controller).items() if k not in ("model", "weights", "optimizer", "rewind_point")})
+    for tensor in controller.model.state_dict().values():  # where it also lists the weights
+        found.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(found.values()) / controller.mask.num_elements
+
+
+def measure(case: Case, num_alternations: int, device: torch.device, folder: Path) -> dict:
+    """Times of all contenders, and the memory of masks and condemned sets inside the window."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # it fixes the precision once a process
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8, generator=random)
+    split = placed(Split(images, torch.arange(NUM_IMAGES) % NUM_CLASSES), device)
+    runs = {phase: begin_run(case, folder, phase, split) for phase in PHASES}
+    inside = runs["inside the window"].controller
+    target = inside.mask.minus(inside.condemned)
+    by_hand = (case.recipe(folder, BARE), runs["dense round"].loader, folder / "log.jsonl")
+    loops = {
+        BARE: plain_loop(*by_hand),
+        f"{BARE}, again": plain_loop(*by_hand),
+        "plain Accelerate loop": accelerated_loop(*by_hand),
+    }
+    loops |= {peer: masked_loop(peer, target, *by_hand) for peer in MASKINGS}
+    contenders = {name: plain.train_block for name, plain in loops.items()}
+    contenders |= {phase: lambda s=s: train_block(s) for phase, s in runs.items()}
+    seconds = alternate(contenders, num_alternations, WARMUPS, device)
+    check_phases(runs)
+    timings = {
+        name: {
+            "ms_a_step": round(1000 * float(np.median(values)) / case.steps, 3),
+            "ratio": asdict(interval(values / seconds[BARE])),
+            "bound": RATIO_BOUNDS[case.batch] if name in PHASES else None,
+        }
+        for name, values in seconds.items()
+    }
+    return asdict(case) | {"case": str(case), "bytes_a_weight": mask_bytes(inside), "contenders": timings}
+
+
+def judge(case: dict) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The case's rows of the table, and a sentence for each bound that it misses."""
+    rows, missed = [], []
+    for name, timing in case["contenders"].items():
+        ratio, bound = Interval(**timing["ratio"]), timing["bound"]
+        rows.append((f"{case['case']}: {name}", f"{timing['ms_a_step']:.2f}", str(ratio), str(bound or "")))
+        if bound is not None and ratio.exceeds(bound):
+            missed.append(f"{case['case']}: {name} takes {ratio} of the bare loop's step, bound {bound}")
+    rows.append((f"{case['case']}: mask bytes a weight", "", f"{case['bytes_a_weight']:.3f}", str(BYTES_BOUND)))
+    if case["bytes_a_weight"] > BYTES_BOUND:
+        missed.append(f"{case['case']}: masks take {case['bytes_a_weight']:.3f} bytes a weight, bound {BYTES_BOUND}")
+    return rows, missed
+
+
+def main() -> int:
+    args = parse_args(__doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num_alternations = QUICK_ALTERNATIONS if args.quick else ALTERNATIONS
+    load_before, cases = os.getloadavg()[0], []
+    for precision in ("no", "bf16") if device.type == "cuda" else ("no",):
+        for batch in RATIO_BOUNDS:
+            case = Case(batch, precision, IMAGES_PER_BLOCK[device.type] // batch, WARMUPS + num_alternations + 1)
+            with tempfile.TemporaryDirectory() as folder:
+                cases.append(measure(case, num_alternations, device, Path(folder)))
+    result = {
+        "environment": environment(device, args.quick),
+        "load": {"before": load_before, "after": os.getloadavg()[0]},
+        "alternations": num_alternations,
+        "missed": [sentence for case in cases for sentence in judge(case)[1]],
+        "cases": cases,
+    }
+    rows = [row for case in cases for row in judge(case)[0]]
+    return report(args, result, ("step_overhead", "ms a step", "to the bare loop  [95 %]", "bound"), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
