@@ -120,6 +120,8 @@ class Controller:
         window_began = self._condemned_gradient_blocked(progress)
         if window_began and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
             optim.clear_moments_(self.optimizer, self.weights, self.condemned.masks)
+        if self.mask.is_full and not window_began:
+            return
         for name, weight in self.weights.items():
             if weight.grad is not None:
                 weight.grad.mul_(self.mask[name] ^ self.condemned[name] if window_began else self.mask[name])
@@ -147,8 +149,10 @@ class Controller:
         """Shrinks the condemned, keeps the dead at zero, commits the target or takes the method's new mask."""
         penalty = self._penalty(progress)
         if penalty is not None and penalty.coupling == "decoupled":
+            # Masked gradients and fresh moments keep the dead at zero meanwhile: one pass over the weights, not two.
             self._shrink_(penalty, progress, skipped)
-        self._enforce_()
+        elif not self.mask.is_full:
+            self._enforce_()
         done = progress.round_step + 1
         if self.condemned is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
             self._remove_(self.mask.minus(self.condemned))

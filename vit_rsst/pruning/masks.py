@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -55,6 +56,11 @@ class MaskSet:
     @property
     def num_elements(self) -> int:
         return sum(mask.numel() for mask in self.tensors())
+
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether everything is alive, so that there is nothing to enforce; counted once."""
+        return self.num_alive == self.num_elements
 
     @property
     def density(self) -> float:
