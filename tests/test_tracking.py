@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from accelerate import PartialState
 from accelerate import tracking as accelerate_tracking
 
@@ -201,6 +202,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_others_go_on(
 
 def test_a_tracker_whose_package_is_missing_is_left_out(tracker, monkeypatch):
     tracker, warned = tracker
+    monkeypatch.delattr(torch.utils, "tensorboard", raising=False)  # there once another test has imported it
     for name in ("torch.utils.tensorboard", "tensorboardX"):
         monkeypatch.setitem(sys.modules, name, None)
     with tiny.alone_on_cpu():
