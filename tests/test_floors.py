@@ -13,14 +13,17 @@ import tiny
 
 FLOORS = [
     # 0 ground: plain helpers; what lies above may use them anywhere
-    "errors files seeds schedules progress registry strict_yaml pruning.masks data.catalog models.catalog",
+    "errors files seeds schedules progress registry strict_yaml pruning.masks pruning.units data.catalog "
+    "models.catalog",
     # 1 measure: numbers of weights, logits and images
-    "pruning.criteria models.anatomy data.transforms metrics.counters metrics.reported optim",
+    "pruning.criteria pruning.granularity models.anatomy models.resnet data.transforms metrics.counters "
+    "metrics.reported optim",
     # 2 decide: which elements live
     "pruning.selection pruning.plan pruning.methods.dense pruning.methods.gmp pruning.methods.imp pruning.methods.rsst "
     "pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
-    "pruning.agreement pruning.controller models.zoo data.sources data.loaders checkpoint tickets tracking results "
+    "pruning.agreement pruning.controller models.hub models.zoo data.sources data.loaders checkpoint tickets "
+    "tracking results "
     "console signals recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
     "resume loop",
@@ -33,6 +36,8 @@ FLOORS = [
 
 SIDEWAYS = {
     ("registry", "errors"),
+    ("models.anatomy", "pruning.granularity"),
+    ("models.zoo", "models.hub"),
     ("pruning.methods", "pruning.methods.dense"),
     ("pruning.methods", "pruning.methods.gmp"),
     ("pruning.methods", "pruning.methods.imp"),
@@ -69,7 +74,7 @@ METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress"}
 DOORS = {
     "datasets": {"data.sources", "metrics.reported"},
     "timm": {"models.zoo"},
-    "transformers": set(),
+    "transformers": {"models.hub"},
     "evaluate": {"metrics.reported"},
     "safetensors": {"tickets", "checkpoint"},
     "wandb": set(),

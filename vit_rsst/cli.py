@@ -67,13 +67,13 @@ def models_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst.models.catalog import CATALOG
     from vit_rsst.results import aligned
 
-    lines = [("model", "parameters", "prunable", "px", "weights", "timm")]
+    lines = [("model", "parameters", "prunable", "px", "weights", "architecture")]
     for name, stock in CATALOG.items():
         net = zoo.create(*zoo.describe(name, {}, 10), device="meta")
         total, prunable = sum(p.numel() for p in net.parameters()), prunable_weights(net)
         published = "published" if stock.has_weights else "none"
         counted = f"{sum(w.numel() for w in prunable.values()):,}"
-        lines.append((name, f"{total:,}", counted, str(stock.args["img_size"]), published, stock.architecture))
+        lines.append((name, f"{total:,}", counted, str(stock.args.get("img_size", 32)), published, stock.architecture))
     print(
         aligned(lines),
         "\n\nCounted with 10 classes. Any other name of timm works too, with its arguments in model.args.",

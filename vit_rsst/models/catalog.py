@@ -8,14 +8,16 @@ class Stock:
     """A timm architecture with arguments; whoever has timm can build it without this package.
 
     Attributes:
-        architecture: name in timm's registry.
-        args: arguments of `timm.create_model`.
+        architecture: name in timm's registry, or `hf:TYPE` for a class of transformers.
+        args: arguments of `timm.create_model`; of `hf:TYPE` the fields of its configuration.
         has_weights: whether published weights exist that fit (after resampling the embeddings).
+        is_stock: whether timm or transformers alone can build it; False: it is this package's own.
     """
 
     architecture: str
     args: dict = field(default_factory=dict)
     has_weights: bool = True
+    is_stock: bool = True
 
 
 def _cifar_vit(architecture: str, has_weights: bool = True, **args: object) -> Stock:
@@ -29,6 +31,7 @@ CATALOG: dict[str, Stock] = {
     ),
     "vit_small": _cifar_vit("vit_small_patch16_224", embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0),
     "vit_base": _cifar_vit("vit_base_patch16_224", embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0),
+    "resnet20": Stock("resnet20", has_weights=False, is_stock=False),
 }
 
 

@@ -1,4 +1,5 @@
-"""Models through timm: the catalogue in timm's registry, and construction that never starts from random in silence."""
+"""Models through timm and transformers: the catalogue in timm's registry, and construction that never starts from
+random in silence."""
 
 import contextlib
 import difflib
@@ -10,7 +11,15 @@ from timm.models import register_model
 from torch import nn
 
 from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.models import hub
 from vit_rsst.models.catalog import CATALOG, stock
+from vit_rsst.models.resnet import CifarResNet
+
+OWN = {"resnet20": CifarResNet}
+"""Catalogue names that neither timm nor transformers has."""
+
+TIMMS_OWN = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments that `timm.create_model` adds of itself."""
 
 
 def _register(name: str) -> None:
@@ -19,7 +28,10 @@ def _register(name: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: object) -> nn.Module:
         if pretrained and not CATALOG[name].has_weights:
             raise ValueError(f"{name} has no published weights")
-        return timm.create_model(CATALOG[name].architecture, pretrained=pretrained, **{**CATALOG[name].args, **kwargs})
+        args = {**CATALOG[name].args, **kwargs}
+        if CATALOG[name].is_stock:
+            return timm.create_model(CATALOG[name].architecture, pretrained=pretrained, **args)
+        return OWN[name](**{key: value for key, value in args.items() if key not in TIMMS_OWN})
 
     entrypoint.__name__ = name
     entrypoint.__module__ = __name__
@@ -31,7 +43,9 @@ for _name in CATALOG:
 
 
 def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
-    """Stock timm architecture and all arguments that build the model without this package."""
+    """Architecture and all arguments that build the model, where it is a stock one without this package."""
+    if name.startswith(hub.PREFIX):
+        return hub.describe(name, args, num_classes)
     found = stock(name)
     return found.architecture, {**found.args, **args, "num_classes": num_classes}
 
@@ -40,8 +54,8 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
     """Builds a model.
 
     Args:
-        architecture: a name of timm, as `describe` gives it.
-        args: arguments of `timm.create_model`, `num_classes` among them.
+        architecture: a name of timm or `hf:TYPE`, as `describe` gives it.
+        args: arguments of `timm.create_model`, `num_classes` among them; of `hf:TYPE` the configuration's fields.
         pretrained: load published weights; timm resamples patch and position embeddings and replaces the head.
         device: where to build; `meta` makes shapes without memory.
 
@@ -49,6 +63,8 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
         InputError: no such model, arguments it does not take, or no published weights for it.
         EnvironmentLacks: the weights exist but cannot be had.
     """
+    if architecture.startswith(hub.PREFIX):
+        return hub.create(architecture, args, pretrained, device)
     if not timm.is_model(architecture.split(".")[0]):
         near = difflib.get_close_matches(architecture, [*CATALOG, *timm.list_models()], n=3)
         raise InputError(

@@ -1,0 +1,68 @@
+"""Granularity: from scores of weights to scores of units, and from decisions on units back to element masks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.units import Member, UnitGroup
+
+UNIT_KINDS = {"head": ("head",), "neuron": ("neuron",), "head+neuron": ("head", "neuron"), "channel": ("channel",)}
+"""Structured granularity → the kinds of units that it prunes."""
+
+
+def pattern(granularity: str) -> tuple[int, int] | None:
+    """(N, M) of an `N:M` granularity, else None."""
+    kept, colon, window = granularity.partition(":")
+    return (int(kept), int(window)) if colon else None
+
+
+def slices(member: Member, tensor: Tensor) -> Tensor:
+    """What each unit owns of `tensor`: (units, span · other)."""
+    index = member.index.to(tensor.device)
+    picked = tensor.movedim(member.dim, 0)[index]  # (units, span, other…)
+    return picked.flatten(1)
+
+
+def pool(group: UnitGroup, scores: Mapping[str, Tensor]) -> Tensor:
+    """Mean score of every unit over all the weights it owns.
+
+    Args:
+        group: units of one kind in one place; its members index `scores`.
+        scores: per weight, the weight's shape; higher means keep.
+
+    Returns:
+        float32, (units,).
+
+    Raises:
+        KeyError: a member's weight has no scores.
+    """
+    owned = [slices(member, scores[member.name]).float() for member in group.members]
+    return sum(part.sum(1) for part in owned) / sum(part.shape[1] for part in owned)
+
+
+def unit_sizes(group: UnitGroup, weights: Mapping[str, Tensor]) -> int:
+    """Number of weight elements that one unit of the group owns."""
+    return sum(weights[m.name].numel() // weights[m.name].shape[m.dim] * m.index.shape[1] for m in group.members)
+
+
+def alive_units(group: UnitGroup, mask: MaskSet) -> Tensor:
+    """Which units have an element alive: bool, (units,)."""
+    return torch.stack([slices(member, mask[member.name]).any(1) for member in group.members]).any(0)
+
+
+def expand(groups: Iterable[UnitGroup], kept: Sequence[Tensor], like: Mapping[str, Tensor]) -> MaskSet:
+    """Element masks of a decision on units: whatever a dropped unit owns is dead, all else alive.
+
+    Args:
+        groups: unit groups over the weights of `like`.
+        kept: per group bool, (units,).
+        like: per weight a tensor of its shape and device.
+    """
+    mask = MaskSet.full(like)
+    for group, keep in zip(groups, kept, strict=True):
+        for member in group.members:
+            dead = member.index[~keep.cpu()].flatten().to(mask[member.name].device)
+            mask[member.name].index_fill_(member.dim, dead, False)
+    return mask

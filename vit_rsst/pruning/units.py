@@ -1,0 +1,59 @@
+"""Units: the smallest things that live or die together, and which slices of which tensors they own."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Member:
+    """The slices of one tensor that the units of a group own.
+
+    Attributes:
+        name: the tensor's name in the state dict, `blocks.0.mlp.fc1.weight`.
+        dim: the dimension that the units divide.
+        index: int64, (units, span): unit u owns the slices `index[u]` along `dim`.
+    """
+
+    name: str
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the output of the units can be seen: at the input of the module that consumes it.
+
+    Attributes:
+        module: name of the consumer, such as `blocks.0.mlp.fc2` or `blocks.0.attn.proj`.
+        index: int64, (units, span): the input features (or channels) that come from each unit.
+    """
+
+    module: str
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units of one kind in one place, the smallest circle in which they compete.
+
+    Attributes:
+        name: of the module that holds them, `blocks.0.attn`.
+        kind: head, neuron or channel.
+        depth: position of the block in the network, from 0 on.
+        members: slices of prunable weights; masks and scores are theirs.
+        vectors: slices of biases and norms that leave with a unit when the model is made smaller. A mask need not
+            cover them: the consumer's columns are masked, so that nothing of them is ever seen.
+        site: where the units' output is consumed.
+    """
+
+    name: str
+    kind: str
+    depth: int
+    members: tuple[Member, ...]
+    vectors: tuple[Member, ...] = field(repr=False)
+    site: Site = field(repr=False)
+
+    @property
+    def units(self) -> int:
+        return len(self.site.index)
