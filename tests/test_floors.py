@@ -22,9 +22,8 @@ FLOORS = [
     "pruning.selection pruning.plan pruning.methods.dense pruning.methods.gmp pruning.methods.imp pruning.methods.rsst "
     "pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
-    "pruning.agreement pruning.controller models.hub models.zoo data.sources data.loaders checkpoint tickets "
-    "tracking results "
-    "console signals recipe recipe_errors recipe_rules recipe_file run_folder",
+    "pruning.agreement pruning.controller models.hub models.zoo models.complexity data.sources data.loaders "
+    "checkpoint tickets tracking results console signals recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
     "resume loop",
     # 5 assemble: from a recipe to a run, a plan or scores
