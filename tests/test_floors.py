@@ -23,9 +23,9 @@ FLOORS = [
     "pruning.methods.gmp pruning.methods.imp pruning.methods.refill pruning.methods.rsst pruning.methods.rst "
     "pruning.methods.ste pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
-    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.zoo data.sources "
-    "data.loaders checkpoint tickets tracking results console signals recipe recipe_errors recipe_rules recipe_file "
-    "run_folder",
+    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.zoo "
+    "data.sources data.loaders checkpoint tickets tracking results console signals "
+    "recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
     "resume loop",
     # 5 assemble: from a recipe to a run, a plan or scores

@@ -1,4 +1,4 @@
-"""Complexity: FLOPs by torch's own counter, and what removing one unit saves. A multiplication with its addition is 2."""
+"""Complexity: FLOPs by torch's own counter, and what removing one unit saves. One multiply-add is 2 FLOPs."""
 
 from collections.abc import Sequence
 
