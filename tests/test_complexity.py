@@ -13,6 +13,7 @@ from vit_rsst.models.complexity import (
     own_flops,
     unit_costs,
 )
+from vit_rsst.models.slim import shrink_
 from vit_rsst.pruning.granularity import expand
 from vit_rsst.pruning.masks import MaskSet
 
@@ -73,11 +74,29 @@ def test_removed_neurons_and_channels_save_exactly_their_costs():
     assert flops(wide, 32) - flops(narrow, 32) == 192 * sum(spent.values())
     assert parameters(wide) - parameters(narrow) == 192 * sum(size.values())
 
-    net = build("resnet20")
-    spent, size = unit_costs(net, unit_groups(net), 32)
-    pixels = 32 * 32
-    assert spent["blocks.0.conv1"] == 2 * (2 * pixels * 9 * 16)
-    assert size["blocks.0.conv1"] == 2 * 9 * 16 + 2  # batch norm has two parameters and two statistics
+
+@pytest.mark.parametrize(("name", "args"), [("vit_tiny", {"depth": 2}), ("hf:vit", HUB_VIT), ("resnet20", {})])
+def test_what_units_cost_is_what_the_smaller_model_lacks(name, args):
+    net = build(name, **args)
+    groups = unit_groups(net)
+    spent, size = unit_costs(net, groups, 32)
+    kept = {group.name: torch.arange(group.units)[1 + number % 2 :] for number, group in enumerate(groups)}
+    gone = {group.name: group.units - len(kept[group.name]) for group in groups}
+    flops_left = flops(net, 32) - sum(gone[group] * spent[group] for group in gone)
+    parameters_left = parameters(net) - sum(gone[group] * size[group] for group in gone)
+    shrink_(net, kept)
+    assert flops(net, 32) == flops_left
+    assert parameters(net) == parameters_left
+
+
+def test_channels_between_two_pruned_sides_save_less_than_the_sum():
+    net = build("resnet50")
+    groups = [group for group in unit_groups(net) if group.name.startswith("layer1.0.")]
+    _, size = unit_costs(net, groups, 64)
+    sum_of_both = sum(group.units // 2 * size[group.name] for group in groups)
+    before = parameters(net)
+    shrink_(net, {group.name: torch.arange(group.units // 2) for group in groups})
+    assert before - parameters(net) == sum_of_both - 9 * 32 * 32  # the block where they cross, counted twice
 
 
 def test_gated_neurons_take_both_of_their_rows_along():

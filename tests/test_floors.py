@@ -13,17 +13,19 @@ import tiny
 
 FLOORS = [
     # 0 ground: plain helpers; what lies above may use them anywhere
-    "errors files seeds schedules progress registry strict_yaml pruning.masks pruning.units data.catalog "
-    "models.catalog",
+    "errors files seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
+    "data.catalog models.catalog",
     # 1 measure: numbers of weights, logits and images
     "pruning.criteria pruning.granularity models.anatomy models.resnet data.transforms metrics.counters "
     "metrics.reported optim",
     # 2 decide: which elements live
-    "pruning.selection pruning.plan pruning.methods.dense pruning.methods.gmp pruning.methods.imp pruning.methods.rsst "
-    "pruning.methods",
+    "pruning.selection pruning.plan pruning.allocation pruning.selector pruning.methods.constant pruning.methods.dense "
+    "pruning.methods.gmp pruning.methods.imp pruning.methods.refill pruning.methods.rsst pruning.methods.rst "
+    "pruning.methods.ste pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
-    "pruning.agreement pruning.controller models.hub models.zoo models.complexity data.sources data.loaders "
-    "checkpoint tickets tracking results console signals recipe recipe_errors recipe_rules recipe_file run_folder",
+    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.zoo "
+    "data.sources data.loaders checkpoint tickets tracking results console signals "
+    "recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
     "resume loop",
     # 5 assemble: from a recipe to a run, a plan or scores
@@ -33,18 +35,20 @@ FLOORS = [
 ]
 """Modules by floor, without the package's name."""
 
+METHODS = ("constant", "dense", "gmp", "imp", "refill", "rsst", "rst", "ste")
+
 SIDEWAYS = {
     ("registry", "errors"),
-    ("models.anatomy", "pruning.granularity"),
     ("models.zoo", "models.hub"),
-    ("pruning.methods", "pruning.methods.dense"),
-    ("pruning.methods", "pruning.methods.gmp"),
-    ("pruning.methods", "pruning.methods.imp"),
-    ("pruning.methods", "pruning.methods.rsst"),
-    ("pruning.methods.dense", "pruning.plan"),
-    ("pruning.methods.gmp", "pruning.plan"),
-    ("pruning.methods.imp", "pruning.plan"),
-    ("pruning.methods.rsst", "pruning.plan"),
+    *(("pruning.methods", f"pruning.methods.{name}") for name in METHODS),
+    *((f"pruning.methods.{name}", "pruning.plan") for name in METHODS),
+    ("pruning.methods.rst", "pruning.methods.rsst"),
+    ("pruning.allocation", "pruning.plan"),
+    ("pruning.allocation", "pruning.selection"),
+    ("pruning.selector", "pruning.allocation"),
+    ("pruning.selector", "pruning.plan"),
+    ("pruning.selector", "pruning.selection"),
+    ("pruning.criteria", "pruning.granularity"),
     ("pruning.controller", "pruning.agreement"),
     ("data.loaders", "data.sources"),
     ("console", "results"),
@@ -67,8 +71,8 @@ FOR_TYPES_ALONE = {("resume", "loop")}
 EMPTY = {"", "data", "models", "metrics", "pruning"}
 """Packages whose `__init__` holds no code: whoever imports a module below passes them."""
 
-METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress"}
-"""All that a pruning method may know of the package."""
+METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "pruning.methods.rsst"}
+"""All that a pruning method may know of the package; rst is rsst from another start."""
 
 DOORS = {
     "datasets": {"data.sources", "metrics.reported"},

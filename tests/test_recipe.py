@@ -145,7 +145,8 @@ def test_unknown_keys_are_refused_in_every_section(tmp_path):
 @pytest.mark.parametrize("name, path", [(name, path) for name, path, _ in METHOD_SECTIONS])
 def test_unknown_keys_are_refused_in_every_method(tmp_path, name, path):
     inside = nested(path[2:], {"bogus_key": 1})
-    tree = {"name": "r", "pruning": {"method": {"name": name, **inside}}}
+    fitting = {"refill": {"granularity": "head"}}.get(name, {})
+    tree = {"name": "r", "model": {"start_from": "t"}, "pruning": {"method": {"name": name, **inside}, **fitting}}
     lines = complaints(tmp_path, json.dumps(tree))
     assert len(lines) == 1
     assert f"  {'.'.join((*path, 'bogus_key'))}: unknown key" in lines[0]
@@ -323,6 +324,8 @@ def test_faults_of_the_file_and_of_overrides_are_told_together(tmp_path):
 # -- rules that join fields: (overrides, path, part of the sentence)
 
 EXPLICIT = "pruning.schedule={name: explicit, sparsities: [0.5, 0.8]}"
+UNITS = "pruning.granularity=head+neuron"
+
 RULES = {
     "a name that hides the run": (["name=.hidden"], "name", "leave out the dot"),
     "explicit without a list": (["pruning.schedule=explicit"], "pruning.schedule.sparsities", "explicit needs"),
@@ -340,6 +343,43 @@ RULES = {
     "rate and final sparsity": (
         ["pruning.schedule={rate: 0.2, final_sparsity: 0.9}"], "pruning.schedule.rate", "keep one of the two"),
     "a rate for a line": (["pruning.schedule={name: linear, rate: 0.2}"], "pruning.schedule.rate", "geometric"),
+    "windows of everything": (["pruning.granularity=4:4"], "pruning.granularity", "expected 1 ≤ N < M"),
+    "windows with a rate": (
+        ["pruning.granularity=2:4", "pruning.schedule={rate: 0.2}"], "pruning.schedule", "fixes its own density"),
+    "windows with another sparsity": (
+        ["pruning.granularity=2:4", "pruning.schedule={final_sparsity: 0.9}"],
+        "pruning.schedule.final_sparsity", "is not that of 2:4, 0.5"),
+    "more rounds than windows can step": (
+        ["pruning.granularity=2:4", "pruning.schedule={rounds: 3}"], "pruning.schedule.rounds", "at most 2"),
+    "windows with a scope": (
+        ["pruning.granularity=2:4", "pruning.scope=layer"], "pruning.scope", "means nothing to 2:4"),
+    "a budget of both": (
+        [UNITS, "pruning.schedule={budget: {flops: 0.5, params: 0.5}}"], "pruning.schedule.budget", "expected one of"),
+    "a budget of elements": (
+        ["pruning.schedule={budget: {flops: 0.5}}"], "pruning.schedule.budget", "needs units that are really removed"),
+    "a budget and a sparsity": (
+        [UNITS, "pruning.schedule={budget: {flops: 0.5}, final_sparsity: 0.5}"],
+        "pruning.schedule.final_sparsity", "follows from the budget"),
+    "a rate of kinds that are not pruned": (
+        ["pruning.granularity=head", "pruning.schedule={rate: {head: 0.1, neuron: 0.2}}"],
+        "pruning.schedule.rate", "head needs head"),
+    "a granularity that is none": (["pruning.granularity=heads"], "pruning.granularity", "Did you mean 'head'?"),
+    "refill without units": (["pruning.method=refill"], "pruning.granularity", "refill puts whole units back"),
+    "units scored and elements pruned": (["pruning.criterion=taylor"], "pruning.criterion", "taylor scores units"),
+    "straight-through with another criterion": (
+        ["pruning.method=ste", "pruning.criterion=random"], "pruning.criterion", "straight-through magnitude"),
+    "activations without images": (
+        ["pruning.criterion=activation_l1", "pruning.calibration_images=0"],
+        "pruning.calibration_images", "looks at activations"),
+    "erk of units": ([UNITS, "pruning.scope=erk"], "pruning.scope", "use layer or isomorphic"),
+    "a ramp over no layers": (["pruning.depth_ramp=[0.5, 1.5]"], "pruning.depth_ramp", "use scope layer"),
+    "a ramp of nothing": (
+        ["pruning.scope=layer", "pruning.depth_ramp=[0.0, 0.0]"], "pruning.depth_ramp", "prunes nothing"),
+    "constant from nothing": (["pruning.method=constant"], "pruning.method", "model.start_from"),
+    "rst from trained weights": (["pruning.method=rst", "pruning.rewind=lr"], "pruning.rewind", "initial weights"),
+    "refill at the last rate": (
+        ["pruning.method={name: refill, feedback: post}", UNITS, "pruning.rewind=none", "optim.min_lr=1e-5"],
+        "pruning.rewind", "the last learning rate"),
     "gmp with a list": (["pruning.method=gmp", EXPLICIT], "pruning.schedule.name", "use cubic or linear"),
     "gmp with a window turned round": (
         ["pruning.method={name: gmp, window: [0.7, 0.1]}"], "pruning.method.window", "0 ≤ start ≤ end ≤ 1"),
@@ -525,6 +565,9 @@ def test_the_reference_recipe_shows_every_field():
                 missing.append(".".join((*place, key_of(f))))
     for name, place, cls in METHOD_SECTIONS:
         is_chosen = name == recipe.pruning.method_name
+        if name == "rst":
+            assert [f.name for f in dataclasses.fields(METHODS["rst"])] == ["penalty", "remove_at"]  # shown as rsst's
+            continue
         for f in dataclasses.fields(cls):
             key = (*place, key_of(f))
             if not (".".join(key) in given if is_chosen else is_shown((name, key_of(f)), name)):

@@ -2,8 +2,8 @@
 arguments."""
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,18 +16,34 @@ from vit_rsst import optim, results, resume, run_folder, tickets
 from vit_rsst.checkpoint import Checkpointer
 from vit_rsst.console import Console
 from vit_rsst.data.catalog import CATALOG as SOURCES
-from vit_rsst.data.loaders import Dealing, InMemoryLoader, evaluation_batches, placed, steps_per_epoch
-from vit_rsst.data.sources import DataOptions, ImageData, open_data
+from vit_rsst.data.loaders import (
+    Dealing,
+    InMemoryLoader,
+    balanced_rows,
+    evaluation_batches,
+    placed,
+    steps_per_epoch,
+)
+from vit_rsst.data.sources import DataOptions, ImageData, Split, open_data
 from vit_rsst.data.transforms import Augmentation
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.loop import Run
 from vit_rsst.metrics.counters import RunningLoss, score
 from vit_rsst.models import zoo
-from vit_rsst.models.anatomy import prunable_weights
+from vit_rsst.models.anatomy import prunable_parts
+from vit_rsst.models.complexity import flops as model_flops
+from vit_rsst.models.complexity import unit_costs
 from vit_rsst.progress import Progress
-from vit_rsst.pruning.controller import Controller, Evaluate
-from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.allocation import Allocation
+from vit_rsst.pruning.calibration import collect
+from vit_rsst.pruning.controller import Calibrate, Controller
+from vit_rsst.pruning.criteria import CRITERIA, Statistics
 from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.methods.constant import Constant
+from vit_rsst.pruning.methods.dense import Dense
+from vit_rsst.pruning.plan import Density, Method
+from vit_rsst.pruning.selector import Floors, Selector
+from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe import Optim, Recipe, StepDecay
 from vit_rsst.run_folder import RunFolder
 from vit_rsst.schedules import learning_rate
@@ -36,6 +52,7 @@ from vit_rsst.signals import StopFlag
 from vit_rsst.tracking import Tracker, to_stderr
 
 EVALUATION_BATCH = 500
+CALIBRATION_BATCH = 128
 
 
 def build(
@@ -53,9 +70,10 @@ def build(
     steps = steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch)
     progress = Progress(steps, recipe.round_epochs)
     net, start_mask = build_model(recipe, data)
-    weights = prunable_weights(net, recipe.pruning.include, recipe.pruning.protect)
     net.to(device)
-    mask = starting_mask(weights, start_mask)
+    weights, groups = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
+    selector, density = build_selection(recipe, net, weights, groups, data.options.size)
+    mask = starting_mask(weights, start_mask, recipe.pruning.method)
     loader = build_loader(recipe, data, dealing, accelerator)
     evaluate = make_evaluate(net, data, accelerator, recipe)
     lock = None
@@ -69,7 +87,8 @@ def build(
         net.compile()  # in place: names stay, and masks written outside of it never recompile
     model, optimizer = accelerator.prepare(net, build_optimizer(net, recipe.optim))
     console = Console(is_main, progress, train.global_batch)
-    console.line(summary(recipe, data, net, weights, dealing, progress, str(device)))
+    asked = mask.density if isinstance(recipe.pruning.method, Dense | Constant) else density(1.0)
+    console.line(summary(recipe, data, net, weights, asked, dealing, progress, str(device)))
     tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
     tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
     stop = StopFlag()
@@ -82,7 +101,20 @@ def build(
         loader=loader,
         loss=nn.CrossEntropyLoss(label_smoothing=train.label_smoothing),
         lr=make_lr(recipe),
-        controller=build_controller(recipe, net, weights, optimizer, lambda: evaluate("val"), mask),
+        controller=Controller(
+            model=net,
+            weights=weights,
+            optimizer=optimizer,
+            method=recipe.pruning.method,
+            rounds=recipe.pruning.schedule.num_rounds,
+            density=density,
+            selector=selector,
+            rewind_epoch=recipe.pruning.rewind_epoch,
+            seed=recipe.seed,
+            evaluate=lambda: evaluate("val"),
+            mask=mask,
+            calibrate=make_calibrate(recipe, net, weights, groups, data, accelerator),
+        ),
         progress=progress,
         evaluate=evaluate,
         folder=folder,
@@ -118,15 +150,18 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
     )
 
 
-def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None) -> MaskSet:
+def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None, method: Method) -> MaskSet:
     """Everything alive, less the zeros of the ticket that the run starts from.
 
     Raises:
-        InputError: the ticket has zeros in a weight that this recipe does not prune, which would grow back.
+        InputError: the ticket has zeros in a weight that this recipe does not prune, which would grow back; or the
+            method is constant and it has none.
     """
     mask = MaskSet.full(weights)
     if found is None:
         return mask
+    if isinstance(method, Constant) and found.is_full:
+        raise InputError("model.start_from: it has no zeros, and constant keeps those; start from a sparse ticket.")
     freed = [name for name in found if name not in weights and not found[name].all()]
     if freed:
         raise InputError(
@@ -137,30 +172,85 @@ def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None) -> Ma
     return MaskSet({n: found[n].to(w.device) if n in found.masks else mask[n] for n, w in weights.items()})
 
 
-def build_controller(
+def build_selection(
+    recipe: Recipe, net: nn.Module, weights: dict[str, nn.Parameter], groups: list[UnitGroup], image_size: int
+) -> tuple[Selector, Callable[[float], Density]]:
+    """Who chooses what stays, and the density that the schedule asks for at a fraction of it.
+
+    Raises:
+        InputError: the schedule cannot be reached, or a glob names no layer.
+    """
+    pruning = recipe.pruning
+    schedule, costs = pruning.schedule, {}
+    if schedule.budget is not None:
+        costs, final = spend(schedule.budget, net, groups, image_size)
+        schedule = replace(schedule, budget=None, final_sparsity=final)
+    allocation = Allocation(
+        pruning.scope or "global",
+        pruning.depth_ramp,
+        pruning.layer_sparsity,
+        schedule.density(1.0),
+        never_above=bool(costs),
+    )
+    floors = Floors(pruning.min_neurons, pruning.max_layer_sparsity)
+    criterion = CRITERIA[pruning.criterion]
+    selector = Selector(criterion, pruning.granularity, groups, allocation, floors, costs)
+    if not isinstance(pruning.method, Dense | Constant):
+        selector.check(weights)
+    return selector, schedule.density
+
+
+def spend(
+    budget: Mapping[str, float], net: nn.Module, groups: list[UnitGroup], image_size: int
+) -> tuple[dict[str, float], float]:
+    """Cost of a unit of each group, and the share of all units' cost that must go to meet the budget.
+
+    Raises:
+        InputError: what cannot be pruned is more than the budget already.
+    """
+    [(what, share)] = budget.items()
+    flops, params = unit_costs(net, groups, image_size)
+    costs = flops if what == "flops" else params
+    total = model_flops(net, image_size) if what == "flops" else sum(p.numel() for p in net.parameters())
+    prunable = sum(costs[group.name] * group.units for group in groups)
+    final = (1.0 - share) * total / prunable
+    if final >= 1.0:
+        raise InputError(
+            f"pruning.schedule.budget.{what}: {share} of the model cannot be reached, since what is not prunable "
+            f"takes {1 - prunable / total:.3f} of it; ask for more than that, or prune more kinds of units."
+        )
+    return costs, final
+
+
+def make_calibrate(
     recipe: Recipe,
     net: nn.Module,
     weights: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    evaluate: Evaluate,
-    mask: MaskSet,
-) -> Controller:
-    """The controller of the recipe's method."""
-    pruning = recipe.pruning
-    return Controller(
-        model=net,
-        weights=weights,
-        optimizer=optimizer,
-        method=pruning.method,
-        rounds=pruning.schedule.num_rounds,
-        density=pruning.schedule.density,
-        criterion=CRITERIA[pruning.criterion],
-        scope=pruning.scope,
-        rewind_epoch=pruning.rewind_epoch,
-        seed=recipe.seed,
-        evaluate=evaluate,
-        mask=mask,
-    )
+    groups: list[UnitGroup],
+    data: ImageData,
+    accelerator: Accelerator,
+) -> Calibrate | None:
+    """Statistics over calibration images of the training split, the same ones in every round; None: not needed."""
+    needs = CRITERIA[recipe.pruning.criterion].needs
+    if needs not in ("activations", "gradients") or isinstance(recipe.pruning.method, Dense | Constant):
+        return None
+    rows = balanced_rows(data.train.labels, recipe.pruning.calibration_images, derived_seed(recipe.seed, "calibration"))
+    split = placed(Split(data.train.images[rows], data.train.labels[rows]), accelerator.device)
+    mean, std = channels(recipe)
+
+    def calibrate() -> Statistics:
+        batches = evaluation_batches(
+            split,
+            CALIBRATION_BATCH,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+            mean,
+            std,
+        )
+        return collect(net, batches, weights, groups, needs == "gradients")
+
+    return calibrate
 
 
 def resume_if_possible(s: Run) -> None:
@@ -319,18 +409,31 @@ def ticket_header(recipe: Recipe, data: ImageData) -> dict[str, str]:
     }
 
 
+def density_text(density: Density) -> str:
+    """`0.100`, or `head 0.500, neuron 0.300`."""
+    if isinstance(density, Mapping):
+        return ", ".join(f"{kind} {share:.3f}" for kind, share in density.items())
+    return f"{density:.3f}"
+
+
 def summary(
-    recipe: Recipe, data: ImageData, net: nn.Module, weights: dict, dealing: Dealing, progress: Progress, device: str
+    recipe: Recipe,
+    data: ImageData,
+    net: nn.Module,
+    weights: dict,
+    density: Density,
+    dealing: Dealing,
+    progress: Progress,
+    device: str,
 ) -> str:
     """What is about to happen, in four lines."""
     total = sum(p.numel() for p in net.parameters())
     prunable = sum(w.numel() for w in weights.values())
-    final = recipe.pruning.schedule.final if recipe.pruning.method_name != "dense" else 0.0
     rows = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
     return (
         f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({rows})\n"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "
-        f"final density {1 - final:.3f}\n"
+        f"final density {density_text(density)}\n"
         f"  {len(progress.round_epochs)} round(s), {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "
         f"global batch {dealing}; {device}, precision {recipe.train.precision}\n"
         f"  run folder {recipe.run_folder}"

@@ -107,6 +107,7 @@ def train_epoch(s: Run) -> None:
 def train_step(s: Run, micro_batches: list[Batch]) -> tuple[float, float]:
     """One optimizer step over all micro-batches of this rank; mean loss of this rank and gradient norm of all."""
     total = 0.0
+    s.controller.before_forward()
     for images, labels in micro_batches:
         with s.accelerator.accumulate(s.model):
             logits = s.model(images)
@@ -158,7 +159,8 @@ def finish_epoch(s: Run) -> None:
     """Evaluates, logs and shows the epoch that has just ended."""
     train = s.meter.compute_and_reset()
     metrics = {"train/loss": train["loss"], "train/top1": train["top1"], "train/lr": s.optimizer.param_groups[0]["lr"]}
-    metrics |= {f"val/{key}": value for key, value in s.evaluate("val").items()}
+    with s.controller.as_deployed():
+        metrics |= {f"val/{key}": value for key, value in s.evaluate("val").items()}
     last = replace(s.progress, epoch=s.progress.epoch - 1, step=s.progress.steps_per_epoch - 1)
     metrics |= s.controller.metrics(last) | {"time/images_per_s": s.console.images_per_second}
     s.tracker.log("epoch", s.progress.global_step, _where(s.progress) | metrics)

@@ -1,6 +1,7 @@
 """The whole plan of a recipe, for `--dry-run`: rounds, densities, steps, penalty, memory, disk. Creates nothing."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,12 +12,17 @@ from vit_rsst.data.loaders import Dealing, steps_per_epoch
 from vit_rsst.data.sources import open_data
 from vit_rsst.errors import EnvironmentLacks
 from vit_rsst.models import zoo
-from vit_rsst.models.anatomy import prunable_weights
+from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.models.complexity import activation_bytes
 from vit_rsst.progress import Progress, at_fraction
+from vit_rsst.pruning.methods.constant import Constant
+from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.rsst import Rsst
-from vit_rsst.pruning.plan import Method
+from vit_rsst.pruning.methods.rst import Rst
+from vit_rsst.pruning.methods.ste import StraightThrough
+from vit_rsst.pruning.plan import Density, Method
+from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe import Recipe
 from vit_rsst.results import aligned, size
 
@@ -44,24 +50,29 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     progress = Progress(steps, recipe.round_epochs)
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
     net = zoo.create(architecture, args, device="meta")
-    weights = prunable_weights(net, recipe.pruning.include, recipe.pruning.protect)
+    pruning = recipe.pruning
+    weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
+    image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
+    selector, density = assembly.build_selection(recipe, net, weights, groups, image_size)
+    densities = [selector.mean_density(weights, asked) for asked in round_densities(recipe, density)]
     total, prunable = sum(p.numel() for p in net.parameters()), sum(w.numel() for w in weights.values())
     dropped = rows.train - steps * recipe.train.global_batch
     parts = [
         f"plan of {recipe.name}: {recipe.pruning.method_name}, seed {recipe.seed}; nothing is created",
         f"data       {recipe.data.source}: {rows.train:,} train, {rows.val:,} val, {rows.test:,} test, "
         f"{rows.num_classes} classes ({'counted' if rows.are_counted else 'as published; the data were not reached'})",
-        f"model      {recipe.model.name} = timm {architecture}: {total:,} parameters, {prunable:,} prunable in "
+        f"model      {recipe.model.name} = {architecture}: {total:,} parameters, {prunable:,} prunable in "
         f"{len(weights)} weights ({prunable / total:.1%})",
         f"batch      {dealing} with {num_processes} process(es); the same on any number that divides it",
         f"epoch      {steps:,} optimizer steps, {dropped:,} images of the tail dropped",
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
         f"{progress.total_steps * recipe.train.global_batch:,} images",
         "",
-        aligned(round_lines(recipe, progress, prunable)),
+        aligned(round_lines(recipe, progress, prunable, densities)),
         "",
         *penalty_lines(recipe, progress),
-        *resource_lines(recipe, net, dealing, total, prunable, rows),
+        *unit_lines(groups),
+        *resource_lines(recipe, net, dealing, total, prunable, rows, densities),
         f"run folder {recipe.run_folder}",
     ]
     return "\n".join(parts)
@@ -81,11 +92,11 @@ def count_rows(recipe: Recipe) -> Rows:
         return Rows(train, val, info.rows[1], info.num_classes, False)
 
 
-def round_lines(recipe: Recipe, progress: Progress, prunable: int) -> list[tuple[str, ...]]:
+def round_lines(recipe: Recipe, progress: Progress, prunable: int, densities: list[float]) -> list[tuple[str, ...]]:
     """One line a round: density asked, weights kept and removed, epochs, steps, when the removal comes."""
     lines = [("round", "density", "kept", "removed", "epochs", "steps", "removal")]
     before = prunable
-    for number, (epochs, density) in enumerate(zip(progress.round_epochs, round_densities(recipe), strict=True)):
+    for number, (epochs, density) in enumerate(zip(progress.round_epochs, densities, strict=True)):
         kept, steps = round(density * prunable), epochs * progress.steps_per_epoch
         removal = removal_text(recipe.pruning.method, steps) if kept < before else "none"
         lines.append(
@@ -95,19 +106,32 @@ def round_lines(recipe: Recipe, progress: Progress, prunable: int) -> list[tuple
     return lines
 
 
-def round_densities(recipe: Recipe) -> list[float]:
+def round_densities(recipe: Recipe, density: Callable[[float], Density]) -> list[Density]:
     """Density that each round is asked to end with."""
-    schedule = recipe.pruning.schedule
-    if recipe.pruning.method.one_round:
-        return [1.0 if recipe.pruning.method_name == "dense" else schedule.density(1.0)]
-    return [schedule.density(min(r / schedule.num_rounds, 1.0)) for r in range(len(recipe.round_epochs))]
+    method, rounds = recipe.pruning.method, recipe.pruning.schedule.num_rounds
+    if isinstance(method, Dense | Constant):  # what constant starts from is read when it starts
+        return [1.0]
+    if method.one_round:
+        return [density(1.0)]
+    return [density(min(r / rounds, 1.0)) for r in range(len(recipe.round_epochs))]
+
+
+def unit_lines(groups: list[UnitGroup]) -> list[str]:
+    """How many units there are to remove; which ones, and so the exact density, follows from training."""
+    kinds = dict.fromkeys(group.kind for group in groups)
+    counts = [(kind, [group.units for group in groups if group.kind == kind]) for kind in kinds]
+    return [
+        f"units      {sum(units):,} {kind}s in {len(units)} groups of {min(units)}"
+        + (f"–{max(units)}" if max(units) > min(units) else "")
+        for kind, units in counts
+    ]
 
 
 def removal_text(method: Method, steps: int) -> str:
     """When the weights of a round leave."""
-    if isinstance(method, Gmp):
+    if isinstance(method, Gmp | StraightThrough):
         return f"every {method.interval} steps in {list(method.window)} of the run"
-    if isinstance(method, Rsst) and method.remove_at > 0:
+    if isinstance(method, Rsst | Rst) and method.remove_at > 0:
         return f"after step {max(at_fraction(method.remove_at, steps), 1):,}"
     return "before the first step"
 
@@ -115,7 +139,7 @@ def removal_text(method: Method, steps: int) -> str:
 def penalty_lines(recipe: Recipe, progress: Progress) -> list[str]:
     """What the penalty will leave of the condemned, predicted from its own arithmetic."""
     method = recipe.pruning.method
-    if not isinstance(method, Rsst) or method.remove_at == 0:
+    if not isinstance(method, Rsst | Rst) or method.remove_at == 0:
         return []
     penalty, epochs = method.penalty, progress.round_epochs[1]
     steps = epochs * progress.steps_per_epoch
@@ -143,18 +167,23 @@ def penalty_lines(recipe: Recipe, progress: Progress) -> list[str]:
 
 
 def resource_lines(
-    recipe: Recipe, net: nn.Module, dealing: Dealing, total: int, prunable: int, rows: Rows
+    recipe: Recipe,
+    net: nn.Module,
+    dealing: Dealing,
+    total: int,
+    prunable: int,
+    rows: Rows,
+    densities: list[float],
 ) -> list[str]:
     """Memory of a process and disk of the run."""
     moments = 2 if recipe.optim.name != "sgd" else 1 if recipe.optim.momentum else 0
     state = total * 4 * (2 + moments)
-    masks = prunable * (2 if isinstance(recipe.pruning.method, Rsst) else 1)
+    masks = prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
     images = (rows.train + rows.val + rows.test) * 3 * image_size**2
     activations = activation_bytes(net, image_size, dealing.batch_per_device)
     if recipe.train.precision == "bf16":
         activations //= 2
-    densities = round_densities(recipe)
     ticket_bytes = sum(prunable * 4 * (d + 1 / 32) + (total - prunable) * 4 for d in densities)
     rewind = total * 4 if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
     point = total * 4 * (1 + moments) + prunable // 4 + rewind

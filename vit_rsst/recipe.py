@@ -6,14 +6,17 @@ join several fields stand in `recipe_rules`.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
+from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.pruning.patterns import pattern
 from vit_rsst.pruning.plan import METHODS
 from vit_rsst.schedules import SPARSITY_CURVES
 
@@ -100,58 +103,100 @@ class Train:
     keep_resume_points: Annotated[int, Ge(1)] = 2
 
 
+Share = Annotated[float, Gt(0), Lt(1)]
+ByKind = dict[Literal["head", "neuron"], Share]
+
+
 @section
 class Schedule:
-    """Sparsity over the rounds: a curve to a final sparsity, a rate of what remains, or a list.
+    """Sparsity over the rounds: a curve to a final sparsity, a rate of what remains, a list, or a budget.
 
     Attributes:
         rounds: prune events, each followed by training; round 0, dense, comes on top.
-        final_sparsity: of the prunable weights, after the last round.
-        rate: share of the remaining that each round removes; geometric only.
+        final_sparsity: of the prunable weights, after the last round; also by kind, `{head: 0.5, neuron: 0.7}`.
+        rate: share of the remaining that each round removes; geometric only; also by kind.
         sparsities: of each round, rising; `explicit` only.
+        budget: instead, the share of the whole model's FLOPs or parameters that the slim model may have, such as
+            `{flops: 0.5}`; granularities of units.
     """
 
     name: Literal["geometric", "cubic", "linear", "explicit"] = "geometric"
     rounds: Annotated[int, Ge(1)] | None = None
-    final_sparsity: Annotated[float, Gt(0), Lt(1)] | None = None
-    rate: Annotated[float, Gt(0), Lt(1)] | None = None
-    sparsities: tuple[Annotated[float, Gt(0), Lt(1)], ...] | None = None
+    final_sparsity: Share | ByKind | None = None
+    rate: Share | ByKind | None = None
+    sparsities: tuple[Share, ...] | None = None
+    budget: dict[Literal["flops", "params"], Share] | None = None
 
     @property
     def num_rounds(self) -> int:
         return len(self.sparsities) if self.sparsities else self.rounds or 10
 
     @property
-    def final(self) -> float:
-        """Sparsity after the last round."""
+    def final(self) -> float | dict[str, float]:
+        """Sparsity after the last round. A budget's is known with the model alone, which puts it here."""
         if self.sparsities:
             return self.sparsities[-1]
         if self.rate is not None:
-            return 1.0 - (1.0 - self.rate) ** self.num_rounds
+            return _each(self.rate, lambda rate: 1.0 - (1.0 - rate) ** self.num_rounds)
         return 0.9 if self.final_sparsity is None else self.final_sparsity
 
-    def density(self, fraction: float) -> float:
+    def density(self, fraction: float) -> float | dict[str, float]:
         """Density asked after a fraction (0 … 1) of the rounds, or of the steps of a method of one round."""
         if self.sparsities:
             done = round(fraction * self.num_rounds)
             sparsity = self.sparsities[done - 1] if done else 0.0
         else:
-            sparsity = SPARSITY_CURVES[self.name](fraction, self.final)
-        return round(1.0 - sparsity, 12)  # 0.1, not 0.09999999999999998
+            sparsity = _each(self.final, lambda final: SPARSITY_CURVES[self.name](fraction, final))
+        return _each(sparsity, lambda value: round(1.0 - value, 12))  # 0.1, not 0.09999999999999998
+
+
+def _each(value: float | Mapping[str, float], function: Callable[[float], float]) -> float | dict[str, float]:
+    return {k: function(v) for k, v in value.items()} if isinstance(value, Mapping) else function(value)
 
 
 @section
 class Pruning:
-    """What is pruned, how much, by which method."""
+    """What is pruned, how much, by which method.
+
+    Attributes:
+        granularity: element, head, neuron, head+neuron, channel or N:M, such as 2:4 along the input dimension.
+        criterion: scores; default: the method's.
+        scope: where units compete; default: isomorphic for head+neuron, else global; N:M has none.
+        depth_ramp: scope layer: sparsity of the first and of the last block, relative to the mean.
+        layer_sparsity: glob of layers → their own final sparsity.
+        max_layer_sparsity: what no layer's sparsity exceeds.
+        min_neurons: how many every MLP keeps.
+        calibration_images: of the training split, balanced over classes, for criteria that look at activations.
+        rewind: where a round starts; default: the method's.
+    """
 
     method: Any = field(default_factory=Rsst)
-    criterion: str = "magnitude"
-    granularity: Literal["element"] = "element"
-    scope: Literal["global", "layer"] = "global"
+    criterion: str | None = None
+    granularity: str = "element"
+    scope: Literal["global", "layer", "isomorphic", "erk"] | None = None
+    depth_ramp: tuple[Annotated[float, Ge(0)], Annotated[float, Ge(0)]] | None = None
+    layer_sparsity: dict[str, Annotated[float, Ge(0), Lt(1)]] = field(default_factory=dict)
+    max_layer_sparsity: Annotated[float, Gt(0), Le(1)] = 0.99
+    min_neurons: Annotated[int, Ge(1)] = 8
+    calibration_images: Annotated[int, Ge(0)] = 2048
     schedule: Schedule = field(default_factory=Schedule)
-    rewind: Annotated[str, Field(pattern=r"^(init|lr|none|epoch:[0-9]+)$")] = "lr"
+    rewind: Annotated[str, Field(pattern=r"^(init|lr|none|epoch:[0-9]+)$")] | None = None
     include: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fills in what follows from method and granularity, so that the saved recipe is complete."""
+        windows = pattern(self.granularity)
+        scope = "isomorphic" if self.granularity == "head+neuron" else None if windows else "global"
+        derived = {
+            "criterion": self.criterion or getattr(type(self.method), "default_criterion", "magnitude"),
+            "rewind": self.rewind or getattr(type(self.method), "default_rewind", "lr"),
+            "scope": self.scope or scope,
+        }
+        if windows:
+            derived["schedule"] = _window_schedule(self.schedule, *windows)
+        for key, value in derived.items():
+            object.__setattr__(self, key, value)
 
     @property
     def method_name(self) -> str:
@@ -163,6 +208,15 @@ class Pruning:
         if self.rewind == "init":
             return 0
         return int(self.rewind.split(":")[1]) if self.rewind.startswith("epoch:") else None
+
+
+def _window_schedule(schedule: Schedule, kept: int, window: int) -> Schedule:
+    """N:M fixes its own density: rounds step N down from M − 1."""
+    if kept >= window:  # a rule refuses it
+        return schedule
+    name = "linear" if schedule.name == "geometric" else schedule.name
+    final = 1.0 - kept / window if schedule.final_sparsity is None else schedule.final_sparsity
+    return replace(schedule, name=name, rounds=schedule.rounds or window - kept, final_sparsity=final)
 
 
 @section
@@ -195,9 +249,11 @@ class Recipe:
     @property
     def round_epochs(self) -> tuple[int, ...]:
         """Epochs of each round; a method of one round gets those of all together, so that budgets are equal."""
+        if isinstance(self.pruning.method, Constant):
+            return (self.train.epochs,)
         later = self.train.round_epochs or self.train.epochs
         epochs = [0 if self.model.start_from else self.train.epochs]
-        epochs += [later] * self.pruning.schedule.num_rounds
+        epochs += [later] * (self.pruning.schedule.num_rounds + getattr(self.pruning.method, "extra_rounds", 0))
         if self.train.recovery_epochs:
             epochs.append(self.train.recovery_epochs)
         return (sum(epochs),) if self.pruning.method.one_round else tuple(epochs)

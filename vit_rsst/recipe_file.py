@@ -184,7 +184,10 @@ def _validate(tree: dict) -> tuple[Recipe | None, list[Problem]]:
             problems.append(Problem(path, unknown(what, value, choices)))
     if problems or recipe is None:
         return None, problems
-    return replace(recipe, pruning=replace(recipe.pruning, method=method)), []
+    given = tree.get("pruning") or {}
+    # What follows from the method was filled in for the default one.
+    derived = {key: given.get(key) for key in ("criterion", "rewind")}
+    return replace(recipe, pruning=replace(recipe.pruning, method=method, **derived)), []
 
 
 def _names(tree: dict) -> Iterable[tuple[str, Any, str, Iterable[str]]]:

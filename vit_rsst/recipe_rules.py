@@ -3,16 +3,24 @@
 from collections.abc import Iterator
 
 from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.errors import unknown
 from vit_rsst.models.catalog import CATALOG as MODELS
+from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.gmp import Gmp
+from vit_rsst.pruning.methods.imp import Imp
+from vit_rsst.pruning.methods.refill import Refill
 from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.pruning.methods.rst import Rst
+from vit_rsst.pruning.methods.ste import StraightThrough
+from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
 from vit_rsst.recipe import Recipe, StepDecay
 from vit_rsst.recipe_errors import Problem
 
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
-    rules = (_name, _schedule, _method, _data, _model, _optim, _epochs)
+    rules = (_name, _schedule, _windows, _targets, _granularity, _allocation, _method, _data, _model, _optim, _epochs)
     return [problem for rule in rules for problem in rule(recipe)]
 
 
@@ -53,15 +61,116 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _windows(recipe: Recipe) -> Iterator[Problem]:
+    pruning, schedule = recipe.pruning, recipe.pruning.schedule
+    windows = pattern(pruning.granularity)
+    if windows is None:
+        return
+    kept, window = windows
+    if not 1 <= kept < window:
+        yield Problem("pruning.granularity", f"{pruning.granularity} keeps {kept} of {window}; expected 1 ≤ N < M")
+        return
+    final = 1.0 - kept / window
+    if schedule.rate is not None or schedule.sparsities or schedule.budget:
+        yield Problem("pruning.schedule", f"{pruning.granularity} fixes its own density; give rounds alone")
+    elif schedule.final_sparsity != final:
+        yield Problem(
+            "pruning.schedule.final_sparsity",
+            f"{schedule.final_sparsity} is not that of {pruning.granularity}, {final:g}; leave it out",
+        )
+    if not recipe.pruning.method.one_round and schedule.num_rounds > window - kept:
+        yield Problem(
+            "pruning.schedule.rounds",
+            f"{schedule.num_rounds} rounds cannot each remove a weight of every window; at most {window - kept}",
+        )
+    for field in ("scope", "depth_ramp", "layer_sparsity"):
+        if getattr(pruning, field):
+            yield Problem(f"pruning.{field}", f"means nothing to {pruning.granularity}: every window keeps as many")
+
+
+def _targets(recipe: Recipe) -> Iterator[Problem]:
+    schedule, kinds = recipe.pruning.schedule, UNIT_KINDS.get(recipe.pruning.granularity, ())
+    place = "pruning.schedule"
+    if schedule.budget is not None:
+        if len(schedule.budget) != 1:
+            yield Problem(f"{place}.budget", "expected one of flops and params, such as {flops: 0.5}")
+        if not kinds:
+            yield Problem(
+                f"{place}.budget",
+                f"needs units that are really removed, and the granularity is {recipe.pruning.granularity!r}; use "
+                "head, neuron, head+neuron or channel, or final_sparsity",
+            )
+        for key in ("final_sparsity", "rate", "sparsities"):
+            if getattr(schedule, key) is not None:
+                yield Problem(f"{place}.{key}", "follows from the budget; keep one of the two")
+    for key in ("final_sparsity", "rate"):
+        value = getattr(schedule, key)
+        if isinstance(value, dict) and set(value) != set(kinds):
+            needed = " and ".join(kinds) or "a single number"
+            yield Problem(
+                f"{place}.{key}", f"given for {' and '.join(value)}; {recipe.pruning.granularity} needs {needed}"
+            )
+
+
+def _granularity(recipe: Recipe) -> Iterator[Problem]:
+    pruning = recipe.pruning
+    granularity, method = pruning.granularity, pruning.method
+    if granularity not in ("element", *UNIT_KINDS) and pattern(granularity) is None:
+        yield Problem("pruning.granularity", unknown("value", granularity, ["element", *UNIT_KINDS, "N:M"]))
+        return
+    has_units = granularity in UNIT_KINDS
+    if isinstance(method, Refill) and not has_units:
+        yield Problem(
+            "pruning.granularity",
+            f"refill puts whole units back, and {granularity!r} has none; use head, neuron, head+neuron or channel",
+        )
+    elif pruning.criterion in CRITERIA and CRITERIA[pruning.criterion].elements is None and not has_units:
+        yield Problem(
+            "pruning.criterion",
+            f"{pruning.criterion} scores units, and {granularity!r} has none; use magnitude, activation_l1, "
+            "activation_l2 or saliency, or a granularity of head, neuron, head+neuron or channel",
+        )
+    if isinstance(method, StraightThrough) and pruning.criterion != "magnitude":
+        yield Problem(
+            "pruning.criterion", f"ste is straight-through magnitude pruning; {pruning.criterion!r} is not for it"
+        )
+    needs = CRITERIA[pruning.criterion].needs if pruning.criterion in CRITERIA else "weights"
+    if needs in ("activations", "gradients") and not pruning.calibration_images:
+        yield Problem(
+            "pruning.calibration_images", f"is 0, and {pruning.criterion} looks at {needs}; set it, such as 2048"
+        )
+
+
+def _allocation(recipe: Recipe) -> Iterator[Problem]:
+    pruning = recipe.pruning
+    if pruning.scope == "erk" and pruning.granularity in UNIT_KINDS:
+        yield Problem(
+            "pruning.scope", f"erk divides single weights; with {pruning.granularity} use layer or isomorphic"
+        )
+    if pruning.depth_ramp is not None and pruning.scope in ("global", "isomorphic", "erk"):
+        yield Problem(
+            "pruning.depth_ramp", f"sets the sparsity of each layer, and the scope is {pruning.scope}; use scope layer"
+        )
+    if pruning.depth_ramp == (0.0, 0.0):
+        yield Problem("pruning.depth_ramp", "[0, 0] prunes nothing; expected relative sparsities such as [0.5, 1.5]")
+
+
 def _method(recipe: Recipe) -> Iterator[Problem]:
     pruning, method, place = recipe.pruning, recipe.pruning.method, "pruning.method"
-    if isinstance(method, Gmp):
+    if isinstance(method, Gmp | StraightThrough):
         if pruning.schedule.name == "explicit":
             yield Problem(
-                "pruning.schedule.name", "explicit lists sparsities of rounds, and gmp has one; use cubic or linear"
+                "pruning.schedule.name",
+                f"explicit lists sparsities of rounds, and {pruning.method_name} has one; use cubic or linear",
             )
         yield from _window(method.window, f"{place}.window")
-    if not isinstance(method, Rsst):
+    if isinstance(method, Constant) and not recipe.model.start_from:
+        yield Problem(place, "constant keeps the zeros of a model; name it in model.start_from: a ticket or a run")
+    if isinstance(method, Rst) and pruning.rewind != "init":
+        yield Problem("pruning.rewind", f"rst begins from the initial weights, not {pruning.rewind!r}; leave it out")
+    if isinstance(method, Refill) and method.feedback == "post" and pruning.rewind == "none":
+        yield Problem("pruning.rewind", "none trains what was refilled at the last learning rate; use init or lr")
+    if not isinstance(method, Rsst | Rst):
         return
     penalty = method.penalty
     yield from _window(penalty.window, f"{place}.penalty.window")
@@ -144,5 +253,5 @@ def _epochs(recipe: Recipe) -> Iterator[Problem]:
         )
     if rewind_epoch and recipe.model.start_from:
         yield Problem("pruning.rewind", "round 0 is not trained when model.start_from is given; use lr, init or none")
-    if recipe.train.recovery_epochs and recipe.pruning.method_name not in ("rsst", "dense", "gmp"):
+    if recipe.train.recovery_epochs and isinstance(recipe.pruning.method, Imp | Refill | Constant):
         yield Problem("train.recovery_epochs", f"{recipe.pruning.method_name} removes before it trains; leave them out")

@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.allocation import Allocation
+from vit_rsst.pruning.criteria import CRITERIA, Criterion, Evidence
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.selection import keep_top
+from vit_rsst.pruning.selector import Selector
+
+
+def keep_top(scores: dict[str, Tensor], alive: MaskSet, density: float, scope: str) -> MaskSet:
+    """Elements of the highest score."""
+    selector = Selector(Criterion(lambda evidence: scores), allocation=Allocation(scope))
+    return selector.units(Evidence(scores, alive, seed=0), density)
 
 
 def by_sorting(scores: dict[str, Tensor], alive: MaskSet, density: float) -> dict[str, Tensor]:
@@ -160,7 +167,8 @@ def test_scores_and_masks_that_lie_in_columns_are_ranked_in_the_order_of_rows(sc
 
 
 def test_magnitude_is_the_absolute_value_in_float32():
-    scores = CRITERIA["magnitude"]({"w": torch.tensor([-2.0, 0.5], dtype=torch.bfloat16, requires_grad=True)}, 0)
+    weights = {"w": torch.tensor([-2.0, 0.5], dtype=torch.bfloat16, requires_grad=True)}
+    scores = CRITERIA["magnitude"].elements(Evidence(weights, MaskSet.full(weights), 0))
     assert scores["w"].tolist() == [2.0, 0.5]
     assert scores["w"].dtype == torch.float32
     assert not scores["w"].requires_grad
@@ -168,7 +176,9 @@ def test_magnitude_is_the_absolute_value_in_float32():
 
 def test_random_scores_depend_on_the_seed_alone():
     weights = {"a": torch.zeros(3, 4), "b": torch.ones(5)}
-    first, again, other = (CRITERIA["random"](weights, seed) for seed in (1, 1, 2))
+    first, again, other = (
+        CRITERIA["random"].elements(Evidence(weights, MaskSet.full(weights), seed)) for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first[name], again[name]) for name in weights)
     assert not torch.equal(first["a"], other["a"])
     assert {name: s.shape for name, s in first.items()} == {name: w.shape for name, w in weights.items()}

@@ -22,12 +22,16 @@ from vit_rsst.data.sources import Split
 from vit_rsst.data.transforms import Augmentation
 from vit_rsst.loop import Run
 from vit_rsst.metrics.counters import RunningLoss, score
-from vit_rsst.models.anatomy import prunable_weights
+from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
+from vit_rsst.pruning.allocation import Allocation
+from vit_rsst.pruning.calibration import collect
 from vit_rsst.pruning.controller import Controller
-from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.criteria import CRITERIA, Statistics
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Method
+from vit_rsst.pruning.selector import Floors, Selector
+from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.run_folder import RunFolder
 from vit_rsst.schedules import SPARSITY_CURVES, learning_rate
 from vit_rsst.signals import StopFlag
@@ -85,6 +89,7 @@ class Toy:
     final_sparsity: float = 0.9
     curve: str = "geometric"
     criterion: str = "magnitude"
+    granularity: str = "element"
     scope: str = "global"
     rewind_epoch: int | None = None
     max_skipped_steps: int = 0
@@ -100,12 +105,16 @@ class Toy:
         optimizer = optim.create_optimizer(
             net, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, momentum=0.9, betas=(0.9, 0.999)
         )
-        weights = prunable_weights(net)
+        weights, groups = prunable_parts(net, self.granularity)
         progress = Progress(self.steps_per_epoch, self.round_epochs)
-        val = images(100, seed=2)
+        val, needs = images(100, seed=2), CRITERIA[self.criterion].needs
 
         def evaluate(split: str) -> dict[str, float]:
             return score(net, evaluation_batches(val, 50, 0, 1, CPU, MEAN, STD), CPU)
+
+        def calibrate() -> Statistics:
+            batches = evaluation_batches(images(40, seed=3), 16, 0, 1, CPU, MEAN, STD)
+            return collect(net, batches, weights, groups, needs == "gradients")
 
         model, prepared = accelerator.prepare(net, optimizer)
         controller = Controller(
@@ -115,8 +124,8 @@ class Toy:
             method=self.method,
             rounds=max(len(self.round_epochs) - 1, 1),
             density=lambda fraction: 1.0 - SPARSITY_CURVES[self.curve](fraction, self.final_sparsity),
-            criterion=CRITERIA[self.criterion],
-            scope=self.scope,
+            selector=self.selector(groups),
+            calibrate=calibrate if needs in ("activations", "gradients") else None,
             rewind_epoch=self.rewind_epoch,
             seed=self.seed,
             evaluate=lambda: evaluate("val"),
@@ -150,6 +159,10 @@ class Toy:
             recipe_fingerprint="toy",
             header={},
         )  # fmt: skip
+
+    def selector(self, groups: list[UnitGroup]) -> Selector:
+        allocation = Allocation(self.scope, final_density=1.0 - self.final_sparsity)
+        return Selector(CRITERIA[self.criterion], self.granularity, groups, allocation, Floors(min_neurons=2))
 
     def rate(self, progress: Progress) -> float:
         return learning_rate(

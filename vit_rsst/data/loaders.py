@@ -116,6 +116,17 @@ def evaluation_batches(
         yield normalize(images.to(device), mean, std), labels.to(device)
 
 
+def balanced_rows(labels: Tensor, number: int, seed: int) -> Tensor:
+    """Rows of `number` images, as many of each class as there are, drawn by the seed; all rows where that is fewer."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    drawn = labels.cpu()[order]
+    turn = torch.zeros_like(drawn)  # first, second … of its class
+    for label in drawn.unique():
+        of_class = (drawn == label).nonzero().flatten()
+        turn[of_class] = torch.arange(len(of_class))
+    return order[torch.argsort(turn, stable=True)][:number]
+
+
 def placed(split: Split, device: torch.device, limit_bytes: int = 4 * 2**30) -> Split:
     """The split on the device when it is small enough to lie there, else pinned in host memory."""
     if device.type == "cpu":

@@ -5,7 +5,6 @@ Structure is found by the shape of the modules, not by their class: timm's atten
 """
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 from vit_rsst.errors import InputError
-from vit_rsst.pruning.granularity import UNIT_KINDS, pattern
-from vit_rsst.pruning.units import Member, Site, UnitGroup
+from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
+from vit_rsst.pruning.units import Member, Site, UnitGroup, depths
 
 Found = Callable[[str, nn.Module], UnitGroup | None]
 
@@ -117,14 +116,7 @@ def unit_groups(model: nn.Module, kinds: Iterable[str] = ("head", "neuron", "cha
             for finder in finders[kind]:
                 groups = finder(name, module)
                 found += groups if isinstance(groups, list) else [groups] if groups is not None else []
-    blocks = list(dict.fromkeys(_block(group.name) for group in found))
-    return [replace(group, depth=blocks.index(_block(group.name))) for group in found]
-
-
-def _block(name: str) -> str:
-    """The part of a module's name up to its last number: `blocks.3` of `blocks.3.attn`."""
-    match = re.match(r"(.*\.\d+)(\.|$)", name)
-    return match.group(1) if match else name
+    return [replace(group, depth=depth) for group, depth in zip(found, depths(g.name for g in found), strict=True)]
 
 
 def _rows(num_units: int, span: int, *starts: int) -> torch.Tensor:

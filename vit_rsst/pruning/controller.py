@@ -5,7 +5,8 @@ of recipes, loaders or trackers; weights keep their names and their storage, and
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 from vit_rsst import optim
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.agreement import agreed, fingerprints
-from vit_rsst.pruning.criteria import Criterion
+from vit_rsst.pruning.criteria import Evidence, Statistics
+from vit_rsst.pruning.granularity import alive_units
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.plan import Method, Penalty, PruningView
-from vit_rsst.pruning.selection import keep_top
+from vit_rsst.pruning.plan import Density, Method, Penalty, PruningView
+from vit_rsst.pruning.selector import Selector
 
 Evaluate = Callable[[], Mapping[str, float]]
 """Scores the model as it stands on the validation split: at least `top1` (percent) and `loss`. Collective."""
+
+Calibrate = Callable[[], Statistics]
+"""What the calibration images say of the model as it stands. Collective."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class RoundReport:
         what_if_loss_gap: likewise, loss gained.
         mask_fingerprints: of the mask on every rank.
         layers: per weight its elements, how many are alive, density.
+        units: per unit group its kind, units, how many are alive; empty without units.
     """
 
     round: int
@@ -44,6 +50,7 @@ class RoundReport:
     what_if_loss_gap: float | None
     mask_fingerprints: list[str]
     layers: dict[str, dict[str, float]]
+    units: dict[str, dict[str, str | int]]
 
 
 @dataclass
@@ -58,6 +65,7 @@ class RoundState:
     condemned_ratio: float | None = None
     what_if_gap: float | None = None
     what_if_loss_gap: float | None = None
+    forward: str = "masked"
 
 
 @dataclass
@@ -70,6 +78,8 @@ class Controller:
         rounds: sparse rounds of the schedule.
         density: fraction of the schedule → density.
         rewind_epoch: epochs of round 0 after which the rewind point is taken; None: there is none.
+        selector: who stays when the method asks for a mask.
+        calibrate: for criteria that need more than the weights; None: the criterion is none of them.
         evaluate: scores the model around a removal.
         mask: what is alive now.
         condemned: alive now, leaving in this round; None when nobody is.
@@ -80,16 +90,17 @@ class Controller:
     optimizer: torch.optim.Optimizer
     method: Method
     rounds: int
-    density: Callable[[float], float]
-    criterion: Criterion
-    scope: str
+    density: Callable[[float], Density]
+    selector: Selector
     rewind_epoch: int | None
     seed: int
     evaluate: Evaluate
     mask: MaskSet
+    calibrate: Calibrate | None = None
     condemned: MaskSet | None = None
     rewind_point: dict[str, Tensor] | None = None
     state: RoundState = field(default_factory=RoundState)
+    dense: dict[str, Tensor] | None = None  # straight-through: the weights, while the model holds w · M
 
     # -- the loop calls these, in this order
 
@@ -106,6 +117,7 @@ class Controller:
         if plan.start_from == "rewind" and self.rewind_point is not None:
             self._rewind_()
         self._set_mask_(plan.mask)
+        self.state = replace(self.state, forward=plan.forward)
         if plan.target is not None:
             self.condemned = self.mask.minus(plan.target)
             self.state = replace(
@@ -114,9 +126,18 @@ class Controller:
         fingerprints(self.mask if plan.target is None else plan.target)
         return True
 
+    def before_forward(self) -> None:
+        """Straight-through: puts w · M in the place of the weights until the backward pass is over."""
+        if self.state.forward == "straight_through":
+            self.dense = {name: weight.detach().clone() for name, weight in self.weights.items()}
+            self._enforce_()
+
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
         """Masks gradients, before clipping: the norm that is clipped and logged is that of the living weights."""
+        if self.state.forward == "straight_through":  # the gradient at w · M is taken for that at w
+            self._restore_()
+            return
         window_began = self._condemned_gradient_blocked(progress)
         if window_began and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
             optim.clear_moments_(self.optimizer, self.weights, self.condemned.masks)
@@ -151,7 +172,7 @@ class Controller:
         if penalty is not None and penalty.coupling == "decoupled":
             # Masked gradients and fresh moments keep the dead at zero meanwhile: one pass over the weights, not two.
             self._shrink_(penalty, progress, skipped)
-        elif not self.mask.is_full:
+        elif not self.mask.is_full and self.state.forward == "masked":
             self._enforce_()
         done = progress.round_step + 1
         if self.condemned is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
@@ -160,13 +181,25 @@ class Controller:
         if refresh is not None and (new := refresh(progress, self._view())) is not None:
             self._set_mask_(new)
 
+    @contextmanager
+    def as_deployed(self) -> Iterator[None]:
+        """The weights as the ticket will have them, for an evaluation in between."""
+        self.before_forward()
+        try:
+            yield
+        finally:
+            self._restore_()
+
     def after_epoch(self, progress: Progress) -> None:
         """Takes the rewind point when its epoch of round 0 has ended."""
         if progress.round == 0 and progress.epoch == self.rewind_epoch:
             self.rewind_point = self._snapshot()
 
     def end_round(self) -> RoundReport:
-        """Checks that masked weights are zero and ranks agree, and reports."""
+        """Makes the zeros of the mask final, checks them and that the ranks agree, and reports."""
+        if self.state.forward == "straight_through":
+            self.state = replace(self.state, forward="masked")
+            self._set_mask_(self.mask)
         zeros = all(not bool((w.detach() * ~self.mask[n]).any()) for n, w in self.weights.items())
         assert zeros, "a masked weight is not zero"
         return RoundReport(
@@ -178,6 +211,14 @@ class Controller:
             what_if_loss_gap=self.state.what_if_loss_gap,
             mask_fingerprints=fingerprints(self.mask),
             layers=self.mask.report(),
+            units={
+                group.name: {
+                    "kind": group.kind,
+                    "units": group.units,
+                    "alive": int(alive_units(group, self.mask).sum()),
+                }
+                for group in self.selector.groups
+            },
         )
 
     def metrics(self, progress: Progress) -> dict[str, float]:
@@ -225,8 +266,18 @@ class Controller:
         torch._foreach_mul_(list(self.weights.values()), self.mask.tensors())
 
     @torch.no_grad()
+    def _restore_(self) -> None:
+        """Puts the dense weights back."""
+        if self.dense is not None:
+            torch._foreach_copy_(list(self.weights.values()), list(self.dense.values()))
+            self.dense = None
+
+    @torch.no_grad()
     def _set_mask_(self, mask: MaskSet) -> None:
         """Makes `mask` the mask: the removed become +0 (not −0, and not NaN · 0) and lose their moments."""
+        if self.state.forward == "straight_through":  # the removed live on outside of the forward pass
+            self.mask = mask
+            return
         removed = {name: ~alive for name, alive in mask.masks.items()}
         for name, weight in self.weights.items():
             weight.masked_fill_(removed[name], 0.0)
@@ -270,16 +321,27 @@ class Controller:
     # -- small answers
 
     def _view(self) -> PruningView:
-        return PruningView(self.mask, self.rounds, self.density, self._elements)
+        def anew(evidence: Evidence, density: Density) -> MaskSet:
+            return self.selector.units(replace(evidence, alive=MaskSet.full(self.weights)), density)
 
-    def _elements(self, density: float) -> MaskSet:
-        self.state.density_asked = density
+        return PruningView(
+            mask=self.mask,
+            rounds=self.rounds,
+            density=self.density,
+            units=lambda density: self._selected(density, lambda e: self.selector.units(e, density)),
+            elements=lambda density: self._selected(density, lambda e: self.selector.elements(e, density)),
+            anew=lambda density: self._selected(density, lambda e: anew(e, density)),
+            fill=lambda mask, ratio: self._selected(None, lambda e: self.selector.fill(e, mask, ratio)),
+        )
+
+    def _selected(self, density: Density | None, choose: Callable[[Evidence], MaskSet]) -> MaskSet:
+        """A mask chosen on rank 0 from evidence of all ranks."""
+        if density is not None:
+            self.state.density_asked = self.selector.mean_density(self.weights, density)
         seed = self.seed * 1_000 + self.state.round  # a new draw for each round, the same on every device
-
-        def select() -> MaskSet:
-            return keep_top(self.criterion(self.weights, seed), self.mask, density, self.scope)
-
-        return agreed(select, self.mask)
+        statistics = self.calibrate() if self.calibrate is not None else None
+        evidence = Evidence(self.weights, self.mask, seed, statistics)
+        return agreed(lambda: choose(evidence), self.mask)
 
     def _penalty(self, progress: Progress) -> Penalty | None:
         """The penalty, when it acts at this step: from the start of its window until the condemned are removed."""

@@ -1,36 +1,201 @@
-"""Criteria: how much a weight is worth. Scores have the weight's shape, float32; higher means keep.
+"""Criteria: how much a weight or a unit is worth. Scores are float32; higher means keep.
 
-A criterion sees trained weights, before any rewind. Registered by name; a new one is a function of this signature
-under `@register_criterion`.
+A criterion sees trained weights, before any rewind. Registered by name; a new one is a function from `Evidence` to a
+score for every element, under `@register_criterion`. What a unit is worth is the mean over its elements, unless the
+criterion says better: activations are seen at the input of the layer that consumes them (Michel et al. 2019, Molchanov
+et al. 2019, Sun et al. 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from vit_rsst.registry import Registry
+from vit_rsst.seeds import derived_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Criterion = Callable[[Mapping[str, "Tensor"], int], dict[str, "Tensor"]]
-"""(weights by name, seed of this selection) → scores by name."""
+    from vit_rsst.pruning.masks import MaskSet
+    from vit_rsst.pruning.units import UnitGroup
+
+Needs = Literal["weights", "survivors", "activations", "gradients"]
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Means over all calibration images of what flows into a consumer; A is its input, L the loss of one image.
+
+    Attributes:
+        absolute: E|A|, over images, tokens and the features of a unit; (units,).
+        square: E A², likewise.
+        saliency: E|A · ∂L/∂A|, likewise; None without gradients.
+        gate: E over images of |Σ A · ∂L/∂A| over tokens and the features of a unit, which is |∂L/∂gate|.
+    """
+
+    absolute: Tensor
+    square: Tensor
+    saliency: Tensor | None = None
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the calibration images say.
+
+    Attributes:
+        absolute: per weight E|X| of the input features it reads; (in,).
+        square: per weight E X², likewise.
+        gradient: per weight the mean gradient of the loss of one image; the weight's shape.
+        sites: per unit group.
+    """
+
+    absolute: Mapping[str, Tensor] = field(default_factory=dict)
+    square: Mapping[str, Tensor] = field(default_factory=dict)
+    gradient: Mapping[str, Tensor] = field(default_factory=dict)
+    sites: Mapping[str, SiteStatistics] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a criterion may look at.
+
+    Attributes:
+        weights: by name, trained.
+        alive: the mask now.
+        seed: of this selection.
+        statistics: of the calibration images, for criteria that need activations or gradients.
+        survivors: what would be left if elements were removed one by one, for criteria that need it.
+    """
+
+    weights: Mapping[str, Tensor]
+    alive: MaskSet
+    seed: int
+    statistics: Statistics | None = None
+    survivors: MaskSet | None = None
+
+
+ElementScores = Callable[[Evidence], "dict[str, Tensor]"]
+UnitScores = Callable[[Evidence, "UnitGroup"], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How to score.
+
+    Attributes:
+        elements: scores by weight name, each of the weight's shape; None: it says nothing of single elements.
+        units: scores of a group's units, (units,); None: the mean over their elements.
+        needs: what the evidence must hold.
+        relative: whose scores are divided by their mean in a layer before layers compete, since they have no common
+            scale: of nothing, of `units`, or of units and elements (`all`).
+    """
+
+    elements: ElementScores | None
+    units: UnitScores | None = None
+    needs: Needs = "weights"
+    relative: Literal["nothing", "units", "all"] = "nothing"
+
+    @property
+    def __doc__(self) -> str:
+        return (self.elements or self.units).__doc__
+
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
-register_criterion = CRITERIA.register
+
+
+def register_criterion(
+    name: str,
+    units: UnitScores | None = None,
+    needs: Needs = "weights",
+    relative: Literal["nothing", "units", "all"] = "units",
+) -> Callable[[ElementScores], ElementScores]:
+    """Decorator of a function of element scores; see `Criterion` for the rest."""
+
+    def add(elements: ElementScores) -> ElementScores:
+        CRITERIA.register(name)(Criterion(elements, units, needs, relative))
+        return elements
+
+    return add
 
 
 @register_criterion("magnitude")
-def magnitude(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def magnitude(evidence: Evidence) -> dict[str, Tensor]:
     """|w|: the weights that trained to a large value matter (Han et al. 2015)."""
-    return {name: weight.detach().float().abs() for name, weight in weights.items()}
+    return {name: weight.detach().float().abs() for name, weight in evidence.weights.items()}
 
 
-@register_criterion("random")
-def random(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def _survivors(evidence: Evidence, group: UnitGroup) -> Tensor:
+    """The share of a unit's elements that a global magnitude threshold would leave (Chen et al. 2022)."""
+    from vit_rsst.pruning.granularity import pool
+
+    return pool(group, evidence.survivors.masks)
+
+
+CRITERIA.register("survivors")(Criterion(None, _survivors, needs="survivors"))
+
+
+def _absolute(evidence: Evidence, group: UnitGroup) -> Tensor:
+    return evidence.statistics.sites[group.name].absolute
+
+
+@register_criterion("activation_l1", _absolute, "activations", "all")
+def activation_l1(evidence: Evidence) -> dict[str, Tensor]:
+    """Units: mean |activation| at the consumer's input. Elements: |w| times the mean |input| that it meets."""
+    return _times_input(evidence, evidence.statistics.absolute)
+
+
+def _root_mean_square(evidence: Evidence, group: UnitGroup) -> Tensor:
+    return evidence.statistics.sites[group.name].square.sqrt()
+
+
+@register_criterion("activation_l2", _root_mean_square, "activations", "all")
+def activation_l2(evidence: Evidence) -> dict[str, Tensor]:
+    """Units: root of the mean activation². Elements: |w| · ‖input‖ as in Wanda (Sun et al. 2024)."""
+    return _times_input(evidence, {name: mean.sqrt() for name, mean in evidence.statistics.square.items()})
+
+
+def _saliency(evidence: Evidence, group: UnitGroup) -> Tensor:
+    site = evidence.statistics.sites[group.name]
+    return site.gate if group.kind == "head" else site.saliency  # a head is one gate: Michel et al. 2019, eq. 2
+
+
+@register_criterion("saliency", _saliency, "gradients", "nothing")
+def saliency(evidence: Evidence) -> dict[str, Tensor]:
+    """Units: mean |activation · gradient|; of a head |∂L/∂gate|. Elements: |w · mean gradient|."""
+    gradient = evidence.statistics.gradient
+    return {name: (weight.detach().float() * gradient[name]).abs() for name, weight in evidence.weights.items()}
+
+
+def _taylor(evidence: Evidence, group: UnitGroup) -> Tensor:
+    """What removing a unit would change of each image's loss, to first order (Molchanov et al. 2019)."""
+    return evidence.statistics.sites[group.name].gate
+
+
+CRITERIA.register("taylor")(Criterion(None, _taylor, needs="gradients"))
+
+
+def _drawn(evidence: Evidence, group: UnitGroup) -> Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(derived_seed(evidence.seed, group.name))
+    return torch.rand(group.units, generator=generator)
+
+
+@register_criterion("random", _drawn, relative="nothing")
+def random(evidence: Evidence) -> dict[str, Tensor]:
     """Uniform noise: the control that any criterion has to beat. The same on every device."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(w.shape, generator=generator).to(w.device) for name, w in weights.items()}
+    generator = torch.Generator().manual_seed(evidence.seed)
+    return {name: torch.rand(w.shape, generator=generator).to(w.device) for name, w in evidence.weights.items()}
+
+
+def _times_input(evidence: Evidence, size: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    scores = {}
+    for name, weight in evidence.weights.items():
+        shape = [1, -1] + [1] * (weight.dim() - 2)  # the input dimension is the second of Linear and Conv weights
+        scores[name] = weight.detach().float().abs() * size[name].float().view(shape).to(weight.device)
+    return scores

@@ -8,15 +8,6 @@ from torch import Tensor
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.units import Member, UnitGroup
 
-UNIT_KINDS = {"head": ("head",), "neuron": ("neuron",), "head+neuron": ("head", "neuron"), "channel": ("channel",)}
-"""Structured granularity → the kinds of units that it prunes."""
-
-
-def pattern(granularity: str) -> tuple[int, int] | None:
-    """(N, M) of an `N:M` granularity, else None."""
-    kept, colon, window = granularity.partition(":")
-    return (int(kept), int(window)) if colon else None
-
 
 def slices(member: Member, tensor: Tensor) -> Tensor:
     """What each unit owns of `tensor`: (units, span · other)."""
@@ -42,7 +33,7 @@ def pool(group: UnitGroup, scores: Mapping[str, Tensor]) -> Tensor:
     return sum(part.sum(1) for part in owned) / sum(part.shape[1] for part in owned)
 
 
-def unit_sizes(group: UnitGroup, weights: Mapping[str, Tensor]) -> int:
+def unit_size(group: UnitGroup, weights: Mapping[str, Tensor]) -> int:
     """Number of weight elements that one unit of the group owns."""
     return sum(weights[m.name].numel() // weights[m.name].shape[m.dim] * m.index.shape[1] for m in group.members)
 

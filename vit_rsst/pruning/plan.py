@@ -7,7 +7,7 @@ the options of a method can be checked before anything heavy is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
@@ -21,6 +21,9 @@ from vit_rsst.schedules import ramp
 if TYPE_CHECKING:
     from vit_rsst.progress import Progress
     from vit_rsst.pruning.masks import MaskSet
+
+Density = float | Mapping[str, float]
+"""Share to keep, 0 … 1: of all that is prunable, or by kind of unit."""
 
 Ramp = Literal["x", "x^2", "x^3", "exp", "exp_custom", "exp_custom_exponents", "cos"]
 
@@ -92,6 +95,8 @@ class RoundPlan:
         penalty: how the condemned are taken to zero.
         remove_at: fraction of the round after which the target becomes the mask.
         start_from: `trained` keeps the weights; `rewind` asks for the recipe's rewind point.
+        forward: `masked`: what is dead is zero in the weights themselves; `straight_through`: the weights stay dense
+            and are masked in the forward pass alone, so that the dead go on learning (Bengio et al. 2013).
     """
 
     mask: MaskSet
@@ -99,33 +104,43 @@ class RoundPlan:
     penalty: Penalty | None = None
     remove_at: float = 1.0
     start_from: Literal["trained", "rewind"] = "trained"
+    forward: Literal["masked", "straight_through"] = "masked"
 
 
 @dataclass(frozen=True)
 class PruningView:
-    """What a method may ask when it plans.
+    """What a method may ask when it plans. Every mask is the same on every rank.
 
     Attributes:
         mask: what is alive now.
         rounds: number of sparse rounds in the schedule; round 0, dense, comes on top.
         density: fraction of the schedule (0 … 1) → density asked.
-        elements: density → the mask of the best elements among those alive, the same on every rank.
+        units: density → the mask of the best units among those alive, at the recipe's granularity.
+        elements: density → the mask of the best single elements among those alive, whatever the granularity.
+        anew: density → like `units`, with the dead competing again.
+        fill: element mask, ratio → the mask of as many whole units as the elements pay for, and `ratio` of the others.
     """
 
     mask: MaskSet
     rounds: int
-    density: Callable[[float], float] = field(repr=False)
-    elements: Callable[[float], MaskSet] = field(repr=False)
+    density: Callable[[float], Density] = field(repr=False)
+    units: Callable[[Density], MaskSet] = field(repr=False)
+    elements: Callable[[Density], MaskSet] = field(repr=False)
+    anew: Callable[[Density], MaskSet] = field(repr=False)
+    fill: Callable[[MaskSet, float], MaskSet] = field(repr=False)
 
 
 class Method(Protocol):
     """One pruning method: a frozen dataclass of its options, in a file of its own under `@register_method`.
 
     A method whose `one_round` is true trains a single round of all epochs together; `refresh` may then change the
-    mask within the round. The other methods prune between rounds.
+    mask within the round. The other methods prune between rounds. `default_criterion` and `default_rewind` hold where
+    the recipe names none.
     """
 
     one_round: ClassVar[bool]
+    default_criterion: ClassVar[str] = "magnitude"
+    default_rewind: ClassVar[str] = "lr"
     __pydantic_config__: ClassVar[dict]
 
     def plan(self, round: int, view: PruningView) -> RoundPlan:
@@ -135,6 +150,23 @@ class Method(Protocol):
     def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
         """A new mask after the step at which `progress` stands, or None to leave it."""
         ...
+
+
+@dataclass(frozen=True)
+class Gradual:
+    """Sparsity that grows within a round: every `interval` steps of `window`, fractions of the round."""
+
+    window: tuple[float, float]
+    interval: int
+
+    def fraction_at(self, progress: Progress) -> float | None:
+        """Fraction of the schedule to reach after the step at which `progress` stands; None: nothing is due."""
+        start, end = (at_fraction(x, progress.round_steps) for x in self.window)
+        end = max(end, start + 1)  # a window that holds no step still removes, at once
+        step = progress.round_step + 1  # counting the one under way
+        if not start < step <= end or ((step - start) % self.interval and step != end):
+            return None
+        return (step - start) / (end - start)
 
 
 METHODS: Registry[type[Method]] = Registry("method")

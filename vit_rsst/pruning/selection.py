@@ -1,56 +1,149 @@
-"""Selection: from scores to a mask that keeps exactly k elements, ties broken by index, in float32."""
+"""Selection: contests between elements or units. Each keeps exactly what its budget pays for; ties break by index."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vit_rsst.pruning.masks import MaskSet
+
+@dataclass(frozen=True)
+class Entry:
+    """What takes part in a contest together: the elements of one weight, or the units of one group.
+
+    Attributes:
+        name: of the weight or the group.
+        kind: like competes with like under the scope `isomorphic`.
+        scores: float32, any shape; higher means keep.
+        alive: bool, the shape of the scores; the dead stay dead whatever their score.
+        cost: of one element or unit, in the currency of the budget.
+        least: how many must stay.
+    """
+
+    name: str
+    kind: str
+    scores: Tensor
+    alive: Tensor
+    cost: float = 1.0
+    least: int = 0
+
+    @property
+    def size(self) -> float:
+        """Cost of all, the dead included."""
+        return self.cost * self.scores.numel()
 
 
-def keep_top(scores: Mapping[str, Tensor], alive: MaskSet, density: float, scope: str) -> MaskSet:
-    """Keeps the elements of the highest score among those alive.
+def contest(entries: Sequence[Entry], budget: float, never_above: bool = False) -> list[Tensor]:
+    """Keeps the best of all entries together, but of each at least its floor.
 
     Args:
-        scores: per weight, its shape; higher means keep.
-        alive: what may be kept; the dead stay dead whatever their score.
-        density: share of all elements to keep, 0 … 1. Exactly round(density · elements) survive, less where fewer
-            are alive.
-        scope: `global` ranks all weights together, `layer` gives each weight the same density.
+        entries: ranked together.
+        budget: cost of what may stay. As many stay as come nearest to it, or at most it with `never_above`.
+
+    Returns:
+        Per entry bool, the shape of its scores.
 
     Raises:
         ValueError: a score is not a number.
     """
-    if scope == "layer":
-        kept = {}
-        for name in alive:
-            kept.update(_keep_k({name: scores[name]}, MaskSet({name: alive[name]}), density))
-        return MaskSet(kept)
-    return MaskSet(_keep_k(scores, alive, density))
+    kept: dict[int, Tensor] = {}
+    while True:
+        open = [i for i in range(len(entries)) if i not in kept]
+        left = budget - sum(entries[i].cost * int(kept[i].sum()) for i in kept)
+        found = dict(zip(open, _best([entries[i] for i in open], left, never_above), strict=True))
+        short = [i for i in open if int(found[i].sum()) < min(entries[i].least, int(entries[i].alive.sum()))]
+        if not short:
+            return [kept[i] if i in kept else found[i] for i in range(len(entries))]
+        for i in short:  # its best stay, and the others share what is left
+            kept[i] = _keep_k([entries[i]], entries[i].least)[0]
 
 
-def _keep_k(scores: Mapping[str, Tensor], alive: MaskSet, density: float) -> dict[str, Tensor]:
-    """One competition: the k-th largest score is the threshold; those equal to it are kept by index until k are."""
-    k = min(round(density * alive.num_elements), alive.num_alive)
-    if k == 0:
-        return {name: torch.zeros_like(mask) for name, mask in alive.masks.items()}
-    flat = np.empty(alive.num_elements, dtype=np.float32)  # the one copy of all scores
-    start = 0
-    for name, mask in alive.masks.items():
-        end = start + mask.numel()
-        flat[start:end] = scores[name].float().masked_fill(~mask, -torch.inf).flatten().cpu().numpy()
-        start = end
-    if np.isnan(flat).any():
-        raise ValueError("pruning.criterion: a score is not a number; the weights or the statistics have diverged.")
+def spread(total: float, shares: Sequence[float], caps: Sequence[float]) -> list[float]:
+    """Divides `total` in proportion to `shares` with no part above its cap: what a capped part cannot take goes to the
+    others. All parts are at their caps when `total` is more than these."""
+    parts = [0.0] * len(shares)
+    open = [i for i, share in enumerate(shares) if share > 0]
+    while open:
+        scale = (total - sum(parts)) / sum(shares[i] for i in open)
+        full = [i for i in open if scale * shares[i] >= caps[i]]
+        for i in full or open:
+            parts[i] = caps[i] if full else scale * shares[i]
+        if not full:
+            break
+        open = [i for i in open if i not in full]
+    return parts
+
+
+def keep_windows(scores: Tensor, alive: Tensor, kept: int, window: int) -> Tensor:
+    """The best `kept` of every `window` consecutive inputs.
+
+    Args:
+        scores: (out, in, …) of a Linear or Conv weight; `window` divides `in`.
+        alive: of the same shape; a window with fewer alive keeps those.
+    """
+    ranked = scores.float().masked_fill(~alive, -torch.inf).movedim(1, -1)  # (out, …, in)
+    windows = ranked.reshape(-1, window)
+    best = windows.argsort(dim=1, descending=True, stable=True)[:, :kept]
+    mask = torch.zeros_like(windows, dtype=torch.bool).scatter_(1, best, True)
+    return (mask.view(ranked.shape).movedim(-1, 1) & alive).contiguous()
+
+
+def _best(entries: Sequence[Entry], budget: float, never_above: bool) -> list[Tensor]:
+    if not entries:
+        return []
+    costs = {entry.cost for entry in entries}
+    if len(costs) > 1:
+        return _keep_affordable(entries, budget, never_above)
+    number = max(budget, 0.0) / costs.pop()
+    return _keep_k(entries, int(number + 1e-9) if never_above else round(number))
+
+
+def _keep_k(entries: Sequence[Entry], k: int) -> list[Tensor]:
+    """The k-th largest score is the threshold; those equal to it are kept by index until k are."""
+    k = min(k, sum(int(entry.alive.sum()) for entry in entries))
+    if k <= 0:
+        return [torch.zeros_like(entry.alive) for entry in entries]
+    flat = _flat(entries)  # the one copy of all scores
     flat.partition(flat.size - k)
     threshold = float(flat[flat.size - k])
-    kept = {name: ((scores[name].float() > threshold) & mask).contiguous() for name, mask in alive.masks.items()}
-    missing = k - sum(int(mask.sum()) for mask in kept.values())
-    for name, mask in alive.masks.items():
+    kept = [((entry.scores > threshold) & entry.alive).contiguous() for entry in entries]
+    missing = k - sum(int(mask.sum()) for mask in kept)
+    for entry, mask in zip(entries, kept, strict=True):
         if missing == 0:
             break
-        ties = ((scores[name].float() == threshold) & mask).flatten().nonzero().flatten()[:missing]
-        kept[name].view(-1)[ties] = True
+        ties = ((entry.scores == threshold) & entry.alive).flatten().nonzero().flatten()[:missing]
+        mask.view(-1)[ties] = True
         missing -= len(ties)
     return kept
+
+
+def _keep_affordable(entries: Sequence[Entry], budget: float, never_above: bool) -> list[Tensor]:
+    """Of units of several costs, the longest run from the best on that the budget pays for."""
+    flat = _flat(entries)
+    costs = np.repeat([entry.cost for entry in entries], [entry.scores.numel() for entry in entries])
+    order = np.argsort(-flat, kind="stable")
+    order = order[flat[order] > -np.inf]
+    spent = np.cumsum(costs[order])
+    slack = 1e-9 * max(budget, 1.0) if never_above else costs[order] / 2
+    kept = np.zeros(flat.size, dtype=bool)
+    kept[order[spent <= budget + slack]] = True
+    parts = np.split(kept, np.cumsum([entry.scores.numel() for entry in entries])[:-1])
+    return [
+        torch.from_numpy(part).view(entry.alive.shape).to(entry.alive.device)
+        for part, entry in zip(parts, entries, strict=True)
+    ]
+
+
+def _flat(entries: Sequence[Entry]) -> np.ndarray:
+    """All scores in one array, −∞ for the dead."""
+    flat = np.empty(sum(entry.scores.numel() for entry in entries), dtype=np.float32)
+    start = 0
+    for entry in entries:
+        end = start + entry.scores.numel()
+        np.copyto(flat[start:end], entry.scores.detach().cpu().numpy().reshape(-1))
+        flat[start:end][~entry.alive.cpu().numpy().reshape(-1)] = -np.inf
+        if np.isnan(flat[start:end]).any():
+            raise ValueError("pruning.criterion: a score is not a number; the weights or the statistics have diverged.")
+        start = end
+    return flat

@@ -1,5 +1,7 @@
 """Units: the smallest things that live or die together, and which slices of which tensors they own."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -57,3 +59,11 @@ class UnitGroup:
     @property
     def units(self) -> int:
         return len(self.site.index)
+
+
+def depths(names: Iterable[str]) -> list[int]:
+    """Position of the block that each module or weight lies in: 3 for `blocks.3.attn` and `blocks.3.mlp.fc1.weight`
+    where the blocks before it have parts among the names too."""
+    blocks = [match.group(1) if (match := re.match(r"(.*\.\d+)(\.|$)", name)) else name for name in names]
+    order = {block: position for position, block in enumerate(dict.fromkeys(blocks))}
+    return [order[block] for block in blocks]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge
 
-from vit_rsst.progress import at_fraction
-from vit_rsst.pruning.plan import PruningView, RoundPlan, register_method
+from vit_rsst.pruning.plan import Gradual, PruningView, RoundPlan, register_method
 
 if TYPE_CHECKING:
     from vit_rsst.progress import Progress
@@ -34,9 +33,5 @@ class Gmp:
         return RoundPlan(mask=view.mask)
 
     def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
-        start, end = (at_fraction(x, progress.round_steps) for x in self.window)
-        end = max(end, start + 1)  # a window that holds no step still removes, at once
-        step = progress.round_step + 1  # counting the one under way
-        if not start < step <= end or ((step - start) % self.interval and step != end):
-            return None
-        return view.elements(view.density((step - start) / (end - start)))
+        fraction = Gradual(self.window, self.interval).fraction_at(progress)
+        return None if fraction is None else view.units(view.density(fraction))

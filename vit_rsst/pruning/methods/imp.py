@@ -16,4 +16,4 @@ class Imp:
     def plan(self, round: int, view: PruningView) -> RoundPlan:
         if round == 0:
             return RoundPlan(mask=view.mask)
-        return RoundPlan(mask=view.elements(view.density(round / view.rounds)), start_from="rewind")
+        return RoundPlan(mask=view.units(view.density(round / view.rounds)), start_from="rewind")

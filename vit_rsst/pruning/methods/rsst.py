@@ -31,7 +31,7 @@ class Rsst:
     def plan(self, round: int, view: PruningView) -> RoundPlan:
         if round == 0 or round > view.rounds:  # dense; recovery after the last removal
             return RoundPlan(mask=view.mask)
-        target = view.elements(view.density(round / view.rounds))
+        target = view.units(view.density(round / view.rounds))
         if self.remove_at == 0:
             return RoundPlan(mask=target, start_from="rewind")
         return RoundPlan(view.mask, target, self.penalty, self.remove_at, start_from="rewind")

@@ -1,0 +1,106 @@
+"""Slim: removes units from the modules themselves, so that the network is smaller and faster, and nothing changes.
+
+A unit can go when nothing of it is seen: all its weights are zero, or all that the consumer reads of it is. Its rows
+leave the producing layers with their biases and norms, its columns leave the consumer.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vit_rsst.errors import Damaged
+from vit_rsst.models.anatomy import unit_groups
+from vit_rsst.pruning.granularity import alive_units, slices
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.units import UnitGroup
+
+Kept = dict[str, Tensor]
+"""Group name → int64, the units that stay, rising."""
+
+
+def kept_units(net: nn.Module, mask: MaskSet, round_to: int = 1) -> Kept:
+    """Which units stay; at least one of every group, since an empty layer computes nothing that a library supports.
+
+    Args:
+        net: the full model that the mask belongs to.
+        mask: weights without a mask are alive.
+        round_to: neurons and channels are rounded up to a multiple, by dead ones, which change nothing.
+    """
+    state = net.state_dict()
+    found: Kept = {}
+    for group in unit_groups(net):
+        names = [member.name for member in group.members]
+        whole = MaskSet({n: mask.masks.get(n, torch.ones(state[n].shape, dtype=torch.bool)) for n in names})
+        seen = slices(group.members[-1], whole[group.members[-1].name]).any(1)  # what the consumer reads
+        alive = alive_units(group, whole) & seen
+        number = max(int(alive.sum()), 1)
+        if group.kind != "head":
+            number = min(-(-number // round_to) * round_to, group.units)
+        spare = (~alive).nonzero().flatten()[: number - int(alive.sum())]
+        found[group.name] = torch.cat([alive.nonzero().flatten(), spare]).sort().values
+    return found
+
+
+def widths(kept: Kept) -> dict[str, int]:
+    """Units of each group, all that it takes to build the shape again."""
+    return {name: len(units) for name, units in kept.items()}
+
+
+def shrink_(net: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Keeps these units of each group and removes the others, in place."""
+    for group in unit_groups(net):
+        if group.name in kept and len(kept[group.name]) < group.units:
+            _shrink_group_(net, group, kept[group.name])
+
+
+def shape_like_(net: nn.Module, widths: Mapping[str, int], place: str) -> None:
+    """Gives a full model the widths of a slim one, whose tensors can then be loaded.
+
+    Raises:
+        Damaged: the model has no such groups or not so many units.
+    """
+    units = {group.name: group.units for group in unit_groups(net)}
+    wrong = [name for name, width in widths.items() if not 0 < width <= units.get(name, 0)]
+    if wrong:
+        raise Damaged(
+            f"{place}: it has {widths[wrong[0]]} units in {wrong[0]}, and the model has {units.get(wrong[0], 'none')}."
+        )
+    shrink_(net, {name: torch.arange(width) for name, width in widths.items()})
+
+
+def _shrink_group_(net: nn.Module, group: UnitGroup, kept: Tensor) -> None:
+    for member in (*group.members, *group.vectors):
+        path, name = member.name.rsplit(".", 1)
+        module = net.get_submodule(path)
+        tensor = getattr(module, name)
+        stays = torch.ones(tensor.shape[member.dim], dtype=torch.bool)
+        stays[member.index.flatten()] = False  # slices that no unit owns stay
+        stays[member.index[kept].flatten()] = True
+        left = stays.nonzero().flatten().to(tensor.device)
+        smaller = tensor.detach().index_select(member.dim, left)
+        if isinstance(tensor, nn.Parameter):
+            smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+        setattr(module, name, smaller)
+        _say_width_(module)
+    if group.kind == "head":
+        _say_heads_(net.get_submodule(group.name), len(kept))
+
+
+def _say_width_(module: nn.Module) -> None:
+    """Makes the attributes of a layer those of its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+    elif isinstance(module, nn.BatchNorm2d):
+        module.num_features = len(module.running_mean)
+
+
+def _say_heads_(attention: nn.Module, number: int) -> None:
+    """timm keeps `num_heads` and `attn_dim`, transformers `num_attention_heads`; the size of a head stays."""
+    for name in ("num_heads", "num_attention_heads"):
+        if hasattr(attention, name):
+            setattr(attention, name, number)
+    if hasattr(attention, "attn_dim"):
+        attention.attn_dim = number * attention.head_dim

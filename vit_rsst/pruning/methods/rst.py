@@ -1,0 +1,34 @@
+"""rst: random sparse training (Bai et al. 2022, "Dual Lottery Ticket Hypothesis").
+
+From the initial weights a random set is condemned; a growing penalty moves its information into the others, then it is
+removed and the sparse network trains. With several rounds the set grows, drawn at random among those left.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Le
+
+from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.pruning.plan import Penalty, PruningView, RoundPlan, register_method
+
+
+@register_method("rst")
+@dataclass(frozen=True)
+class Rst:
+    """rsst from the initial weights, with the criterion random.
+
+    Attributes:
+        penalty: how the condemned are taken to zero.
+        remove_at: fraction of the round after which they are removed and the sparse training begins.
+    """
+
+    one_round: ClassVar[bool] = False
+    default_criterion: ClassVar[str] = "random"
+    default_rewind: ClassVar[str] = "init"
+
+    penalty: Penalty = field(default_factory=Penalty)
+    remove_at: Annotated[float, Ge(0), Le(1)] = 0.3
+
+    def plan(self, round: int, view: PruningView) -> RoundPlan:
+        return Rsst(self.penalty, self.remove_at).plan(round, view)

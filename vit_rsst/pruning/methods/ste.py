@@ -1,0 +1,41 @@
+"""ste: straight-through magnitude pruning, the strongest simple baseline in print (Lee et al. 2024, JaxPruner).
+
+The weights stay dense. The forward pass sees the largest of them alone, the gradient reaches them all, so that a
+removed weight may grow and come back until the window ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge
+
+from vit_rsst.pruning.plan import Gradual, PruningView, RoundPlan, register_method
+
+if TYPE_CHECKING:
+    from vit_rsst.progress import Progress
+    from vit_rsst.pruning.masks import MaskSet
+
+
+@register_method("ste")
+@dataclass(frozen=True)
+class StraightThrough:
+    """Chooses anew among all weights every `interval` steps, sparser along the schedule.
+
+    Attributes:
+        window: fractions of the run between which the sparsity grows; afterwards it stays, and the mask with it.
+        interval: optimizer steps between two choices.
+    """
+
+    one_round: ClassVar[bool] = True
+
+    window: tuple[float, float] = (0.1, 0.7)
+    interval: Annotated[int, Ge(1)] = 10
+
+    def plan(self, round: int, view: PruningView) -> RoundPlan:
+        return RoundPlan(mask=view.mask, forward="straight_through")
+
+    def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
+        fraction = Gradual(self.window, self.interval).fraction_at(progress)
+        return None if fraction is None else view.anew(view.density(fraction))

@@ -1,0 +1,170 @@
+"""Selector: from evidence to a mask, at the granularity of the recipe. Pure: it sees tensors and gives a MaskSet."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from vit_rsst.pruning.allocation import Allocation, mean_density
+from vit_rsst.pruning.criteria import CRITERIA, Criterion, Evidence
+from vit_rsst.pruning.granularity import alive_units, expand, pool, unit_size
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.patterns import pattern
+from vit_rsst.pruning.plan import Density
+from vit_rsst.pruning.selection import Entry, contest, keep_windows
+from vit_rsst.pruning.units import UnitGroup, depths
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What no contest may take: at least one unit a group stays, of neurons `min_neurons`, and of every layer the share
+    that `max_layer_sparsity` leaves."""
+
+    min_neurons: int = 8
+    max_layer_sparsity: float = 1.0
+
+    def least(self, kind: str, number: int) -> int:
+        """How many of `number` elements or units must stay."""
+        share = -int(-(1.0 - self.max_layer_sparsity) * number // 1)  # rounded up
+        floor = {"head": 1, "channel": 1, "neuron": self.min_neurons}.get(kind, 0)
+        return min(max(share, floor), number)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Who stays.
+
+    Attributes:
+        granularity: element, N:M, or the kinds of `groups`.
+        groups: unit groups of a structured granularity; empty for element and N:M.
+        costs: per group the cost of one unit in the currency of a budget; empty: the number of its elements.
+    """
+
+    criterion: Criterion
+    granularity: str = "element"
+    groups: Sequence[UnitGroup] = ()
+    allocation: Allocation = field(default_factory=Allocation)
+    floors: Floors = field(default_factory=Floors)
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    def units(self, evidence: Evidence, density: Density) -> MaskSet:
+        """The best units among those alive.
+
+        Args:
+            density: share to keep, 0 … 1, of all that is prunable, or by kind.
+        """
+        windows = pattern(self.granularity)
+        if windows is not None:
+            return self._windows(evidence, density, *windows)
+        if not self.groups:
+            return self._elements(evidence, density, self.criterion, self.allocation)
+        entries = self._unit_entries(evidence, density)
+        kept = self.allocation.keep(entries, [group.depth for group in self.groups], density)
+        return expand(self.groups, list(kept.values()), evidence.alive.masks) & evidence.alive
+
+    def elements(self, evidence: Evidence, density: Density) -> MaskSet:
+        """The best single weights among those alive; where the granularity is one of units, those of the largest
+        magnitude: what plain imp would keep."""
+        if not self.groups:
+            return self.units(evidence, density)
+        overall = self.mean_density(evidence.weights, density)
+        return self._elements(evidence, overall, CRITERIA["magnitude"], Allocation())
+
+    def fill(self, evidence: Evidence, elements: MaskSet, ratio: float) -> MaskSet:
+        """As many whole units as the elements of each group would pay for, the best of them, their dead refilled.
+
+        Args:
+            elements: an element mask; its alive weights are the budget.
+            ratio: share of the units beyond the budget that is put back all the same.
+        """
+        evidence = replace(evidence, survivors=elements)
+        kept = []
+        for group in self.groups:
+            size = unit_size(group, evidence.weights)
+            paid = float(pool(group, elements.masks).sum())  # Σ of the units' alive shares: n_full of the paper
+            number = int(paid + ratio * (group.units - paid) + 1e-6)
+            least = self.floors.least(group.kind, group.units)
+            alive = alive_units(group, evidence.alive).cpu()
+            entry = Entry(group.name, group.kind, self._scores(evidence, group), alive, size, least)
+            kept += contest([entry], number * size)
+        return expand(self.groups, kept, evidence.alive.masks)
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuses what cannot be reached; see `Allocation.check`."""
+        if pattern(self.granularity) is None:
+            self.allocation.check(self._all_alive(weights))
+
+    def mean_density(self, weights: Mapping[str, Tensor], density: Density) -> float:
+        """One figure for a density by kind."""
+        if not isinstance(density, Mapping):
+            return density
+        return mean_density(density, self._all_alive(weights))
+
+    # -- entries of contests
+
+    def _unit_entries(self, evidence: Evidence, density: Density) -> list[Entry]:
+        if self.criterion.needs == "survivors" and evidence.survivors is None:
+            evidence = replace(evidence, survivors=self.elements(evidence, density))
+        return [
+            self._entry(
+                group, evidence.weights, self._scores(evidence, group), alive_units(group, evidence.alive).cpu()
+            )
+            for group in self.groups
+        ]
+
+    def _entry(self, group: UnitGroup, weights: Mapping[str, Tensor], scores: Tensor, alive: Tensor) -> Entry:
+        cost = self.costs.get(group.name, unit_size(group, weights))
+        return Entry(group.name, group.kind, scores, alive, cost, self.floors.least(group.kind, group.units))
+
+    def _all_alive(self, weights: Mapping[str, Tensor]) -> list[Entry]:
+        """Entries as they are before anything is removed, without scores; `weights` may be shapes alone."""
+        if not self.groups:
+            return self._weight_entries(weights, weights, MaskSet.full(weights))
+        ones = {group.name: torch.ones(group.units, dtype=torch.bool) for group in self.groups}
+        return [self._entry(group, weights, ones[group.name], ones[group.name]) for group in self.groups]
+
+    def _scores(self, evidence: Evidence, group: UnitGroup) -> Tensor:
+        criterion = self.criterion
+        if criterion.units is not None:
+            scores = criterion.units(evidence, group)
+        else:
+            owned = {member.name: evidence.weights[member.name] for member in group.members}
+            scores = pool(group, criterion.elements(replace(evidence, weights=owned)))
+        scores = scores.float().cpu()
+        return _relative(scores) if criterion.relative != "nothing" else scores
+
+    def _weight_entries(
+        self, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor], alive: MaskSet
+    ) -> list[Entry]:
+        """Weights, all of whose elements compete; the kind is the layer's own name, qkv or fc1."""
+        return [
+            Entry(
+                name,
+                name.removesuffix(".weight").rsplit(".", 1)[-1],
+                scores[name].float(),
+                alive[name],
+                least=self.floors.least("element", weight.numel()),
+            )
+            for name, weight in weights.items()
+        ]
+
+    def _elements(self, evidence: Evidence, density: float, criterion: Criterion, allocation: Allocation) -> MaskSet:
+        scores = criterion.elements(evidence)
+        if criterion.relative == "all":
+            scores = {name: _relative(score) for name, score in scores.items()}
+        entries = self._weight_entries(evidence.weights, scores, evidence.alive)
+        return MaskSet(allocation.keep(entries, depths(evidence.weights), density))
+
+    def _windows(self, evidence: Evidence, density: float, final: int, window: int) -> MaskSet:
+        """N:M: the same number in every window; the schedule steps it down to N."""
+        kept = max(final, round(density * window))
+        scores = self.criterion.elements(evidence)
+        return MaskSet(
+            {name: keep_windows(scores[name], evidence.alive[name], kept, window) for name in evidence.weights}
+        )
+
+
+def _relative(scores: Tensor) -> Tensor:
+    """Scores over their mean, so that layers of another scale can compete."""
+    return scores / scores.mean().clamp_min(torch.finfo(torch.float32).tiny)
