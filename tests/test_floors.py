@@ -29,7 +29,7 @@ FLOORS = [
     # 4 run: one experiment
     "resume loop",
     # 5 assemble: from a recipe to a run, a plan or scores
-    "assembly evaluation planning",
+    "assembly trained evaluation predict planning",
     # 6 enter
     "train cli",
 ]
@@ -59,7 +59,10 @@ SIDEWAYS = {
     ("recipe_file", "recipe_rules"),
     ("run_folder", "recipe"),
     ("loop", "resume"),
+    ("trained", "assembly"),
     ("evaluation", "assembly"),
+    ("evaluation", "trained"),
+    ("predict", "trained"),
     ("planning", "assembly"),
     ("cli", "train"),
 }
