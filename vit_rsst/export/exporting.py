@@ -127,8 +127,8 @@ def _compared(work: Work, target: Target, folder: Path) -> float | None:
     difference = relative_difference(expected, found)
     if not difference <= target.tolerance or not torch.equal(expected.argmax(1), found.argmax(1)):
         raise RunError(
-            f"{work.path}: what was written answers otherwise than the ticket: logits differ by {difference:.1e} of the "
-            f"largest, where {target.tolerance:.0e} is allowed. Nothing was kept; this is a defect, please report it."
+            f"{work.path}: what was written answers otherwise than the ticket: logits differ by {difference:.1e} of "
+            f"the largest, where {target.tolerance:.0e} is allowed. Nothing was kept; please report this defect."
         )
     return difference
 
