@@ -18,7 +18,7 @@ def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dic
     """top1, top5, loss, and precision, recall, F1 and the confusion matrix by class.
 
     Args:
-        what: a ticket, or a run folder, whose last ticket is meant.
+        what: a ticket, a run folder, whose last ticket is meant, or a slim folder.
         split: `test`, `val` or `train`, as the run divided them.
         data_path: folder of the data when it has moved.
 

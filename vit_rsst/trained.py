@@ -1,4 +1,4 @@
-"""Trained models: from a ticket, or from a run folder, to a network that answers, with all that its header says."""
+"""Trained models: from a ticket, run folder or slim folder to a network that answers, with all that its header says."""
 
 import json
 from contextlib import AbstractContextManager
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from vit_rsst import tickets
-from vit_rsst.assembly import last_ticket
 from vit_rsst.data.sources import DataOptions
 from vit_rsst.errors import Damaged
+from vit_rsst.export.source import open_ticket
 from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
 
@@ -23,7 +23,7 @@ class Trained:
     Attributes:
         net: on the CPU, in evaluation mode; zeros where the mask says.
         mask: of the prunable weights.
-        path: of the ticket.
+        path: of the ticket or slim folder.
         header: strings, as the run wrote them.
         data: the run's data options.
         mean, std: of the channels.
@@ -49,20 +49,19 @@ class Trained:
 
 
 def open_trained(what: Path) -> Trained:
-    """Builds the network of a ticket, or of the last ticket of a run folder, from the header alone.
+    """Builds the network of a ticket, of the last ticket of a run folder, or of a slim folder, from the header alone.
 
     Raises:
         InputError: a run folder without tickets.
         Damaged: there is no such ticket, it cannot be read, or its header is not one of a run of this version.
     """
-    path = last_ticket(what) if what.is_dir() else what
-    ticket = tickets.load(path)
-    for name in ("architecture", "model_args", "data", "seed"):
+    path, ticket = open_ticket(what)
+    for name in ("data", "seed"):
         if name not in ticket.metadata:
             raise Damaged(f"{path}: the header has no {name!r}; the ticket does not come from a run of this version.")
     info = json.loads(ticket.metadata["data"])
     mean, std, classes = tuple(info.pop("mean")), tuple(info.pop("std")), info.pop("classes")
-    net = zoo.create(ticket.metadata["architecture"], ticket.model_args)
+    net = zoo.described(ticket.metadata, str(path))
     tickets.load_into_(net, ticket, str(path))
     net.eval()
     return Trained(net, ticket.mask, path, ticket.metadata, DataOptions(**info), mean, std, classes)
