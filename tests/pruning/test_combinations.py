@@ -55,7 +55,7 @@ def test_every_combination_is_counted():
 def test_a_combination_that_means_nothing_says_why(tmp_path, case):
     path = tmp_path / "r.yaml"
     path.write_text(recipe_text(*case), encoding="utf-8")
-    with pytest.raises(InputError, match="pruning.(granularity|criterion): .*; use |is not for it"):
+    with pytest.raises(InputError, match=r"pruning\.(granularity|criterion): .*; use |is not for it"):
         load(path)
 
 
