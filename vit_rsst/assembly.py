@@ -27,9 +27,10 @@ from vit_rsst.data.loaders import (
 from vit_rsst.data.sources import DataOptions, ImageData, Split, open_data
 from vit_rsst.data.transforms import Augmentation
 from vit_rsst.errors import Damaged, InputError
+from vit_rsst.export.source import open_ticket
 from vit_rsst.loop import Run
 from vit_rsst.metrics.counters import RunningLoss, score
-from vit_rsst.models import zoo
+from vit_rsst.models import slim, zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.models.complexity import flops as model_flops
 from vit_rsst.models.complexity import unit_costs
@@ -129,7 +130,7 @@ def build(
         save_every_steps=train.save_every_steps,
         seed=recipe.seed,
         recipe_fingerprint=recipe.fingerprint,
-        header=ticket_header(recipe, data),
+        header=ticket_header(recipe, data, net),
     )
     return run, lock
 
@@ -310,23 +311,11 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
         )
     if not recipe.model.start_from:
         return net, None
-    start = Path(recipe.model.start_from).expanduser()
-    path = last_ticket(start) if start.is_dir() else start
-    ticket = tickets.load(path)
+    path, ticket = open_ticket(Path(recipe.model.start_from).expanduser())
+    if "widths" in ticket.metadata:
+        slim.shape_like_(net, json.loads(ticket.metadata["widths"]), str(path))
     tickets.load_into_(net, ticket, str(path))
     return net, ticket.mask
-
-
-def last_ticket(folder: Path) -> Path:
-    """The newest ticket of a run folder.
-
-    Raises:
-        InputError: it has none.
-    """
-    found = sorted((folder / "tickets").glob("round_*.safetensors"))
-    if not found:
-        raise InputError(f"{folder}: there is no ticket in this run folder yet.")
-    return found[-1]
 
 
 def build_optimizer(net: nn.Module, options: Optim) -> torch.optim.Optimizer:
@@ -391,9 +380,10 @@ def make_evaluate(
     return evaluate
 
 
-def ticket_header(recipe: Recipe, data: ImageData) -> dict[str, str]:
+def ticket_header(recipe: Recipe, data: ImageData, net: nn.Module) -> dict[str, str]:
     """What every ticket of the run says of itself: enough to build the model and to prepare its images."""
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
+    widths = slim.narrowed(net, zoo.create(architecture, args, device="meta"))
     mean, std = channels(recipe)
     info = {"image_size": data.options.size, "mean": mean, "std": std, "classes": data.classes}
     return {
@@ -406,6 +396,7 @@ def ticket_header(recipe: Recipe, data: ImageData) -> dict[str, str]:
         "precision": recipe.train.precision,
         "ema": "false",
         "recipe": recipe.fingerprint,
+        **({"widths": json.dumps(widths)} if widths else {}),
     }
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from vit_rsst import tickets
-from vit_rsst.assembly import EVALUATION_BATCH, last_ticket
+from vit_rsst.assembly import EVALUATION_BATCH
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.sources import DataOptions, open_data
 from vit_rsst.errors import Damaged
+from vit_rsst.export.source import open_ticket
 from vit_rsst.metrics.counters import score
 from vit_rsst.models import zoo
 from vit_rsst.results import aligned
@@ -19,15 +20,14 @@ def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dic
     """top1, top5, loss, and precision, recall, F1 and the confusion matrix by class.
 
     Args:
-        what: a ticket, or a run folder, whose last ticket is meant.
+        what: a ticket, a run folder, whose last ticket is meant, or a slim folder.
         split: `test`, `val` or `train`, as the run divided them.
         data_path: folder of the data when it has moved.
 
     Raises:
         Damaged: the ticket cannot be read, or does not fit the data's classes.
     """
-    path = last_ticket(what) if what.is_dir() else what
-    ticket = tickets.load(path)
+    path, ticket = open_ticket(what)
 
     def entry(name: str) -> str:
         if name not in ticket.metadata:
@@ -42,7 +42,7 @@ def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dic
         raise Damaged(
             f"{path}: trained on {len(classes)} classes, {classes[:3]} …, and the data have {data.classes[:3]} …."
         )
-    net = zoo.create(entry("architecture"), json.loads(entry("model_args")))
+    net = zoo.described(ticket.metadata, str(path))
     tickets.load_into_(net, ticket, str(path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device).eval()

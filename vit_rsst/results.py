@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from vit_rsst import files
+from vit_rsst.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ COLUMNS = tuple(f.name for f in fields(RoundRow))
 def ticket_path(folder: Path, round: int) -> Path:
     """Where the ticket of a round lies in a run folder."""
     return folder / "tickets" / f"round_{round:02d}.safetensors"
+
+
+def last_ticket(folder: Path) -> Path:
+    """The newest ticket of a run folder.
+
+    Raises:
+        InputError: it has none.
+    """
+    found = sorted((folder / "tickets").glob("round_*.safetensors"))
+    if not found:
+        raise InputError(f"{folder}: there is no ticket in this run folder yet.")
+    return found[-1]
 
 
 def save_row(folder: Path, row: RoundRow, report: dict) -> None:

@@ -32,7 +32,7 @@ class Ticket:
     Attributes:
         state: the dense state dict, zeros where the mask says.
         mask: of the prunable weights.
-        metadata: strings of the header; `model_args`, `data` and `recipe` are JSON.
+        metadata: strings of the header; `model_args`, `data` and, of a slim model, `widths` are JSON.
     """
 
     state: dict[str, Tensor]
@@ -48,7 +48,7 @@ def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mappi
     """Writes a ticket atomically; returns its size in bytes."""
     tensors = _pack(state, mask)
     header = {"format": FORMAT, **metadata}
-    header["sha256"] = _digest(tensors, header)
+    header["sha256"] = digest(tensors, header)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata=header)
     files.settle(temporary)
@@ -77,7 +77,7 @@ def load(path: Path) -> Ticket:
             "a run of this version writes it."
         )
     expected = metadata.pop("sha256", None)
-    if _digest(tensors, metadata) != expected:
+    if digest(tensors, metadata) != expected:
         raise Damaged(f"{path}: the content is not what the hash in the header says; copy or make the ticket again.")
     return _unpack(tensors, metadata)
 
@@ -134,7 +134,8 @@ def _unpack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Ticket:
     return Ticket(state, MaskSet(masks), metadata)
 
 
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """sha256, in hexadecimal, over the header and over names, types, shapes and bytes of the tensors."""
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

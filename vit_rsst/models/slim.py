@@ -47,6 +47,12 @@ def widths(kept: Kept) -> dict[str, int]:
     return {name: len(units) for name, units in kept.items()}
 
 
+def narrowed(net: nn.Module, stock: nn.Module) -> dict[str, int]:
+    """Widths of the groups in which a network has fewer units than the stock one; empty when it has them all."""
+    full = {group.name: group.units for group in unit_groups(stock)}
+    return {group.name: group.units for group in unit_groups(net) if group.units < full[group.name]}
+
+
 def shrink_(net: nn.Module, kept: Mapping[str, Tensor]) -> None:
     """Keeps these units of each group and removes the others, in place."""
     for group in unit_groups(net):

@@ -3,15 +3,16 @@ random in silence."""
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 
 import timm
 import torch
 from timm.models import register_model
 from torch import nn
 
-from vit_rsst.errors import EnvironmentLacks, InputError
-from vit_rsst.models import hub
+from vit_rsst.errors import Damaged, EnvironmentLacks, InputError
+from vit_rsst.models import hub, slim
 from vit_rsst.models.catalog import CATALOG, stock
 from vit_rsst.models.resnet import CifarResNet
 
@@ -89,6 +90,21 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
         ) from error
     if pretrained:
         _check_loaded(net, loads, architecture)
+    return net
+
+
+def described(header: Mapping[str, str], place: str, device: str | None = None) -> nn.Module:
+    """The network that the header of a ticket describes, of the widths that it names; its weights are random.
+
+    Raises:
+        Damaged: the header does not say what to build, or describes what cannot be built.
+    """
+    missing = [key for key in ("architecture", "model_args") if key not in header]
+    if missing:
+        raise Damaged(f"{place}: the header has no {missing[0]!r}; the ticket does not come from a run of this version.")
+    net = create(header["architecture"], json.loads(header["model_args"]), device=device)
+    if "widths" in header:
+        slim.shape_like_(net, json.loads(header["widths"]), place)
     return net
 
 

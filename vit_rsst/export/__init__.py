@@ -1,0 +1,5 @@
+"""Export: folders and files that others load, of tickets. `load` reads a slim folder back."""
+
+from vit_rsst.export.slim_folder import load
+
+__all__ = ["load"]

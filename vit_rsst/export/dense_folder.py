@@ -1,0 +1,65 @@
+"""dense: the state dict with its zeros in `model.safetensors`, for the loader of the architecture itself."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vit_rsst import files, tickets
+from vit_rsst.export.slim_folder import as_config, as_header
+from vit_rsst.export.work import Target, Work
+from vit_rsst.models import zoo
+
+FORMAT = "vit_rsst.dense/1"
+TIMM_USAGE = """\
+import json
+
+import timm
+from safetensors.torch import load_file
+
+config = json.load(open("config.json"))
+model = timm.create_model(config["architecture"], **config["model_args"]).eval()
+model.load_state_dict(load_file("model.safetensors"))
+"""
+USAGE = """\
+import json
+
+from safetensors.torch import load_file
+from vit_rsst.export.slim_folder import as_header
+from vit_rsst.models import zoo
+
+config = json.load(open("config.json"))
+model = zoo.described(as_header(config), "config.json").eval()
+model.load_state_dict(load_file("model.safetensors"))
+"""
+
+
+def check(work: Work) -> None:
+    """Every ticket has a dense form."""
+
+
+def write(work: Work, folder: Path) -> None:
+    """config.json and model.safetensors."""
+    state = {name: tensor.contiguous() for name, tensor in work.net.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    files.settle(folder / "model.safetensors")
+    files.write_json(folder / "config.json", {"format": FORMAT, **as_config(work.ticket.metadata)})
+
+
+@torch.no_grad()
+def logits(folder: Path, images: Tensor) -> Tensor:
+    """Logits of the folder, loaded as its reader loads it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    net = zoo.described(as_header(config), str(folder))
+    tickets.load_state_(net, load_file(folder / "model.safetensors"), str(folder))
+    return net.eval()(images)
+
+
+def usage(work: Work) -> str:
+    """Code that loads the folder: with timm alone where timm can build the model."""
+    return TIMM_USAGE if work.is_stock and not work.is_hub else USAGE
+
+
+TARGET = Target("vit_rsst", check, write, logits, usage)

@@ -1,0 +1,90 @@
+"""Slim folders: a small model as plain tensors in `model.safetensors`, and in `config.json` what builds it again.
+
+The configuration holds the strings of the ticket's header, `model_args`, `data` and `widths` as objects, so that a slim
+folder stands wherever a ticket does: to be scored, to be trained further, to be exported again.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from vit_rsst import files, tickets
+from vit_rsst.errors import Damaged
+from vit_rsst.models import zoo
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.tickets import Ticket
+
+FORMAT = "vit_rsst.slim/1"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+OBJECTS = ("model_args", "data", "widths")
+"""Entries of a ticket's header that are JSON."""
+
+
+def write(folder: Path, ticket: Ticket) -> None:
+    """Writes a slim model, whose header has its `widths`, into an existing folder."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ticket.state.items()}
+    config = {"format": FORMAT, **as_config(ticket.metadata), "prunable": list(ticket.mask)}
+    config["sha256"] = tickets.digest(tensors, as_header(config))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    files.settle(folder / WEIGHTS)
+    files.write_json(folder / CONFIG, config)
+
+
+def read(folder: Path) -> Ticket:
+    """A slim folder as a ticket: what is zero in its prunable weights is dead.
+
+    Raises:
+        Damaged: not a slim folder, another format, truncated, or not what its hash says.
+    """
+    config = _config(folder)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{folder / WEIGHTS}: not a readable safetensors file ({error}); export it again.") from error
+    expected = config.pop("sha256", None)
+    header = as_header(config)
+    if tickets.digest(tensors, header) != expected:
+        raise Damaged(f"{folder}: the content is not what the hash in {CONFIG} says; copy or export it again.")
+    mask = MaskSet({name: tensors[name] != 0 for name in config["prunable"]})
+    return Ticket(tensors, mask, {key: value for key, value in header.items() if key not in ("format", "prunable")})
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The model of a slim folder, in evaluation mode: normalised images (batch, 3, size, size) to logits.
+
+    Raises:
+        Damaged: not a slim folder, another format, truncated, or not what its hash says.
+    """
+    ticket = read(Path(folder))
+    net = zoo.described(ticket.metadata, str(folder))
+    tickets.load_into_(net, ticket, str(folder))
+    return net.eval()
+
+
+def as_config(header: dict[str, str]) -> dict:
+    """A ticket's header as a tree, for people and for other readers."""
+    return {key: json.loads(value) if key in OBJECTS else value for key, value in header.items()}
+
+
+def as_header(config: dict) -> dict[str, str]:
+    """Inverse of `as_config`: strings alone."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
+
+
+def _config(folder: Path) -> dict:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path}: not a readable configuration ({error}); export the ticket again.") from error
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        raise Damaged(
+            f"{path}: the format is {'not given' if found is None else repr(found)}, not {FORMAT!r}; expected a folder "
+            "that `vit-rsst export --to slim` of this version wrote."
+        )
+    return config

@@ -1,0 +1,52 @@
+"""slim: the small model as a slim folder."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vit_rsst.export import slim_folder
+from vit_rsst.export.work import Target, Work
+from vit_rsst.models import slim
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.tickets import Ticket
+
+USAGE = """\
+import json
+
+import numpy as np
+import torch
+import vit_rsst.export
+from PIL import Image, ImageOps
+
+model = vit_rsst.export.load(".")  # "." is this folder
+data = json.load(open("config.json"))["data"]
+size = data["image_size"]
+image = ImageOps.fit(Image.open("image.png").convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+pixels = (torch.tensor(np.asarray(image)) / 255 - torch.tensor(data["mean"])) / torch.tensor(data["std"])
+with torch.no_grad():
+    logits = model(pixels.permute(2, 0, 1)[None])
+print(data["classes"][int(logits.argmax())])
+"""
+
+
+def check(work: Work) -> None:
+    """Every ticket has a slim form; without a dead unit it is as large as the dense one."""
+
+
+def write(work: Work, folder: Path) -> None:
+    """config.json and model.safetensors."""
+    state = work.slimmed.state_dict()
+    mask = MaskSet({name: state[name] != 0 for name in work.ticket.mask})
+    header = work.ticket.metadata | {"widths": json.dumps(slim.widths(work.kept)), "density": repr(mask.density)}
+    slim_folder.write(folder, Ticket(state, mask, header))
+
+
+@torch.no_grad()
+def logits(folder: Path, images: Tensor) -> Tensor:
+    """Logits of the folder, loaded as its reader loads it."""
+    return slim_folder.load(folder)(images)
+
+
+TARGET = Target("vit_rsst", check, write, logits, lambda work: USAGE, is_slim=True, options=("round_to",))

@@ -1,0 +1,193 @@
+"""transformers: a folder that AutoModelForImageClassification and AutoImageProcessor load, without this package.
+
+Models of transformers go as they are; a plain ViT of timm becomes ViTForImageClassification, tensor by tensor.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vit_rsst import files
+from vit_rsst.errors import InputError
+from vit_rsst.export.work import Target, Work
+
+USAGE = """\
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained(".").eval()  # "." is this folder
+processor = AutoImageProcessor.from_pretrained(".")
+image = Image.open("image.png").convert("RGB")
+with torch.no_grad():
+    probabilities = model(**processor(image, return_tensors="pt")).logits.softmax(1)[0]
+print(model.config.id2label[int(probabilities.argmax())], float(probabilities.max()))
+"""
+
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}
+"""Class of timm's activation → its name in transformers."""
+
+
+def check(work: Work) -> None:
+    """Raises:
+    InputError: transformers has no equal of this model, with the reason.
+    """
+    if not work.is_stock:
+        what = "a slim shape" if "widths" in work.ticket.metadata else repr(work.architecture)
+        raise InputError(f"--to transformers: transformers has no model of {what}; use --to slim, onnx or dense.")
+    if not work.is_hub and (reason := next(_obstacles(work.net), None)):
+        raise InputError(f"--to transformers: its ViT is no equal of this {work.architecture}: {reason}; use --to timm.")
+
+
+def write(work: Work, folder: Path) -> None:
+    """Model, configuration and image processor, in transformers' own files."""
+    from transformers import ViTImageProcessor
+
+    data, classes, size = work.data, work.data["classes"], work.data["image_size"]
+    net = work.net if work.is_hub else converted(work.net)
+    net.config.id2label = dict(enumerate(classes))
+    net.config.label2id = {name: number for number, name in enumerate(classes)}
+    with _no_progress_bars():
+        net.save_pretrained(folder)
+    processor = ViTImageProcessor(
+        # As the images of the run were decoded: the shorter side resized, the centre cropped.
+        do_resize=True,
+        size={"shortest_edge": size},
+        resample=3,  # bicubic
+        do_center_crop=True,
+        crop_size={"height": size, "width": size},
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=data["mean"],
+        image_std=data["std"],
+    )
+    processor.save_pretrained(folder)
+    for path in folder.iterdir():
+        files.settle(path)
+
+
+@torch.no_grad()
+def logits(folder: Path, images: Tensor) -> Tensor:
+    """Logits of the folder, loaded as its reader loads it."""
+    from transformers import AutoModelForImageClassification
+
+    with _no_progress_bars():
+        net = AutoModelForImageClassification.from_pretrained(folder)
+    return net.eval()(images).logits
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def converted(net: nn.Module) -> nn.Module:
+    """A plain ViT of timm as transformers' ViTForImageClassification.
+
+    Raises:
+        InputError: it is not plain.
+    """
+    from transformers import ViTConfig, ViTForImageClassification
+
+    if reason := next(_obstacles(net), None):
+        raise InputError(f"--to transformers: its ViT is no equal of this model: {reason}; use --to timm.")
+    block, patch = net.blocks[0], net.patch_embed
+    config = ViTConfig(
+        hidden_size=net.embed_dim,
+        num_hidden_layers=len(net.blocks),
+        num_attention_heads=block.attn.num_heads,
+        intermediate_size=block.mlp.fc1.out_features,
+        hidden_act=ACTIVATIONS[type(block.mlp.act).__name__],
+        layer_norm_eps=net.norm.eps,
+        image_size=patch.img_size[0],
+        patch_size=patch.patch_size[0],
+        num_channels=patch.proj.in_channels,
+        qkv_bias=block.attn.qkv.bias is not None,
+        num_labels=net.num_classes,
+    )
+    twin = ViTForImageClassification(config)
+    twin.load_state_dict(dict(_renamed(net.state_dict())))
+    return twin.eval()
+
+
+def _obstacles(net: nn.Module) -> Iterator[str]:
+    """Why transformers' ViT does not compute what this network computes; nothing when it does."""
+    if type(net).__name__ != "VisionTransformer" or not hasattr(net, "blocks"):
+        yield f"it is a {type(net).__name__}"
+        return
+    if not net.has_class_token or net.global_pool != "token":
+        yield f"it pools by {net.global_pool!r}, not by a class token"
+    if len(set(net.patch_embed.img_size)) != 1 or len(set(net.patch_embed.patch_size)) != 1:
+        yield "its images or patches are not square"
+    expected, found = _expected_names(net), set(net.state_dict())
+    if strange := sorted(found - expected):
+        yield f"it has {strange[0]} besides"
+    if missing := sorted(name for name in expected - found if not name.endswith("qkv.bias")):
+        yield f"it has no {missing[0]}"
+    if net.pos_embed is not None and net.pos_embed.shape[1] != net.patch_embed.num_patches + 1:
+        yield "its class token has no position"
+    norms = {(type(m).__name__, m.eps) for m in net.modules() if isinstance(m, nn.LayerNorm)}
+    if len(norms) != 1:
+        yield f"its norms differ: {sorted(norms)}"
+    if (act := type(net.blocks[0].mlp.act).__name__) not in ACTIVATIONS:
+        yield f"its activation is {act}"
+
+
+BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+"""Layer of timm's block → of transformers'; qkv is divided besides."""
+
+OUTSIDE = {
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "vit.layernorm.weight",
+    "norm.bias": "vit.layernorm.bias",
+    "head.weight": "classifier.weight",
+    "head.bias": "classifier.bias",
+}
+"""Tensor of timm's ViT outside of its blocks → of transformers'."""
+
+
+def _expected_names(net: nn.Module) -> set[str]:
+    layers = (*BLOCK, "attn.qkv")
+    parts = {f"blocks.{i}.{layer}.{p}" for i in range(len(net.blocks)) for layer in layers for p in ("weight", "bias")}
+    return parts | set(OUTSIDE)
+
+
+def _renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """timm's state dict under transformers' names; qkv, (3 · width, …), in three parts."""
+    for name, tensor in state.items():
+        if name in OUTSIDE:
+            yield OUTSIDE[name], tensor
+            continue
+        _, number, rest = name.split(".", 2)
+        layer, _, leaf = rest.rpartition(".")
+        place = f"vit.layers.{number}"
+        if layer == "attn.qkv":
+            for key, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield f"{place}.attention.{key}_proj.{leaf}", part
+        else:
+            yield f"{place}.{BLOCK[layer]}.{leaf}", tensor
+
+
+TARGET = Target("transformers", check, write, logits, lambda work: USAGE)

@@ -1,0 +1,129 @@
+"""What is exported, and to what: a ticket with its network, and the form that a target gives it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vit_rsst import results, tickets
+from vit_rsst.errors import Damaged
+from vit_rsst.export.source import open_ticket
+from vit_rsst.models import hub, slim, zoo
+from vit_rsst.models.anatomy import unit_groups
+from vit_rsst.models.catalog import stock
+from vit_rsst.tickets import Ticket
+
+TOLERANCE = 1e-5
+"""Largest difference of logits in float32, as a share of the largest logit, where that is more than 1."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A ticket on its way out.
+
+    Attributes:
+        path: of the ticket or slim folder.
+        net: the network with its zeros, on the CPU, in evaluation mode.
+        round_to: widths of a slim model are rounded up to a multiple of it.
+        opset: of ONNX; None: the exporter's own.
+    """
+
+    path: Path
+    ticket: Ticket
+    net: nn.Module
+    round_to: int = 1
+    opset: int | None = None
+
+    @classmethod
+    def of(cls, what: Path, round_to: int = 1, opset: int | None = None) -> "Work":
+        """Opens what `open_ticket` opens.
+
+        Raises:
+            Damaged: it cannot be read, or does not fit the model that it names.
+        """
+        path, ticket = open_ticket(what)
+        if "data" not in ticket.metadata:
+            raise Damaged(f"{path}: the header has no 'data'; the ticket does not come from a run of this version.")
+        return cls(path, ticket, _network(ticket, str(path)), round_to, opset)
+
+    @property
+    def architecture(self) -> str:
+        return self.ticket.metadata["architecture"]
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is a model of transformers."""
+        return self.architecture.startswith(hub.PREFIX)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether timm or transformers alone can build it."""
+        return stock(self.architecture).is_stock and "widths" not in self.ticket.metadata
+
+    @cached_property
+    def data(self) -> dict:
+        """What the run said of its data: source, image_size, mean, std, classes."""
+        return json.loads(self.ticket.metadata["data"])
+
+    @cached_property
+    def kept(self) -> dict[str, Tensor]:
+        """The units of each group that a slim model keeps."""
+        return slim.kept_units(self.net, self.ticket.mask, self.round_to)
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether a slim model has fewer units than this one."""
+        return any(len(self.kept[group.name]) < group.units for group in unit_groups(self.net))
+
+    @cached_property
+    def slimmed(self) -> nn.Module:
+        """The network less all but the kept units, in evaluation mode."""
+        net = _network(self.ticket, str(self.path))
+        slim.shrink_(net, self.kept)
+        return net
+
+    def images(self, count: int = 4) -> Tensor:
+        """Random images as the model takes them: normalised float32, (count, 3, size, size)."""
+        size = self.data["image_size"]
+        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    def measured(self) -> dict[str, float]:
+        """Scores of the ticket's round, where it lies in a run folder and has met the test split."""
+        report = self.path.with_suffix(".json")
+        row = results.load_report(report)["row"] if self.path.is_file() and report.is_file() else {}
+        return {key: row[key] for key in ("test_top1", "test_loss", "val_top1") if row.get(key) is not None}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A form that a ticket is exported to.
+
+    Attributes:
+        library: who loads it, as the Hub names it.
+        check: raises InputError when the ticket has no such form, EnvironmentLacks when a package is missing.
+        write: puts all files but the card into an empty folder.
+        logits: of images, from the folder as its reader loads it; None when that cannot be had here.
+        usage: python code that does so, for the card; it runs inside the folder, beside an `image.png`.
+        is_slim: whether units that are gone are cut out.
+        tolerance: largest difference of logits from the ticket's, as a share of the largest logit (at least 1).
+        options: those of the command line that it heeds.
+    """
+
+    library: str
+    check: Callable[[Work], None]
+    write: Callable[[Work, Path], None]
+    logits: Callable[[Path, Tensor], Tensor | None]
+    usage: Callable[[Work], str]
+    is_slim: bool = False
+    tolerance: float = TOLERANCE
+    options: tuple[str, ...] = ()
+
+
+def _network(ticket: Ticket, place: str) -> nn.Module:
+    net = zoo.described(ticket.metadata, place)
+    tickets.load_into_(net, ticket, place)
+    return net.eval()
