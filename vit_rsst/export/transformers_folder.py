@@ -39,7 +39,9 @@ def check(work: Work) -> None:
         what = "a slim shape" if "widths" in work.ticket.metadata else repr(work.architecture)
         raise InputError(f"--to transformers: transformers has no model of {what}; use --to slim, onnx or dense.")
     if not work.is_hub and (reason := next(_obstacles(work.net), None)):
-        raise InputError(f"--to transformers: its ViT is no equal of this {work.architecture}: {reason}; use --to timm.")
+        raise InputError(
+            f"--to transformers: its ViT is no equal of this {work.architecture}: {reason}; use --to timm."
+        )
 
 
 def write(work: Work, folder: Path) -> None:
