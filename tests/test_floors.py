@@ -27,19 +27,29 @@ FLOORS = [
     "data.sources data.loaders checkpoint tickets tracking results console signals "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
-    "resume loop",
-    # 5 assemble: from a recipe to a run, a plan or scores
-    "assembly evaluation planning",
+    "resume loop export export.slim_folder export.source",
+    # 5 assemble: from a recipe to a run, a plan or scores; from a ticket to what others load
+    "assembly evaluation planning export.work export.card export.slim_target export.timm_folder "
+    "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push",
     # 6 enter
     "train cli",
 ]
 """Modules by floor, without the package's name."""
 
+TARGETS = ("slim_target", "timm_folder", "transformers_folder", "dense_folder", "onnx_file")
 METHODS = ("constant", "dense", "gmp", "imp", "refill", "rsst", "rst", "ste")
 
 SIDEWAYS = {
     ("registry", "errors"),
     ("models.zoo", "models.hub"),
+    ("models.zoo", "models.slim"),
+    ("export", "export.slim_folder"),
+    ("export.source", "export.slim_folder"),
+    ("export.card", "export.work"),
+    *((f"export.{name}", "export.work") for name in TARGETS),
+    *(("export.exporting", f"export.{name}") for name in (*TARGETS, "card", "work")),
+    ("export.push", "export.card"),
+    ("export.push", "export.work"),
     *(("pruning.methods", f"pruning.methods.{name}") for name in METHODS),
     *((f"pruning.methods.{name}", "pruning.plan") for name in METHODS),
     ("pruning.methods.rst", "pruning.methods.rsst"),
@@ -76,10 +86,12 @@ METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "prunin
 
 DOORS = {
     "datasets": {"data.sources", "metrics.reported"},
-    "timm": {"models.zoo"},
-    "transformers": {"models.hub"},
+    "timm": {"models.zoo", "export.timm_folder"},
+    "transformers": {"models.hub", "export.transformers_folder"},
     "evaluate": {"metrics.reported"},
-    "safetensors": {"tickets", "checkpoint"},
+    "safetensors": {"tickets", "checkpoint", "export.slim_folder", "export.timm_folder", "export.dense_folder"},
+    "onnxruntime": {"export.onnx_file"},
+    "huggingface_hub": {"export.push"},
     "wandb": set(),
     "tensorboard": set(),
     "tensorboardX": set(),
@@ -89,10 +101,12 @@ DOORS = {
 
 ALLOWED_DOORS = {
     "datasets": ("data.", "metrics.reported"),
-    "timm": ("models.",),
-    "transformers": ("models.",),
+    "timm": ("models.", "export."),
+    "transformers": ("models.", "export."),
     "evaluate": ("metrics.",),
-    "safetensors": ("tickets", "checkpoint"),
+    "safetensors": ("tickets", "checkpoint", "export."),
+    "onnxruntime": ("export.",),
+    "huggingface_hub": ("export.push",),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
     "tensorboardX": ("tracking",),
@@ -275,7 +289,8 @@ def test_setup_cfg_lists_every_package_of_the_tree():
 def test_every_dependency_that_is_imported_is_declared():
     config = configparser.ConfigParser()
     config.read(tiny.REPOSITORY / "setup.cfg", encoding="utf-8")
-    lines = config["options"]["install_requires"].split("\n")
+    extras = config["options.extras_require"].values()
+    lines = "\n".join([config["options"]["install_requires"], *extras]).split("\n")
     declared = {line.split(">")[0].split("<")[0].split("=")[0].strip().lower().replace("-", "_") for line in lines}
     names = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit_learn"}
     used = {t: place(m, line) for m, t, line in OUTSIDE if t not in sys.stdlib_module_names}

@@ -37,10 +37,21 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_arguments(verb("train", train, "train and prune by a recipe, in one process"))
     evaluate = verb("evaluate", evaluate_verb, "score a ticket, or the last ticket of a run, on a split")
-    evaluate.add_argument("what", metavar="RUN|TICKET", help="a run folder or a ticket file")
+    evaluate.add_argument("what", metavar="RUN|TICKET", help="a run folder, a ticket file or a slim folder")
     evaluate.add_argument("--split", choices=("test", "val", "train"), default="test")
     evaluate.add_argument("--data", metavar="PATH", help="folder of the data, when it is not where the run found it")
     evaluate.add_argument("--json", metavar="FILE", help="write every number there as well")
+    export = verb("export", export_verb, "write a ticket, or the last ticket of a run, as others load it")
+    export.add_argument("what", metavar="TICKET|RUN", help="a ticket file, a run folder or a slim folder")
+    export.add_argument("--to", required=True, choices=("slim", "timm", "transformers", "dense", "onnx"))
+    export.add_argument("folder", metavar="DIR", help="a folder that does not exist yet, or is empty")
+    export.add_argument("--round-to", type=int, metavar="N", help="slim, onnx: widths are multiples of N (default 1)")
+    export.add_argument("--opset", type=int, metavar="N", help="onnx: version of the operators (default: torch's)")
+    push = verb("push", push_verb, "upload an export folder, or a ticket with a card, to the Hub")
+    push.add_argument("what", metavar="TICKET|FOLDER", help="a ticket file, or a folder that export wrote")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME of the repository; made where there is none")
+    push.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
+    push.add_argument("--dry-run", action="store_true", help="print what would be sent, and stop")
     verb("models", models_verb, "list the models of the catalogue; any timm name works too")
     verb("recipes", recipes_verb, "list the recipes that come with the package")
     verb("methods", methods_verb, "list pruning methods, criteria and data sources")
@@ -59,6 +70,23 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
     print(report_text(result))
     if arguments.json:
         files.write_json(Path(arguments.json), result)
+
+
+def export_verb(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst.export.exporting import export
+
+    a = arguments
+    print(export(Path(a.what), a.to, Path(a.folder), a.round_to, a.opset).text())
+
+
+def push_verb(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst.export.push import push
+
+    print(push(Path(arguments.what), arguments.repo, arguments.public, arguments.dry_run))
 
 
 def models_verb(arguments: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def write(work: Work, folder: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in work.net.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     files.settle(folder / "model.safetensors")
-    files.write_json(folder / "config.json", {"format": FORMAT, **as_config(work.ticket.metadata)})
+    files.write_json(folder / "config.json", {**as_config(work.ticket.metadata), "format": FORMAT})
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ OBJECTS = ("model_args", "data", "widths")
 def write(folder: Path, ticket: Ticket) -> None:
     """Writes a slim model, whose header has its `widths`, into an existing folder."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ticket.state.items()}
-    config = {"format": FORMAT, **as_config(ticket.metadata), "prunable": list(ticket.mask)}
+    config = {**as_config(ticket.metadata), "format": FORMAT, "prunable": list(ticket.mask)}
     config["sha256"] = tickets.digest(tensors, as_header(config))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     files.settle(folder / WEIGHTS)
@@ -67,7 +67,7 @@ def load(folder: str | Path) -> nn.Module:
 
 def as_config(header: dict[str, str]) -> dict:
     """A ticket's header as a tree, for people and for other readers."""
-    return {key: json.loads(value) if key in OBJECTS else value for key, value in header.items()}
+    return {key: json.loads(header[key]) if key in OBJECTS else header[key] for key in sorted(header)}
 
 
 def as_header(config: dict) -> dict[str, str]:

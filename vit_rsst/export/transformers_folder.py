@@ -39,9 +39,7 @@ def check(work: Work) -> None:
         what = "a slim shape" if "widths" in work.ticket.metadata else repr(work.architecture)
         raise InputError(f"--to transformers: transformers has no model of {what}; use --to slim, onnx or dense.")
     if not work.is_hub and (reason := next(_obstacles(work.net), None)):
-        raise InputError(
-            f"--to transformers: its ViT is no equal of this {work.architecture}: {reason}; use --to timm."
-        )
+        raise InputError(f"--to transformers: its ViT is no equal of {work.architecture}: {reason}; use --to timm.")
 
 
 def write(work: Work, folder: Path) -> None:
@@ -120,7 +118,7 @@ def converted(net: nn.Module) -> nn.Module:
         qkv_bias=block.attn.qkv.bias is not None,
         num_labels=net.num_classes,
     )
-    twin = ViTForImageClassification(config)
+    twin = ViTForImageClassification(config).to(net.head.weight.dtype)
     twin.load_state_dict(dict(_renamed(net.state_dict())))
     return twin.eval()
 

@@ -94,7 +94,11 @@ class Work:
     def measured(self) -> dict[str, float]:
         """Scores of the ticket's round, where it lies in a run folder and has met the test split."""
         report = self.path.with_suffix(".json")
-        row = results.load_report(report)["row"] if self.path.is_file() and report.is_file() else {}
+        if not (self.path.is_file() and report.is_file()):
+            return {}
+        row = results.load_report(report).get("row", {})
+        if row.get("ticket_bytes") != self.path.stat().st_size:  # the report of another ticket of that name
+            return {}
         return {key: row[key] for key in ("test_top1", "test_loss", "val_top1") if row.get(key) is not None}
 
 

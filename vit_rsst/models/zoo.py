@@ -101,9 +101,7 @@ def described(header: Mapping[str, str], place: str, device: str | None = None) 
     """
     missing = [key for key in ("architecture", "model_args") if key not in header]
     if missing:
-        raise Damaged(
-            f"{place}: the header has no {missing[0]!r}; the ticket does not come from a run of this version."
-        )
+        raise Damaged(f"{place}: the header has no {missing[0]!r}; it does not come from a run of this version.")
     net = create(header["architecture"], json.loads(header["model_args"]), device=device)
     if "widths" in header:
         slim.shape_like_(net, json.loads(header["widths"]), place)

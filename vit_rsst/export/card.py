@@ -1,0 +1,160 @@
+"""The model card: what a folder holds, what was measured, and how it is loaded. README.md with YAML front matter."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import vit_rsst
+from vit_rsst import strict_yaml
+from vit_rsst.data.catalog import CATALOG
+from vit_rsst.export.work import Work
+from vit_rsst.models.anatomy import unit_groups
+from vit_rsst.results import size
+
+MOST_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells of a folder.
+
+    Attributes:
+        name: of the folder.
+        library: who loads it, as the Hub names it.
+        net: the network that the files hold.
+        file: the file that holds it.
+        compared: a sentence on how that was compared with the ticket; may be empty.
+        usage: python code that loads it.
+    """
+
+    work: Work
+    name: str
+    library: str
+    net: nn.Module
+    file: Path
+    compared: str
+    usage: str
+
+    def text(self) -> str:
+        """README.md, with its YAML front matter."""
+        work, header, mask = self.work, self.work.ticket.metadata, self.work.ticket.mask
+        parts = [
+            f"---\n{strict_yaml.dump(_front(self))}---",
+            f"# {self.name}",
+            f"An image classifier, `{header.get('model', work.architecture)}` (`{work.architecture}`), trained and "
+            f"pruned with vit_rsst by the method `{header.get('method', 'unknown')}`. Of its prunable weights "
+            f"{mask.density:.2%} are left (sparsity {1 - mask.density:.2%}). {_scores(work)}",
+            _sizes(self),
+            self.compared,
+            _units(work),
+            _data(work),
+            f"## How to load it\n\n```python\n{self.usage}```",
+            _origin(work),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def of_ticket(work: Work, name: str) -> str:
+    """The card of a ticket that goes to the Hub as it is."""
+    usage = (
+        "from pathlib import Path\n\nfrom vit_rsst import tickets\nfrom vit_rsst.models import zoo\n\n"
+        f'ticket = tickets.load(Path("{work.path.name}"))\n'
+        'model = zoo.described(ticket.metadata, "ticket").eval()\n'
+        'tickets.load_into_(model, ticket, "ticket")\n'
+    )
+    return Card(work, name, "vit_rsst", work.net, work.path, "", usage).text()
+
+
+def _front(card: Card) -> dict:
+    source = card.work.data["source"]
+    hub_id = CATALOG[source].hub_id if source in CATALOG else None
+    tags = ["image-classification", "pruning", "sparse", "vit_rsst"]
+    front = {"library_name": card.library, "pipeline_tag": "image-classification", "tags": tags}
+    if hub_id:
+        front["datasets"] = [hub_id]
+    if (top1 := card.work.measured().get("test_top1")) is not None:
+        metric = {"type": "accuracy", "name": "test top-1", "value": round(top1 / 100, 6)}
+        dataset, task = {"name": source, "type": hub_id or source}, {"type": "image-classification"}
+        front["metrics"] = ["accuracy"]
+        result = {"task": task, "dataset": dataset, "metrics": [metric]}
+        front["model-index"] = [{"name": card.name, "results": [result]}]
+    return front
+
+
+def _scores(work: Work) -> str:
+    scores = work.measured()
+    if "test_top1" not in scores:
+        return "Its accuracy on the test split was not measured."
+    precision = work.ticket.metadata.get("precision", "no")
+    return (
+        f"Top-1 on the test split: {scores['test_top1']:.2f} % (of the ticket, "
+        f"{'in float32' if precision == 'no' else f'under autocast to {precision}'})."
+    )
+
+
+def _sizes(card: Card) -> str:
+    work, before, after = card.work, _counted(card.work.net), _counted(card.net)
+    dense = sum(t.numel() * t.element_size() for t in work.net.state_dict().values())
+    ticket = f"ticket {size(work.path.stat().st_size)}, " if work.path.is_file() else ""
+    return _table(
+        ("", "before", "here"),
+        ("parameters", f"{before[0]:,}", f"{after[0]:,}"),
+        ("of these not zero", f"{before[1]:,}", f"{after[1]:,}"),
+        ("file", f"{ticket}dense tensors {size(dense)}", f"`{card.file.name}` {size(card.file.stat().st_size)}"),
+    )
+
+
+def _counted(net: nn.Module) -> tuple[int, int]:
+    """Parameters, and those that are not zero."""
+    return sum(p.numel() for p in net.parameters()), sum(int(torch.count_nonzero(p)) for p in net.parameters())
+
+
+def _units(work: Work) -> str:
+    """Units left of those that the architecture has, a line for every block."""
+    groups = unit_groups(work.net)
+    kinds = list(dict.fromkeys(group.kind for group in groups))
+    rows: dict[int, dict[str, list[str]]] = {}
+    for group in groups:
+        cells = rows.setdefault(group.depth, {kind: [] for kind in kinds})
+        cells[group.kind].append(f"{len(work.kept[group.name])} of {group.units}")
+    if not rows:
+        return ""
+    lines = [(str(depth), *(", ".join(cells[kind]) for kind in kinds)) for depth, cells in rows.items()]
+    return "## Units left\n\n" + _table(("block", *(f"{kind}s" for kind in kinds)), *lines)
+
+
+def _data(work: Work) -> str:
+    data = work.data
+    classes, side = data["classes"], data["image_size"]
+    more = f" … ({len(classes)} in all)" if len(classes) > MOST_CLASSES else ""
+    return (
+        "## Data\n\n"
+        f"Source: `{data['source']}`. {len(classes)} classes: {', '.join(classes[:MOST_CLASSES])}{more}.\n\n"
+        f"Images: RGB, the shorter side resized to {side} px (bicubic), the {side} × {side} px centre cropped, divided "
+        f"by 255, less the mean {_numbers(data['mean'])}, divided by the standard deviation {_numbers(data['std'])}."
+    )
+
+
+def _origin(work: Work) -> str:
+    header = work.ticket.metadata
+    named = ("recipe", "round", "seed", "precision")
+    lines = [(key, f"`{header[key]}`") for key in named if key in header]
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    return "## Origin\n\n" + _table(("", ""), *lines, ("exported by", versions))
+
+
+def _versions() -> Mapping[str, str]:
+    packages = ("torch", "timm", "transformers", "safetensors")
+    return {"vit_rsst": vit_rsst.__version__} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _numbers(values: list[float]) -> str:
+    return f"({', '.join(map(str, values))})"
+
+
+def _table(head: tuple[str, ...], *lines: tuple[str, ...]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))

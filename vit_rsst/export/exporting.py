@@ -1,0 +1,149 @@
+"""Export a ticket: written beside the target folder, read back and compared with the ticket, then renamed."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vit_rsst import files
+from vit_rsst.errors import EnvironmentLacks, InputError, RunError, unknown
+from vit_rsst.export import dense_folder, onnx_file, slim_target, timm_folder, transformers_folder
+from vit_rsst.export.card import Card
+from vit_rsst.export.work import Target, Work
+from vit_rsst.results import size
+
+TARGETS: dict[str, Target] = {
+    "slim": slim_target.TARGET,
+    "timm": timm_folder.TARGET,
+    "transformers": transformers_folder.TARGET,
+    "dense": dense_folder.TARGET,
+    "onnx": onnx_file.TARGET,
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        sizes: file name → bytes.
+        difference: of logits from the ticket's, as a share of the largest; None when nothing here could compute them.
+        is_narrower: whether a slim form has fewer units.
+        is_slim: whether this is one.
+    """
+
+    path: Path
+    folder: Path
+    sizes: dict[str, int]
+    difference: float | None
+    is_narrower: bool
+    is_slim: bool
+
+    def text(self) -> str:
+        """Files with their sizes, how they compare with the ticket, and what was cut out."""
+        lines = [f"{self.path} → {self.folder}", *(f"  {name:28}{size(num)}" for name, num in self.sizes.items())]
+        if self.difference is None:
+            lines.append("not compared with the ticket: onnxruntime is not installed (pip install 'vit-rsst[onnx]')")
+        else:
+            lines.append(f"compared with the ticket: logits differ by {self.difference:.1e} of the largest")
+        if self.is_slim and not self.is_narrower:
+            lines.append("no head, neuron or channel is dead: it has the widths of the dense model")
+        return "\n".join(lines)
+
+
+def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset: int | None = None) -> Exported:
+    """Exports a ticket, the last ticket of a run, or a slim folder.
+
+    Raises:
+        InputError: unknown target, the folder is not empty, an option that the target does not heed, or a model
+            without that form.
+        EnvironmentLacks: a package is missing, or the folder cannot be written.
+        Damaged: the ticket cannot be read.
+        RunError: what was written does not answer as the ticket does.
+    """
+    if to not in TARGETS:
+        raise InputError(f"--to: {unknown('target', to, TARGETS)}")
+    target = TARGETS[to]
+    _check_options(to, target, {"round_to": round_to, "opset": opset})
+    check_vacant(folder)
+    work = Work.of(what, round_to or 1, opset)
+    target.check(work)
+    temporary = _beside(folder)
+    try:
+        temporary.mkdir()
+        target.write(work, temporary)
+        found = _compared(work, target, temporary)
+        files.write_text(temporary / "README.md", _card(work, target, temporary, folder.name, found).text())
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise EnvironmentLacks(f"{folder}: it cannot be written ({error}); choose another folder.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Exported(work.path, folder, sizes, found, work.is_narrower, target.is_slim)
+
+
+def check_vacant(folder: Path) -> None:
+    """Raises:
+    InputError: there is something already.
+    """
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder}: there is something already; name a folder that does not exist or is empty.")
+
+
+def _check_options(to: str, target: Target, given: dict[str, int | None]) -> None:
+    for name, value in given.items():
+        if value is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if name not in target.options:
+            heeding = " and ".join(key for key, other in TARGETS.items() if name in other.options)
+            raise InputError(f"{option}: --to {to} does not heed it, only {heeding}; leave it out.")
+        if value < 1:
+            raise InputError(f"{option}: {value} is less than 1; give a number from 1 on.")
+
+
+def _beside(folder: Path) -> Path:
+    """A name on the same file system, in the nearest folder that there is already."""
+    parent = folder.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return parent / f".{folder.name}.{os.getpid()}.tmp"
+
+
+@torch.no_grad()
+def _compared(work: Work, target: Target, folder: Path) -> float | None:
+    """Largest difference of logits from the ticket's, as a share of its largest logit where that is above 1."""
+    images = work.images()
+    expected, found = work.net(images), target.logits(folder, images)
+    if found is None:
+        return None
+    difference = relative_difference(expected, found)
+    if not difference <= target.tolerance or not torch.equal(expected.argmax(1), found.argmax(1)):
+        raise RunError(
+            f"{work.path}: what was written answers otherwise than the ticket: logits differ by {difference:.1e} of "
+            f"the largest, where {target.tolerance:.0e} is allowed. Nothing was kept; please report this defect."
+        )
+    return difference
+
+
+def _card(work: Work, target: Target, folder: Path, name: str, found: float | None) -> Card:
+    compared = (
+        "The files were not compared with the ticket, since onnxruntime was not installed."
+        if found is None
+        else f"Compared with the ticket on random images: logits differ by {found:.1e} of the largest."
+    )
+    net = work.slimmed if target.is_slim else work.net
+    largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+    return Card(work, name, target.library, net, largest, compared, target.usage(work))
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """max|Δ| / max(1, max|expected|)."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))

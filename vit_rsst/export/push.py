@@ -1,0 +1,94 @@
+"""Push: an export folder, or a ticket with a card, to the Hub. The only part of the package that sends anything."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from vit_rsst import files
+from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.export import card
+from vit_rsst.export.work import Work
+from vit_rsst.results import size
+
+NOT_REACHED = HfHubHTTPError.__bases__
+"""The errors of the client that huggingface_hub stands on, which differs by its version."""
+
+
+def push(what: Path, repo: str, public: bool = False, dry_run: bool = False) -> str:
+    """Uploads; says what was, or with `dry_run` what would be.
+
+    Raises:
+        InputError: not an id of a repository, not an export folder, or a repository of the other visibility.
+        EnvironmentLacks: no token, no network, or the Hub refuses.
+        Damaged: the ticket cannot be read.
+    """
+    _check_repo(repo)
+    with _prepared(what, repo) as folder:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        lines = [f"{path.relative_to(folder)!s:28}{size(path.stat().st_size)}" for path in paths]
+        visibility = "public" if public else "private"
+        if dry_run:
+            return "\n".join([f"would upload to {repo} ({visibility}); nothing was sent", *lines])
+        return "\n".join([f"uploaded to {_upload(folder, repo, public)} ({visibility})", *lines])
+
+
+def _check_repo(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"REPO: {repo!r} is not an id of a repository; give OWNER/NAME or NAME ({error}).") from error
+
+
+@contextlib.contextmanager
+def _prepared(what: Path, repo: str) -> Iterator[Path]:
+    """The folder to upload; of a ticket a temporary one, with its card."""
+    if what.is_dir():
+        if not (what / "README.md").is_file() or not any((what / n).is_file() for n in ("config.json", "model.onnx")):
+            raise InputError(
+                f"{what}: not a folder that `vit-rsst export` wrote (README.md and a model); export the ticket first."
+            )
+        yield what
+        return
+    work = Work.of(what)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copyfile(what, folder / what.name)
+        files.write_text(folder / "README.md", card.of_ticket(work, repo.rpartition("/")[2]))
+        yield folder
+
+
+def _upload(folder: Path, repo: str, public: bool) -> str:
+    """Makes the repository where there is none and uploads one commit; its address."""
+    if constants.HF_HUB_OFFLINE:
+        raise EnvironmentLacks("push: HF_HUB_OFFLINE is set, so that nothing can be sent; unset it.")
+    if get_token() is None:
+        raise EnvironmentLacks("push: there is no token of the Hub; run `hf auth login`, or set HF_TOKEN.")
+    api = HfApi(library_name="vit_rsst")
+    try:
+        address = api.create_repo(repo, private=not public, exist_ok=True)
+        _check_visibility(api.repo_info(address.repo_id).private, repo, public)
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload by vit-rsst push")
+    except HfHubHTTPError as error:
+        raise EnvironmentLacks(
+            f"push: the Hub refuses {repo} ({_first_line(error)}); check the name and the rights of the token."
+        ) from error
+    except NOT_REACHED as error:
+        raise EnvironmentLacks(f"push: the Hub cannot be reached ({_first_line(error)}); try again online.") from error
+    return str(address)
+
+
+def _check_visibility(is_private: bool, repo: str, public: bool) -> None:
+    """A repository that exists keeps its visibility, so that it has to be the one that is asked for."""
+    if is_private == public:
+        found, way = ("private", "leave out --public") if is_private else ("public", "give --public")
+        raise InputError(f"REPO: {repo} exists and is {found}; {way}, change it on the Hub, or name another.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
