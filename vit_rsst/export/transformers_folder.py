@@ -118,7 +118,7 @@ def converted(net: nn.Module) -> nn.Module:
         qkv_bias=block.attn.qkv.bias is not None,
         num_labels=net.num_classes,
     )
-    twin = ViTForImageClassification(config)
+    twin = ViTForImageClassification(config).to(net.head.weight.dtype)
     twin.load_state_dict(dict(_renamed(net.state_dict())))
     return twin.eval()
 
