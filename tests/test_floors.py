@@ -27,9 +27,9 @@ FLOORS = [
     "data.sources data.loaders checkpoint tickets tracking results console signals "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
-    "resume loop export export.slim_folder export.source",
+    "resume loop export export.slim_folder export.source trained",
     # 5 assemble: from a recipe to a run, a plan or scores; from a ticket to what others load
-    "assembly evaluation planning export.work export.card export.slim_target export.timm_folder "
+    "assembly evaluation predict planning export.work export.card export.slim_target export.timm_folder "
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push",
     # 6 enter
     "train cli",
@@ -69,6 +69,7 @@ SIDEWAYS = {
     ("recipe_file", "recipe_rules"),
     ("run_folder", "recipe"),
     ("loop", "resume"),
+    ("trained", "export.source"),
     ("evaluation", "assembly"),
     ("planning", "assembly"),
     ("cli", "train"),

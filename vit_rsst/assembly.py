@@ -309,6 +309,10 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
             f"data.image_size: {recipe.model.name} takes images of {expected[0]} px and the data have {size} px; set "
             f"data.image_size={expected[0]}, or model.args.img_size={size}."
         )
+    if recipe.model.shape_from:
+        path, ticket = open_ticket(Path(recipe.model.shape_from).expanduser())
+        slim.shape_like_(net, slim.shape_of(net, ticket.mask, ticket.metadata), str(path))
+        return net, None
     if not recipe.model.start_from:
         return net, None
     path, ticket = open_ticket(Path(recipe.model.start_from).expanduser())

@@ -41,6 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("test", "val", "train"), default="test")
     evaluate.add_argument("--data", metavar="PATH", help="folder of the data, when it is not where the run found it")
     evaluate.add_argument("--json", metavar="FILE", help="write every number there as well")
+    predict = verb("predict", predict_verb, "name the classes of image files, by a ticket or the last ticket of a run")
+    predict.add_argument("what", metavar="RUN|TICKET", help="a run folder, a ticket file or an exported slim folder")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="how many classes to name (default 5)")
+    predict.add_argument("--json", metavar="FILE", help="write the predictions there as well")
     export = verb("export", export_verb, "write a ticket, or the last ticket of a run, as others load it")
     export.add_argument("what", metavar="TICKET|RUN", help="a ticket file, a run folder or a slim folder")
     export.add_argument("--to", required=True, choices=("slim", "timm", "transformers", "dense", "onnx"))
@@ -68,6 +73,18 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
 
     result = evaluate_ticket(Path(arguments.what), arguments.split, arguments.data)
     print(report_text(result))
+    if arguments.json:
+        files.write_json(Path(arguments.json), result)
+
+
+def predict_verb(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst import files
+    from vit_rsst.predict import predict, predictions_text
+
+    result = predict(Path(arguments.what), [Path(image) for image in arguments.images], arguments.top)
+    print(predictions_text(result))
     if arguments.json:
         files.write_json(Path(arguments.json), result)
 
@@ -122,17 +139,20 @@ def methods_verb(arguments: argparse.Namespace) -> None:
     import vit_rsst.pruning.methods  # noqa: F401 - registers them
     from vit_rsst.data.catalog import CATALOG
     from vit_rsst.pruning.criteria import CRITERIA
+    from vit_rsst.pruning.patterns import GRANULARITIES
     from vit_rsst.pruning.plan import METHODS
 
-    def about(part: object) -> str:
+    def about(name: str, part: object) -> str:
         text = sys.modules[part.__module__].__doc__ if isinstance(part, type) else part.__doc__
-        return text.strip().splitlines()[0].removeprefix(f"{getattr(part, '__name__', '').lower()}: ")
+        return text.strip().splitlines()[0].removeprefix(f"{name}: ")
 
     for title, registry in (("method", METHODS), ("criterion", CRITERIA)):
         for name in registry:
-            print(f"{title:11}{name:14}{about(registry[name])}")
+            print(f"{title:13}{name:15}{about(name, registry[name])}")
+    for name, what in GRANULARITIES.items():
+        print(f"{'granularity':13}{name:15}{what}")
     for name, info in CATALOG.items():
-        print(f"{'source':11}{name:14}{info.about}")
+        print(f"{'source':13}{name:15}{info.about}")
 
 
 def runs_verb(arguments: argparse.Namespace) -> None:

@@ -1,19 +1,17 @@
 """Scores of a ticket, in a model built from the ticket's own header, on data found as the run found it."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vit_rsst import tickets
 from vit_rsst.assembly import EVALUATION_BATCH
 from vit_rsst.data.loaders import evaluation_batches
-from vit_rsst.data.sources import DataOptions, open_data
+from vit_rsst.data.sources import open_data
 from vit_rsst.errors import Damaged
-from vit_rsst.export.source import open_ticket
 from vit_rsst.metrics.counters import score
-from vit_rsst.models import zoo
 from vit_rsst.results import aligned
+from vit_rsst.trained import default_device, open_trained
 
 
 def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dict:
@@ -27,34 +25,23 @@ def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dic
     Raises:
         Damaged: the ticket cannot be read, or does not fit the data's classes.
     """
-    path, ticket = open_ticket(what)
-
-    def entry(name: str) -> str:
-        if name not in ticket.metadata:
-            raise Damaged(f"{path}: the header has no {name!r}; the ticket does not come from a run of this version.")
-        return ticket.metadata[name]
-
-    info = json.loads(entry("data"))
-    mean, std, classes = tuple(info.pop("mean")), tuple(info.pop("std")), info.pop("classes")
-    options = DataOptions(**(info | ({"path": data_path} if data_path else {})))
-    data = open_data(options, int(entry("seed")))
-    if list(data.classes) != classes:
+    trained = open_trained(what)
+    options = replace(trained.data, path=data_path) if data_path else trained.data
+    data = open_data(options, trained.seed)
+    if list(data.classes) != trained.classes:
         raise Damaged(
-            f"{path}: trained on {len(classes)} classes, {classes[:3]} …, and the data have {data.classes[:3]} …."
+            f"{trained.path}: trained on {len(trained.classes)} classes, {trained.classes[:3]} …, and the data have "
+            f"{data.classes[:3]} …."
         )
-    net = zoo.described(ticket.metadata, str(path))
-    tickets.load_into_(net, ticket, str(path))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.to(device).eval()
-    samples = getattr(data, split)
+    device = default_device()
+    net, samples = trained.net.to(device), getattr(data, split)
 
     def batches() -> object:
-        return evaluation_batches(samples, EVALUATION_BATCH, 0, 1, device, mean, std)
+        return evaluation_batches(samples, EVALUATION_BATCH, 0, 1, device, trained.mean, trained.std)
 
-    # As the run scored it: Accelerate wraps the forward pass in autocast.
-    with torch.autocast(device.type, torch.bfloat16, enabled=ticket.metadata.get("precision") == "bf16"):
-        scores = score(net, batches(), device) | _by_class(net, batches(), classes)
-    result = {"ticket": str(path), "split": split, "samples": len(samples), "density": ticket.mask.density}
+    with trained.autocast(device):
+        scores = score(net, batches(), device) | _by_class(net, batches(), trained.classes)
+    result = {"ticket": str(trained.path), "split": split, "samples": len(samples), "density": trained.mask.density}
     return result | scores
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from vit_rsst import assembly
@@ -14,6 +13,7 @@ from vit_rsst.data.sources import open_data
 from vit_rsst.errors import EnvironmentLacks
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts
+from vit_rsst.models.complexity import activation_bytes
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.dense import Dense
@@ -193,24 +193,3 @@ def resource_lines(
         f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
         f"{size(point)}, one more while it is written",
     ]
-
-
-def activation_bytes(net: nn.Module, image_size: int, batch: int) -> int:
-    """Bytes that the backward pass keeps for one micro-batch, counted on the meta device in fp32."""
-    parameters = {id(p) for p in net.parameters()}
-    counted: set[int] = set()
-    total = 0
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal total
-        base = tensor._base if tensor._base is not None else tensor
-        if id(base) not in parameters and id(base) not in counted:
-            counted.add(id(base))
-            kept.append(base)  # so that its id is not given again
-            total += base.numel() * base.element_size()
-        return tensor
-
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net(torch.empty(batch, 3, image_size, image_size, device="meta"))
-    return total

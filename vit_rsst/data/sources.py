@@ -295,14 +295,32 @@ def _identity(split: object, options: DataOptions) -> dict:
     }
 
 
-def _decode(image: object, size: int, place: str) -> np.ndarray:
-    """One image as uint8 (3, size, size): RGB, shorter side resized and centre cropped where the size differs."""
-    from PIL import Image, UnidentifiedImageError
+def decode_file(path: Path, options: DataOptions) -> np.ndarray:
+    """An image file as uint8 (3, size, size), prepared as the images of the source are.
+
+    Raises:
+        InputError: the file cannot be read as an image.
+    """
+    from PIL import Image
+
+    # The digits are enlarged more softly than photographs.
+    resampling = Image.Resampling.BILINEAR if options.source == "digits" else Image.Resampling.BICUBIC
+    return _decode({"bytes": None, "path": str(path)}, options.size, str(path), resampling)
+
+
+def _decode(image: object, size: int, place: str, resampling: int = 3) -> np.ndarray:
+    """One image as uint8 (3, size, size): RGB, upright, shorter side resized and centre cropped where the size differs.
+
+    Args:
+        resampling: of Pillow; 3 is bicubic.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(image, np.ndarray):
         return image
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+            ImageOps.exif_transpose(opened, in_place=True)  # as cameras mark it, and as `datasets` decodes it
             # 16 bits a pixel: Pillow would clip them at 255
             grey = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if opened.mode[0] == "I" else opened
             picture = grey.convert("RGB")
@@ -312,7 +330,7 @@ def _decode(image: object, size: int, place: str) -> np.ndarray:
         scale = size / min(picture.size)
         width, height = (max(size, round(side * scale)) for side in picture.size)
         left, top = (width - size) // 2, (height - size) // 2
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        picture = picture.resize((width, height), resampling).crop((left, top, left + size, top + size))
     return np.asarray(picture).transpose(2, 0, 1)
 
 

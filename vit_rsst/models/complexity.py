@@ -1,61 +1,134 @@
-"""Complexity: FLOPs by torch's own counter, and what removing one unit saves. One multiply-add is 2 FLOPs."""
+"""Complexity: what a forward pass costs in floating-point operations and memory, and what removing one unit saves.
 
-from collections.abc import Sequence
+One multiply-accumulate (MAC) is two FLOPs: every figure here is in FLOPs, as torch's own counter gives them. It counts
+convolutions, matrix products and attention; norms, activations and additions are left out, as is usual. Nothing is
+computed: the network runs on the device `meta`, wherever its weights lie.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit_rsst.pruning.units import Member, UnitGroup
-
-
-def flops_by_module(net: nn.Module, image_size: int, batch: int = 1) -> dict[str, int]:
-    """FLOPs of one forward pass, by module name; `""` is the whole network. Matrix products, convolutions and
-    attention are counted; norms and activations are not."""
-    device = next(net.parameters()).device
-    images = torch.zeros(batch, 3, image_size, image_size, device=device)
-    was_training = net.training
-    net.eval()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        net(images)
-    net.train(was_training)
-    root = type(net).__name__
-    found = {}
-    for name, operations in counter.get_flop_counts().items():
-        path = name.removeprefix(root).removeprefix(".")
-        if name != "Global":
-            found[path] = sum(operations.values())
-    found[""] = counter.get_total_flops()
-    return found
+from vit_rsst.pruning.granularity import alive_units
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.units import UnitGroup
 
 
 def flops(net: nn.Module, image_size: int, batch: int = 1) -> int:
-    """FLOPs of one forward pass; see `flops_by_module`."""
+    """FLOPs of one forward pass; half of that are MACs."""
     return flops_by_module(net, image_size, batch)[""]
+
+
+def flops_by_module(net: nn.Module, image_size: int, batch: int = 1) -> dict[str, int]:
+    """FLOPs of one forward pass by module name, each with all that it holds; the whole network is `""`.
+
+    Modules that compute nothing countable are left out.
+    """
+    with FlopCounterMode(display=False) as counter, evaluating(net), torch.no_grad():
+        images = torch.empty(batch, 3, image_size, image_size, device="meta")
+        functional_call(net, shapes_of(net), (images,))
+    root = type(net).__name__
+    counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
+    inside = {n.removeprefix(f"{root}."): count for n, count in counts.items() if n.startswith(f"{root}.")}
+    return {"": counter.get_total_flops()} | inside
+
+
+def own_flops(by_module: Mapping[str, int]) -> dict[str, int]:
+    """FLOPs that each module spends outside of those it holds: of an attention module its two matrix products.
+
+    Args:
+        by_module: of `flops_by_module`.
+    """
+    own = dict(by_module)
+    for name, count in by_module.items():
+        holder = name
+        while holder:  # a ModuleList on the way is never called and has no count
+            holder = holder.rpartition(".")[0]
+            if holder in own:
+                own[holder] -= count
+                break
+    return own
 
 
 def unit_costs(
     net: nn.Module, groups: Sequence[UnitGroup], image_size: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOPs and parameters that removing one unit saves, by group name.
+    """What removing one unit saves, exactly: (FLOPs, parameters), each by the name of the unit group.
 
-    A unit takes its share of every layer that it has slices of; a head also of the products of its attention. Of
-    convolutions that follow each other inside one block the savings overlap, so that they cannot be added up exactly.
+    A head saves its rows of q, k and v, its columns of the projection and its part of the attention; a neuron its row
+    of fc1 and its column of fc2; a channel its filter, its batch norm and its slice of the next convolution. Biases
+    leave with their rows. The savings of several units add up, over groups too, unless two groups divide the two sides
+    of one weight, as the channels of the consecutive inner convolutions of a bottleneck block do: then the sum counts
+    the block where they cross twice and says a little more than is saved.
     """
-    counts = flops_by_module(net, image_size)
-    state = net.state_dict(keep_vars=True)
-
-    def share(member: Member) -> float:
-        return member.index.shape[1] / state[member.name].shape[member.dim]
-
-    flop_costs, parameter_costs = {}, {}
+    own, parameters = own_flops(flops_by_module(net, image_size)), dict(net.named_parameters())
+    saved_flops, saved_parameters = {}, {}
     for group in groups:
-        layers = [member.name.removesuffix(".weight") for member in group.members]
-        cost = sum(share(m) * counts.get(layer, 0) for m, layer in zip(group.members, layers, strict=True))
+        spent, size = 0.0, 0
+        for member in (*group.members, *group.vectors):
+            if member.name not in parameters:  # running statistics
+                continue
+            tensor, span = parameters[member.name], member.index.shape[1]
+            size += tensor.numel() // tensor.shape[member.dim] * span
+            if tensor.ndim > 1:
+                spent += own.get(member.name.removesuffix(".weight"), 0) * span / tensor.shape[member.dim]
         if group.kind == "head":
-            cost += (counts[group.name] - sum(counts.get(layer, 0) for layer in layers)) / group.units
-        flop_costs[group.name] = cost
-        owned = [m for m in (*group.members, *group.vectors) if isinstance(state[m.name], nn.Parameter)]
-        parameter_costs[group.name] = sum(share(m) * state[m.name].numel() for m in owned)
-    return flop_costs, parameter_costs
+            spent += own.get(group.name, 0) / group.units
+        saved_flops[group.name], saved_parameters[group.name] = spent, float(size)
+    return saved_flops, saved_parameters
+
+
+def effective_flops(net: nn.Module, mask: MaskSet, groups: Sequence[UnitGroup], image_size: int) -> float:
+    """FLOPs of one forward pass with non-zero weights alone: what a machine that skips every zero would still do.
+
+    Attention counts for the heads that have any weight left.
+
+    Args:
+        mask: alive elements of the masked weights; all others count whole.
+        groups: unit groups of the model, of which the heads that the mask covers are used.
+    """
+    own = own_flops(flops_by_module(net, image_size))
+    density = {name.removesuffix(".weight"): float(mask[name].float().mean()) for name in mask}
+    for group in groups:
+        if group.kind == "head" and all(member.name in mask.masks for member in group.members):
+            density[group.name] = float(alive_units(group, mask).float().mean())
+    return sum(count * density.get(name, 1.0) for name, count in own.items())
+
+
+def activation_bytes(net: nn.Module, image_size: int, batch: int) -> int:
+    """Bytes that the backward pass keeps for one micro-batch in fp32."""
+    shapes = shapes_of(net)
+    parameters = {id(shape) for shape in shapes.values()}
+    kept: dict[int, Tensor] = {}  # by id, which is not given again while the tensor is held
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor._base if tensor._base is not None else tensor
+        if id(base) not in parameters:
+            kept[id(base)] = base
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        functional_call(net, shapes, (torch.empty(batch, 3, image_size, image_size, device="meta"),))
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+
+def shapes_of(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers on the device `meta`, which has no memory."""
+    parameters = {n: torch.empty_like(p, device="meta", requires_grad=True) for n, p in net.named_parameters()}
+    return parameters | {name: torch.empty_like(buffer, device="meta") for name, buffer in net.named_buffers()}
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards as it was."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training

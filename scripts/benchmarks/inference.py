@@ -1,0 +1,270 @@
+"""How much faster a vit_small answers once half of its heads and neurons are removed, beside the other usual ways.
+
+Structured pruning pays only if the smaller network is faster in proportion. So the network with half of the heads and
+neurons removed (`models/slim.py`) runs beside the dense one at 32 px (patch 4) and at 224 px (patch 16), one image and
+64 at a time, in fp32 on two threads. Masked with the same zeros the network is no faster: a zero that is stored is
+multiplied like any number. The peers are what else makes inference cheaper: torch.compile, bf16 weights, onnxruntime in
+fp32 and with int8 weights, and what Torch-Pruning makes of the same heads and neurons; each for dense and slim, so that
+one sees what adds up. Before anything is timed, the fp32 contenders must give the masked network's logits.
+
+The contenders alternate in one process, in an order drawn anew each time. A ratio compares two runs of one alternation,
+dense over contender, so that 2 is twice as fast; its median and 95 % interval are printed, and `dense, again` shows the
+noise. A bound is missed when the interval's upper end lies below it. With --quick nothing is compiled, 8 images stand
+for 64, and the intervals are too wide to mean much.
+"""
+
+import copy
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import Interval, alternate, environment, interval, parse_args, report
+from torch import Tensor, nn
+
+from vit_rsst.models import zoo
+from vit_rsst.models.anatomy import unit_groups
+from vit_rsst.models.complexity import flops
+from vit_rsst.models.slim import Kept, shrink_
+from vit_rsst.pruning.granularity import expand
+
+SPEED_BOUNDS = {1: 1.6, 64: 1.85}
+"""Batch size → how many times as fast as dense the slim network must be at least."""
+
+MODELS = {32: "vit_small", 224: "vit_small_patch16_224"}
+"""Image size → model: 384 wide, 12 blocks of 6 heads and 1,536 neurons."""
+THREADS, QUICK_BATCH = 2, 8
+ALTERNATIONS = {(32, 1): 30, (32, 64): 16, (224, 1): 20, (224, 64): 7}
+QUICK_ALTERNATIONS = 3
+CALLS = {1: 5}
+"""Batch size → forward passes a block; otherwise one."""
+DENSE, SLIM, MASKED = "dense", "slim", "masked dense"
+
+Contender = Callable[[Tensor], Tensor]
+Networks = dict[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    image_size: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.image_size} px, batch {self.batch}"
+
+
+def make_networks(image_size: int) -> tuple[Networks, Kept]:
+    """The dense network, the one with half of its units masked, and the one with these removed; and what is kept."""
+    torch.manual_seed(0)
+    dense = zoo.create(*zoo.describe(MODELS[image_size], {}, 10)).eval()
+    groups = unit_groups(dense, ("head", "neuron"))
+    order = {group.name: torch.randperm(group.units) for group in groups}
+    kept = {group.name: order[group.name][: group.units // 2].sort().values for group in groups}
+    stays = [torch.zeros(group.units, dtype=torch.bool).index_fill_(0, kept[group.name], True) for group in groups]
+    masked, slim = copy.deepcopy(dense), copy.deepcopy(dense)
+    weights = dict(masked.named_parameters())
+    owned = {member.name: weights[member.name].detach() for group in groups for member in group.members}
+    for name, mask in expand(groups, stays, owned).masks.items():
+        weights[name].data.mul_(mask)
+    shrink_(slim, kept)
+    return {DENSE: dense, MASKED: masked, SLIM: slim}, kept
+
+
+def by_torch_pruning(dense: nn.Module, kept: Kept, image_size: int) -> nn.Module:
+    """Torch-Pruning's result for the same units; the number of heads is left to its caller.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import torch_pruning
+
+    net = copy.deepcopy(dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it found parameters outside of modules
+        graph = torch_pruning.DependencyGraph().build_dependency(net, torch.randn(2, 3, image_size, image_size))
+    for group in unit_groups(net, ("head", "neuron")):
+        producer = group.members[0]
+        gone = torch.ones(group.units, dtype=torch.bool).index_fill_(0, kept[group.name], False)
+        layer = net.get_submodule(producer.name.removesuffix(".weight"))
+        rows = producer.index[gone].flatten().tolist()
+        graph.get_pruning_group(layer, torch_pruning.prune_linear_out_channels, idxs=rows).prune()
+        if group.kind == "head":
+            attention = net.get_submodule(group.name)
+            attention.num_heads = len(kept[group.name])
+            attention.attn_dim = attention.num_heads * attention.head_dim
+    return net
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    """Block by block: the blocks are alike, so that one is compiled for all of them."""
+    net = copy.deepcopy(net)
+    for block in net.blocks:
+        block.compile(dynamic=False)
+    return net
+
+
+def in_bf16(net: nn.Module) -> Contender:
+    net = copy.deepcopy(net).bfloat16()
+    return lambda images: net(images.bfloat16()).float()
+
+
+def in_onnxruntime(net: nn.Module, image_size: int, is_quantized: bool) -> Contender:
+    """The network in onnxruntime, with weights in fp32 or int8 (activations are quantised as they come).
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.getLogger("root").setLevel(logging.ERROR)  # quantize_dynamic advises on pre-processing
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        export(net, image_size, path)
+        if is_quantized:
+            quantize_dynamic(path, path.with_name("int8.onnx"), weight_type=QuantType.QInt8)
+            path = path.with_name("int8.onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def export(net: nn.Module, image_size: int, path: Path) -> None:
+    """An ONNX file for any batch."""
+    import onnx
+
+    images = torch.randn(2, 3, image_size, image_size)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=1024)},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(net, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    model = program.model_proto
+    del model.graph.value_info[:]  # of shapes before constants were folded, which quantize_dynamic takes for wrong
+    onnx.save(model, path)
+
+
+def make_contenders(networks: Networks, kept: Kept, image_size: int) -> tuple[dict[str, Contender], list[str]]:
+    """All that need not be compiled for one batch size, and a line for each that cannot run here."""
+    contenders: dict[str, Contender] = {DENSE: networks[DENSE], "dense, again": networks[DENSE]}
+    contenders |= {MASKED: networks[MASKED], SLIM: networks[SLIM]}
+    ways: dict[str, Callable[[nn.Module], Contender]] = {
+        "bf16": in_bf16,
+        "onnxruntime": lambda net: in_onnxruntime(net, image_size, False),
+        "onnxruntime int8": lambda net: in_onnxruntime(net, image_size, True),
+    }
+    makers = {f"{name}, {way}": lambda n=name, w=way: ways[w](networks[n]) for way in ways for name in (DENSE, SLIM)}
+    makers["Torch-Pruning"] = lambda: by_torch_pruning(networks[DENSE], kept, image_size)
+    skipped = []
+    for name, make in makers.items():
+        try:
+            contenders[name] = make()
+        except ImportError as error:
+            skipped.append(f"{image_size} px: {name} is left out, {error.name} is not installed")
+    return contenders, skipped
+
+
+def make_compiled(networks: Networks) -> dict[str, Contender]:
+    """Those that are compiled anew for every shape."""
+    torch.compiler.reset()  # it gives up after eight shapes of one function
+    ways = {"torch.compile": compiled, "bf16, torch.compile": lambda net: in_bf16(compiled(net))}
+    return {f"{name}, {way}": make(networks[name]) for way, make in ways.items() for name in (DENSE, SLIM)}
+
+
+@torch.inference_mode()
+def check_logits(contenders: dict[str, Contender], case: Case) -> None:
+    """What is compared computes the same thing: the dense or the masked network's logits. It warms up as well."""
+    random = torch.Generator().manual_seed(1)
+    images = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=random)
+    expected = {name: contenders[name](images) for name in (DENSE, MASKED)}
+    for name, run in contenders.items():
+        like = expected[DENSE if name.startswith(DENSE) else MASKED]
+        error = float((run(images) - like).abs().max() / like.abs().max().clamp(min=1.0))
+        allowed = 0.2 if "int8" in name else 0.1 if "bf16" in name else 1e-4
+        assert error <= allowed, f"{case}: {name}: the logits are off by {error:.2g} of the largest"
+
+
+def measure(case: Case, contenders: dict[str, Contender], num_alternations: int) -> dict:
+    """Times of all contenders and how many times as fast as dense they are."""
+    images = torch.randn(case.batch, 3, case.image_size, case.image_size)
+    calls = CALLS.get(case.batch, 1)
+
+    def block(run: Contender) -> Callable[[], None]:
+        def forward() -> None:
+            with torch.inference_mode():
+                for _ in range(calls):
+                    run(images)
+
+        return forward
+
+    blocks = {name: block(run) for name, run in contenders.items()}
+    check_logits(contenders, case)
+    seconds = alternate(blocks, num_alternations, 0, torch.device("cpu"))
+    timings = {
+        name: {
+            "ms": round(1000 * float(np.median(values)) / calls, 3),
+            "images_per_s": round(case.batch * calls / float(np.median(values)), 1),
+            "speed": asdict(interval(seconds[DENSE] / values)),
+            "bound": SPEED_BOUNDS.get(case.batch) if name == SLIM else None,
+        }
+        for name, values in seconds.items()
+    }
+    return asdict(case) | {"case": str(case), "alternations": num_alternations, "contenders": timings}
+
+
+def judge(case: dict) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The case's rows of the table, and a sentence for a bound that it misses."""
+    rows, missed = [], []
+    for name, timing in case["contenders"].items():
+        speed, bound = Interval(**timing["speed"]), timing["bound"]
+        cells = (f"{timing['ms']:.2f}", f"{timing['images_per_s']:.1f}", str(speed), str(bound or ""))
+        rows.append((f"{case['case']}: {name}", *cells))
+        if bound is not None and speed.high < bound:
+            missed.append(f"{case['case']}: {name} is {speed} times as fast as dense, bound {bound}")
+    return rows, missed
+
+
+def main() -> int:
+    args = parse_args(__doc__)
+    torch.set_num_threads(THREADS)
+    load_before, cases, notes, counted = os.getloadavg()[0], [], [], {}
+    for image_size in MODELS:
+        networks, kept = make_networks(image_size)
+        counted[image_size] = {name: flops(net, image_size) for name, net in networks.items()}
+        contenders, skipped = make_contenders(networks, kept, image_size)
+        notes += skipped
+        for batch in (1, QUICK_BATCH if args.quick else 64):
+            number = QUICK_ALTERNATIONS if args.quick else ALTERNATIONS[image_size, batch]
+            extra = {} if args.quick else make_compiled(networks)
+            cases.append(measure(Case(image_size, batch), contenders | extra, number))
+    for case in cases:
+        speed = Interval(**case["contenders"][MASKED]["speed"])
+        notes.append(f"{case['case']}: with half of its units masked the network is {speed} times as fast: not faster")
+    for image_size, by_network in counted.items():
+        share = by_network[SLIM] / by_network[DENSE]
+        notes.append(f"{image_size} px: slim has {share:.3f} of the FLOPs, so {1 / share:.2f} is all that can be won")
+    result = {
+        "environment": environment(torch.device("cpu"), args.quick),
+        "load": {"before": load_before, "after": os.getloadavg()[0]},
+        "flops": counted,
+        "notes": notes,
+        "missed": [sentence for case in cases for sentence in judge(case)[1]],
+        "cases": cases,
+    }
+    print("\n".join(notes))
+    rows = [row for case in cases for row in judge(case)[0]]
+    return report(args, result, ("inference", "ms", "images/s", "times as fast as dense  [95 %]", "bound"), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
