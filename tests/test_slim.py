@@ -17,17 +17,13 @@ HF_VIT = {
     "intermediate_size": 48,
 }  # fmt: skip
 VIT_KINDS = ["head", "neuron", "head+neuron"]
-NETS = (
-    [("vit_tiny", {}, kind) for kind in VIT_KINDS]
-    + [("vit_small", {"depth": 2}, kind) for kind in VIT_KINDS]
-    + [("hf:vit", HF_VIT, kind) for kind in VIT_KINDS]
-    + [("resnet20", {}, "channel"), ("resnet18", {}, "channel"), ("resnet26", {}, "channel")]
-    + [
-        ("seresnet18", {}, "channel"),
-        ("resnetblur18", {}, "channel"),
-        ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}, "neuron"),
-    ]
-)
+NETS = [
+    *(("vit_tiny", {}, kind) for kind in VIT_KINDS),
+    *(("vit_small", {"depth": 2}, kind) for kind in VIT_KINDS),
+    *(("hf:vit", HF_VIT, kind) for kind in VIT_KINDS),
+    *((name, {}, "channel") for name in ("resnet20", "resnet18", "resnet26", "seresnet18", "resnetblur18")),
+    ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}, "neuron"),
+]
 
 
 def make(name: str, args: dict, device: str | None = None) -> nn.Module:

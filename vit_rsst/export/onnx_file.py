@@ -81,8 +81,8 @@ def write(work: Work, folder: Path) -> None:
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"--to onnx: torch cannot export this {work.architecture} ({first}).") from error
-    about = {"mean": work.data["mean"], "std": work.data["std"], "classes": work.data["classes"]}
-    about |= {"image_size": work.data["image_size"]}
+    trained = work.trained
+    about = {"mean": trained.mean, "std": trained.std, "classes": trained.classes, "image_size": trained.data.size}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     num_bytes = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     program.save(str(folder / "model.onnx"), external_data=num_bytes > INLINE_LIMIT)

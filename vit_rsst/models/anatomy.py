@@ -163,11 +163,8 @@ def _hub_heads(name: str, module: nn.Module) -> UnitGroup | None:
     if not heads or not all(isinstance(part, nn.Linear) for part in parts.values()):
         return None
     width = parts["o_proj"].in_features
-    if (
-        _has_more(module, parts)
-        or width % heads
-        or any(parts[key].out_features != width for key in ("q_proj", "k_proj", "v_proj"))
-    ):
+    unequal = any(parts[key].out_features != width for key in ("q_proj", "k_proj", "v_proj"))
+    if unequal or width % heads or _has_more(module, parts):
         return None
     index = _rows(heads, width // heads, 0)
     inner = [Member(f"{name}.{key}.weight", 0, index) for key in ("q_proj", "k_proj", "v_proj")]
