@@ -372,8 +372,18 @@ def test_the_onnx_file_takes_any_batch_and_says_how_to_prepare_images(runs, tmp_
     assert json.loads(about["classes"]) == [str(i) for i in range(10)]
     model = onnx.load(tmp_path / "out" / "model.onnx")
     assert {o.domain: o.version for o in model.opset_import}[""] == 20
+    # The exporter's notes name files of this machine.
+    assert b"onnx_file.py" not in (tmp_path / "out" / "model.onnx").read_bytes()
     stored = sum(np.prod(tensor.dims) for tensor in model.graph.initializer)
     assert stored < 1.05 * sum(p.numel() for p in Work.of(runs["units"]).slimmed.parameters()) + 100
+
+
+@pytest.mark.parametrize("opset", [5, 99])
+def test_an_opset_that_the_exporter_does_not_write_is_refused(opset, runs, tmp_path, capsys):
+    need("onnx")
+    assert tiny.command("export", runs["units"], "--to", "onnx", tmp_path / "out", "--opset", opset) == 2
+    assert f"not in {opset}; take that one" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_onnx_without_its_packages_says_what_to_install(runs, tmp_path, monkeypatch, capsys):
