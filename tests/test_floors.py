@@ -30,7 +30,8 @@ FLOORS = [
     "resume loop export export.slim_folder export.source trained",
     # 5 assemble: from a recipe to a run, a plan or scores; from a ticket to what others load
     "assembly evaluation predict planning export.work export.card export.slim_target export.timm_folder "
-    "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push",
+    "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
+    "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
     # 6 enter
     "train cli",
 ]
@@ -71,6 +72,11 @@ SIDEWAYS = {
     ("loop", "resume"),
     ("trained", "export.source"),
     ("evaluation", "assembly"),
+    ("analysis.subject", "planning"),
+    ("analysis.counts", "analysis.subject"),
+    ("analysis.probe", "analysis.measure"),
+    *(("analysis.analyze", f"analysis.{name}") for name in ("subject", "counts", "measure")),
+    ("analysis.tables", "analysis.counts"),
     ("planning", "assembly"),
     ("cli", "train"),
 }
@@ -79,7 +85,7 @@ SIDEWAYS = {
 FOR_TYPES_ALONE = {("resume", "loop")}
 """Under `if TYPE_CHECKING`, against the direction."""
 
-EMPTY = {"", "data", "models", "metrics", "pruning"}
+EMPTY = {"", "analysis", "data", "models", "metrics", "pruning"}
 """Packages whose `__init__` holds no code: whoever imports a module below passes them."""
 
 METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "pruning.methods.rsst"}
@@ -207,7 +213,7 @@ def test_methods_see_plan_masks_and_progress_alone():
 
 
 def test_recipe_objects_stop_above_what_they_describe():
-    allowed = {"recipe_rules", "recipe_file", "run_folder", "assembly", "planning", "train", "cli"}
+    allowed = {"recipe_rules", "recipe_file", "run_folder", "assembly", "planning", "analysis.subject", "train", "cli"}
     users = {m: place(m, line) for m, t, line, _ in EDGES if t == "recipe"}
     assert not set(users) - allowed, [users[m] for m in set(users) - allowed]
 

@@ -46,6 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="how many classes to name (default 5)")
     predict.add_argument("--json", metavar="FILE", help="write the predictions there as well")
+    analyze = verb("analyze", analyze_verb, "count and measure models, recipes and tickets, side by side")
+    analyze.add_argument(
+        "what", metavar="WHAT", nargs="+", help="a model, recipe, ticket, run folder (last ticket) or slim folder"
+    )
+    analyze.add_argument("--json", metavar="FILE", help="write every number there, those of each layer too")
+    analyze.add_argument("--csv", metavar="FILE", help="write one row for each WHAT there")
+    analyze.add_argument("--no-latency", action="store_true", help="count alone: measure neither time nor memory")
+    analyze.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="default: 1 8 64")
+    analyze.add_argument("--image-size", type=int, metavar="N", help="side of the images in px (default: the model's)")
     export = verb("export", export_verb, "write a ticket, or the last ticket of a run, as others load it")
     export.add_argument("what", metavar="TICKET|RUN", help="a ticket file, a run folder or a slim folder")
     export.add_argument("--to", required=True, choices=("slim", "timm", "transformers", "dense", "onnx"))
@@ -87,6 +96,21 @@ def predict_verb(arguments: argparse.Namespace) -> None:
     print(predictions_text(result))
     if arguments.json:
         files.write_json(Path(arguments.json), result)
+
+
+def analyze_verb(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst import files
+    from vit_rsst.analysis.analyze import analyze, write_csv
+    from vit_rsst.analysis.tables import analysis_text
+
+    result = analyze(arguments.what, arguments.image_size, arguments.batch, not arguments.no_latency)
+    print(analysis_text(result))
+    if arguments.json:
+        files.write_json(Path(arguments.json), result)
+    if arguments.csv:
+        write_csv(Path(arguments.csv), result)
 
 
 def export_verb(arguments: argparse.Namespace) -> None:

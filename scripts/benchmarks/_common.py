@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vit_rsst.analysis.measure import device_name
+
 PACKAGES = ("torch", "timm", "accelerate", "numpy")
 
 
@@ -85,17 +87,6 @@ def show_progress(text: str) -> None:
     """One changing line on a terminal, nothing in a log."""
     if sys.stderr.isatty():
         print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's or the CPU's own name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def environment(device: torch.device, quick: bool) -> dict:

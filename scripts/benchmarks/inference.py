@@ -9,7 +9,7 @@ one sees what adds up. Before anything is timed, the fp32 contenders must give t
 
 The contenders alternate in one process, in an order drawn anew each time. A ratio compares two runs of one alternation,
 dense over contender, so that 2 is twice as fast; its median and 95 % interval are printed, and `dense, again` shows the
-noise. A bound is missed when the interval's upper end lies below it. With --quick nothing is compiled, 8 images stand
+noise. A bound is missed when the interval's upper end lies below it. With --quick nothing is compiled, 4 images stand
 for 64, and the intervals are too wide to mean much.
 """
 
@@ -39,7 +39,7 @@ SPEED_BOUNDS = {1: 1.6, 64: 1.85}
 
 MODELS = {32: "vit_small", 224: "vit_small_patch16_224"}
 """Image size → model: 384 wide, 12 blocks of 6 heads and 1,536 neurons."""
-THREADS, QUICK_BATCH = 2, 8
+THREADS, QUICK_BATCH = 2, 4
 ALTERNATIONS = {(32, 1): 30, (32, 64): 16, (224, 1): 20, (224, 64): 7}
 QUICK_ALTERNATIONS = 3
 CALLS = {1: 5}
@@ -116,59 +116,59 @@ def in_bf16(net: nn.Module) -> Contender:
     return lambda images: net(images.bfloat16()).float()
 
 
-def in_onnxruntime(net: nn.Module, image_size: int, is_quantized: bool) -> Contender:
-    """The network in onnxruntime, with weights in fp32 or int8 (activations are quantised as they come).
+def in_onnxruntime(net: nn.Module, image_size: int) -> dict[str, Contender]:
+    """The network in onnxruntime, with weights in fp32 and in int8 (activations are quantised as they come).
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
     """
-    import onnxruntime
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.getLogger("root").setLevel(logging.ERROR)  # quantize_dynamic advises on pre-processing
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "net.onnx"
-        export(net, image_size, path)
-        if is_quantized:
-            quantize_dynamic(path, path.with_name("int8.onnx"), weight_type=QuantType.QInt8)
-            path = path.with_name("int8.onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-
-def export(net: nn.Module, image_size: int, path: Path) -> None:
-    """An ONNX file for any batch."""
-    import onnx
-
     images = torch.randn(2, 3, image_size, image_size)
-    shapes = ({0: torch.export.Dim("batch", min=1, max=1024)},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        shapes = ({0: torch.export.Dim("batch")},)
         program = torch.onnx.export(net, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False)
     model = program.model_proto
     del model.graph.value_info[:]  # of shapes before constants were folded, which quantize_dynamic takes for wrong
-    onnx.save(model, path)
+    with tempfile.TemporaryDirectory() as folder:
+        fp32, int8 = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(model, fp32)
+        quantize_dynamic(fp32, int8, weight_type=QuantType.QInt8)
+        return {"onnxruntime": session(fp32), "onnxruntime int8": session(int8)}
+
+
+def session(path: Path) -> Contender:
+    """A network that lies in an ONNX file, on as many threads as the others."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    options.log_severity_level = 3
+    opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = opened.get_inputs()[0].name
+    return lambda images: torch.from_numpy(opened.run(None, {name: images.numpy()})[0])
 
 
 def make_contenders(networks: Networks, kept: Kept, image_size: int) -> tuple[dict[str, Contender], list[str]]:
     """All that need not be compiled for one batch size, and a line for each that cannot run here."""
     contenders: dict[str, Contender] = {DENSE: networks[DENSE], "dense, again": networks[DENSE]}
     contenders |= {MASKED: networks[MASKED], SLIM: networks[SLIM]}
-    ways: dict[str, Callable[[nn.Module], Contender]] = {
-        "bf16": in_bf16,
-        "onnxruntime": lambda net: in_onnxruntime(net, image_size, False),
-        "onnxruntime int8": lambda net: in_onnxruntime(net, image_size, True),
+    contenders |= {f"{name}, bf16": in_bf16(networks[name]) for name in (DENSE, SLIM)}
+    optional: dict[str, Callable[[], dict[str, Contender]]] = {
+        "onnxruntime": lambda: {
+            f"{name}, {way}": run
+            for name in (DENSE, SLIM)
+            for way, run in in_onnxruntime(networks[name], image_size).items()
+        },
+        "Torch-Pruning": lambda: {"Torch-Pruning": by_torch_pruning(networks[DENSE], kept, image_size)},
     }
-    makers = {f"{name}, {way}": lambda n=name, w=way: ways[w](networks[n]) for way in ways for name in (DENSE, SLIM)}
-    makers["Torch-Pruning"] = lambda: by_torch_pruning(networks[DENSE], kept, image_size)
     skipped = []
-    for name, make in makers.items():
+    for name, make in optional.items():
         try:
-            contenders[name] = make()
+            contenders |= make()
         except ImportError as error:
             skipped.append(f"{image_size} px: {name} is left out, {error.name} is not installed")
     return contenders, skipped

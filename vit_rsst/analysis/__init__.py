@@ -1,0 +1,1 @@
+"""Analysis: what models cost and what pruning left of them."""

@@ -1,0 +1,89 @@
+"""The analysis of one or several subjects: what is counted and, unless told otherwise, what is measured."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from vit_rsst import files
+from vit_rsst.analysis import measure
+from vit_rsst.analysis.counts import count
+from vit_rsst.analysis.subject import Subject, open_subject
+from vit_rsst.errors import InputError
+from vit_rsst.trained import default_device
+
+EPOCH_IMAGES = 50_000
+"""Of CIFAR, for the time of an epoch."""
+
+
+def analyze(
+    whats: Sequence[str], image_size: int | None = None, batches: Sequence[int] = (1, 8, 64), is_measured: bool = True
+) -> dict:
+    """Counts and measures every subject.
+
+    Args:
+        whats: models, recipes, tickets, run folders or slim folders.
+        image_size: side of the images in px; None: what each was made for.
+        batches: at which latency is measured; memory at the largest.
+        is_measured: also measure latency, memory and training steps.
+
+    Returns:
+        Plain data: `device`, `threads`, `torch`, and `items` with one entry a subject.
+
+    Raises:
+        InputError: something that cannot be analysed, before anything is measured.
+    """
+    if any(batch < 1 for batch in batches) or (image_size is not None and image_size < 1):
+        raise InputError("--batch, --image-size: each is a whole number of at least 1.")
+    subjects = [open_subject(what, image_size) for what in whats]
+    items = [count(subject) for subject in subjects]
+    device = default_device()
+    if is_measured:
+        for subject, item in zip(subjects, items, strict=True):
+            item |= measured(subject, batches, device)
+    where = {"device": f"{device.type}: {measure.device_name(device)}", "threads": torch.get_num_threads()}
+    return where | {"torch": torch.__version__, "precision": "fp32", "items": items}
+
+
+def measured(subject: Subject, batches: Sequence[int], device: torch.device) -> dict:
+    """Latency by network and batch, and peak memory; the slim network beside the dense one where there is one.
+
+    The dense network holds the zeros of its mask: what a masked network costs is what the dense one costs.
+    """
+    networks = {"dense": subject.net.to(device)}
+    headers = {"dense": subject.header}
+    if subject.is_shrinkable:
+        networks["slim"], headers["slim"] = subject.slimmed.to(device).eval(), subject.slim_header
+    times = {batch: measure.latency(networks, subject.image_size, batch, device) for batch in batches}
+    probes = {
+        name: measure.probe(header, subject.image_size, max(batches), subject.batch if name == "dense" else None)
+        for name, header in headers.items()
+    }
+    step = probes["dense"]["step"]["median"] / probes["dense"]["train_batch"]
+    return {
+        "latency": {name: {str(batch): times[batch][name] for batch in batches} for name in networks},
+        "memory": probes | {"batch": max(batches)},
+        "epoch_seconds": EPOCH_IMAGES * step,
+    }
+
+
+def write_csv(path: Path, result: Mapping) -> None:
+    """One row an item, one column a number, such as `latency.slim.64.median`; layers and units are left out."""
+    where = {key: value for key, value in result.items() if key != "items"}
+    rows = [dict(_flat({k: v for k, v in item.items() if k not in ("layers", "units")})) for item in result["items"]]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [*columns, *where], lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} | where for row in rows)
+    files.write_text(path, buffer.getvalue())
+
+
+def _flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,94 @@
+"""Counts: parameters, FLOPs, zeros, units and bytes of a subject. Exact; nothing is run."""
+
+import re
+
+from torch import nn
+
+from vit_rsst.analysis.subject import Subject
+from vit_rsst.models.complexity import activation_bytes, effective_flops, flops
+
+
+def count(subject: Subject) -> dict:
+    """Everything that can be counted, as plain data.
+
+    Returns:
+        `parameters`, `flops` (of one image; half of them are MACs), `bytes`, `training_bytes`, and by kind of layer
+        and by layer how much is alive and which share of all that is alive lies there; `units` left by group.
+    """
+    net, mask, size = subject.net, subject.mask, subject.image_size
+    alive, report = mask.num_alive, mask.report()
+    in_order = [name for name, _ in net.named_parameters() if name in report]  # a ticket's are sorted by name
+    layers = {name: report[name] | {"share": report[name]["alive"] / max(alive, 1)} for name in in_order}
+    dense = flops(net, size)
+    return {
+        "what": subject.label,
+        "kind": subject.kind,
+        "architecture": subject.header["architecture"],
+        "image_size": size,
+        "parameters": {
+            "total": num_parameters(net),
+            "prunable": mask.num_elements,
+            "alive": alive,
+            "density": mask.density,
+            "slim": num_parameters(subject.slimmed),
+        },
+        "flops": {
+            "dense": dense,
+            "effective": round(effective_flops(net, mask, subject.groups, size)),
+            "slim": flops(subject.slimmed, size),
+        },
+        "bytes": {
+            "file": _file_bytes(subject),
+            "dense_fp32": state_bytes(net),
+            "slim_fp32": state_bytes(subject.slimmed),
+        },
+        "training": {"batch": subject.batch, "computed_bytes": training_bytes(subject)},
+        "kinds": _by_kind(layers),
+        "layers": layers,
+        "units": [
+            {"name": g.name, "kind": g.kind, "block": g.depth, "units": g.units, "left": len(subject.kept[g.name])}
+            for g in subject.groups
+        ],
+    }
+
+
+def num_parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def state_bytes(net: nn.Module) -> int:
+    """Bytes of the tensors of a state dict; a file has a header of some KiB besides."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+
+
+def training_bytes(subject: Subject) -> int:
+    """Weights, gradients, the optimizer's moments and what the backward pass keeps, in fp32, for one device's batch."""
+    state = 4 * num_parameters(subject.net) * (2 + subject.moments)
+    return state + activation_bytes(subject.net, subject.image_size, subject.batch)
+
+
+def kind_of(weight: str) -> str:
+    """`attn.qkv` of `blocks.3.attn.qkv.weight`: what the layer is in every block."""
+    return re.sub(r"^.*\.\d+\.", "", weight.removesuffix(".weight"))
+
+
+def block_of(weight: str) -> str:
+    """`blocks.3` of `blocks.3.attn.qkv.weight`."""
+    return weight.removesuffix(".weight").removesuffix(kind_of(weight)).rstrip(".")
+
+
+def _by_kind(layers: dict[str, dict]) -> dict[str, dict]:
+    kinds: dict[str, dict] = {}
+    for name, row in layers.items():
+        total = kinds.setdefault(kind_of(name), {"elements": 0, "alive": 0, "density": 0.0, "share": 0.0})
+        for key in ("elements", "alive", "share"):
+            total[key] += row[key]
+        total["density"] = total["alive"] / total["elements"]
+    return kinds
+
+
+def _file_bytes(subject: Subject) -> int | None:
+    if subject.file is None:
+        return None
+    files = [subject.file] if subject.file.is_file() else list(subject.file.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,105 @@
+"""Measurements: latency of networks side by side in this process, memory and training steps in a process of its own."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.trained import default_device
+
+BUDGET, FEWEST, MOST = 2.0, 5, 200
+"""Seconds that a measurement may take, unless the fewest repeats need longer; repeats at most."""
+
+
+@torch.inference_mode()
+def latency(networks: Mapping[str, nn.Module], image_size: int, batch: int, device: torch.device) -> dict[str, dict]:
+    """Seconds of a forward pass: the networks in turns, so that a disturbance meets all of them.
+
+    Returns:
+        By network: `median`, `low` and `high` (the quartiles) in seconds, `repeats`, `images_per_s`.
+    """
+    images = torch.randn(batch, 3, image_size, image_size, device=device)
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for net in networks.values():
+        net(images)  # the first pass allocates
+    start = time.perf_counter()
+    budget = BUDGET * len(networks)
+    for repeat in range(MOST):
+        if repeat >= FEWEST and time.perf_counter() - start > budget:
+            break
+        for name, net in networks.items():
+            seconds[name].append(timed(lambda net=net: net(images), device))
+    return {
+        name: summary(values) | {"images_per_s": batch / float(np.median(values))} for name, values in seconds.items()
+    }
+
+
+def timed(work: object, device: torch.device) -> float:
+    """Seconds of one call, the GPU's work included."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def summary(seconds: list[float]) -> dict:
+    low, median, high = np.percentile(seconds, [25, 50, 75]).tolist()
+    return {"median": median, "low": low, "high": high, "repeats": len(seconds)}
+
+
+def probe(header: dict[str, str], image_size: int, batch: int, train_batch: int | None = None) -> dict:
+    """Peak memory of inference and of training steps, measured in a fresh process that does nothing else.
+
+    Args:
+        header: what builds the network; its weights are random, which changes neither memory nor time.
+        batch: images of the forward pass.
+        train_batch: images of a training step; halved until it fits the free memory and the time. None: no training.
+
+    Returns:
+        `kind` says what is measured: `rss`, the resident memory of the process with all its libraries, or `cuda`, what
+        torch allocated; `before` without the network, `inference` and, with training, `training` at their peaks;
+        `train_batch` and `step` with the time of a training step.
+
+    Raises:
+        EnvironmentLacks: the process failed, for example for want of memory.
+    """
+    spec = {"header": header, "image_size": image_size, "batch": batch, "train_batch": train_batch}
+    spec |= {"threads": torch.get_num_threads(), "device": str(default_device())}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_rsst.analysis.probe"],
+        input=json.dumps(spec),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise EnvironmentLacks(
+            f"{header['architecture']}: its memory could not be measured ({reason}); --no-latency counts alone."
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the CPU's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,100 @@
+"""A process that builds one network, runs it and says how much memory that took: `python -m vit_rsst.analysis.probe`.
+
+It reads what to do as JSON from its standard input and prints one line of JSON; `measure.probe` starts it.
+"""
+
+import json
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vit_rsst.analysis.measure import summary, timed
+from vit_rsst.models import zoo
+from vit_rsst.models.complexity import activation_bytes
+
+STEPS, STEP_SECONDS = 3, 2.0
+"""Training steps that are timed, after one that is not, and how long one may take."""
+
+
+def main() -> None:
+    spec = json.load(sys.stdin)
+    torch.set_num_threads(spec["threads"])
+    device = torch.device(spec["device"])
+    net = zoo.described(spec["header"], "analysis", device="meta")
+    if device.type == "cuda":
+        torch.zeros(1, device=device)
+    found = {"kind": "cuda" if device.type == "cuda" else "rss", "before": peak(device)}
+    net.to_empty(device=device)
+    fill_(net)
+    images = torch.randn(spec["batch"], 3, spec["image_size"], spec["image_size"], device=device)
+    with torch.inference_mode():
+        net.eval()(images)
+        seconds = min(timed(lambda: net(images), device) for _ in range(2))
+    found["inference"] = peak(device)
+    if spec["train_batch"]:
+        batch = fitting_batch(net, spec, seconds / spec["batch"], device)
+        found |= {"train_batch": batch, "step": summary(train(net, batch, spec["image_size"], device))}
+        found["training"] = peak(device)
+    print(json.dumps(found))
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes so far: allocated by torch on a GPU, else resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):  # what getrusage says begins with the parent's memory
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@torch.no_grad()
+def fill_(net: nn.Module) -> None:
+    """Small random weights, and buffers that index or scale without harm."""
+    for parameter in net.parameters():
+        parameter.normal_(std=0.02)
+    for buffer in net.buffers():
+        buffer.fill_(1 if buffer.is_floating_point() else 0)
+
+
+def fitting_batch(net: nn.Module, spec: dict, seconds: float, device: torch.device) -> int:
+    """The asked batch, halved until a step fits two thirds of the free memory and the time.
+
+    Args:
+        seconds: of the forward pass of one image; backward takes about twice as long.
+    """
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    state = 16 * sum(parameter.numel() for parameter in net.parameters())
+    batch = spec["train_batch"]
+    while batch > 1 and (
+        3 * seconds * batch > STEP_SECONDS or state + activation_bytes(net, spec["image_size"], batch) > 2 / 3 * free
+    ):
+        batch //= 2
+    return batch
+
+
+def train(net: nn.Module, batch: int, image_size: int, device: torch.device) -> list[float]:
+    """Seconds of AdamW steps on random images, in fp32."""
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters())
+    images = torch.randn(batch, 3, image_size, image_size, device=device)
+
+    def step() -> None:
+        logits = net(images)
+        F.cross_entropy(logits, torch.zeros(batch, dtype=torch.long, device=device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return [timed(step, device) for _ in range(STEPS)]
+
+
+if __name__ == "__main__":
+    main()

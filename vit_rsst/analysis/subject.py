@@ -1,0 +1,166 @@
+"""Subjects: what a person can name for an analysis, as a network with its mask.
+
+A model of the catalogue, of timm or `hf:TYPE`; a recipe; a ticket, a run folder (its last ticket) or a slim folder.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vit_rsst import recipe_file, tickets
+from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.errors import InputError
+from vit_rsst.export.source import open_ticket
+from vit_rsst.models import slim, zoo
+from vit_rsst.models.anatomy import prunable_parts, prunable_weights, unit_groups
+from vit_rsst.models.complexity import flops_by_module
+from vit_rsst.planning import count_rows
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.units import UnitGroup
+from vit_rsst.recipe import Recipe, Train
+
+NUM_CLASSES = 10
+"""Of a model that is named alone, as in `vit-rsst models`."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to analyse.
+
+    Attributes:
+        label: short name, for the head of a column.
+        kind: model, recipe or ticket.
+        header: `architecture`, `model_args` and, of a slim network, `widths`: what builds its shape again.
+        net: on the CPU, in evaluation mode, zeros where the mask says; of a model or a recipe, random weights.
+        mask: of the prunable weights.
+        batch: images of a training step on one device.
+        moments: tensors that the optimizer keeps for each weight.
+        file: of the ticket.
+    """
+
+    label: str
+    kind: str
+    header: dict[str, str]
+    net: nn.Module
+    mask: MaskSet
+    image_size: int
+    batch: int = Train().global_batch
+    moments: int = 2
+    file: Path | None = None
+
+    @cached_property
+    def groups(self) -> list[UnitGroup]:
+        return unit_groups(self.net)
+
+    @cached_property
+    def kept(self) -> slim.Kept:
+        """The units of each group that a slim network keeps: at least one."""
+        return slim.kept_units(self.net, self.mask)
+
+    @cached_property
+    def slimmed(self) -> nn.Module:
+        """The network less its dead units; itself where none is dead."""
+        if not self.is_shrinkable:
+            return self.net
+        net = copy.deepcopy(self.net)
+        slim.shrink_(net, self.kept)
+        return net
+
+    @property
+    def is_shrinkable(self) -> bool:
+        return any(len(self.kept[group.name]) < group.units for group in self.groups)
+
+    @property
+    def slim_header(self) -> dict[str, str]:
+        return self.header | {"widths": json.dumps(slim.widths(self.kept))}
+
+
+def open_subject(what: str, image_size: int | None = None) -> Subject:
+    """Finds out what is meant and builds it.
+
+    Args:
+        image_size: side of the images in px; None: the one that the model was made for.
+
+    Raises:
+        InputError: nothing of that name, or a model that does not take images of this size.
+        Damaged: a ticket or a slim folder that cannot be read.
+    """
+    path = Path(what).expanduser()
+    if path.is_dir() or path.suffix == ".safetensors":
+        subject = _of_ticket(path, image_size)
+    elif path.suffix in (".yaml", ".yml") or what in _builtin_names():
+        subject = _of_recipe(recipe_file.load(recipe_file.find(what)), image_size)
+    else:
+        subject = _of_model(what, image_size)
+    subject.net.eval()
+    try:
+        flops_by_module(subject.net, subject.image_size)
+    except (AssertionError, RuntimeError, ValueError) as error:  # each library says it in its own way
+        raise InputError(
+            f"{what}: it does not take images of {subject.image_size} px ({str(error).splitlines()[0].rstrip('.')}); "
+            "set --image-size to the size that it was made for."
+        ) from error
+    return subject
+
+
+def _builtin_names() -> list[str]:
+    folder = recipe_file.builtin_folder()
+    return [str(path.relative_to(folder).with_suffix("")) for path in recipe_file.builtin_recipes()]
+
+
+def _of_ticket(what: Path, image_size: int | None) -> Subject:
+    path, ticket = open_ticket(what)
+    net = zoo.described(ticket.metadata, str(path))
+    tickets.load_into_(net, ticket, str(path))
+    run = path.parent.parent.name if path.parent.name == "tickets" else path.parent.name
+    label = f"{run}/{path.stem}" if path.is_file() else path.name
+    own = json.loads(ticket.metadata.get("data", "{}")).get("image_size")
+    return Subject(
+        label, "ticket", _shape(ticket.metadata), net, ticket.mask, image_size or own or size_of(net), file=path
+    )
+
+
+def _of_recipe(recipe: Recipe, image_size: int | None) -> Subject:
+    num_classes = SOURCES[recipe.data.source].num_classes or count_rows(recipe).num_classes
+    architecture, args = zoo.describe(recipe.model.name, recipe.model.args, num_classes)
+    net = zoo.create(architecture, args)
+    weights, _ = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
+    return Subject(
+        recipe.name,
+        "recipe",
+        {"architecture": architecture, "model_args": json.dumps(args)},
+        net,
+        MaskSet.full(weights),
+        image_size or recipe.data.image_size or SOURCES[recipe.data.source].image_size,
+        recipe.train.batch_per_device or recipe.train.global_batch,
+        2 if recipe.optim.name != "sgd" else int(recipe.optim.momentum > 0),
+    )
+
+
+def _of_model(name: str, image_size: int | None) -> Subject:
+    architecture, args = zoo.describe(name, {}, NUM_CLASSES)
+    net = zoo.create(architecture, args, device="meta")
+    own = size_of(net)
+    if image_size not in (None, own):
+        resizable = {"image_size": getattr(net, "config", None), "img_size": getattr(net, "patch_embed", None)}
+        args |= {key: image_size for key, part in resizable.items() if hasattr(part, key)}
+    net = zoo.create(architecture, args)
+    header = {"architecture": architecture, "model_args": json.dumps(args)}
+    return Subject(name, "model", header, net, MaskSet.full(prunable_weights(net)), image_size or own)
+
+
+def _shape(header: dict[str, str]) -> dict[str, str]:
+    return {key: header[key] for key in ("architecture", "model_args", "widths") if key in header}
+
+
+def size_of(net: nn.Module) -> int:
+    """Side in px of the images that a network was made for; 32 for this package's own."""
+    embedding = getattr(net, "patch_embed", None)
+    published = (getattr(net, "pretrained_cfg", None) or {}).get("input_size") or (32,)
+    found = getattr(embedding, "img_size", None) or getattr(getattr(net, "config", None), "image_size", None)
+    return int(torch.tensor(found or published).flatten()[-1])

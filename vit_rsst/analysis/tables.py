@@ -1,0 +1,136 @@
+"""The analysis as text: one column a subject, then the blocks of each that has zeros. At most 120 columns wide."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from vit_rsst.analysis.counts import block_of, kind_of
+from vit_rsst.results import aligned, duration, size
+
+WIDTH = 120
+NONE = "–"
+Row = tuple[str, list[str]]
+
+
+def analysis_text(result: Mapping) -> str:
+    """Everything but the numbers of single layers, which the JSON has too."""
+    items = result["items"]
+    rows = [row for part in (counted_rows, latency_rows, memory_rows) for row in part(items)]
+    parts = list(side_by_side([item["what"] for item in items], rows))
+    notes = ["FLOPs of one image; 1 multiply-accumulate (MAC) is 2 FLOPs. Effective: with non-zero weights alone."]
+    if "latency" in items[0]:
+        kind = items[0]["memory"]["dense"]["kind"]
+        what = "the process, libraries included" if kind == "rss" else "what torch allocated"
+        notes += [
+            f"Time: median [quartiles], {result['precision']}, {result['device']}, {result['threads']} thread(s). "
+            "Dense holds the zeros of its mask.",
+            f"Peak memory of {what}, each in its own; above: more than before the model was built.",
+        ]
+    parts.append("\n".join(notes))
+    parts += [block_table(item) for item in items if item["parameters"]["density"] < 1]
+    return "\n\n".join(parts)
+
+
+def side_by_side(heads: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
+    """Tables with as many columns as fit, until every subject had its own."""
+    first = max(len(label) for label, _ in rows)
+    widths = [max(len(head), *(len(cells[i]) for _, cells in rows)) for i, head in enumerate(heads)]
+    start = 0
+    while start < len(heads):
+        end, total = start + 1, first + 2 + widths[start]
+        while end < len(heads) and total + 2 + widths[end] <= WIDTH:
+            total, end = total + 2 + widths[end], end + 1
+        shown = [(label, cells[start:end]) for label, cells in rows]
+        lines = [("".ljust(first), *heads[start:end])]
+        lines += [(label.ljust(first), *cells) for label, cells in shown if set(cells) != {NONE}]
+        yield aligned(lines)
+        start = end
+
+
+def counted_rows(items: Sequence[Mapping]) -> Iterator[Row]:
+    def row(label: str, *path: str, show: object) -> Row:
+        return label, [NONE if _at(item, path) is None else show(_at(item, path)) for item in items]
+
+    yield row("image size, px", "image_size", show=str)
+    yield row("parameters", "parameters", "total", show=number)
+    for key in ("prunable", "alive", "slim"):
+        yield row(f"  {key}", "parameters", key, show=number)
+    yield row("density of the prunable", "parameters", "density", show="{:.4f}".format)
+    for key in ("dense", "effective", "slim"):
+        yield row(f"MFLOPs {key}", "flops", key, show=lambda value: f"{value / 1e6:,.1f}")
+    yield row("ticket or slim file", "bytes", "file", show=size)
+    yield row("dense in fp32", "bytes", "dense_fp32", show=size)
+    yield row("slim in fp32", "bytes", "slim_fp32", show=size)
+    yield "training memory, computed", [size(item["training"]["computed_bytes"]) for item in items]
+    yield "  at a batch of", [str(item["training"]["batch"]) for item in items]
+
+
+def latency_rows(items: Sequence[Mapping]) -> Iterator[Row]:
+    """Per batch: milliseconds of dense and slim, how many times as fast slim is, images a second."""
+    for batch in items[0].get("latency", {}).get("dense", {}):
+        found = {name: [_at(item, ("latency", name, batch)) for item in items] for name in ("dense", "slim")}
+        for name, times in found.items():
+            yield f"batch {batch}: {name}, ms", [NONE if t is None else spread(t) for t in times]
+        pairs = list(zip(found["dense"], found["slim"], strict=True))
+        yield "  slim, times as fast", [NONE if b is None else f"{a['median'] / b['median']:.2f}" for a, b in pairs]
+        for name, times in found.items():
+            yield f"  {name}, images/s", [NONE if t is None else f"{t['images_per_s']:,.1f}" for t in times]
+
+
+def memory_rows(items: Sequence[Mapping]) -> Iterator[Row]:
+    """Peaks of inference and training with what they add to a process without the model, and the time of training."""
+    if "memory" not in items[0]:
+        return
+    batch = items[0]["memory"]["batch"]
+    for name in ("dense", "slim"):
+        found = [_at(item, ("memory", name)) for item in items]
+        yield f"peak memory, batch {batch}: {name}", [NONE if p is None else peak(p, "inference") for p in found]
+    dense = [item["memory"]["dense"] for item in items]
+    yield "peak memory of training", [peak(p, "training") for p in dense]
+    yield "  measured at a batch of", [str(p["train_batch"]) for p in dense]
+    yield "  one step there, ms", [spread(p["step"]) for p in dense]
+    yield "  an epoch of 50,000 images", [duration(item["epoch_seconds"]) for item in items]
+
+
+def block_table(item: Mapping) -> str:
+    """One line a block: density of each layer and its share of all that is alive, and the units that are left."""
+    layers, blocks, units = item["layers"], {}, {}
+    for name, layer in layers.items():
+        blocks.setdefault(block_of(name), {})[kind_of(name)] = layer
+    for group in item["units"]:
+        left, of = units.setdefault((block_of(group["name"]), group["kind"]), [0, 0])
+        units[block_of(group["name"]), group["kind"]] = [left + group["left"], of + group["units"]]
+    unit_kinds = list(dict.fromkeys(kind for _, kind in units))
+    kinds = list(item["kinds"])
+    lines = [("block", *(kind.split(".")[-1] for kind in kinds), *(f"{kind}s" for kind in unit_kinds), "share")]
+    for block, by_kind in {**blocks, "all": item["kinds"]}.items():
+        cells = [f"{k['density']:.3f} {k['share']:5.1%}" if (k := by_kind.get(kind)) else NONE for kind in kinds]
+        cells += [_left(units, block, kind) for kind in unit_kinds]
+        lines.append((block or NONE, *cells, f"{sum(layer['share'] for layer in by_kind.values()):.1%}"))
+    lines = [(line[0].ljust(max(len(row[0]) for row in lines)), *line[1:]) for line in lines]
+    head = f"{item['what']}: density of each layer, its share of all that is alive, and the units that are left"
+    return f"{head}\n{aligned(lines)}"
+
+
+def _left(units: Mapping, block: str, kind: str) -> str:
+    found = [value for (where, what), value in units.items() if what == kind and block in (where, "all")]
+    return f"{sum(left for left, _ in found)}/{sum(of for _, of in found)}" if found else NONE
+
+
+def _at(tree: Mapping, path: Sequence[str]) -> object:
+    for key in path:
+        tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}
+    return None if tree == {} else tree
+
+
+def number(value: int) -> str:
+    return f"{value:,}"
+
+
+def spread(times: Mapping) -> str:
+    """`12.3 [12.1–12.9]` in milliseconds."""
+    median, low, high = (1000 * times[key] for key in ("median", "low", "high"))
+    digits = 2 if median < 100 else 0
+    return f"{median:,.{digits}f} [{low:,.{digits}f}–{high:,.{digits}f}]"
+
+
+def peak(probe: Mapping, what: str) -> str:
+    return f"{size(probe[what])} ({size(probe[what] - probe['before'])} above)"
