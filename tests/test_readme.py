@@ -28,7 +28,6 @@ SHORT = [
     "optim.warmup_epochs=1",
     "model.args.depth=1",
 ]
-NO_TRANSFORMER = [item for item in SHORT if not item.startswith("model.args")]
 CONFIGURATIONS = {"gpu_bf16.yaml": "cpu.yaml", "gpu_8x_bf16.yaml": "cpu.yaml"}
 
 
@@ -73,7 +72,7 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
              for w in words]  # fmt: skip
     if not any(word == "train" or word.endswith(".train") for word in words):
         return variables, words
-    words += NO_TRANSFORMER if "model.args={}" in words else SHORT
+    words += [item for item in SHORT if not item.startswith("model.args")] if "model.args=" in command else SHORT
     if "recipes/cifar10" in command or "recipes/cifar100" in command:
         words += ["data.train_samples=32"]
         if "data.path" not in command:

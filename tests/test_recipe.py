@@ -343,6 +343,8 @@ RULES = {
     "rate and final sparsity": (
         ["pruning.schedule={rate: 0.2, final_sparsity: 0.9}"], "pruning.schedule.rate", "keep one of the two"),
     "a rate for a line": (["pruning.schedule={name: linear, rate: 0.2}"], "pruning.schedule.rate", "geometric"),
+    "a shape and weights": (
+        ["model.shape_from=t", "model.start_from=t"], "model.shape_from", "trained from random weights"),
     "windows of everything": (["pruning.granularity=4:4"], "pruning.granularity", "expected 1 ≤ N < M"),
     "windows with a rate": (
         ["pruning.granularity=2:4", "pruning.schedule={rate: 0.2}"], "pruning.schedule", "fixes its own density"),

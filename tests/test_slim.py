@@ -17,13 +17,13 @@ HF_VIT = {
     "intermediate_size": 48,
 }  # fmt: skip
 VIT_KINDS = ["head", "neuron", "head+neuron"]
-NETS = (
-    [("vit_tiny", {}, kind) for kind in VIT_KINDS]
-    + [("vit_small", {"depth": 2}, kind) for kind in VIT_KINDS]
-    + [("hf:vit", HF_VIT, kind) for kind in VIT_KINDS]
-    + [("resnet20", {}, "channel"), ("resnet18", {}, "channel"), ("resnet26", {}, "channel")]
-    + [("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}, "neuron")]
-)
+NETS = [
+    *(("vit_tiny", {}, kind) for kind in VIT_KINDS),
+    *(("vit_small", {"depth": 2}, kind) for kind in VIT_KINDS),
+    *(("hf:vit", HF_VIT, kind) for kind in VIT_KINDS),
+    *((name, {}, "channel") for name in ("resnet20", "resnet18", "resnet26", "seresnet18", "resnetblur18")),
+    ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}, "neuron"),
+]
 
 
 def make(name: str, args: dict, device: str | None = None) -> nn.Module:
@@ -153,3 +153,17 @@ def test_a_slim_network_trains(name, args, kind):
 def test_widths_of_another_model_are_refused_in_one_sentence(widths):
     with pytest.raises(Damaged, match=r"there: it has \d+ units in blocks\.\d\."):
         slim.shape_like_(make("vit_tiny", VIT), widths, "there")
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("resnetv2_18", set()),  # its norms stand before the convolutions
+        ("resnet50_gn", set()),  # groups of channels are normalised together
+        ("pvt_v2_b0", set()),  # a convolution over the neurons
+        ("vit_relpos_small_patch16_224", {"neuron"}),  # position biases by head
+        ("vit_srelpos_small_patch16_224", {"neuron"}),
+    ],
+)
+def test_units_with_more_than_weights_around_them_are_left_whole(name, kinds):
+    assert {group.kind for group in unit_groups(make(name, {}, "meta"))} == kinds

@@ -50,6 +50,7 @@ from vit_rsst.run_folder import RunFolder
 from vit_rsst.schedules import learning_rate
 from vit_rsst.seeds import derived_seed
 from vit_rsst.signals import StopFlag
+from vit_rsst.tickets import Ticket
 from vit_rsst.tracking import Tracker, to_stderr
 
 EVALUATION_BATCH = 500
@@ -309,13 +310,34 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
             f"data.image_size: {recipe.model.name} takes images of {expected[0]} px and the data have {size} px; set "
             f"data.image_size={expected[0]}, or model.args.img_size={size}."
         )
+    if recipe.model.shape_from:
+        path, ticket = open_ticket(Path(recipe.model.shape_from).expanduser())
+        slim.shape_like_(net, slim.shape_of(net, ticket.mask, ticket.metadata), str(path))
+        return net, None
     if not recipe.model.start_from:
         return net, None
     path, ticket = open_ticket(Path(recipe.model.start_from).expanduser())
+    check_same_model(path, ticket, architecture, args)
     if "widths" in ticket.metadata:
         slim.shape_like_(net, json.loads(ticket.metadata["widths"]), str(path))
     tickets.load_into_(net, ticket, str(path))
     return net, ticket.mask
+
+
+def check_same_model(path: Path, ticket: Ticket, architecture: str, args: dict) -> None:
+    """Refuses a ticket of another model even where all shapes fit: as many rows may be other heads.
+
+    Raises:
+        Damaged: architecture or arguments differ, but for dropout.
+    """
+    theirs = {"architecture": ticket.metadata.get("architecture"), **ticket.model_args}
+    ours = json.loads(json.dumps({"architecture": architecture, **args}))
+    for key in sorted(theirs.keys() | ours.keys()):
+        if "drop" not in key and theirs.get(key) != ours.get(key):
+            raise Damaged(
+                f"{path}: it is of another model: {key} is {theirs.get(key, 'not given')} there and "
+                f"{ours.get(key, 'not given')} in this recipe; name the same model in model.name and model.args."
+            )
 
 
 def build_optimizer(net: nn.Module, options: Optim) -> torch.optim.Optimizer:

@@ -163,17 +163,20 @@ def methods_verb(arguments: argparse.Namespace) -> None:
     import vit_rsst.pruning.methods  # noqa: F401 - registers them
     from vit_rsst.data.catalog import CATALOG
     from vit_rsst.pruning.criteria import CRITERIA
+    from vit_rsst.pruning.patterns import GRANULARITIES
     from vit_rsst.pruning.plan import METHODS
 
-    def about(part: object) -> str:
+    def about(name: str, part: object) -> str:
         text = sys.modules[part.__module__].__doc__ if isinstance(part, type) else part.__doc__
-        return text.strip().splitlines()[0].removeprefix(f"{getattr(part, '__name__', '').lower()}: ")
+        return text.strip().splitlines()[0].removeprefix(f"{name}: ")
 
     for title, registry in (("method", METHODS), ("criterion", CRITERIA)):
         for name in registry:
-            print(f"{title:11}{name:14}{about(registry[name])}")
+            print(f"{title:13}{name:15}{about(name, registry[name])}")
+    for name, what in GRANULARITIES.items():
+        print(f"{'granularity':13}{name:15}{what}")
     for name, info in CATALOG.items():
-        print(f"{'source':11}{name:14}{info.about}")
+        print(f"{'source':13}{name:15}{info.about}")
 
 
 def runs_verb(arguments: argparse.Namespace) -> None:

@@ -53,12 +53,19 @@ class Data:
 
 @section
 class Model:
-    """Which network: a catalogue name or any of timm's, with timm's own arguments."""
+    """Which network: a catalogue name or any of timm's, with timm's own arguments; `hf:` names one of transformers.
+
+    Attributes:
+        start_from: ticket, run or slim folder whose weights and mask the run begins with, instead of a dense round.
+        shape_from: ticket, run or slim folder whose slim shape is trained from random weights: the control of a
+            structured pruning (Liu et al. 2019).
+    """
 
     name: str = "vit_tiny"
     pretrained: bool = False
     args: dict[str, Any] = field(default_factory=dict)
     start_from: str | None = None
+    shape_from: str | None = None
 
 
 @section

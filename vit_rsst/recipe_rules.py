@@ -224,6 +224,10 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "model.pretrained", "given together with start_from, which brings all weights; keep one of the two"
         )
+    if model.shape_from and (model.start_from or model.pretrained):
+        yield Problem(
+            "model.shape_from", "is trained from random weights, and start_from or pretrained bring others; keep one"
+        )
     if "num_classes" in model.args:
         yield Problem("model.args.num_classes", "follows from the data; leave it out")
 

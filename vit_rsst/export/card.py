@@ -41,7 +41,7 @@ class Card:
 
     def text(self) -> str:
         """README.md, with its YAML front matter."""
-        work, header, mask = self.work, self.work.ticket.metadata, self.work.ticket.mask
+        work, header, mask = self.work, self.work.header, self.work.trained.mask
         parts = [
             f"---\n{strict_yaml.dump(_front(self))}---",
             f"# {self.name}",
@@ -70,7 +70,7 @@ def of_ticket(work: Work, name: str) -> str:
 
 
 def _front(card: Card) -> dict:
-    source = card.work.data["source"]
+    source = card.work.trained.data.source
     hub_id = CATALOG[source].hub_id if source in CATALOG else None
     tags = ["image-classification", "pruning", "sparse", "vit_rsst"]
     front = {"library_name": card.library, "pipeline_tag": "image-classification", "tags": tags}
@@ -89,7 +89,7 @@ def _scores(work: Work) -> str:
     scores = work.measured()
     if "test_top1" not in scores:
         return "Its accuracy on the test split was not measured."
-    precision = work.ticket.metadata.get("precision", "no")
+    precision = work.header.get("precision", "no")
     return (
         f"Top-1 on the test split: {scores['test_top1']:.2f} % (of the ticket, "
         f"{'in float32' if precision == 'no' else f'under autocast to {precision}'})."
@@ -128,19 +128,19 @@ def _units(work: Work) -> str:
 
 
 def _data(work: Work) -> str:
-    data = work.data
-    classes, side = data["classes"], data["image_size"]
+    trained = work.trained
+    classes, side = trained.classes, trained.data.size
     more = f" … ({len(classes)} in all)" if len(classes) > MOST_CLASSES else ""
     return (
         "## Data\n\n"
-        f"Source: `{data['source']}`. {len(classes)} classes: {', '.join(classes[:MOST_CLASSES])}{more}.\n\n"
+        f"Source: `{trained.data.source}`. {len(classes)} classes: {', '.join(classes[:MOST_CLASSES])}{more}.\n\n"
         f"Images: RGB, the shorter side resized to {side} px (bicubic), the {side} × {side} px centre cropped, divided "
-        f"by 255, less the mean {_numbers(data['mean'])}, divided by the standard deviation {_numbers(data['std'])}."
+        f"by 255, less the mean {_numbers(trained.mean)}, divided by the standard deviation {_numbers(trained.std)}."
     )
 
 
 def _origin(work: Work) -> str:
-    header = work.ticket.metadata
+    header = work.header
     named = ("recipe", "round", "seed", "precision")
     lines = [(key, f"`{header[key]}`") for key in named if key in header]
     versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
@@ -152,7 +152,7 @@ def _versions() -> Mapping[str, str]:
     return {"vit_rsst": vit_rsst.__version__} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def _numbers(values: list[float]) -> str:
+def _numbers(values: tuple[float, ...]) -> str:
     return f"({', '.join(map(str, values))})"
 
 

@@ -45,7 +45,7 @@ def write(work: Work, folder: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in work.net.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     files.settle(folder / "model.safetensors")
-    files.write_json(folder / "config.json", {**as_config(work.ticket.metadata), "format": FORMAT})
+    files.write_json(folder / "config.json", {**as_config(work.header), "format": FORMAT})
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def logits(folder: Path, images: Tensor) -> Tensor:
 
 def usage(work: Work) -> str:
     """Code that loads the folder: with timm alone where timm can build the model."""
-    return TIMM_USAGE if work.is_stock and not work.is_hub else USAGE
+    return TIMM_USAGE if not work.lacks_stock and not work.is_hub else USAGE
 
 
 TARGET = Target("vit_rsst", check, write, logits, usage)

@@ -66,7 +66,7 @@ def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset
     """
     if to not in TARGETS:
         raise InputError(f"--to: {unknown('target', to, TARGETS)}")
-    target = TARGETS[to]
+    target, folder = TARGETS[to], folder.absolute()
     _check_options(to, target, {"round_to": round_to, "opset": opset})
     check_vacant(folder)
     work = Work.of(what, round_to or 1, opset)
@@ -125,7 +125,7 @@ def _compared(work: Work, target: Target, folder: Path) -> float | None:
     if found is None:
         return None
     difference = relative_difference(expected, found)
-    if not difference <= target.tolerance or not torch.equal(expected.argmax(1), found.argmax(1)):
+    if not difference <= target.tolerance:  # a NaN is not
         raise RunError(
             f"{work.path}: what was written answers otherwise than the ticket: logits differ by {difference:.1e} of "
             f"the largest, where {target.tolerance:.0e} is allowed. Nothing was kept; please report this defect."

@@ -9,7 +9,9 @@ import importlib.util
 import io
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +83,10 @@ def write(work: Work, folder: Path) -> None:
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"--to onnx: torch cannot export this {work.architecture} ({first}).") from error
-    about = {"mean": work.data["mean"], "std": work.data["std"], "classes": work.data["classes"]}
-    about |= {"image_size": work.data["image_size"]}
+    _check_opset(work, program.model.opset_imports[""])
+    _strip_(program.model)
+    trained = work.trained
+    about = {"mean": trained.mean, "std": trained.std, "classes": trained.classes, "image_size": trained.data.size}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     num_bytes = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     program.save(str(folder / "model.onnx"), external_data=num_bytes > INLINE_LIMIT)
@@ -90,30 +94,58 @@ def write(work: Work, folder: Path) -> None:
         files.settle(path)
 
 
+def _check_opset(work: Work, found: int) -> None:
+    """The exporter writes another opset than it was asked for, and only logs it."""
+    if work.opset is not None and found != work.opset:
+        raise InputError(
+            f"--opset: torch {torch.__version__} writes this network in opset {found}, not in {work.opset}; take that "
+            "one, or leave the option out."
+        )
+
+
+def _strip_(model: Any) -> None:
+    """Takes the exporter's notes out of an onnx_ir model: a third of a small file, with paths of this machine."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for part in (graph, *graph, *values):
+        part.metadata_props.clear()
+
+
 def logits(folder: Path, images: Tensor) -> Tensor | None:
-    """Logits by onnxruntime; None where it is not installed."""
+    """Logits by onnxruntime; None where it is not installed.
+
+    Raises:
+        InputError: this onnxruntime does not run the file.
+    """
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented
 
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    # Image by image as well as at once: the batch has to be free.
-    one = session.run(["logits"], {"images": images[:1].numpy()})[0]
-    rest = session.run(["logits"], {"images": images[1:].numpy()})[0]
-    return torch.cat([torch.from_numpy(one), torch.from_numpy(rest)])
+    try:
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    except (Fail, InvalidGraph, NotImplemented) as error:
+        raise InputError(
+            f"--opset: onnxruntime {onnxruntime.__version__} does not run what torch wrote "
+            f"({str(error).strip().splitlines()[0]}); ask for an older opset."
+        ) from error
+    # One image as well as several: the batch has to be free.
+    parts = [session.run(["logits"], {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
+    return torch.cat([torch.from_numpy(part) for part in parts])
 
 
 @contextlib.contextmanager
-def _quiet() -> object:
-    """The exporter prints its progress and logs what it did not find."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress and logs what it did not find; what matters is checked here."""
+    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 TARGET = Target(

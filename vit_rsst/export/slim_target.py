@@ -38,8 +38,8 @@ def check(work: Work) -> None:
 def write(work: Work, folder: Path) -> None:
     """config.json and model.safetensors."""
     state = work.slimmed.state_dict()
-    mask = MaskSet({name: state[name] != 0 for name in work.ticket.mask})
-    header = work.ticket.metadata | {"widths": json.dumps(slim.widths(work.kept)), "density": repr(mask.density)}
+    mask = MaskSet({name: state[name] != 0 for name in work.trained.mask})
+    header = work.header | {"widths": json.dumps(slim.widths(work.kept)), "density": repr(mask.density)}
     slim_folder.write(folder, Ticket(state, mask, header))
 
 

@@ -31,16 +31,15 @@ def check(work: Work) -> None:
     """
     if work.is_hub:
         raise InputError(f"--to timm: {work.architecture} is a model of transformers; use --to transformers.")
-    if not work.is_stock:
-        what = "a slim shape" if "widths" in work.ticket.metadata else repr(work.architecture)
+    if what := work.lacks_stock:
         raise InputError(f"--to timm: timm has no model of {what}; use --to slim, onnx or dense.")
 
 
 def write(work: Work, folder: Path) -> None:
     """config.json and model.safetensors, zeros included."""
-    args = {key: value for key, value in work.ticket.model_args.items() if key != "num_classes"}
-    data, classes = work.data, work.data["classes"]
-    size = data["image_size"]
+    args = {key: value for key, value in work.model_args.items() if key != "num_classes"}
+    trained, classes = work.trained, work.trained.classes
+    size = trained.data.size
     own = work.net.pretrained_cfg
     pretrained_cfg = {
         "input_size": [3, size, size],
@@ -49,8 +48,8 @@ def write(work: Work, folder: Path) -> None:
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "center",
-        "mean": data["mean"],
-        "std": data["std"],
+        "mean": trained.mean,
+        "std": trained.std,
         "num_classes": len(classes),
         "label_names": classes,
         "pool_size": own.get("pool_size"),

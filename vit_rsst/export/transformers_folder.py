@@ -35,8 +35,7 @@ def check(work: Work) -> None:
     """Raises:
     InputError: transformers has no equal of this model, with the reason.
     """
-    if not work.is_stock:
-        what = "a slim shape" if "widths" in work.ticket.metadata else repr(work.architecture)
+    if what := work.lacks_stock:
         raise InputError(f"--to transformers: transformers has no model of {what}; use --to slim, onnx or dense.")
     if not work.is_hub and (reason := next(_obstacles(work.net), None)):
         raise InputError(f"--to transformers: its ViT is no equal of {work.architecture}: {reason}; use --to timm.")
@@ -46,7 +45,7 @@ def write(work: Work, folder: Path) -> None:
     """Model, configuration and image processor, in transformers' own files."""
     from transformers import ViTImageProcessor
 
-    data, classes, size = work.data, work.data["classes"], work.data["image_size"]
+    trained, classes, size = work.trained, work.trained.classes, work.trained.data.size
     net = work.net if work.is_hub else converted(work.net)
     net.config.id2label = dict(enumerate(classes))
     net.config.label2id = {name: number for number, name in enumerate(classes)}
@@ -62,8 +61,8 @@ def write(work: Work, folder: Path) -> None:
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
-        image_mean=data["mean"],
-        image_std=data["std"],
+        image_mean=list(trained.mean),
+        image_std=list(trained.std),
     )
     processor.save_pretrained(folder)
     for path in folder.iterdir():
@@ -118,7 +117,7 @@ def converted(net: nn.Module) -> nn.Module:
         qkv_bias=block.attn.qkv.bias is not None,
         num_labels=net.num_classes,
     )
-    twin = ViTForImageClassification(config)
+    twin = ViTForImageClassification(config).to(net.head.weight.dtype)
     twin.load_state_dict(dict(_renamed(net.state_dict())))
     return twin.eval()
 

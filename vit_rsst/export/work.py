@@ -1,5 +1,6 @@
-"""What is exported, and to what: a ticket with its network, and the form that a target gives it."""
+"""What is exported, and to what: a trained network on its way out, and the form that a target gives it."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vit_rsst import results, tickets
-from vit_rsst.errors import Damaged
-from vit_rsst.export.source import open_ticket
-from vit_rsst.models import hub, slim, zoo
+from vit_rsst import results
+from vit_rsst.models import hub, slim
 from vit_rsst.models.anatomy import unit_groups
 from vit_rsst.models.catalog import stock
-from vit_rsst.tickets import Ticket
+from vit_rsst.trained import Trained, open_trained
 
 TOLERANCE = 1e-5
 """Largest difference of logits in float32, as a share of the largest logit, where that is more than 1."""
@@ -23,36 +22,42 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Work:
-    """A ticket on its way out.
+    """A ticket or slim folder on its way out.
 
     Attributes:
-        path: of the ticket or slim folder.
-        net: the network with its zeros, on the CPU, in evaluation mode.
+        trained: its network with all zeros, and what its header says.
         round_to: widths of a slim model are rounded up to a multiple of it.
         opset: of ONNX; None: the exporter's own.
     """
 
-    path: Path
-    ticket: Ticket
-    net: nn.Module
+    trained: Trained
     round_to: int = 1
     opset: int | None = None
 
     @classmethod
     def of(cls, what: Path, round_to: int = 1, opset: int | None = None) -> "Work":
-        """Opens what `open_ticket` opens.
+        """Opens a ticket, the last ticket of a run, or a slim folder; see `open_trained`."""
+        return cls(open_trained(what), round_to, opset)
 
-        Raises:
-            Damaged: it cannot be read, or does not fit the model that it names.
-        """
-        path, ticket = open_ticket(what)
-        if "data" not in ticket.metadata:
-            raise Damaged(f"{path}: the header has no 'data'; the ticket does not come from a run of this version.")
-        return cls(path, ticket, _network(ticket, str(path)), round_to, opset)
+    @property
+    def path(self) -> Path:
+        return self.trained.path
+
+    @property
+    def net(self) -> nn.Module:
+        return self.trained.net
+
+    @property
+    def header(self) -> dict[str, str]:
+        return self.trained.header
 
     @property
     def architecture(self) -> str:
-        return self.ticket.metadata["architecture"]
+        return self.header["architecture"]
+
+    @property
+    def model_args(self) -> dict:
+        return json.loads(self.header["model_args"])
 
     @property
     def is_hub(self) -> bool:
@@ -60,19 +65,16 @@ class Work:
         return self.architecture.startswith(hub.PREFIX)
 
     @property
-    def is_stock(self) -> bool:
-        """Whether timm or transformers alone can build it."""
-        return stock(self.architecture).is_stock and "widths" not in self.ticket.metadata
-
-    @cached_property
-    def data(self) -> dict:
-        """What the run said of its data: source, image_size, mean, std, classes."""
-        return json.loads(self.ticket.metadata["data"])
+    def lacks_stock(self) -> str:
+        """What of it neither timm nor transformers can build; empty when they can."""
+        if "widths" in self.header:
+            return "a slim shape"
+        return "" if stock(self.architecture).is_stock else repr(self.architecture)
 
     @cached_property
     def kept(self) -> dict[str, Tensor]:
         """The units of each group that a slim model keeps."""
-        return slim.kept_units(self.net, self.ticket.mask, self.round_to)
+        return slim.kept_units(self.net, self.trained.mask, self.round_to)
 
     @property
     def is_narrower(self) -> bool:
@@ -82,13 +84,13 @@ class Work:
     @cached_property
     def slimmed(self) -> nn.Module:
         """The network less all but the kept units, in evaluation mode."""
-        net = _network(self.ticket, str(self.path))
+        net = copy.deepcopy(self.net)
         slim.shrink_(net, self.kept)
         return net
 
     def images(self, count: int = 4) -> Tensor:
         """Random images as the model takes them: normalised float32, (count, 3, size, size)."""
-        size = self.data["image_size"]
+        size = self.trained.data.size
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
     def measured(self) -> dict[str, float]:
@@ -125,9 +127,3 @@ class Target:
     is_slim: bool = False
     tolerance: float = TOLERANCE
     options: tuple[str, ...] = ()
-
-
-def _network(ticket: Ticket, place: str) -> nn.Module:
-    net = zoo.described(ticket.metadata, place)
-    tickets.load_into_(net, ticket, place)
-    return net.eval()

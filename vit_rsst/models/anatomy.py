@@ -125,6 +125,12 @@ def _rows(num_units: int, span: int, *starts: int) -> torch.Tensor:
     return torch.cat([one + start for start in starts], 1)
 
 
+def _has_more(module: nn.Module, known: Iterable[str]) -> bool:
+    """Whether a child besides the known ones has tensors, in which each unit may have a part."""
+    children = (child for name, child in module.named_children() if name not in known)
+    return any(True for child in children for _ in itertools.chain(child.parameters(), child.buffers()))
+
+
 def _vectors(name: str, module: nn.Module, index: torch.Tensor) -> list[Member]:
     """The bias of a Linear or Conv layer, where it has one."""
     return [Member(f"{name}.bias", 0, index)] if getattr(module, "bias", None) is not None else []
@@ -140,7 +146,9 @@ def _timm_heads(name: str, module: nn.Module) -> UnitGroup | None:
     fits = qkv.out_features == 3 * width and proj.in_features == width
     mixes = not isinstance(getattr(module, "norm", None), nn.Identity | None) or getattr(module, "gate", None)
     own = next(module.parameters(recurse=False), None)  # a table of position biases, for example
-    if not fits or mixes or own is not None:  # a norm over all heads changes with their number
+    # Position biases are by head, in a table of the module's or of the whole model's.
+    more = hasattr(module, "rel_pos") or _has_more(module, ("qkv", "proj", "q_norm", "k_norm"))
+    if not fits or mixes or own is not None or more:  # a norm over all heads changes with their number
         return None
     rows, columns = _rows(heads, dim, 0, width, 2 * width), _rows(heads, dim, 0)
     members = (Member(f"{name}.qkv.weight", 0, rows), Member(f"{name}.proj.weight", 1, columns))
@@ -155,7 +163,8 @@ def _hub_heads(name: str, module: nn.Module) -> UnitGroup | None:
     if not heads or not all(isinstance(part, nn.Linear) for part in parts.values()):
         return None
     width = parts["o_proj"].in_features
-    if width % heads or any(parts[key].out_features != width for key in ("q_proj", "k_proj", "v_proj")):
+    unequal = any(parts[key].out_features != width for key in ("q_proj", "k_proj", "v_proj"))
+    if unequal or width % heads or _has_more(module, parts):
         return None
     index = _rows(heads, width // heads, 0)
     inner = [Member(f"{name}.{key}.weight", 0, index) for key in ("q_proj", "k_proj", "v_proj")]
@@ -171,6 +180,8 @@ def _neurons(name: str, module: nn.Module) -> UnitGroup | None:
     if not isinstance(fc2, nn.Linear) or not sources:
         return None
     if not isinstance(getattr(module, "norm", None), nn.Identity | None):  # it mixes the neurons
+        return None
+    if _has_more(module, (*sources, "fc2")):  # a convolution over the neurons, for example
         return None
     hidden, columns = fc2.in_features, _rows(fc2.in_features, 1, 0)
     members, vectors = [], []
@@ -192,13 +203,18 @@ def _channels(name: str, module: nn.Module) -> list[UnitGroup]:
     while isinstance(conv := getattr(module, f"conv{len(convs) + 1}", None), nn.Conv2d):
         convs.append(conv)
     joined = hasattr(module, "shortcut") or hasattr(module, "downsample")
-    if len(convs) < 2 or not joined or any(conv.groups != 1 for conv in convs):
+    numbered = [f"{part}{number}" for part in ("conv", "bn") for number in range(1, len(convs) + 1)]
+    # `se` comes after the last convolution; whatever else has tensors may stand between two.
+    more = _has_more(module, (*numbered, "shortcut", "downsample", "se"))
+    if len(convs) < 2 or not joined or more or any(conv.groups != 1 for conv in convs):
         return []
     groups = []
     for number, (conv, consumer) in enumerate(itertools.pairwise(convs), 1):
         index = _rows(conv.out_channels, 1, 0)
         vectors = _vectors(f"{name}.conv{number}", conv, index)
         norm = getattr(module, f"bn{number}", None)
+        if not isinstance(norm, nn.BatchNorm2d | nn.Identity | None):  # it mixes the channels
+            continue
         if isinstance(norm, nn.BatchNorm2d):
             parts = ("weight", "bias", "running_mean", "running_var")
             vectors += [Member(f"{name}.bn{number}.{p}", 0, index) for p in parts if getattr(norm, p) is not None]

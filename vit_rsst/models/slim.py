@@ -4,6 +4,7 @@ A unit can go when nothing of it is seen: all its weights are zero, or all that 
 leave the producing layers with their biases and norms, its columns leave the consumer.
 """
 
+import json
 from collections.abc import Mapping
 
 import torch
@@ -45,6 +46,11 @@ def kept_units(net: nn.Module, mask: MaskSet, round_to: int = 1) -> Kept:
 def widths(kept: Kept) -> dict[str, int]:
     """Units of each group, all that it takes to build the shape again."""
     return {name: len(units) for name, units in kept.items()}
+
+
+def shape_of(net: nn.Module, mask: MaskSet, header: Mapping[str, str]) -> dict[str, int]:
+    """Widths of the slim model that a ticket of the full model `net` makes; of a slim ticket its own."""
+    return json.loads(header["widths"]) if "widths" in header else widths(kept_units(net, mask))
 
 
 def narrowed(net: nn.Module, stock: nn.Module) -> dict[str, int]:
