@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def analyze(
     device = default_device()
     if is_measured:
         for subject, item in zip(subjects, items, strict=True):
+            print(f"measuring {subject.label} …", file=sys.stderr, flush=True)
             item |= measured(subject, batches, device)
     where = {"device": f"{device.type}: {measure.device_name(device)}", "threads": torch.get_num_threads()}
     return where | {"torch": torch.__version__, "precision": "fp32", "items": items}
