@@ -310,7 +310,7 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
             f"data.image_size: {recipe.model.name} takes images of {expected[0]} px and the data have {size} px; set "
             f"data.image_size={expected[0]}, or model.args.img_size={size}."
         )
-    opened = reshape_(net, recipe)
+    opened = reshape_(net, recipe, architecture, args)
     if opened is None or not recipe.model.start_from:
         return net, None
     path, ticket = opened
@@ -318,7 +318,7 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
     return net, ticket.mask
 
 
-def reshape_(net: nn.Module, recipe: Recipe) -> tuple[Path, Ticket] | None:
+def reshape_(net: nn.Module, recipe: Recipe, architecture: str, args: dict) -> tuple[Path, Ticket] | None:
     """Gives the network the shape of what it starts from, or of what its shape is taken from, and names that.
 
     Raises:
@@ -328,7 +328,7 @@ def reshape_(net: nn.Module, recipe: Recipe) -> tuple[Path, Ticket] | None:
     if not source:
         return None
     path, ticket = open_ticket(Path(source).expanduser())
-    check_same_model(path, ticket, *zoo.describe(recipe.model.name, recipe.model.args, net.num_classes))
+    check_same_model(path, ticket, architecture, args)
     if recipe.model.shape_from or "widths" in ticket.metadata:
         slim.shape_like_(net, slim.shape_of(net, ticket.mask, ticket.metadata), str(path))
     return path, ticket
