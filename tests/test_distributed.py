@@ -31,6 +31,7 @@ import os, signal
 from vit_rsst import assembly, console
 
 assembly.EVALUATION_BATCH = 50  # so that both ranks have some of the 144 and 360 images
+assembly.CALIBRATION_BATCH = 32  # 150 images: three batches for one rank, and a whole and a ragged one for the other
 
 step_of = console.Console.step
 
@@ -59,10 +60,10 @@ class Job:
         return f"exit code {self.code}\n{self.out[-3000:]}\n{self.err[-3000:]}"
 
 
-def launch(folder: Path, **variables: str) -> Job:
-    """Trains the recipe in `folder` with two processes; kills the whole group when it takes too long."""
+def launch(folder: Path, text: str = RECIPE, **variables: str) -> Job:
+    """Trains a recipe in `folder` with two processes; kills the whole group when it takes too long."""
     (folder / "stopper.py").write_text(STOPPER, encoding="utf-8")
-    recipe = tiny.write_recipe(folder, RECIPE)
+    recipe = tiny.write_recipe(folder, text)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,17 +107,22 @@ def two(tmp_path_factory) -> Job:
     return job
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
-    """The run of the same recipe in one process, four micro-batches a step."""
-    folder = tmp_path_factory.mktemp("one")
+def alone(folder: Path, text: str = RECIPE) -> Path:
+    """The run of the same recipe in one process."""
     (folder / "stopper.py").write_text(STOPPER, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setattr(assembly, "EVALUATION_BATCH", assembly.EVALUATION_BATCH)  # which the plugin changes
-        assert tiny.command("train", tiny.write_recipe(folder, RECIPE)) == 0
+        for name in ("EVALUATION_BATCH", "CALIBRATION_BATCH"):  # which the plugin changes
+            patch.setattr(assembly, name, getattr(assembly, name))
+        assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
     sys.modules.pop("stopper")
     return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """Four micro-batches a step."""
+    return alone(tmp_path_factory.mktemp("one"))
 
 
 def test_two_processes_finish_a_run_and_one_of_them_writes(two):
@@ -144,6 +150,25 @@ def test_the_ranks_agree_on_every_mask(two, one):
     assert [r["density"] for r in found] == [
         round(d * tiny.NUM_PRUNABLE) / tiny.NUM_PRUNABLE for d in (1, 0.1**0.5, 0.1)
     ]
+
+
+@pytest.mark.parametrize("criterion", ["activation_l2", "saliency"])
+def test_statistics_of_ragged_batches_choose_the_units_that_one_process_chooses(one, tmp_path, criterion):
+    pruning = (
+        f"{{method: imp, granularity: head+neuron, criterion: {criterion}, calibration_images: 150, min_neurons: 2, "
+    )
+    pruning += "schedule: {rounds: 1, final_sparsity: 0.6}}"
+    text = RECIPE.split("pruning:", maxsplit=1)[0].replace("epochs: 2", "epochs: 1")
+    start = f"start_from: {one / 'tickets' / 'round_00.safetensors'}, args:"  # the same weights in both
+    text = text.replace("args:", start) + f"plugins: [stopper]\npruning: {pruning}\n"
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    job = launch(tmp_path / "two", text, ACCELERATE_USE_CPU="true")
+    assert job.code == 0, job.report
+    found, single = reports(job.run)[1], reports(alone(tmp_path / "one", text))[1]
+    assert found["mask_fingerprints"] == single["mask_fingerprints"] * 2
+    assert found["density"] == single["density"] < 0.5
+    assert found["units"] == single["units"]
 
 
 def test_two_processes_take_the_steps_of_one_on_the_same_global_batches(two, one):

@@ -310,18 +310,28 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
             f"data.image_size: {recipe.model.name} takes images of {expected[0]} px and the data have {size} px; set "
             f"data.image_size={expected[0]}, or model.args.img_size={size}."
         )
-    if recipe.model.shape_from:
-        path, ticket = open_ticket(Path(recipe.model.shape_from).expanduser())
-        slim.shape_like_(net, slim.shape_of(net, ticket.mask, ticket.metadata), str(path))
+    opened = reshape_(net, recipe, architecture, args)
+    if opened is None or not recipe.model.start_from:
         return net, None
-    if not recipe.model.start_from:
-        return net, None
-    path, ticket = open_ticket(Path(recipe.model.start_from).expanduser())
-    check_same_model(path, ticket, architecture, args)
-    if "widths" in ticket.metadata:
-        slim.shape_like_(net, json.loads(ticket.metadata["widths"]), str(path))
+    path, ticket = opened
     tickets.load_into_(net, ticket, str(path))
     return net, ticket.mask
+
+
+def reshape_(net: nn.Module, recipe: Recipe, architecture: str, args: dict) -> tuple[Path, Ticket] | None:
+    """Gives the network the shape of what it starts from, or of what its shape is taken from, and names that.
+
+    Raises:
+        Damaged: it cannot be read, or is of another model.
+    """
+    source = recipe.model.start_from or recipe.model.shape_from
+    if not source:
+        return None
+    path, ticket = open_ticket(Path(source).expanduser())
+    check_same_model(path, ticket, architecture, args)
+    if recipe.model.shape_from or "widths" in ticket.metadata:
+        slim.shape_like_(net, slim.shape_of(net, ticket.mask, ticket.metadata), str(path))
+    return path, ticket
 
 
 def check_same_model(path: Path, ticket: Ticket, architecture: str, args: dict) -> None:

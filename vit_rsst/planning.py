@@ -50,6 +50,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     progress = Progress(steps, recipe.round_epochs)
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
     net = zoo.create(architecture, args, device="meta")
+    assembly.reshape_(net, recipe, architecture, args)
     pruning = recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
