@@ -105,3 +105,9 @@ def test_the_command_prints_the_classes_and_writes_them_as_json(run, tmp_path, c
     assert len(probabilities) == 3
     assert probabilities == sorted(probabilities, reverse=True)
     assert written["model"].endswith("round_02.safetensors")
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_any_work(run, tmp_path, capsys):
+    for wrong in (tmp_path / "missing" / "out.json", tmp_path):
+        assert tiny.command("predict", run, tmp_path / "no_image.png", "--json", wrong) == 2
+        assert "cannot be written" in capsys.readouterr().err

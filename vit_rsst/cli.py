@@ -3,9 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vit_rsst import __version__
 from vit_rsst.train import add_arguments, guarded, train
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,16 +78,35 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def output_file(name: str | None) -> "Path | None":
+    """Where a result is to go, looked at before any work.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    from pathlib import Path
+
+    from vit_rsst.errors import InputError
+
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"{name}: it cannot be written; name a file in a folder that exists.")
+    return path
+
+
 def evaluate_verb(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from vit_rsst import files
     from vit_rsst.evaluation import evaluate_ticket, report_text
 
+    output = output_file(arguments.json)
     result = evaluate_ticket(Path(arguments.what), arguments.split, arguments.data)
     print(report_text(result))
-    if arguments.json:
-        files.write_json(Path(arguments.json), result)
+    if output:
+        files.write_json(output, result)
 
 
 def predict_verb(arguments: argparse.Namespace) -> None:
@@ -92,25 +115,25 @@ def predict_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst import files
     from vit_rsst.predict import predict, predictions_text
 
+    output = output_file(arguments.json)
     result = predict(Path(arguments.what), [Path(image) for image in arguments.images], arguments.top)
     print(predictions_text(result))
-    if arguments.json:
-        files.write_json(Path(arguments.json), result)
+    if output:
+        files.write_json(output, result)
 
 
 def analyze_verb(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from vit_rsst import files
     from vit_rsst.analysis.analyze import analyze, write_csv
     from vit_rsst.analysis.tables import analysis_text
 
+    as_json, as_csv = output_file(arguments.json), output_file(arguments.csv)
     result = analyze(arguments.what, arguments.image_size, arguments.batch, not arguments.no_latency)
     print(analysis_text(result))
-    if arguments.json:
-        files.write_json(Path(arguments.json), result)
-    if arguments.csv:
-        write_csv(Path(arguments.csv), result)
+    if as_json:
+        files.write_json(as_json, result)
+    if as_csv:
+        write_csv(as_csv, result)
 
 
 def export_verb(arguments: argparse.Namespace) -> None:
