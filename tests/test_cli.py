@@ -564,6 +564,27 @@ def test_a_terminated_process_ends_with_75_and_the_same_command_ends_bit_identic
     is_as_undisturbed(run, undisturbed)
 
 
+def test_a_run_stops_when_its_time_is_up_and_goes_on_with_more(tmp_path, undisturbed, capsys):
+    recipe = tiny.write_recipe(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    assert tiny.command("train", recipe, *LONG, "train.max_minutes=1e-6") == 75
+    assert "stopped on train.max_minutes at step 1; the same command goes on" in capsys.readouterr().err
+    found = tiny.status(run)
+    assert (found["state"], found["exit_code"], found["step"]) == ("stopped", 75, 1)
+    assert tiny.command("train", recipe, *LONG, "train.max_minutes=60") == 0
+    is_as_undisturbed(run, undisturbed)
+
+
+def test_output_that_nobody_reads_any_more_is_no_traceback():
+    command = [sys.executable, "-m", "vit_rsst.cli", "methods"]
+    process = subprocess.Popen(
+        command, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    told = process.stderr.read()
+    assert (process.wait(timeout=60), told) == (141, "")
+
+
 @pytest.mark.parametrize("stops", [[1], [8], [13, 14], [TOTAL - 1], [TOTAL]])
 def test_a_run_may_be_stopped_at_any_step(tmp_path, undisturbed, monkeypatch, stops):
     """In the first step, at the end of an epoch, twice in a row, before the last step and after it."""

@@ -445,6 +445,14 @@ def test_every_rule_of_the_rules_is_broken_by_one_of_these_recipes(tmp_path, mon
     assert len(rules) >= 26
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("field", ["optim.lr", "optim.weight_decay"])
+def test_a_number_has_to_be_finite(tmp_path, field, value):
+    [line] = complaints(tmp_path, "name: r\n", f"{field}={value}")
+    assert f"{field}: " in line
+    assert "finite" in line or "out of range" in line
+
+
 def test_rules_are_told_beside_faults_of_other_fields(tmp_path):
     lines = complaints(tmp_path, "name: r\n", "train.global_batch=0", "pruning.schedule=explicit", "optim.min_lr=1")
     assert len(lines) == 3
@@ -518,7 +526,7 @@ def test_the_fingerprint_changes_with_every_field_that_decides_and_with_no_other
             deciding += 1
     method = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\npruning: {method: imp}\n"))
     assert method.fingerprint != recipe.fingerprint
-    assert free == 7
+    assert free == 8
     assert free + deciding == len(LEAVES) + 1
     assert re.fullmatch("[0-9a-f]{16}", recipe.fingerprint)
 

@@ -367,11 +367,20 @@ def test_a_ticket_whose_header_lacks_an_entry_is_refused(ticket, capsys, missing
     assert missing in evaluated(ticket, capsys)
 
 
-def test_starting_from_a_ticket_of_another_model_is_refused(ticket, tmp_path, capsys):
+@pytest.mark.parametrize("change", ["depth=2", "num_heads=4", "qkv_bias=false"])
+def test_starting_from_a_ticket_of_another_model_is_refused_even_where_the_shapes_fit(ticket, tmp_path, capsys, change):
     recipe = tiny.write_recipe(tmp_path)
-    assert tiny.command("train", recipe, f"model.start_from={ticket}", "model.args.depth=2") == 5
-    assert "does not fit this model" in capsys.readouterr().err
+    assert tiny.command("train", recipe, f"model.start_from={ticket}", f"model.args.{change}") == 5
+    assert f"it is of another model: {change.split('=')[0]} is" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("missing", ["architecture", "model_args"])
+def test_starting_from_a_ticket_that_does_not_say_its_model_is_refused(ticket, tmp_path, capsys, missing):
+    loaded = tickets.load(ticket)
+    tickets.save(ticket, loaded.state, loaded.mask, {k: v for k, v in _header(loaded).items() if k != missing})
+    assert tiny.command("train", tiny.write_recipe(tmp_path), f"model.start_from={ticket}") == 5
+    assert f"the header has no {missing!r}" in capsys.readouterr().err
 
 
 def _header(ticket: tickets.Ticket) -> dict[str, str]:

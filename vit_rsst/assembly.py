@@ -2,6 +2,7 @@
 arguments."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def build(
     console.line(summary(recipe, data, net, weights, asked, dealing, progress, str(device)))
     tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
     tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
-    stop = StopFlag()
+    stop = StopFlag(deadline=time.monotonic() + 60 * train.max_minutes if train.max_minutes else None)
     stop.install()
     run = Run(
         accelerator=accelerator,
@@ -340,7 +341,8 @@ def check_same_model(path: Path, ticket: Ticket, architecture: str, args: dict) 
     Raises:
         Damaged: architecture or arguments differ, but for dropout.
     """
-    theirs = {"architecture": ticket.metadata.get("architecture"), **ticket.model_args}
+    their_architecture, their_args = zoo.description(ticket.metadata, str(path))
+    theirs = {"architecture": their_architecture, **their_args}
     ours = json.loads(json.dumps({"architecture": architecture, **args}))
     for key in sorted(theirs.keys() | ours.keys()):
         if "drop" not in key and theirs.get(key) != ours.get(key):

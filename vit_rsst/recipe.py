@@ -22,8 +22,8 @@ from vit_rsst.schedules import SPARSITY_CURVES
 
 
 def section(cls: type) -> type:
-    """A frozen dataclass that pydantic validates without accepting unknown keys."""
-    cls.__pydantic_config__ = {"extra": "forbid"}
+    """A frozen dataclass that pydantic validates without accepting unknown keys, infinity or NaN."""
+    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
     return dataclass(frozen=True)(cls)
 
 
@@ -105,6 +105,7 @@ class Train:
     compile: bool = False
     steps_per_epoch: Annotated[int, Ge(1)] | None = None
     max_skipped_steps: Annotated[int, Ge(0)] = 0
+    max_minutes: Annotated[float, Gt(0)] | None = None
     log_every_steps: Annotated[int, Ge(1)] = 50
     save_every_steps: Annotated[int, Ge(1)] | None = None
     keep_resume_points: Annotated[int, Ge(1)] = 2
@@ -282,6 +283,7 @@ FREE_FIELDS = (
     "name",
     "output_dir",
     "tracking",
+    "train.max_minutes",
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_resume_points",

@@ -81,6 +81,8 @@ def _sentence(item: dict, siblings: list[str], root: type) -> str:
     if kind == "literal_error":
         choices = [c.strip("'") for c in context["expected"].replace(" or ", ", ").split(", ")]
         return unknown("value", value, choices)
+    if kind == "finite_number":
+        return f"{value!r} is not a finite number"
     if kind == "string_pattern_mismatch":
         return _pattern_sentence(item, value)
     bound = {

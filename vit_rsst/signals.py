@@ -1,7 +1,9 @@
-"""A clean stop: signals set a flag, all ranks agree on it at the same step, the loop leaves with a resume point."""
+"""A clean stop: a signal or a time limit sets a flag, all ranks agree on it at the same step, the loop leaves with a
+resume point."""
 
 import os
 import signal
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +22,16 @@ LAUNCHED = "ACCELERATE_MIXED_PRECISION"
 class StopFlag:
     """Why the run should stop, once it should.
 
+    Attributes:
+        reason: empty until then.
+        deadline: of `time.monotonic`, when the time is up; None: it never is.
+
     A second SIGINT ends the process at once. `accelerate launch` with one process does not pass SIGTERM on and leaves
     the trainer orphaned, so that a launcher that is gone counts as SIGTERM.
     """
 
     reason: str = ""
+    deadline: float | None = None
     _launcher: int | None = field(default_factory=lambda: os.getppid() if LAUNCHED in os.environ else None)
 
     def install(self) -> None:
@@ -41,6 +48,8 @@ class StopFlag:
         """Whether any rank was asked to stop; the same answer on every rank, so it is collective."""
         if not self.reason and self._launcher not in (None, os.getppid()):
             self.reason = "the launcher is gone"
+        if not self.reason and self.deadline is not None and time.monotonic() >= self.deadline:
+            self.reason = "train.max_minutes"
         state = PartialState()
         if state.num_processes == 1:
             return bool(self.reason)

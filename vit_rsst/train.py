@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vit_rsst.recipe import Recipe
 
 
-INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+INTERRUPTED, CUT_SHORT = 130, 141  # 128 + SIGINT and + SIGPIPE, as a shell says it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,10 @@ def guarded(verb: object, arguments: argparse.Namespace) -> int:
     """Runs a verb; an error that the user can act on is printed without a traceback and becomes its exit code."""
     try:
         verb(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_SHORT
     except RunError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{'' if error.exit_code == 75 else 'error: '}{error}", file=sys.stderr, flush=True)

@@ -93,16 +93,26 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
     return net
 
 
+def description(header: Mapping[str, str], place: str) -> tuple[str, dict]:
+    """Architecture and arguments in the header of a ticket, as `describe` gave them.
+
+    Raises:
+        Damaged: the header does not hold them.
+    """
+    missing = [key for key in ("architecture", "model_args") if key not in header]
+    if missing:
+        raise Damaged(f"{place}: the header has no {missing[0]!r}; it does not come from a run of this version.")
+    return header["architecture"], json.loads(header["model_args"])
+
+
 def described(header: Mapping[str, str], place: str, device: str | None = None) -> nn.Module:
     """The network that the header of a ticket describes, of the widths that it names; its weights are random.
 
     Raises:
         Damaged: the header does not say what to build, or describes what cannot be built.
     """
-    missing = [key for key in ("architecture", "model_args") if key not in header]
-    if missing:
-        raise Damaged(f"{place}: the header has no {missing[0]!r}; it does not come from a run of this version.")
-    net = create(header["architecture"], json.loads(header["model_args"]), device=device)
+    architecture, args = description(header, place)
+    net = create(architecture, args, device=device)
     if "widths" in header:
         slim.shape_like_(net, json.loads(header["widths"]), place)
     return net

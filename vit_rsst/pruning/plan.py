@@ -43,7 +43,7 @@ class Penalty:
         condemned_gradient: whether the condemned go on receiving the gradient of the loss.
     """
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
     ramp: Ramp = "x"
     exponent: Annotated[float, Gt(0)] = 4.0
@@ -176,7 +176,7 @@ def register_method(name: str) -> Callable[[type], type]:
     """Class decorator: makes the frozen dataclass a method that a recipe can name."""
 
     def add(method: type) -> type:
-        method.__pydantic_config__ = {"extra": "forbid"}
+        method.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
         return METHODS.register(name)(method)
 
     return add
