@@ -64,7 +64,7 @@ def load(path: Path) -> Ticket:
         Damaged: no such file, not a ticket, another schema, truncated, or not what its hash says.
     """
     if not path.is_file():
-        raise Damaged(f"{path}: there is no such ticket.")
+        raise Damaged(f"{path}: there is no such ticket; check the path, or train the run that leaves it first.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
