@@ -18,8 +18,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
+from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import Dealing, InMemoryLoader, evaluation_batches, steps_per_epoch
-from vit_rsst.data.sources import DataOptions, ImageData, Split, open_data, open_tables
+from vit_rsst.data.options import DataOptions
+from vit_rsst.data.sources import open_data, open_tables
+from vit_rsst.data.tables import Rows, Split
 from vit_rsst.data.transforms import Augmentation, normalize
 from vit_rsst.errors import EnvironmentLacks, InputError
 from vit_rsst.progress import Progress
@@ -50,7 +53,7 @@ def refusal(options: DataOptions, kind: type = InputError) -> str:
 
 
 def rows(data: ImageData) -> dict[str, set[int]]:
-    return {split: set(index.tolist()) for split, (_, index) in data.rows.items()}
+    return {split: set(rows.index.tolist()) for split, rows in data.rows.items()}
 
 
 def test_the_digits_are_split_in_1293_144_and_360_without_overlap():
@@ -72,7 +75,7 @@ def test_the_test_split_is_the_same_for_every_seed_and_the_validation_split_is_n
 
 def test_the_test_split_holds_every_class_in_proportion():
     data = open_data(DataOptions("digits"), 0)
-    table, index = data.rows["test"]
+    table, index = data.rows["test"].table, data.rows["test"].index
     every, tested = Counter(table.labels.tolist()), Counter(table.labels[index].tolist())
     assert len(tested) == 10
     assert all(abs(tested[c] - every[c] * 360 / 1797) < 1 for c in every)
@@ -82,7 +85,7 @@ def test_the_digits_are_grey_images_of_three_equal_channels_with_their_own_label
     from sklearn.datasets import load_digits
 
     data = open_data(DataOptions("digits"), 0)
-    _, index = data.rows["val"]
+    index = data.rows["val"].index
     assert data.val.images.shape == (144, 3, 32, 32)
     assert data.val.images.dtype.is_floating_point is False
     assert data.val.labels.tolist() == load_digits().target[index].tolist()
@@ -180,7 +183,7 @@ def test_a_folder_in_the_layout_of_the_hub_is_read_with_its_classes_and_its_orde
     assert [data.count(split) for split in ("train", "val", "test")] == [16, 4, 4]
     assert data.test.labels.tolist() == [1, 0, 1, 0]
     assert data.test.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    _, index = data.rows["train"]
+    index = data.rows["train"].index
     assert data.train.images[:, 0, 0, 0].tolist() == index.tolist()
     assert data.train.labels.tolist() == [LABELS[i] for i in index]
     parts = rows(data)
@@ -634,7 +637,7 @@ def test_real_cifar10_is_read_as_published():
     data = open_data(DataOptions("cifar10", str(real_data("cifar10")), train_samples=200), 0)
     assert " ".join(data.classes) == "airplane automobile bird cat deer dog frog horse ship truck"
     assert [data.count(split) for split in ("train", "val", "test")] == [200, 5_000, 10_000]
-    table, _ = data.rows["train"]
+    table = data.rows["train"].table
     assert Counter(table.labels.tolist()) == dict.fromkeys(range(10), 5_000)
     assert data.train.images.shape == (200, 3, 32, 32)
     mean = data.train.images.float().mean((0, 2, 3)) / 255
@@ -647,7 +650,7 @@ def test_real_photographs_are_decoded_at_the_size_of_imagenet():
     table = open_tables(chosen)["train"]
     assert len(table.classes) == 1000
     assert sorted(table.labels.tolist()) == list(range(1000))
-    data = ImageData(chosen, {"train": (table, np.arange(0, 1000, 50))}, table.classes, {})
+    data = ImageData(chosen, {"train": Rows("train", table, np.arange(0, 1000, 50))}, table.classes, {})
     assert data.train.images.shape == (20, 3, 224, 224)
     assert data.train.labels.tolist() == table.labels[::50].tolist()
     spread = data.train.images.float().std((1, 2, 3))

@@ -14,17 +14,18 @@ import tiny
 FLOORS = [
     # 0 ground: plain helpers; what lies above may use them anywhere
     "errors files seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
-    "data.catalog models.catalog",
+    "data.catalog data.options models.catalog",
     # 1 measure: numbers of weights, logits and images
-    "pruning.criteria pruning.granularity models.anatomy models.resnet data.transforms metrics.counters "
-    "metrics.reported optim",
+    "pruning.criteria pruning.granularity models.anatomy models.resnet data.transforms data.decoding "
+    "metrics.counters metrics.reported optim",
     # 2 decide: which elements live
     "pruning.selection pruning.plan pruning.allocation pruning.selector pruning.methods.constant pruning.methods.dense "
     "pruning.methods.gmp pruning.methods.imp pruning.methods.refill pruning.methods.rsst pruning.methods.rst "
     "pruning.methods.ste pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
     "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.zoo "
-    "data.sources data.loaders checkpoint tickets tracking results console signals "
+    "data.locate data.tables data.streams data.images data.sources data.loaders "
+    "checkpoint tickets tracking results console signals "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
     "resume loop export export.slim_folder export.source trained",
@@ -61,7 +62,11 @@ SIDEWAYS = {
     ("pruning.selector", "pruning.selection"),
     ("pruning.criteria", "pruning.granularity"),
     ("pruning.controller", "pruning.agreement"),
-    ("data.loaders", "data.sources"),
+    ("data.options", "data.catalog"),
+    ("data.streams", "data.locate"),
+    *(("data.images", f"data.{name}") for name in ("streams", "tables")),
+    *(("data.sources", f"data.{name}") for name in ("images", "locate", "streams", "tables")),
+    *(("data.loaders", f"data.{name}") for name in ("streams", "tables")),
     ("console", "results"),
     ("recipe_rules", "recipe"),
     ("recipe_rules", "recipe_errors"),
@@ -92,8 +97,8 @@ METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "prunin
 """All that a pruning method may know of the package; rst is rsst from another start."""
 
 DOORS = {
-    "datasets": {"data.sources", "metrics.reported"},
-    "timm": {"models.zoo", "export.timm_folder"},
+    "datasets": {"data.locate", "data.sources", "data.streams", "metrics.reported"},
+    "timm": {"data.decoding", "models.zoo", "export.timm_folder"},
     "transformers": {"models.hub", "export.transformers_folder"},
     "evaluate": {"metrics.reported"},
     "safetensors": {"tickets", "checkpoint", "export.slim_folder", "export.timm_folder", "export.dense_folder"},
@@ -108,7 +113,7 @@ DOORS = {
 
 ALLOWED_DOORS = {
     "datasets": ("data.", "metrics.reported"),
-    "timm": ("models.", "export."),
+    "timm": ("data.decoding", "models.", "export."),
     "transformers": ("models.", "export."),
     "evaluate": ("metrics.",),
     "safetensors": ("tickets", "checkpoint", "export."),

@@ -9,7 +9,9 @@ import tiny
 import torch
 from PIL import Image
 
-from vit_rsst.data.sources import DataOptions, decode_file, open_data
+from vit_rsst.data.images import decode_file
+from vit_rsst.data.options import DataOptions
+from vit_rsst.data.sources import open_data
 from vit_rsst.data.transforms import normalize
 from vit_rsst.errors import InputError
 from vit_rsst.predict import find_images, predict, predictions_text
@@ -39,7 +41,7 @@ def test_files_of_digits_get_the_answers_that_the_same_test_images_get(run, tmp_
 
     trained = open_trained(run)
     data = open_data(trained.data, trained.seed)
-    rows = data.rows["test"][1][:70]  # more than one batch
+    rows = data.rows["test"].index[:70]  # more than one batch
     files = [
         write(tmp_path, f"{i:02d}.png", (load_digits().images[row] * 255 / 16).astype(np.uint8), "L")
         for i, row in enumerate(rows)

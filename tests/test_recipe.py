@@ -327,6 +327,17 @@ EXPLICIT = "pruning.schedule={name: explicit, sparsities: [0.5, 0.8]}"
 UNITS = "pruning.granularity=head+neuron"
 
 RULES = {
+    "a stream of the digits": (["data.streaming=true"], "data.streaming", "means nothing to the embedded digits"),
+    "a part of a stream": (
+        ["data.source=cifar10", "data.streaming=true", "data.train_samples=9"], "data.train_samples", "no first rows"),
+    "a stream in memory": (
+        ["data.source=cifar10", "data.streaming=true", "data.in_memory=true"], "data.in_memory", "exclude each other"),
+    "random crops in memory": (
+        ["data.in_memory=true", "data.augment.crop=resized"], "data.in_memory", "another image in each epoch"),
+    "corrupt images in memory": (
+        ["data.in_memory=true", "data.max_corrupt=0.1"], "data.in_memory", "exclude each other"),
+    "a scale that ends before it begins": (
+        ["data.augment.scale=[0.9, 0.1]"], "data.augment.scale", "the smaller comes first"),
     "a name that hides the run": (["name=.hidden"], "name", "leave out the dot"),
     "explicit without a list": (["pruning.schedule=explicit"], "pruning.schedule.sparsities", "explicit needs"),
     "explicit that falls": (
@@ -526,7 +537,7 @@ def test_the_fingerprint_changes_with_every_field_that_decides_and_with_no_other
             deciding += 1
     method = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\npruning: {method: imp}\n"))
     assert method.fingerprint != recipe.fingerprint
-    assert free == 8
+    assert free == 10
     assert free + deciding == len(LEAVES) + 1
     assert re.fullmatch("[0-9a-f]{16}", recipe.fingerprint)
 

@@ -2,9 +2,10 @@
 arguments."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,15 +18,20 @@ from vit_rsst import optim, results, resume, run_folder, tickets
 from vit_rsst.checkpoint import Checkpointer
 from vit_rsst.console import Console
 from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.data.decoding import Decoder, Window, auto_augment
+from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import (
     Dealing,
+    DecodingLoader,
     InMemoryLoader,
-    balanced_rows,
+    Loader,
     evaluation_batches,
     placed,
     steps_per_epoch,
 )
-from vit_rsst.data.sources import DataOptions, ImageData, Split, open_data
+from vit_rsst.data.options import DataOptions
+from vit_rsst.data.sources import open_data
+from vit_rsst.data.tables import Split
 from vit_rsst.data.transforms import Augmentation
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.export.source import open_ticket
@@ -68,7 +74,7 @@ def build(
     """
     train, device, is_main = recipe.train, accelerator.device, accelerator.is_main_process
     with accelerator.main_process_first():  # one process makes the cache, the others read it
-        data = open_data(data_options(recipe), recipe.seed)
+        data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
     dealing = Dealing.of(train.global_batch, train.batch_per_device, accelerator.num_processes)
     steps = steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch)
     progress = Progress(steps, recipe.round_epochs)
@@ -137,19 +143,30 @@ def build(
     return run, lock
 
 
-def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator: Accelerator) -> InMemoryLoader:
-    """This rank's training batches, from the decoded images."""
+def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator: Accelerator) -> Loader:
+    """This rank's training batches, from decoded images or decoded as they are needed."""
     mean, std = channels(recipe)
-    device = accelerator.device
-    return InMemoryLoader(
-        split=placed(data.train, device),
-        dealing=dealing,
-        rank=accelerator.process_index,
-        device=device,
-        seed=recipe.seed,
-        augmentation=augmentation(recipe),
-        mean=mean,
-        std=std,
+    decoder, device = training_decoder(recipe, data), accelerator.device
+    common = {
+        "dealing": dealing,
+        "rank": accelerator.process_index,
+        "device": device,
+        "seed": recipe.seed,
+        "augmentation": augmentation(recipe),
+        "mean": mean,
+        "std": std,
+    }
+    samples = data.rows["train"]
+    if not decoder.is_random:
+        samples = data.samples("train", recipe.data.in_memory, 0.4 / local_processes(accelerator))
+    if isinstance(samples, Split):
+        return InMemoryLoader(split=placed(samples, device), **common)
+    return DecodingLoader(
+        rows=samples,
+        decoder=decoder,
+        workers=num_workers(recipe, accelerator),
+        max_corrupt=recipe.data.max_corrupt,
+        **common,
     )
 
 
@@ -237,8 +254,8 @@ def make_calibrate(
     needs = CRITERIA[recipe.pruning.criterion].needs
     if needs not in ("activations", "gradients") or isinstance(recipe.pruning.method, Dense | Constant):
         return None
-    rows = balanced_rows(data.train.labels, recipe.pruning.calibration_images, derived_seed(recipe.seed, "calibration"))
-    split = placed(Split(data.train.images[rows], data.train.labels[rows]), accelerator.device)
+    images = data.balanced("train", recipe.pruning.calibration_images, derived_seed(recipe.seed, "calibration"))
+    split = placed(images, accelerator.device)
     mean, std = channels(recipe)
 
     def calibrate() -> Statistics:
@@ -277,10 +294,7 @@ def resume_if_possible(s: Run) -> None:
 
 def data_options(recipe: Recipe) -> DataOptions:
     data = recipe.data
-    return DataOptions(
-        data.source, data.path, data.revision, data.image_column, data.label_column, data.image_size,
-        data.val_fraction, data.test_fraction, data.train_samples,
-    )  # fmt: skip
+    return DataOptions(**{field.name: getattr(data, field.name) for field in fields(DataOptions)})
 
 
 def channels(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -290,9 +304,46 @@ def channels(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def augmentation(recipe: Recipe) -> Augmentation:
+    """What is done to whole batches on the device."""
     augment = recipe.data.augment
     hflip = 0.5 * SOURCES[recipe.data.source].hflip if augment.hflip is None else augment.hflip
-    return Augmentation(augment.padding, hflip)
+    return Augmentation(augment.padding if crop(recipe) == "pad" else 0, hflip)
+
+
+def crop(recipe: Recipe) -> str:
+    return recipe.data.augment.crop or SOURCES[recipe.data.source].crop
+
+
+def training_decoder(recipe: Recipe, data: ImageData) -> Decoder:
+    """What is done to each training image while it is decoded.
+
+    Raises:
+        InputError: timm knows no such augmentation.
+    """
+    augment, mean = recipe.data.augment, channels(recipe)[0]
+    if augment.auto_augment is not None:
+        auto_augment(augment.auto_augment, data.options.size, mean)
+    return replace(
+        data.decoder("train"),
+        window=Window(augment.scale, augment.ratio) if crop(recipe) == "resized" else None,
+        auto_augment=augment.auto_augment,
+        color_jitter=augment.color_jitter,
+        mean=mean,
+    )
+
+
+def num_workers(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Processes that decode for this one; without a GPU the model needs the cores itself."""
+    if recipe.data.workers is not None:
+        return recipe.data.workers
+    if accelerator.device.type == "cpu":
+        return 0
+    return min(8, (os.cpu_count() or 1) // local_processes(accelerator))
+
+
+def local_processes(accelerator: Accelerator) -> int:
+    """Training processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
 def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | None]:
@@ -401,13 +452,16 @@ def make_evaluate(
 ) -> Callable[[str], dict[str, float]]:
     """Scores a split of the data with the network as it stands, over all ranks."""
     mean, std = channels(recipe)
-    # Both are decoded now: an image that cannot be is found before the first step, not after the last.
-    splits = {name: placed(getattr(data, name), accelerator.device) for name in ("val", "test")}
+    # What fits is decoded now: an image that cannot be is found before the first step, not after the last.
+    share = 0.4 / local_processes(accelerator)
+    splits = {name: data.samples(name, recipe.data.in_memory, share) for name in ("val", "test")}
+    splits |= {name: placed(split, accelerator.device) for name, split in splits.items() if isinstance(split, Split)}
+    workers = num_workers(recipe, accelerator)
 
     def evaluate(split: str) -> dict[str, float]:
         batches = evaluation_batches(
             splits[split], EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes,
-            accelerator.device, mean, std,
+            accelerator.device, mean, std, data.decoder(split), workers, recipe.data.max_corrupt,
         )  # fmt: skip
         return score(net, batches, accelerator.device)
 
@@ -441,6 +495,10 @@ def density_text(density: Density) -> str:
     return f"{density:.3f}"
 
 
+def count_text(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
 def summary(
     recipe: Recipe,
     data: ImageData,
@@ -454,7 +512,7 @@ def summary(
     """What is about to happen, in four lines."""
     total = sum(p.numel() for p in net.parameters())
     prunable = sum(w.numel() for w in weights.values())
-    rows = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
+    rows = ", ".join(f"{count_text(data.count(split))} {split}" for split in ("train", "val", "test"))
     return (
         f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({rows})\n"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "

@@ -49,3 +49,8 @@ def unknown(what: str, value: object, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
     listed = ", ".join(choices[:-1]) + " or " + choices[-1] if len(choices) > 1 else "".join(choices)
     return f"unknown {what} {str(value)!r}; expected {listed}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the rest."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

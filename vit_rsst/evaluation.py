@@ -34,14 +34,19 @@ def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dic
             f"{data.classes[:3]} …."
         )
     device = default_device()
-    net, samples = trained.net.to(device), getattr(data, split)
+    net, samples = trained.net.to(device), data.samples(split)
 
     def batches() -> object:
-        return evaluation_batches(samples, EVALUATION_BATCH, 0, 1, device, trained.mean, trained.std)
+        return evaluation_batches(
+            samples, EVALUATION_BATCH, 0, 1, device, trained.mean, trained.std, data.decoder(split),
+            max_corrupt=options.max_corrupt,
+        )  # fmt: skip
 
     with trained.autocast(device):
-        scores = score(net, batches(), device) | _by_class(net, batches(), trained.classes)
-    result = {"ticket": str(trained.path), "split": split, "samples": len(samples), "density": trained.mask.density}
+        report = _by_class(net, batches(), trained.classes)
+        scores = score(net, batches(), device) | report
+    number = sum(report["support"])
+    result = {"ticket": str(trained.path), "split": split, "samples": number, "density": trained.mask.density}
     return result | scores
 
 

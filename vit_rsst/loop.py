@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vit_rsst import optim, results, resume, tickets
 from vit_rsst.checkpoint import Checkpointer
 from vit_rsst.console import Console
-from vit_rsst.data.loaders import Batch, InMemoryLoader
+from vit_rsst.data.loaders import Batch, Loader
 from vit_rsst.errors import Diverged, Stopped
 from vit_rsst.metrics.counters import RunningLoss
 from vit_rsst.progress import Progress
@@ -48,7 +48,7 @@ class Run:
     model: nn.Module
     net: nn.Module
     optimizer: torch.optim.Optimizer
-    loader: InMemoryLoader
+    loader: Loader
     loss: Callable[[Tensor, Tensor], Tensor]
     lr: Callable[[Progress], float]
     controller: Controller
@@ -163,6 +163,10 @@ def finish_epoch(s: Run) -> None:
         metrics |= {f"val/{key}": value for key, value in s.evaluate("val").items()}
     last = replace(s.progress, epoch=s.progress.epoch - 1, step=s.progress.steps_per_epoch - 1)
     metrics |= s.controller.metrics(last) | {"time/images_per_s": s.console.images_per_second}
+    read, warnings = s.loader.report()
+    for warning in warnings:
+        s.tracker.warning(s.progress.global_step, warning)
+    metrics |= read
     s.tracker.log("epoch", s.progress.global_step, _where(s.progress) | metrics)
     s.console.epoch(metrics)
     if s.accelerator.is_main_process:

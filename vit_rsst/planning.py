@@ -29,11 +29,11 @@ from vit_rsst.results import aligned, size
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples of each split, and whether they were counted or are the published numbers."""
+    """Samples of each split, and whether they were counted or are the published numbers; None: a stream's, unknown."""
 
-    train: int
-    val: int
-    test: int
+    train: int | None
+    val: int | None
+    test: int | None
     num_classes: int
     are_counted: bool
 
@@ -57,15 +57,17 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     selector, density = assembly.build_selection(recipe, net, weights, groups, image_size)
     densities = [selector.mean_density(weights, asked) for asked in round_densities(recipe, density)]
     total, prunable = sum(p.numel() for p in net.parameters()), sum(w.numel() for w in weights.values())
-    dropped = rows.train - steps * recipe.train.global_batch
+    used = steps * recipe.train.global_batch
+    dropped = "all" if rows.train is None else f"{rows.train - used:,}"
+    counts = ", ".join(f"{assembly.count_text(getattr(rows, split))} {split}" for split in ("train", "val", "test"))
     parts = [
         f"plan of {recipe.name}: {recipe.pruning.method_name}, seed {recipe.seed}; nothing is created",
-        f"data       {recipe.data.source}: {rows.train:,} train, {rows.val:,} val, {rows.test:,} test, "
+        f"data       {recipe.data.source}: {counts}, "
         f"{rows.num_classes} classes ({'counted' if rows.are_counted else 'as published; the data were not reached'})",
         f"model      {recipe.model.name} = {architecture}: {total:,} parameters, {prunable:,} prunable in "
         f"{len(weights)} weights ({prunable / total:.1%})",
         f"batch      {dealing} with {num_processes} process(es); the same on any number that divides it",
-        f"epoch      {steps:,} optimizer steps, {dropped:,} images of the tail dropped",
+        f"epoch      {steps:,} optimizer steps, {dropped} images of the tail dropped",
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
         f"{progress.total_steps * recipe.train.global_batch:,} images",
         "",
@@ -88,7 +90,7 @@ def count_rows(recipe: Recipe) -> Rows:
     except EnvironmentLacks:
         if info.rows is None or recipe.data.path:
             raise
-        val = round(info.rows[0] * recipe.data.val_fraction)
+        val = round(info.rows[0] * assembly.data_options(recipe).val_share)
         train = min(info.rows[0] - val, recipe.data.train_samples or info.rows[0])
         return Rows(train, val, info.rows[1], info.num_classes, False)
 
@@ -181,7 +183,10 @@ def resource_lines(
     state = total * 4 * (2 + moments)
     masks = prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
-    images = (rows.train + rows.val + rows.test) * 3 * image_size**2
+    counts = (rows.train, rows.val, rows.test)
+    images = "decoded as they are read"
+    if recipe.data.in_memory is not False and assembly.crop(recipe) == "pad" and None not in counts:
+        images = f"decoded {size(sum(counts) * 3 * image_size**2)} where they fit"
     activations = activation_bytes(net, image_size, dealing.batch_per_device)
     if recipe.train.precision == "bf16":
         activations //= 2
@@ -190,7 +195,7 @@ def resource_lines(
     point = total * 4 * (1 + moments) + prunable // 4 + rewind
     return [
         f"memory     a process: weights, gradients and moments {size(state)}, masks {size(masks)}, activations about "
-        f"{size(activations)} at {dealing.batch_per_device} images; images decoded {size(images)}",
+        f"{size(activations)} at {dealing.batch_per_device} images; images {images}",
         f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
         f"{size(point)}, one more while it is written",
     ]

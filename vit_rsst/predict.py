@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vit_rsst.data.sources import decode_file
+from vit_rsst.data.images import decode_file
 from vit_rsst.data.transforms import normalize
 from vit_rsst.errors import InputError
 from vit_rsst.trained import Trained, default_device, open_trained

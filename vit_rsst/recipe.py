@@ -29,15 +29,39 @@ def section(cls: type) -> type:
 
 @section
 class Augment:
-    """Random crop after zero padding by `padding` px; flip with probability `hflip` (default: by the source)."""
+    """How training images are varied.
 
+    Attributes:
+        crop: `pad`: a random place after zero padding; `resized`: a random part, resized; default: by the source.
+        padding: px of zeros on each side.
+        scale, ratio: of the random part: its share of the area, its width divided by its height.
+        hflip: probability of a mirror image; default: by the source.
+        auto_augment: timm's configuration of RandAugment, AutoAugment or AugMix.
+        color_jitter: strength of brightness, contrast and saturation.
+    """
+
+    crop: Literal["pad", "resized"] | None = None
     padding: Annotated[int, Ge(0)] = 4
+    scale: tuple[Annotated[float, Gt(0), Le(1)], Annotated[float, Gt(0), Le(1)]] = (0.08, 1.0)
+    ratio: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (0.75, 4 / 3)
     hflip: Annotated[float, Ge(0), Le(1)] | None = None
+    auto_augment: str | None = None
+    color_jitter: Annotated[float, Ge(0), Le(1)] = 0.0
 
 
 @section
 class Data:
-    """What to train on."""
+    """What to train on, and how it is read.
+
+    Attributes:
+        num_classes: where labels are plain numbers, as in tars.
+        streaming: read shards row after row, without a copy in the cache.
+        shuffle_buffer: images that a stream is mixed with; encoded, in the memory of each process.
+        in_memory: keep decoded images; default: where they are small and do not differ from epoch to epoch.
+        workers: processes that decode, for each training process; default: by the machine.
+        max_corrupt: share of images that may be corrupt; they are left out and counted.
+        max_pixels: an image of more is corrupt, whatever its file's size.
+    """
 
     source: str = "digits"
     path: str | None = None
@@ -45,9 +69,16 @@ class Data:
     image_column: str | None = None
     label_column: str | None = None
     image_size: Annotated[int, Ge(8)] | None = None
-    val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
+    val_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
     test_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
     train_samples: Annotated[int, Ge(1)] | None = None
+    num_classes: Annotated[int, Ge(2)] | None = None
+    streaming: bool = False
+    shuffle_buffer: Annotated[int, Ge(1)] = 4096
+    in_memory: bool | None = None
+    workers: Annotated[int, Ge(0)] | None = None
+    max_corrupt: Annotated[float, Ge(0), Lt(1)] = 0.0
+    max_pixels: Annotated[int, Ge(64)] = 89_478_485
     augment: Augment = field(default_factory=Augment)
 
 
@@ -283,6 +314,8 @@ FREE_FIELDS = (
     "name",
     "output_dir",
     "tracking",
+    "data.in_memory",
+    "data.workers",
     "train.max_minutes",
     "train.log_every_steps",
     "train.save_every_steps",

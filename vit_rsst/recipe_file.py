@@ -25,7 +25,7 @@ from vit_rsst.recipe_rules import broken_rules
 SHORTHANDS = (("pruning", "method"), ("pruning", "schedule"))
 """Where `key: NAME` is short for `key: {name: NAME}`."""
 
-AUGMENT_PRESETS = {"none": {"padding": 0, "hflip": 0.0}, "plain": {}}
+AUGMENT_PRESETS = {"none": {"crop": "pad", "padding": 0, "hflip": 0.0}, "plain": {}}
 
 
 class Source:

@@ -211,6 +211,36 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("data.path", "means nothing to the embedded digits; name the source of the folder")
     if data.revision is not None and (data.path is not None or not SOURCES[data.source].hub_id):
         yield Problem("data.revision", "is a version on the Hub, and the data come from this machine; leave it out")
+    if data.streaming and data.source == "digits":
+        yield Problem("data.streaming", "means nothing to the embedded digits, which are in memory")
+    if data.streaming and data.train_samples:
+        yield Problem(
+            "data.train_samples", "a stream has no first rows to keep; set train.steps_per_epoch, or streaming to false"
+        )
+    if data.streaming and data.in_memory:
+        yield Problem("data.in_memory", "and streaming exclude each other; keep one of the two")
+    yield from _augment(recipe)
+
+
+def _augment(recipe: Recipe) -> Iterator[Problem]:
+    data, augment = recipe.data, recipe.data.augment
+    for name in ("scale", "ratio"):
+        low, high = getattr(augment, name)
+        if low > high:
+            yield Problem(f"data.augment.{name}", f"[{low}, {high}] begins above its end; the smaller comes first")
+    varied = [
+        name
+        for name, is_set in (
+            ("crop: resized", (augment.crop or SOURCES[data.source].crop) == "resized"),
+            ("auto_augment", augment.auto_augment),
+            ("color_jitter", augment.color_jitter),
+        )
+        if is_set
+    ]
+    if data.in_memory and varied:
+        yield Problem("data.in_memory", f"{varied[0]} makes another image in each epoch; leave in_memory out")
+    if data.in_memory and data.max_corrupt:
+        yield Problem("data.in_memory", "and max_corrupt exclude each other: corrupt images are counted while read")
 
 
 def _model(recipe: Recipe) -> Iterator[Problem]:

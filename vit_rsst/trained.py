@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vit_rsst import tickets
-from vit_rsst.data.sources import DataOptions
+from vit_rsst.data.options import DataOptions
 from vit_rsst.errors import Damaged
 from vit_rsst.export.source import open_ticket
 from vit_rsst.models import zoo

@@ -23,8 +23,9 @@ from torch import nn
 
 from vit_rsst import cli, tickets
 from vit_rsst.assembly import CALIBRATION_BATCH, EVALUATION_BATCH
-from vit_rsst.data.loaders import balanced_rows, evaluation_batches
-from vit_rsst.data.sources import DataOptions, Split, open_data
+from vit_rsst.data.loaders import evaluation_batches
+from vit_rsst.data.options import DataOptions
+from vit_rsst.data.sources import open_data
 from vit_rsst.metrics.counters import score
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts
@@ -94,8 +95,7 @@ def measure(path: Path, seed: int, data_path: str | None) -> list[dict]:
 
     whole = scored()
     found = [{"seed": seed, "kind": "", "criterion": "nothing", **whole}]
-    rows = balanced_rows(data.train.labels, 2048, seed)
-    split = Split(data.train.images[rows], data.train.labels[rows])
+    split = data.balanced("train", 2048, seed)
     for kind, density in REMOVALS.items():
         weights, groups = prunable_parts(net, kind)
         batches = evaluation_batches(split, CALIBRATION_BATCH, 0, 1, cpu, mean, std)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from vit_rsst import assembly, loop
 from vit_rsst.data.loaders import placed
-from vit_rsst.data.sources import Split
+from vit_rsst.data.tables import Split
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty

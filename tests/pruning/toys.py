@@ -18,7 +18,7 @@ from vit_rsst import loop, optim
 from vit_rsst.checkpoint import Checkpointer
 from vit_rsst.console import Console
 from vit_rsst.data.loaders import Dealing, InMemoryLoader, evaluation_batches
-from vit_rsst.data.sources import Split
+from vit_rsst.data.tables import Split
 from vit_rsst.data.transforms import Augmentation
 from vit_rsst.loop import Run
 from vit_rsst.metrics.counters import RunningLoss, score

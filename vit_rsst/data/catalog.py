@@ -16,6 +16,8 @@ class SourceInfo:
         mean, std: of the channels, in 0 … 1.
         test_split: name of the split that scores tickets.
         test_fraction: share of train that becomes the test split where there is none.
+        val_fraction: share of train that is held out for validation unless the recipe says otherwise.
+        crop: how training images are cut unless the recipe says otherwise.
         rows: published rows of train and test, for plans made without the data.
         num_classes: likewise.
         hflip: whether a mirrored image still shows its class.
@@ -28,6 +30,8 @@ class SourceInfo:
     std: tuple[float, float, float] = IMAGENET_STD
     test_split: str = "test"
     test_fraction: float | None = None
+    val_fraction: float = 0.1
+    crop: str = "pad"
     rows: tuple[int, int] | None = None
     num_classes: int | None = None
     hflip: bool = True
@@ -64,6 +68,8 @@ CATALOG: dict[str, SourceInfo] = {
         hub_id="ILSVRC/imagenet-1k",
         image_size=224,
         test_split="validation",
+        val_fraction=0.01,
+        crop="resized",
         rows=(1_281_167, 50_000),
         num_classes=1000,
     ),

@@ -1,16 +1,24 @@
 """Loaders: deal global batches to ranks and micro-batches. An epoch is a whole number of optimizer steps everywhere.
 
-`InMemoryLoader` gathers and augments whole batches on the device. A loader of another kind offers the same
-`steps_per_epoch` and `steps`.
+`InMemoryLoader` gathers decoded images, `DecodingLoader` decodes the rows of a table or a stream in worker processes
+while the step before is computed; crop and flip of whole batches on the device are the same for both. Which sample
+comes when follows from seed and progress alone, whatever the number of ranks and workers.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor
 
-from vit_rsst.data.sources import Split
+from vit_rsst.data.decoding import Decoded, Decoder, Sample
+from vit_rsst.data.streams import Stream
+from vit_rsst.data.tables import Rows, Split
 from vit_rsst.data.transforms import Augmentation, normalize
 from vit_rsst.errors import InputError
 from vit_rsst.progress import Progress
@@ -46,6 +54,12 @@ class Dealing:
             )
         return cls(global_batch, per_device, num_processes, accumulation)
 
+    def slices(self, rank: int) -> list[slice]:
+        """The part of a global batch that each micro-batch of a rank is."""
+        size = self.batch_per_device
+        starts = ((micro * self.num_processes + rank) * size for micro in range(self.accumulation))
+        return [slice(start, start + size) for start in starts]
+
     def __str__(self) -> str:
         return (
             f"{self.global_batch} = {self.batch_per_device} a device × {self.num_processes} processes "
@@ -53,16 +67,36 @@ class Dealing:
         )
 
 
-def steps_per_epoch(num_samples: int, global_batch: int, limit: int | None) -> int:
+def steps_per_epoch(num_samples: int | None, global_batch: int, limit: int | None) -> int:
     """Whole global batches in an epoch; the tail that does not fill one is dropped.
 
+    Args:
+        num_samples: None for a stream of unknown length.
+
     Raises:
-        InputError: there is not even one.
+        InputError: there is not even one, or nobody knows.
     """
+    if num_samples is None:
+        if limit is None:
+            raise InputError(
+                "train.steps_per_epoch: the length of this stream is not known without reading all of it; set how many "
+                "steps an epoch has."
+            )
+        return limit
     steps = num_samples // global_batch
     if steps == 0:
         raise InputError(f"train.global_batch: {global_batch} is more than the {num_samples} training images.")
     return min(steps, limit or steps)
+
+
+class Loader(Protocol):
+    """What the loop reads its batches from."""
+
+    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
+        """From the step at which `progress` stands to the end of its epoch: this rank's micro-batches of each step."""
+
+    def report(self) -> tuple[dict[str, float], list[str]]:
+        """Metrics and warnings of what was read since the last report; collective."""
 
 
 @dataclass
@@ -94,37 +128,216 @@ class InMemoryLoader:
         for step in range(progress.step, progress.steps_per_epoch):
             rows = order[step * size : (step + 1) * size]
             drawn = self.augmentation.draw(size, derived_seed(self.seed, "augmentation", first + step))
-            yield [self._batch(rows, *drawn, micro) for micro in range(self.dealing.accumulation)]
+            yield [self._batch(rows[part], drawn, part) for part in self.dealing.slices(self.rank)]
 
-    def _batch(self, rows: Tensor, offsets: Tensor, flips: Tensor, micro: int) -> Batch:
-        size = self.dealing.batch_per_device
-        start = (micro * self.dealing.num_processes + self.rank) * size
-        part = slice(start, start + size)
-        index = rows[part].to(self.split.images.device)
-        images = self.augmentation.apply(self.split.images[index], offsets[part], flips[part])
+    def _batch(self, rows: Tensor, drawn: tuple[Tensor, Tensor], part: slice) -> Batch:
+        index = rows.to(self.split.images.device)
+        images = self.augmentation.apply(self.split.images[index], *(draw[part] for draw in drawn))
         labels = self.split.labels[index]
         images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
         return normalize(images, self.mean, self.std), labels
 
+    def report(self) -> tuple[dict[str, float], list[str]]:
+        return {}, []
+
+
+@dataclass
+class DecodingLoader:
+    """Training batches that are decoded as they are needed, in worker processes or here.
+
+    Attributes:
+        rows: what to read.
+        decoder: from encoded rows to pixels.
+        workers: processes that decode; 0: this one does.
+        max_corrupt: share of an epoch's images that may be corrupt; they are left out and counted.
+    """
+
+    rows: Rows | Stream
+    decoder: Decoder
+    dealing: Dealing
+    rank: int
+    device: torch.device
+    seed: int
+    augmentation: Augmentation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    workers: int = 0
+    max_corrupt: float = 0.0
+    _clock: "Clock" = field(default_factory=lambda: Clock(), repr=False)
+    _corrupt: list[str] = field(default_factory=list, repr=False)
+
+    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
+        """From the step at which `progress` stands to the end of its epoch: this rank's micro-batches of each step.
+
+        Raises:
+            InputError: the stream has ended, or more images are corrupt than may be.
+        """
+        size, parts = self.dealing.global_batch, self.dealing.slices(self.rank)
+        first = progress.global_step - progress.step
+        tolerated = int(self.max_corrupt * progress.steps_per_epoch * size / self.dealing.num_processes)
+        batches = decoded(self._samples(progress), self.decoder, self.workers, self.device.type == "cuda")
+        for step in range(progress.step, progress.steps_per_epoch):
+            drawn = self.augmentation.draw(size, derived_seed(self.seed, "augmentation", first + step))
+            with self._clock:
+                found = list(islice(batches, len(parts)))
+            for batch in found:
+                check_corrupt(self._corrupt, batch, tolerated)
+                if not len(batch.labels):
+                    raise InputError(f"{batch.problems[0]} So are all images of its batch; nothing is learnt from it.")
+            yield [self._batch(batch, drawn, part) for batch, part in zip(found, parts, strict=True)]
+
+    def _samples(self, progress: Progress) -> Iterator[list[Sample]]:
+        """The samples of each micro-batch of this rank, each with the seed of its own crop."""
+        size, first = self.dealing.global_batch, progress.global_step - progress.step
+        walk = self.rows.walk(derived_seed(self.seed, "order", progress.global_epoch), progress.step * size)
+        for step in range(progress.step, progress.steps_per_epoch):
+            batch = list(islice(walk, size))
+            if len(batch) < size:
+                raise InputError(
+                    f"train.steps_per_epoch: the training images end within step {step + 1:,} of an epoch of "
+                    f"{progress.steps_per_epoch:,} steps; set it to {step:,} at most."
+                )
+            for part in self.dealing.slices(self.rank):
+                numbered = enumerate(batch[part], part.start)
+                yield [s._replace(seed=derived_seed(self.seed, "crop", first + step, i)) for i, s in numbered]
+
+    def _batch(self, batch: Decoded, drawn: tuple[Tensor, Tensor], part: slice) -> Batch:
+        images, labels = (t.to(self.device, non_blocking=True) for t in (batch.images, batch.labels))
+        images = self.augmentation.apply(images, *(draw[part][batch.kept] for draw in drawn))
+        return normalize(images, self.mean, self.std), labels
+
+    def report(self) -> tuple[dict[str, float], list[str]]:
+        """Share of the time spent waiting for images and what would shorten it; corrupt images left out."""
+        metrics, warnings = {"time/loader_wait": self._clock.waited_share}, []
+        if self.max_corrupt:
+            total = int(reduce(torch.tensor(len(self._corrupt), device=self.device), "sum"))
+            metrics["data/corrupt"] = float(total)
+            if total:
+                first = f"; the first: {self._corrupt[0]}" if self._corrupt else ""
+                warnings.append(f"{total} corrupt images were left out of this epoch{first}")
+        if advice := self._clock.advice(self.workers):
+            warnings.append(advice)
+        self._clock, self._corrupt = Clock(), []
+        return metrics, warnings
+
+
+def check_corrupt(found: list[str], batch: Decoded, tolerated: float) -> None:
+    """Notes the corrupt images of a batch.
+
+    Raises:
+        InputError: there are more than may be.
+    """
+    found += batch.problems
+    if len(found) > tolerated:
+        more = f" It is the {len(found)}th of this epoch and {tolerated} are tolerated." if tolerated else ""
+        raise InputError(
+            f"{batch.problems[0]}{more} Mend it, or raise data.max_corrupt, the share that may be left out."
+        )
+
+
+def decoded(batches: Iterable[list[Sample]], decoder: Decoder, workers: int, pin_memory: bool) -> Iterator[Decoded]:
+    """Decodes batch after batch, in order, ahead of their use where there are workers."""
+    from torch.multiprocessing import get_context
+    from torch.utils.data import DataLoader
+
+    context = None
+    if workers:  # a fork of this process would take its threads' locks along, and a GPU's state
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["vit_rsst.data.decoding", "torchvision.transforms"])
+    # The batches of samples travel to the workers as if they were batches of indices.
+    loader = DataLoader(
+        decoder,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+    )
+    return iter(loader)
+
+
+def _as_it_is(batch: Decoded) -> Decoded:
+    return batch
+
+
+class Clock:
+    """How long the loop waited for images: time inside the context against all time since the first."""
+
+    LIMITING = 0.2
+    """Above this share of waiting, the loader limits the speed."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self._began: float | None = None
+        self._entered = self._left = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._left = time.monotonic()
+        if self._began is None:  # the first batch comes late for every loader: workers start
+            self._began = self._left
+        else:
+            self.waited += self._left - self._entered
+
+    @property
+    def waited_share(self) -> float:
+        return self.waited / total if (total := self._left - (self._began or self._left)) > 0 else 0.0
+
+    def advice(self, workers: int) -> str:
+        """What to do when the loader limits the speed; empty when it does not."""
+        share = self.waited_share
+        if share <= self.LIMITING:
+            return ""
+        needed = max(round(max(workers, 1) / max(1.0 - share, 0.02)), workers + 1)
+        return (
+            f"the loader limits the speed: {share:.0%} of the time was spent waiting for images with {workers} "
+            f"workers; about {needed} would keep up (data.workers), as far as there are cores for them, or images "
+            "that are smaller on disk"
+        )
+
 
 def evaluation_batches(
-    split: Split, batch: int, rank: int, num_processes: int, device: torch.device, mean: tuple, std: tuple
+    samples: Split | Rows | Stream,
+    batch: int,
+    rank: int,
+    num_processes: int,
+    device: torch.device,
+    mean: tuple,
+    std: tuple,
+    decoder: Decoder | None = None,
+    workers: int = 0,
+    max_corrupt: float = 0.0,
 ) -> Iterator[Batch]:
-    """Every sample of the split exactly once over all ranks, in order, without augmentation."""
-    for start in range(rank * batch, len(split), batch * num_processes):
-        images, labels = split.images[start : start + batch], split.labels[start : start + batch]
-        yield normalize(images.to(device), mean, std), labels.to(device)
+    """Every sample exactly once over all ranks, in order, without augmentation.
+
+    Args:
+        decoder: for samples that are not in memory.
+
+    Raises:
+        InputError: an image is corrupt, and that is not tolerated.
+    """
+    if isinstance(samples, Split):
+        for start in range(rank * batch, len(samples), batch * num_processes):
+            images, labels = samples.images[start : start + batch], samples.labels[start : start + batch]
+            yield normalize(images.to(device), mean, std), labels.to(device)
+        return
+    corrupt, seen, tolerated = [], 0, math.inf if max_corrupt else 0
+    own = _every(samples.walk(None), batch, rank, num_processes)
+    for found in decoded(own, decoder, workers, device.type == "cuda"):
+        seen += len(found.labels) + len(found.problems)
+        check_corrupt(corrupt, found, tolerated)
+        yield normalize(found.images.to(device, non_blocking=True), mean, std), found.labels.to(device)
+    if len(corrupt) > max_corrupt * seen:
+        raise InputError(f"{corrupt[0]} {len(corrupt)} of {seen} are, more than data.max_corrupt={max_corrupt}.")
 
 
-def balanced_rows(labels: Tensor, number: int, seed: int) -> Tensor:
-    """Rows of `number` images, as many of each class as there are, drawn by the seed; all rows where that is fewer."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    drawn = labels.cpu()[order]
-    turn = torch.zeros_like(drawn)  # first, second … of its class
-    for label in drawn.unique():
-        of_class = (drawn == label).nonzero().flatten()
-        turn[of_class] = torch.arange(len(of_class))
-    return order[torch.argsort(turn, stable=True)][:number]
+def _every(walk: Iterator[Sample], batch: int, rank: int, num_processes: int) -> Iterator[list[Sample]]:
+    """The batches of one rank."""
+    while samples := list(islice(walk, batch * num_processes)):
+        if own := samples[rank * batch : (rank + 1) * batch]:
+            yield own
 
 
 def placed(split: Split, device: torch.device, limit_bytes: int = 4 * 2**30) -> Split:

@@ -1,0 +1,137 @@
+"""The images of a run: three splits, and how they are decoded into memory."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from vit_rsst.data.decoding import Decoder, Sample, decode
+from vit_rsst.data.options import DataOptions
+from vit_rsst.data.streams import Stream
+from vit_rsst.data.tables import Rows, Split, balanced_rows
+from vit_rsst.errors import EnvironmentLacks
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A source, opened and split but not yet decoded; `train`, `val` and `test` decode when first asked for.
+
+    Attributes:
+        rows: split name → rows of a table, or a stream.
+        classes: names of the classes, by label.
+        identity: what tells this data from any other, for the record of the run.
+    """
+
+    options: DataOptions
+    rows: dict[str, Rows | Stream]
+    classes: tuple[str, ...]
+    identity: dict = field(repr=False)
+
+    def count(self, split: str) -> int | None:
+        """Its images; None for a stream of unknown length."""
+        return self.rows[split].count
+
+    def decoder(self, split: str) -> Decoder:
+        """Decodes the samples of a split, the middle of each image."""
+        rows = self.rows[split]
+        images = rows.table.images if isinstance(rows, Rows) else None
+        return Decoder(self.options.size, images, self.options.max_pixels)
+
+    def samples(self, split: str, in_memory: bool | None = None, share: float = 0.4) -> Split | Rows | Stream:
+        """A split decoded into memory, or as it is read.
+
+        Args:
+            in_memory: None: where it takes at most a `share` of the free memory. A stream never is, nor what may have
+                corrupt images, which are found and counted while they are read.
+        """
+        rows = self.rows[split]
+        if isinstance(rows, Stream) or self.options.max_corrupt:
+            return rows
+        wanted = self._bytes(split) <= share * psutil.virtual_memory().available if in_memory is None else in_memory
+        return getattr(self, split) if wanted else rows
+
+    def _bytes(self, split: str) -> int:
+        return self.count(split) * 3 * self.options.size**2
+
+    def decode(self, split: str) -> Split:
+        """Decodes one split into memory, on all cores.
+
+        Raises:
+            EnvironmentLacks: it takes more memory than is free.
+            Corrupt: an image cannot be decoded.
+        """
+        rows = self.rows[split]
+        free = psutil.virtual_memory().available
+        if self._bytes(split) > 0.7 * free:
+            raise EnvironmentLacks(
+                f"data: {rows.count:,} images at {self.options.size} px take {self._bytes(split) / 2**30:.1f} GiB "
+                f"decoded, and {free / 2**30:.1f} GiB of memory are free; set data.in_memory=false, or use a part "
+                "(data.train_samples) or smaller images (data.image_size)."
+            )
+        return self._decoded(split, list(rows.walk(None)))
+
+    def balanced(self, split: str, number: int, seed: int) -> Split:
+        """`number` images in memory, as many of each class as there are, drawn by the seed; all where that is fewer."""
+        rows = self.rows[split]
+        if isinstance(rows, Rows):
+            chosen = balanced_rows(rows.labels, number, seed)
+            samples = list(replace(rows, index=rows.index[chosen.numpy()]).walk(None))
+        else:
+            samples = _first_of_each_class(rows.walk(seed), number, len(self.classes))
+        return self._decoded(split, samples)
+
+    def _decoded(self, split: str, samples: list[Sample]) -> Split:
+        images = np.empty((len(samples), 3, self.options.size, self.options.size), dtype=np.uint8)
+        decoder = self.decoder(split)
+
+        def decode_one(i: int) -> None:
+            images[i] = decoder.picture(samples[i]).transpose(2, 0, 1)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(decode_one, range(len(samples)), chunksize=64))
+        return Split(torch.from_numpy(images), torch.tensor([sample.label for sample in samples], dtype=torch.int64))
+
+    @cached_property
+    def train(self) -> Split:
+        return self.decode("train")
+
+    @cached_property
+    def val(self) -> Split:
+        return self.decode("val")
+
+    @cached_property
+    def test(self) -> Split:
+        return self.decode("test")
+
+
+def _first_of_each_class(samples: Iterator[Sample], number: int, num_classes: int) -> list[Sample]:
+    """As many of each class, as a stream brings them."""
+    wanted = -(-number // num_classes)
+    seen: dict[int, int] = {}
+
+    def is_wanted(sample: Sample) -> bool:
+        seen[sample.label] = seen.get(sample.label, 0) + 1
+        return seen[sample.label] <= wanted
+
+    return list(islice(filter(is_wanted, samples), number))
+
+
+def decode_file(path: Path, options: DataOptions) -> np.ndarray:
+    """An image file as uint8 (3, size, size), prepared as the images of the source are.
+
+    Raises:
+        Corrupt: the file cannot be read as an image.
+    """
+    from PIL import Image
+
+    # The digits are enlarged more softly than photographs.
+    resampling = Image.Resampling.BILINEAR if options.source == "digits" else Image.Resampling.BICUBIC
+    picture = decode({"bytes": None, "path": str(path)}, options.size, str(path), options.max_pixels, None, resampling)
+    return np.asarray(picture).transpose(2, 0, 1)

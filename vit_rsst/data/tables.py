@@ -1,0 +1,71 @@
+"""Splits with random access: rows of a table, still encoded, or decoded in memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_rsst.data.decoding import Encoded, Sample
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split as it lies on disk: encoded images (or arrays) and integer labels."""
+
+    images: Sequence[Encoded]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    identity: dict
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a table, read at random."""
+
+    name: str
+    table: Table
+    index: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.index)
+
+    @property
+    def labels(self) -> Tensor:
+        """int64, shape (rows,)."""
+        return torch.from_numpy(self.table.labels[self.index].astype(np.int64))
+
+    def walk(self, seed: int | None, start: int = 0) -> Iterator[Sample]:
+        """The rows in the order of a seed, or as they lie, from position `start` on."""
+        if seed is None:
+            order = range(start, self.count)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(self.count, generator=generator)[start:].tolist()
+        for i in order:
+            row = int(self.index[i])
+            yield Sample(f"{self.name} row {row}", row, int(self.table.labels[row]))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images in memory: uint8, shape (samples, 3, size, size); labels int64, shape (samples,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def balanced_rows(labels: Tensor, number: int, seed: int) -> Tensor:
+    """Rows of `number` images, as many of each class as there are, drawn by the seed; all rows where that is fewer."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    drawn = labels.cpu()[order]
+    turn = torch.zeros_like(drawn)  # first, second … of its class
+    for label in drawn.unique():
+        of_class = (drawn == label).nonzero().flatten()
+        turn[of_class] = torch.arange(len(of_class))
+    return order[torch.argsort(turn, stable=True)][:number]
