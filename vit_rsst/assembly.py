@@ -273,8 +273,13 @@ def make_calibrate(
     return calibrate
 
 
-def resume_if_possible(s: Run) -> None:
-    """Sets the run to its newest sound resume point, on every rank, and says so."""
+def resume_if_possible(s: Run, allow_world_size_change: bool = False) -> None:
+    """Sets the run to its newest sound resume point, on every rank, and says so.
+
+    Raises:
+        InputError: the point lies within an epoch of another number of processes, and that is not allowed.
+        Damaged: no point is sound, or the ranks read different ones.
+    """
     point = s.checkpointer.load() if s.accelerator.is_main_process else None
     if s.accelerator.num_processes > 1:
         [step] = broadcast_object_list([None if point is None else point.step])
@@ -284,12 +289,20 @@ def resume_if_possible(s: Run) -> None:
             raise Damaged(f"the ranks read different resume points from {s.folder.checkpoints}; is it shared by all?")
     if point is None:
         return
+    now, then = s.accelerator.num_processes, point.numbers.get("processes", s.accelerator.num_processes)
+    if then != now and point.numbers["progress"]["step"] and not allow_world_size_change:
+        raise InputError(
+            f"{s.folder.path}: the run stopped within an epoch, at step {point.step}, with {then} processes, and now "
+            f"has {now}. Start it with {then}, or pass --allow-world-size-change: every image still has its turn, but "
+            "sums are rounded in another order, so that the result is no longer the same to the last bit."
+        )
     resume.restore_(s, point)
     p = s.progress
     if s.accelerator.is_main_process:
         results.forget_from(s.folder.path, p.round)
-    s.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch})
-    s.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}")
+    s.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch, "bit_exact": then == now})
+    changed = "" if then == now else f", with {now} processes instead of {then}: not bit-exact"
+    s.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}{changed}")
 
 
 def data_options(recipe: Recipe) -> DataOptions:

@@ -34,6 +34,7 @@ def save(s: Run) -> None:
         "skipped_steps": s.skipped_steps,
         "seconds": s.seconds,
         "recipe": s.recipe_fingerprint,
+        "processes": s.accelerator.num_processes,
     }
     s.checkpointer.save(ResumePoint(s.progress.global_step, tensors, numbers))
 

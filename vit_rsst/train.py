@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="begin anew; an existing run folder is kept as NAME.old-N"
     )
+    parser.add_argument(
+        "--allow-world-size-change",
+        action="store_true",
+        help="go on within an epoch with another number of processes; no longer bit-exact",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,10 +72,10 @@ def train(arguments: argparse.Namespace) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(plan_text(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
         return
-    run_recipe(recipe, arguments.restart)
+    run_recipe(recipe, arguments.restart, arguments.allow_world_size_change)
 
 
-def run_recipe(recipe: "Recipe", restart: bool = False) -> None:
+def run_recipe(recipe: "Recipe", restart: bool = False, allow_world_size_change: bool = False) -> None:
     """Trains by a recipe, going on where an earlier run of it stopped."""
     from vit_rsst import assembly, loop
     from vit_rsst.results import load_rows
@@ -88,7 +93,7 @@ def run_recipe(recipe: "Recipe", restart: bool = False) -> None:
         return
     s, lock = assembly.build(recipe, accelerator, folder, restart)
     try:
-        assembly.resume_if_possible(s)
+        assembly.resume_if_possible(s, allow_world_size_change)
         loop.run(s)
         finish(s, recipe)
     except BaseException as error:

@@ -1,0 +1,62 @@
+"""A plugin of a recipe: notes what every step saw, and sends a signal at the moment that INTERRUPT names.
+
+INTERRUPT is `MOMENT:SIGNAL:RANK`, such as `window:KILL:0`. The moments are those of `interruptions.py`; the steps that
+they fall on are given by STEP.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from vit_rsst import assembly, console, loop
+
+moment, _, rest = os.environ.get("INTERRUPT", "").partition(":")
+name, _, rank = rest.partition(":")
+is_target = os.environ.get("RANK", "0") == rank
+step = int(os.environ.get("STEP", "-1"))
+log = Path(os.environ["BATCHES"] + os.environ.get("RANK", "0"))
+
+train_step, evaluation_batches, step_of = loop.train_step, assembly.evaluation_batches, console.Console.step
+log_of = loop.Tracker.log
+assembly.EVALUATION_BATCH = 10  # so that every rank has some
+
+
+def send() -> None:
+    os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+    time.sleep(0 if name == "TERM" else 60)
+
+
+def noted(s: loop.Run, micro_batches: list) -> tuple[float, float]:
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for batch in micro_batches for t in batch)).hexdigest()
+    with log.open("a") as file:
+        file.write(json.dumps([s.progress.global_step, digest]) + "\n")
+    return train_step(s, micro_batches)
+
+
+def after_step(self: console.Console, loss: float) -> None:
+    step_of(self, loss)
+    if is_target and moment == "step" and self.progress.global_step == step:
+        send()
+    evaluating.here = self.progress.global_step == step
+
+
+def evaluating(*arguments: object) -> Iterator:
+    for number, batch in enumerate(evaluation_batches(*arguments)):
+        yield batch
+        if is_target and moment == "evaluation" and evaluating.here and number == 0:
+            send()
+
+
+def after_log(self: loop.Tracker, event: str, at: int, metrics: dict) -> None:
+    log_of(self, event, at, metrics)
+    if is_target and moment == "epoch" and event == "epoch" and at == step:
+        send()
+
+
+evaluating.here = False
+loop.train_step, assembly.evaluation_batches, console.Console.step = noted, evaluating, after_step
+loop.Tracker.log = after_log

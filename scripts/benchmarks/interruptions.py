@@ -1,0 +1,302 @@
+"""Interrupts runs at every kind of moment, really, and compares what they end with to the undisturbed run, bit for bit.
+
+Every cell of {in memory, map-style, stream} × {1, 2 ranks} × {0, 2 workers} × {six moments} × {SIGKILL, SIGTERM} that
+means something trains, is interrupted once and goes on. Batches, tickets, accuracies, epoch metrics and the last resume
+point (weights, optimizer, masks) must then equal those of the undisturbed run. `_accelerate_canary.py`, which resumes
+as Accelerate documents it, goes through the one-rank cells beside it.
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import _accelerate_canary
+from safetensors import safe_open
+
+from vit_rsst.data.loaders import WORKERS_IMPORT
+
+REQUIRED_SHARE = 1.0  # of the cells survive
+
+HERE = Path(__file__).resolve().parent
+SECONDS = 120
+STEPS = 4  # an epoch; round 0 has 2 epochs, rounds 1 and 2 have 3 each
+MOMENTS = {
+    "mid-epoch": ("step", 6),
+    "epoch end": ("epoch", 12),
+    "evaluation": ("evaluation", 12),
+    "penalty window": ("step", 11),
+    "after removal": ("step", 15),
+    "first step of a round": ("step", 9),
+}
+"""Moment → what the plugin waits for, and the global step of it. The window of round 1 is steps 9 to 14."""
+
+RECIPE = """\
+name: run
+data: {{source: folder, path: {data}, image_size: 16, val_fraction: 0.1, {access}}}
+model:
+  name: vit_tiny
+  args: {{img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3, mlp_ratio: 1.0, drop_rate: 0.1}}
+optim: {{lr: 3e-3}}
+train: {{epochs: 2, round_epochs: 3, global_batch: 32, batch_per_device: 8, steps_per_epoch: 4, save_every_steps: 2}}
+pruning: {{method: {{name: rsst, remove_at: 0.5}}, schedule: {{rounds: 2, final_sparsity: 0.9}}}}
+output_dir: {folder}
+plugins: [_interrupt]
+"""
+ACCESS = {
+    "in memory": "in_memory: true",
+    "map-style": "in_memory: false, augment: {{crop: resized}}, workers: {workers}",
+    "stream": "streaming: true, shuffle_buffer: 100, augment: {{crop: resized}}, workers: {workers}",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run reads its data, and with how many processes."""
+
+    kind: str
+    ranks: int
+    workers: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.ranks} rank(s), {self.workers} workers"
+
+
+SETTINGS = [
+    Setting(kind, ranks, workers)
+    for kind, ranks, workers in product(ACCESS, (1, 2), (0, 2))
+    if kind != "in memory" or not workers  # nothing is left to decode
+]
+
+
+@dataclass(frozen=True)
+class Cell:
+    setting: Setting
+    moment: str
+    signal: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}, {self.moment}, SIG{self.signal}"
+
+
+CELLS = [Cell(*cell) for cell in product(SETTINGS, MOMENTS, ("KILL", "TERM"))]
+
+
+class Bench:
+    """Runs cells in a folder of their own; the undisturbed run of each setting is made once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.data = write_digits(folder / "data")
+        self._undisturbed: dict[Setting, dict] = {}
+        # Processes are forked from one that has imported everything, in a second instead of eight.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["vit_rsst.assembly", "vit_rsst.loop", *WORKERS_IMPORT])
+
+    def undisturbed(self, setting: Setting) -> dict:
+        if setting not in self._undisturbed:
+            folder = self.folder / f"undisturbed-{len(self._undisturbed)}"
+            codes = self.train(setting, folder)
+            assert set(codes) == {0}, f"the undisturbed run failed: {log_of(folder)}"
+            self._undisturbed[setting] = outcome(folder)
+        return self._undisturbed[setting]
+
+    def survives(self, cell: Cell) -> tuple[bool, str]:
+        """Whether the interrupted run ends as the undisturbed one does; else what differs."""
+        expected = self.undisturbed(cell.setting)
+        folder = self.folder / "cell"
+        shutil.rmtree(folder, ignore_errors=True)
+        event, step = MOMENTS[cell.moment]
+        codes = self.train(cell.setting, folder, f"{event}:{cell.signal}:{cell.setting.ranks - 1}", step)
+        if 0 in codes:
+            return False, f"it was not interrupted: exit codes {codes}"
+        if cell.signal == "TERM" and set(codes) != {75}:
+            return False, f"exit codes {codes} instead of 75: {log_of(folder)}"
+        codes = self.train(cell.setting, folder)
+        if set(codes) != {0}:
+            return False, f"it did not go on: exit codes {codes}: {log_of(folder)}"
+        found = outcome(folder)
+        different = [name for name in expected if found.get(name) != expected[name]]
+        return not different, f"{', '.join(different)} differ" if different else "equal to the last bit"
+
+    def train(self, setting: Setting, folder: Path, interrupt: str = "", step: int = -1) -> list[int]:
+        """Trains with as many processes as the setting has; when one dies, its launcher ends the others. Exit codes."""
+        folder.mkdir(exist_ok=True)
+        access = ACCESS[setting.kind].format(workers=setting.workers)
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(RECIPE.format(data=self.data, folder=folder, access=access), encoding="utf-8")
+        common = {"INTERRUPT": interrupt, "STEP": str(step), "BATCHES": f"{folder}/batches-"}
+        processes = []
+        port = free_port()
+        for rank in range(setting.ranks):
+            ranked = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setting.ranks, "LOCAL_WORLD_SIZE": setting.ranks}
+            launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | (ranked if setting.ranks > 1 else {})
+            variables = common | {name: str(value) for name, value in launched.items()}
+            arguments = (str(recipe), variables, str(folder / f"log-{rank}"))
+            processes.append(self.context.Process(target=train_here, args=arguments))
+            processes[-1].start()
+        end_together(processes)
+        return [process.exitcode for process in processes]
+
+    def canary_survives(self, cell: Cell) -> bool:
+        """Whether Accelerate's own way of resuming saw and learnt what its undisturbed run did."""
+        import torch
+
+        found = []
+        for moments in (("",), (cell.moment, "")):
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            for moment in moments:
+                number = getattr(signal, f"SIG{cell.signal}")
+                arguments = (folder, cell.setting.kind, cell.setting.workers, moment, number)
+                process = self.context.Process(target=_accelerate_canary.train, args=arguments)
+                process.start()
+                end_together([process])
+            seen = dict(map(json.loads, (folder / "seen").read_text().splitlines()))
+            found.append((seen, torch.load(folder / "weights.pt") if (folder / "weights.pt").exists() else None))
+        return found[0] == found[1]
+
+
+def train_here(recipe: str, variables: dict[str, str], log: str) -> None:
+    """The body of a training process, as `python -m vit_rsst.train` has it."""
+    os.environ.update(variables | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.path.insert(0, str(HERE))
+    import torch
+
+    from vit_rsst import train
+
+    torch.set_num_threads(1)
+    sys.exit(train.main([recipe]))
+
+
+def end_together(processes: list) -> None:
+    deadline = time.monotonic() + SECONDS
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode not in (None, 0, 75) for process in processes) or time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.01)
+    for process in processes:
+        process.join()
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run leaves behind, less times."""
+    run = folder / "run"
+    with open(run / "rounds.csv") as file:
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {
+        "batches": {path.name: batches(path) for path in sorted(folder.glob("batches-*"))},
+        "tickets": {path.name: tensors(path) for path in sorted((run / "tickets").glob("*.safetensors"))},
+        "accuracies": rows,
+        "epoch metrics": [timeless(line) for line in lines if line["event"] == "epoch"],
+        "step metrics": [timeless(line) for line in lines if line["event"] == "step"],
+        "weights": tensors(last / "model.safetensors"),
+        "optimizer": tensors(last / "optimizer.safetensors"),
+        "masks": tensors(last / "controller.safetensors"),
+    }
+
+
+def timeless(line: dict) -> dict:
+    return {key: value for key, value in line.items() if not key.startswith("time/")}
+
+
+def batches(path: Path) -> dict[int, set[str]]:
+    """Step → hashes of what it saw, in every sitting."""
+    seen: dict[int, set[str]] = {}
+    for line in path.read_text().splitlines():
+        step, digest = json.loads(line)
+        seen.setdefault(step, set()).add(digest)
+    return seen
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def log_of(folder: Path) -> str:
+    text = "".join(path.read_text(errors="replace") for path in sorted(folder.glob("log-*")))
+    return text.strip().splitlines()[-1] if text.strip() else "no output"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def write_digits(folder: Path) -> Path:
+    """scikit-learn's digits as parquet shards with the Hub's columns."""
+    import datasets
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    datasets.disable_progress_bars()
+    folder.mkdir(parents=True)
+    digits = load_digits()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for split, first, sizes in (("train", 0, (90, 140, 70, 110)), ("test", 500, (60,))):
+        for number, size in enumerate(sizes):
+            rows = range(first, first + size)
+            images = [Image.fromarray((digits.images[i] * 15).astype("uint8")).resize((16, 16)) for i in rows]
+            content = {"image": images, "label": [int(digits.target[i]) for i in rows]}
+            path = folder / f"{split}-{number:05d}-of-{len(sizes):05d}.parquet"
+            datasets.Dataset.from_dict(content, features=features).to_parquet(path)
+            first += size
+    return folder
+
+
+def chosen(quick: bool) -> Iterator[Cell]:
+    """All cells, or one of every setting and two of every moment."""
+    for number, cell in enumerate(CELLS):
+        if not quick or number % len(MOMENTS) == number // len(MOMENTS) % len(MOMENTS):
+            yield cell
+
+
+def main() -> int:
+    import torch
+    from _common import environment, parse_args, report, show_progress
+
+    args = parse_args(__doc__)
+    result = {"environment": environment(torch.device("cpu"), args.quick), "cells": {}, "missed": []}
+    canary: dict[str, bool] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for cell in chosen(args.quick):
+            survived, why = bench.survives(cell)
+            result["cells"][str(cell)] = {"survived": survived, "why": why}
+            show_progress(f"{len(result['cells'])}  {cell}: {why}")
+            if not survived:
+                result["missed"].append(f"{cell}: {why}")
+            if cell.setting.ranks == 1 and cell.moment in _accelerate_canary.MOMENTS:
+                canary[str(cell)] = bench.canary_survives(cell)
+    tried, survived = len(result["cells"]), sum(cell["survived"] for cell in result["cells"].values())
+    result["survived"], result["tried"] = survived, tried
+    result["canary"] = canary
+    rows = []
+    for setting in SETTINGS:
+        of = [v["survived"] for k, v in result["cells"].items() if k.startswith(str(setting))]
+        theirs = [v for k, v in canary.items() if k.startswith(str(setting))]
+        rows.append([str(setting), f"{sum(of)}/{len(of)}", f"{sum(theirs)}/{len(theirs)}" if theirs else "–"])
+    rows.append(["all: survived/tried", f"{survived}/{tried}", f"{sum(canary.values())}/{len(canary)}"])
+    return report(args, result, ["setting", "vit_rsst", "save_state/load_state"], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Runs that are interrupted and go on end as the undisturbed ones; `scripts/benchmarks/interruptions.py` tries all."""
+
+import sys
+
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.REPOSITORY / "scripts" / "benchmarks"))
+import interruptions
+from interruptions import Bench, Cell, Setting
+
+CELLS = [
+    Cell(Setting("in memory", 2, 0), "after removal", "KILL"),
+    Cell(Setting("in memory", 1, 0), "evaluation", "TERM"),
+    Cell(Setting("map-style", 1, 2), "penalty window", "KILL"),
+    Cell(Setting("map-style", 1, 0), "first step of a round", "TERM"),
+    Cell(Setting("stream", 2, 0), "mid-epoch", "TERM"),
+    Cell(Setting("stream", 1, 2), "epoch end", "KILL"),
+]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("interruptions"))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_an_interrupted_run_ends_as_the_undisturbed_one(bench, cell):
+    survived, why = bench.survives(cell)
+    assert survived, why
+
+
+def test_every_cell_is_one_that_means_something():
+    assert len(interruptions.CELLS) == 10 * 6 * 2
+    assert len({str(cell) for cell in interruptions.CELLS}) == len(interruptions.CELLS)
+
+
+def test_a_difference_of_one_batch_is_seen(bench):
+    setting = Setting("in memory", 1, 0)
+    expected = bench.undisturbed(setting)
+    broken = {**expected, "batches": {name: {**steps, 3: {"other"}} for name, steps in expected["batches"].items()}}
+    bench._undisturbed[setting] = broken
+    try:
+        survived, why = bench.survives(Cell(setting, "mid-epoch", "KILL"))
+    finally:
+        bench._undisturbed[setting] = expected
+    assert not survived
+    assert why == "batches differ"
