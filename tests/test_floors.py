@@ -25,7 +25,7 @@ FLOORS = [
     # 3 act: on weights, files, processes and the screen; what a recipe is
     "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.zoo "
     "data.locate data.tables data.streams data.images data.sources data.loaders "
-    "checkpoint tickets tracking results console signals "
+    "checkpoint tickets tracking results console signals watchdog "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
     # 4 run: one experiment
     "resume loop export export.slim_folder export.source trained",

@@ -3,7 +3,6 @@ arguments."""
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -59,17 +58,19 @@ from vit_rsst.seeds import derived_seed
 from vit_rsst.signals import StopFlag
 from vit_rsst.tickets import Ticket
 from vit_rsst.tracking import Tracker, to_stderr
+from vit_rsst.watchdog import Watchdog
 
 EVALUATION_BATCH = 500
 CALIBRATION_BATCH = 128
 
 
 def build(
-    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, restart: bool = False
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, stop: StopFlag, restart: bool = False
 ) -> tuple[Run, FileLock | None]:
     """Everything of a run at its first step. The folder is created once nothing can be wrong any more.
 
     Args:
+        stop: installed, so that a signal ends the preparations.
         restart: keep an earlier run of this folder beside it and begin anew.
     """
     train, device, is_main = recipe.train, accelerator.device, accelerator.is_main_process
@@ -84,7 +85,13 @@ def build(
     selector, density = build_selection(recipe, net, weights, groups, data.options.size)
     mask = starting_mask(weights, start_mask, recipe.pruning.method)
     loader = build_loader(recipe, data, dealing, accelerator)
-    evaluate = make_evaluate(net, data, accelerator, recipe)
+    watchdog = Watchdog(folder.logs / f"stacks-{accelerator.process_index}.txt", train.rank_timeout)
+
+    def give_up() -> bool:
+        watchdog.beat()
+        return stop.is_asked()
+
+    evaluate = make_evaluate(net, data, accelerator, recipe, give_up)
     lock = None
     if is_main:
         record = run_folder.environment(accelerator.num_processes, str(device), data.identity)
@@ -100,8 +107,6 @@ def build(
     console.line(summary(recipe, data, net, weights, asked, dealing, progress, str(device)))
     tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
     tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
-    stop = StopFlag(deadline=time.monotonic() + 60 * train.max_minutes if train.max_minutes else None)
-    stop.install()
     run = Run(
         accelerator=accelerator,
         model=model,
@@ -132,6 +137,7 @@ def build(
         console=console,
         stop=stop,
         meter=RunningLoss(device),
+        watchdog=watchdog,
         clip_grad_norm=recipe.optim.clip_grad_norm,
         max_skipped_steps=train.max_skipped_steps,
         log_every_steps=train.log_every_steps,
@@ -461,9 +467,13 @@ def make_lr(recipe: Recipe) -> Callable[[Progress], float]:
 
 
 def make_evaluate(
-    net: nn.Module, data: ImageData, accelerator: Accelerator, recipe: Recipe
+    net: nn.Module, data: ImageData, accelerator: Accelerator, recipe: Recipe, give_up: Callable[[], bool]
 ) -> Callable[[str], dict[str, float]]:
-    """Scores a split of the data with the network as it stands, over all ranks."""
+    """Scores a split of the data with the network as it stands, over all ranks.
+
+    Args:
+        give_up: asked before every batch.
+    """
     mean, std = channels(recipe)
     # What fits is decoded now: an image that cannot be is found before the first step, not after the last.
     share = 0.4 / local_processes(accelerator)
@@ -476,7 +486,7 @@ def make_evaluate(
             splits[split], EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes,
             accelerator.device, mean, std, data.decoder(split), workers, recipe.data.max_corrupt,
         )  # fmt: skip
-        return score(net, batches, accelerator.device)
+        return score(net, batches, accelerator.device, give_up)
 
     return evaluate
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -20,13 +21,14 @@ from vit_rsst.checkpoint import Checkpointer
 from vit_rsst.console import Console
 from vit_rsst.data.loaders import Batch, Loader
 from vit_rsst.errors import Diverged, Stopped
-from vit_rsst.metrics.counters import RunningLoss
+from vit_rsst.metrics.counters import Interrupted, RunningLoss
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.run_folder import RunFolder
 from vit_rsst.seeds import derived_seed
 from vit_rsst.signals import StopFlag
 from vit_rsst.tracking import Tracker
+from vit_rsst.watchdog import Watchdog
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Run:
         clip_grad_norm: largest norm of the gradients; None: not clipped.
         max_skipped_steps: non-finite steps that are left out before the run stops.
         header: strings of every ticket's header.
+        epoch_is_open: an epoch is trained and not yet evaluated.
         seconds: time spent in the round under way, over all sittings.
     """
 
@@ -67,22 +70,36 @@ class Run:
     seed: int
     recipe_fingerprint: str
     header: dict[str, str]
+    watchdog: Watchdog
     skipped_steps: int = 0
+    epoch_is_open: bool = False
     seconds: float = 0.0
     clock: float = field(default_factory=time.monotonic)
 
 
 def run(s: Run) -> None:
+    """Trains all rounds.
+
+    Raises:
+        Stopped: as a signal or the time limit asked, with a resume point.
+    """
+    try:
+        train_rounds(s)
+    except Interrupted:  # an evaluation between two epochs: the last point stands, and it is repeated from there
+        leave(s, save=False)
+
+
+def train_rounds(s: Run) -> None:
     for round in s.progress.remaining_rounds():
         if s.controller.begin_round(round):  # False when resuming inside this round
             optim.reset_state_(s.optimizer)
             s.seconds, s.clock = 0.0, time.monotonic()
+        if s.epoch_is_open:  # when resuming between its last step and its evaluation
+            finish_epoch(s)
         for _ in s.progress.remaining_epochs():
             train_epoch(s)
             s.controller.after_epoch(s.progress)
             finish_epoch(s)
-            resume.save(s)
-            stop_if_asked(s)
         finish_round(s)
     score_tickets(s)
 
@@ -95,6 +112,7 @@ def train_epoch(s: Run) -> None:
         optim.set_lr_(s.optimizer, s.lr(s.progress))
         loss, grad_norm = train_step(s, micro_batches)
         s.progress.advance()
+        s.watchdog.beat()
         s.console.step(loss)
         if s.progress.global_step % s.log_every_steps == 0:
             log_step(s, loss, grad_norm)
@@ -156,12 +174,17 @@ def log_step(s: Run, loss: float, grad_norm: float) -> None:
 
 
 def finish_epoch(s: Run) -> None:
-    """Evaluates, logs and shows the epoch that has just ended."""
-    train = s.meter.compute_and_reset()
-    metrics = {"train/loss": train["loss"], "train/top1": train["top1"], "train/lr": s.optimizer.param_groups[0]["lr"]}
-    with s.controller.as_deployed():
-        metrics |= {f"val/{key}": value for key, value in s.evaluate("val").items()}
+    """Evaluates, logs, shows and saves the epoch that has just ended."""
+    s.epoch_is_open = True
+    try:
+        with s.controller.as_deployed():
+            scores = s.evaluate("val")
+    except Interrupted:
+        leave(s, save=True)
+    train, s.epoch_is_open = s.meter.compute_and_reset(), False
     last = replace(s.progress, epoch=s.progress.epoch - 1, step=s.progress.steps_per_epoch - 1)
+    metrics = {"train/loss": train["loss"], "train/top1": train["top1"], "train/lr": s.lr(last)}
+    metrics |= {f"val/{key}": value for key, value in scores.items()}
     metrics |= s.controller.metrics(last) | {"time/images_per_s": s.console.images_per_second}
     read, warnings = s.loader.report()
     for warning in warnings:
@@ -171,6 +194,8 @@ def finish_epoch(s: Run) -> None:
     s.console.epoch(metrics)
     if s.accelerator.is_main_process:
         s.folder.write_status("running", **_where(s.progress))
+    resume.save(s)
+    stop_if_asked(s)
 
 
 def finish_round(s: Run) -> None:
@@ -218,12 +243,16 @@ def score_tickets(s: Run) -> None:
 def stop_if_asked(s: Run) -> None:
     """Leaves a resume point at this step on every rank, then stops."""
     if s.stop.agreed(s.progress.global_step):
-        if s.progress.step:
-            resume.save(s)
-        s.checkpointer.wait()
-        raise Stopped(
-            f"stopped on {s.stop.reason} at step {s.progress.global_step}; the same command goes on from there."
-        )
+        leave(s, save=bool(s.progress.step))  # the end of an epoch has its point already
+
+
+def leave(s: Run, save: bool) -> NoReturn:
+    """Stops cleanly; collective."""
+    if save:
+        resume.save(s)
+    s.checkpointer.wait()
+    reason = s.stop.reason or "another rank was asked to stop"
+    raise Stopped(f"stopped on {reason} at step {s.progress.global_step}; the same command goes on from there.")
 
 
 def _where(progress: Progress) -> dict[str, int]:

@@ -34,6 +34,7 @@ def save(s: Run) -> None:
         "skipped_steps": s.skipped_steps,
         "seconds": s.seconds,
         "recipe": s.recipe_fingerprint,
+        "epoch_is_open": s.epoch_is_open,
         "processes": s.accelerator.num_processes,
     }
     s.checkpointer.save(ResumePoint(s.progress.global_step, tensors, numbers))
@@ -54,5 +55,6 @@ def restore_(s: Run, point: ResumePoint) -> None:
     s.progress.load_state_dict(point.numbers["progress"])
     s.meter.load(point.numbers["meter"], s.accelerator.is_main_process)
     s.skipped_steps, s.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
+    s.epoch_is_open = point.numbers.get("epoch_is_open", False)
     s.clock = time.monotonic()
     s.tracker.truncate(s.progress.global_step)

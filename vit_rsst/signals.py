@@ -10,6 +10,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 
+from vit_rsst.errors import Stopped
+
 AGREE_EVERY = 10
 """Steps between two agreements when there are several ranks; each costs one tiny all-reduce."""
 
@@ -25,6 +27,7 @@ class StopFlag:
     Attributes:
         reason: empty until then.
         deadline: of `time.monotonic`, when the time is up; None: it never is.
+        is_training: before it, there is nothing to save and a signal stops the preparations at once.
 
     A second SIGINT ends the process at once. `accelerate launch` with one process does not pass SIGTERM on and leaves
     the trainer orphaned, so that a launcher that is gone counts as SIGTERM.
@@ -32,6 +35,7 @@ class StopFlag:
 
     reason: str = ""
     deadline: float | None = None
+    is_training: bool = False
     _launcher: int | None = field(default_factory=lambda: os.getppid() if LAUNCHED in os.environ else None)
 
     def install(self) -> None:
@@ -43,19 +47,25 @@ class StopFlag:
         if self.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
+        if not self.is_training:
+            raise Stopped(f"stopped on {self.reason} before the first step; the same command begins again.")
 
-    def agreed(self, step: int) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank, so it is collective."""
+    def is_asked(self) -> bool:
+        """Whether this rank was asked to stop."""
         if not self.reason and self._launcher not in (None, os.getppid()):
             self.reason = "the launcher is gone"
         if not self.reason and self.deadline is not None and time.monotonic() >= self.deadline:
             self.reason = "train.max_minutes"
-        state = PartialState()
+        return bool(self.reason)
+
+    def agreed(self, step: int) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank, so it is collective."""
+        asked, state = self.is_asked(), PartialState()
         if state.num_processes == 1:
-            return bool(self.reason)
+            return asked
         if step % AGREE_EVERY:
             return False
-        asked = bool(reduce(torch.tensor(float(bool(self.reason)), device=state.device), "sum"))
-        if asked and not self.reason:
+        agreed = bool(reduce(torch.tensor(float(asked), device=state.device), "sum"))
+        if agreed and not asked:
             self.reason = "another rank was asked to stop"
-        return asked
+        return agreed

@@ -6,10 +6,11 @@ The recipe is checked before anything heavy is imported, so that a mistake costs
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vit_rsst.errors import Damaged, InputError, RunError
+from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, RunError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 
 
 INTERRUPTED, CUT_SHORT = 130, 141  # 128 + SIGINT and + SIGPIPE, as a shell says it
+
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+"""What a launcher sets to ask for it → its name."""
+
+
+class LostRank(EnvironmentLacks):
+    """Another process of the job is gone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +67,7 @@ def guarded(verb: object, arguments: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_SHORT
     except RunError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "is_of_this_rank_alone", False):
             print(f"{'' if error.exit_code == 75 else 'error: '}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:  # the second one: the first asks a run to stop with a resume point
@@ -77,34 +90,80 @@ def train(arguments: argparse.Namespace) -> None:
 
 def run_recipe(recipe: "Recipe", restart: bool = False, allow_world_size_change: bool = False) -> None:
     """Trains by a recipe, going on where an earlier run of it stopped."""
-    from vit_rsst import assembly, loop
-    from vit_rsst.results import load_rows
+    from vit_rsst import assembly, loop, watchdog
+    from vit_rsst.results import load_rows, table
     from vit_rsst.run_folder import RunFolder
+    from vit_rsst.signals import StopFlag
 
+    minutes = recipe.train.max_minutes
+    stop = StopFlag(deadline=time.monotonic() + 60 * minutes if minutes else None)
+    stop.install()
     folder = RunFolder(recipe.run_folder)
     accelerator = make_accelerator(recipe)
     if not restart:
         folder.check(recipe)
     if not restart and folder.status().get("state") == "finished":
         if accelerator.is_main_process:
-            from vit_rsst.results import table
-
             print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
         return
-    s, lock = assembly.build(recipe, accelerator, folder, restart)
+    s, lock = assembly.build(recipe, accelerator, folder, stop, restart)
     try:
         assembly.resume_if_possible(s, allow_world_size_change)
+        watchdog.limit_waiting(recipe.train.rank_timeout)
+        stop.is_training = True
         loop.run(s)
         finish(s, recipe)
     except BaseException as error:
-        fail(s, error)
-        raise
+        known = explained(error, s, recipe)
+        fail(s, known)
+        raise known from error
     finally:
+        s.watchdog.close()
         s.console.close()
         s.tracker.finish()
         if lock is not None:
             lock.release()
-        accelerator.end_training()
+        if sys.exc_info()[0] is None:  # after an error, another rank may no longer be there to say goodbye to
+            accelerator.end_training()
+
+
+def explained(error: BaseException, s: "Run", recipe: "Recipe") -> BaseException:
+    """The error, or what it means to the user where a library cannot know that."""
+    from vit_rsst import watchdog
+
+    if watchdog.is_of_a_lost_rank(error):
+        return LostRank(
+            f"another process of this job died or did not answer for {recipe.train.rank_timeout:g} s "
+            f"(train.rank_timeout), at step {s.progress.global_step}; its own message and {s.watchdog.path.parent} may "
+            "say why. The same command goes on from the last resume point."
+        )
+    if is_out_of_memory(error):
+        return EnvironmentLacks(out_of_memory_text(s.accelerator.num_processes, recipe))
+    return error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the host as torch's CPU allocator says it."""
+    import torch
+
+    by_allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or by_allocator
+
+
+def out_of_memory_text(num_processes: int, recipe: "Recipe") -> str:
+    """The arithmetic of the batch, and the next smaller one."""
+    from vit_rsst.data.loaders import Dealing
+
+    dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, num_processes)
+    share, now = dealing.global_batch // num_processes, dealing.batch_per_device
+    smaller = next((n for n in range(now // 2, 0, -1) if share % n == 0), None)
+    if smaller is None:
+        return f"out of memory with {dealing}: not even one image a device fits; take a smaller model or images."
+    again = Dealing.of(dealing.global_batch, smaller, num_processes)
+    return (
+        f"out of memory with a global batch of {dealing}; set train.batch_per_device={smaller}: {again} takes the same "
+        "steps with less memory, under another name (name=…) or with --restart."
+    )
 
 
 def make_accelerator(recipe: "Recipe") -> "Accelerator":
@@ -117,8 +176,16 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
     from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
     from vit_rsst.data.loaders import Dealing
+    from vit_rsst.watchdog import PREPARATION
 
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    for variable, name in SHARDED.items():
+        if parse_flag_from_env(variable):
+            raise InputError(
+                f"the launcher asks for {name}, which shards the weights: masks, tickets and resume points need them "
+                "whole on every process. Use a configuration with distributed_type: MULTI_GPU or 'NO', such as "
+                "accelerate_configs/gpu_8x_bf16.yaml."
+            )
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PREPARATION)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != state.num_processes:
         raise InputError(
@@ -157,9 +224,12 @@ def finish(s: "Run", recipe: "Recipe") -> None:
 
 
 def fail(s: "Run", error: BaseException) -> None:
-    """Leaves the reason in status.json."""
-    if not s.accelerator.is_main_process:
-        return
+    """Leaves the reason in status.json, once: where all ranks fail alike, rank 0 says it."""
+    if not s.accelerator.is_main_process or isinstance(error, LostRank):
+        time.sleep(1.0)
+        if s.folder.status().get("state") != "running":
+            return
+        error.is_of_this_rank_alone = True
     code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     s.folder.write_status(
         "stopped" if code == 75 else "failed", code, str(error) or type(error).__name__,

@@ -35,6 +35,7 @@ from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
 from vit_rsst.recipe import Augment, Data, Pruning, Recipe, Schedule, Train
 from vit_rsst.run_folder import RunFolder
+from vit_rsst.signals import StopFlag
 from vit_rsst.train import make_accelerator
 
 RATIO_BOUNDS = {64: 1.03, 8: 1.05}
@@ -86,7 +87,7 @@ def begin_run(case: Case, folder: Path, phase: str, split: Split) -> loop.Run:
     """The project's run, assembled from its recipe, at the start of the round with this phase."""
     recipe = case.recipe(folder, phase)
     with redirect_stdout(io.StringIO()):
-        s, lock = assembly.build(recipe, make_accelerator(recipe), RunFolder(recipe.run_folder))
+        s, lock = assembly.build(recipe, make_accelerator(recipe), RunFolder(recipe.run_folder), StopFlag())
     lock.release()
     s.loader.split = split
     s.progress.round = 0 if phase == "dense round" else 1

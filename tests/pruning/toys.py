@@ -36,6 +36,7 @@ from vit_rsst.run_folder import RunFolder
 from vit_rsst.schedules import SPARSITY_CURVES, learning_rate
 from vit_rsst.signals import StopFlag
 from vit_rsst.tracking import Tracker
+from vit_rsst.watchdog import Watchdog
 
 CPU = torch.device("cpu")
 CLASSES, SIZE = 4, 8
@@ -151,6 +152,7 @@ class Toy:
             console=Console(False, progress, 8),
             stop=StopFlag(),
             meter=RunningLoss(CPU),
+            watchdog=Watchdog(folder / "stacks.txt", 60.0),
             clip_grad_norm=self.clip,
             max_skipped_steps=self.max_skipped_steps,
             log_every_steps=10**9,

@@ -1,6 +1,6 @@
 """Counters that add up over batches and ranks: one reduction at the end is exact on any number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -8,27 +8,43 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 
+class Interrupted(Exception):
+    """An evaluation was given up half way."""
+
+
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, float]:
+def score(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    give_up: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
     """Top-1, top-5 (percent) and mean cross-entropy over all samples of all ranks; collective.
 
     Args:
         model: gives logits (batch, classes); put into eval mode meanwhile.
         batches: this rank's share of the samples.
+        give_up: asked before every batch.
 
     Raises:
         ValueError: there was no sample on any rank.
+        Interrupted: a rank gave up; raised on all of them.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # samples, top-1, top-5, loss
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # samples, top-1, top-5, loss, ranks that gave up
     for images, labels in batches:
+        if give_up():
+            sums[4] += 1
+            break
         logits = model(images).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss.new_tensor(len(labels)), ranked[:, 0].sum(), ranked.sum(), loss]).double()
+        sums[:4] += torch.stack([loss.new_tensor(len(labels)), ranked[:, 0].sum(), ranked.sum(), loss]).double()
     model.train(was_training)
-    samples, top1, top5, loss = reduce(sums, "sum").tolist()
+    samples, top1, top5, loss, gave_up = reduce(sums, "sum").tolist()
+    if gave_up:
+        raise Interrupted
     if samples == 0:
         raise ValueError("the evaluation split is empty")
     return {"top1": 100 * top1 / samples, "top5": 100 * top5 / samples, "loss": loss / samples}
