@@ -132,7 +132,9 @@ def build(
         progress=progress,
         evaluate=evaluate,
         folder=folder,
-        checkpointer=Checkpointer(folder.checkpoints, train.keep_resume_points),
+        checkpointer=Checkpointer(
+            folder.checkpoints, train.keep_resume_points, lambda text: tracker.warning(progress.global_step, text)
+        ),
         tracker=tracker,
         console=console,
         stop=stop,

@@ -228,7 +228,7 @@ def finish_round(s: Run) -> None:
 
 def score_tickets(s: Run) -> None:
     """Every ticket meets the test split, once, read back from its file."""
-    s.checkpointer.wait()
+    s.checkpointer.settle()
     for row in results.load_rows(s.folder.path):
         path = results.ticket_path(s.folder.path, row.round)
         tickets.load_into_(s.net, tickets.load(path), str(path))

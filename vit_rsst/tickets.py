@@ -93,15 +93,26 @@ def load_state_(model: nn.Module, state: Mapping[str, Tensor], place: str) -> No
     Raises:
         Damaged: names or shapes differ; the first five differences are listed and the model is untouched.
     """
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
+    check_shapes(shapes(model.state_dict()), shapes(state), place)
+    model.load_state_dict(state)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], place: str) -> None:
+    """Refuses tensors of other names or shapes than expected.
+
+    Raises:
+        Damaged: with the first five differences.
+    """
     wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     if wrong:
         listed = "; ".join(
             f"{n}: model {expected.get(n, 'has none')}, file {found.get(n, 'has none')}" for n in wrong[:5]
         )
         raise Damaged(f"{place}: it does not fit this model in {len(wrong)} tensors ({listed}).")
-    model.load_state_dict(state)
 
 
 def _pack(state: Mapping[str, Tensor], mask: MaskSet) -> dict[str, Tensor]:
