@@ -215,7 +215,12 @@ def _read_as_listed(path: Path) -> ResumePoint:
         raise Damaged(f"the resume point {path.name} has the format {manifest.get('format')!r}, not {FORMAT!r}")
     for name, expected in manifest["files"].items():
         file = path / Path(name).name  # a manifest never leads out of its folder
-        if file.is_symlink() or not file.is_file() or file.stat().st_size != expected["bytes"] or files.sha256(file) != expected["sha256"]:
+        if (
+            file.is_symlink()
+            or not file.is_file()
+            or file.stat().st_size != expected["bytes"]
+            or files.sha256(file) != expected["sha256"]
+        ):
             raise Damaged(f"the resume point {path.name} is damaged: {name} is not what its manifest says")
     numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tensors = {Path(n).stem: load_file(path / Path(n).name) for n in manifest["files"] if n.endswith(".safetensors")}

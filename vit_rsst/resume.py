@@ -35,6 +35,7 @@ def save(s: Run) -> None:
         "recipe": s.recipe_fingerprint,
         "epoch_is_open": s.epoch_is_open,
         "processes": s.accelerator.num_processes,
+        "environment": s.environment,
     }
     s.checkpointer.save(ResumePoint(s.progress.global_step, tensors, numbers))
 

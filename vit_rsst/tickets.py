@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged
+from vit_rsst.errors import Damaged, EnvironmentLacks
 from vit_rsst.pruning.masks import MaskSet, pack_bits, unpack_bits
 
 FORMAT = "vit_rsst.ticket/1"
@@ -45,14 +45,23 @@ class Ticket:
 
 
 def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mapping[str, str]) -> int:
-    """Writes a ticket atomically; returns its size in bytes."""
+    """Writes a ticket atomically; returns its size in bytes.
+
+    Raises:
+        EnvironmentLacks: the disk is full.
+    """
     tensors = _pack(state, mask)
     header = {"format": FORMAT, **metadata}
     header["sha256"] = digest(tensors, header)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=header)
-    files.settle(temporary)
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata=header)
+        files.settle(temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise EnvironmentLacks(f"{path}: the ticket could not be written ({error}); free some space there.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     files.settle_folder(path.parent)
     return path.stat().st_size
 
