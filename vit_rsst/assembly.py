@@ -40,6 +40,7 @@ from vit_rsst.models import slim, zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.models.complexity import flops as model_flops
 from vit_rsst.models.complexity import unit_costs
+from vit_rsst.models.hub import PLACE
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.calibration import collect
@@ -439,13 +440,13 @@ def check_same_model(path: Path, ticket: Ticket, architecture: str, args: dict) 
     """Refuses a ticket of another model even where all shapes fit: as many rows may be other heads.
 
     Raises:
-        Damaged: architecture or arguments differ, but for dropout.
+        Damaged: architecture or arguments differ, but for dropout and the place of published weights.
     """
     their_architecture, their_args = zoo.description(ticket.metadata, str(path))
     theirs = {"architecture": their_architecture, **their_args}
     ours = json.loads(json.dumps({"architecture": architecture, **args}))
     for key in sorted(theirs.keys() | ours.keys()):
-        if "drop" not in key and theirs.get(key) != ours.get(key):
+        if "drop" not in key and key != PLACE and theirs.get(key) != ours.get(key):
             raise Damaged(
                 f"{path}: it is of another model: {key} is {theirs.get(key, 'not given')} there and "
                 f"{ours.get(key, 'not given')} in this recipe; name the same model in model.name and model.args."

@@ -87,7 +87,7 @@ def _on_the_hub(options: DataOptions) -> dict[str, Located]:
     import datasets
 
     if options.info.hub_id is None:
-        raise InputError(f"data.path: the source {options.source!r} needs the path of a local folder.")
+        raise InputError(f"data.path: the source {options.source!r} needs a local folder (evaluate: --data FOLDER).")
     reach.prefer_cache()
     try:
         builder = datasets.load_dataset_builder(options.info.hub_id, revision=options.revision)
@@ -96,7 +96,7 @@ def _on_the_hub(options: DataOptions) -> dict[str, Located]:
         raise EnvironmentLacks(
             f"data.source: {options.info.hub_id!r} cannot be read from the Hub ({first_line(error)}). Check the "
             "network, data.revision and, for gated sets, that their terms are accepted on their page and HF_TOKEN is "
-            "set; or name a local copy with data.path=FOLDER."
+            "set; or name a local copy with data.path=FOLDER (evaluate: --data FOLDER)."
         ) from error
     files = builder.config.data_files or {}
     return {name: Located(rows, tuple(map(str, files.get(name, ())))) for name, rows in splits.items()}
