@@ -67,6 +67,11 @@ class Checkpointer:
         }
         self._pending = self._pool.submit(self._write, ResumePoint(point.step, copied, point.numbers))
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._pending is not None and not self._pending.done()
+
     def settle(self) -> None:
         """Waits for the save under way; warns when it failed, since a full disk may have room again at the next.
 
