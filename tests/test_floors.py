@@ -13,7 +13,7 @@ import tiny
 
 FLOORS = [
     # 0 ground: plain helpers; what lies above may use them anywhere
-    "errors files seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
+    "errors files reach seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
     "data.catalog data.options models.catalog",
     # 1 measure: numbers of weights, logits and images
     "pruning.criteria pruning.granularity models.anatomy models.resnet data.transforms data.decoding "
@@ -43,6 +43,7 @@ METHODS = ("constant", "dense", "gmp", "imp", "refill", "rsst", "rst", "ste")
 
 SIDEWAYS = {
     ("registry", "errors"),
+    ("reach", "errors"),
     ("models.zoo", "models.hub"),
     ("models.zoo", "models.slim"),
     ("export", "export.slim_folder"),
@@ -103,8 +104,8 @@ DOORS = {
     "evaluate": {"metrics.reported"},
     "safetensors": {"tickets", "checkpoint", "export.slim_folder", "export.timm_folder", "export.dense_folder"},
     "onnxruntime": {"export.onnx_file"},
-    "huggingface_hub": {"export.push"},
-    "wandb": set(),
+    "huggingface_hub": {"export.push", "reach"},
+    "wandb": {"tracking"},
     "tensorboard": set(),
     "tensorboardX": set(),
     "trackio": set(),
@@ -118,7 +119,7 @@ ALLOWED_DOORS = {
     "evaluate": ("metrics.",),
     "safetensors": ("tickets", "checkpoint", "export."),
     "onnxruntime": ("export.",),
-    "huggingface_hub": ("export.push",),
+    "huggingface_hub": ("export.push", "reach"),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
     "tensorboardX": ("tracking",),

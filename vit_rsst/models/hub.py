@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_rsst import reach
 from vit_rsst.errors import EnvironmentLacks, InputError
 
 PREFIX = "hf:"
@@ -34,7 +35,9 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
         else:
             folder = Path(source).expanduser()
             place = {PLACE: str(folder.resolve()) if folder.is_dir() else source}
-            config = AutoConfig.from_pretrained(place[PLACE], **fields)
+            if not folder.is_dir():
+                reach.prefer_cache()
+            config = AutoConfig.from_pretrained(place[PLACE], trust_remote_code=False, **fields)
     except (OSError, ValueError) as error:
         if source in CONFIG_MAPPING:
             raise InputError(f"model.args: {name} cannot be configured with {args}: {error}.") from error
@@ -98,7 +101,13 @@ def _with_weights(place: str, config: Any) -> nn.Module:
 
     try:
         net, report = AutoModelForImageClassification.from_pretrained(
-            place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
+            place,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,  # pickles are never read
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise EnvironmentLacks(

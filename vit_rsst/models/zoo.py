@@ -11,6 +11,7 @@ import torch
 from timm.models import register_model
 from torch import nn
 
+from vit_rsst import reach
 from vit_rsst.errors import Damaged, EnvironmentLacks, InputError
 from vit_rsst.models import hub, slim
 from vit_rsst.models.catalog import CATALOG, stock
@@ -21,6 +22,9 @@ OWN = {"resnet20": CifarResNet}
 
 TIMMS_OWN = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments that `timm.create_model` adds of itself."""
+
+SOURCES_OF_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+"""Arguments of `timm.create_model` through which a file of any kind would be loaded."""
 
 
 def _register(name: str) -> None:
@@ -64,6 +68,10 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
         InputError: no such model, arguments it does not take, or no published weights for it.
         EnvironmentLacks: the weights exist but cannot be had.
     """
+    if beside := sorted(set(args) & set(SOURCES_OF_WEIGHTS)):
+        raise InputError(
+            f"model.args.{beside[0]}: names other weights, past all checks; use model.pretrained, or model.start_from."
+        )
     if architecture.startswith(hub.PREFIX):
         return hub.create(architecture, args, pretrained, device)
     if not timm.is_model(architecture.split(".")[0]):
@@ -76,6 +84,8 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
         raise InputError(
             f"model.pretrained: timm has no weights for {architecture!r}; set it to false or name another."
         )
+    if pretrained:
+        reach.prefer_cache()
     try:
         with torch.device(device or "cpu"), _recorded_loads() as loads:
             net = timm.create_model(architecture, pretrained=pretrained, **args)
@@ -84,8 +94,9 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         if not pretrained:
             raise InputError(f"model.args: {architecture} cannot be built with {args}: {error}.") from error
+        why = " ".join(str(error).split())
         raise EnvironmentLacks(
-            f"model.pretrained: the weights of {architecture!r} could not be loaded ({error}). Check the network or "
+            f"model.pretrained: the weights of {architecture!r} could not be loaded ({why}). Check the network or "
             "the cache, or set model.pretrained=false to train from random weights."
         ) from error
     if pretrained:
