@@ -5,38 +5,64 @@ import contextlib
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import timm
 import torch
-from timm.models import register_model
-from torch import nn
+from timm.models import build_model_with_cfg, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
 
-from vit_rsst.errors import Damaged, EnvironmentLacks, InputError
-from vit_rsst.models import hub, slim
+from vit_rsst.errors import Damaged, InputError
+from vit_rsst.models import hub, slim, weights
 from vit_rsst.models.catalog import CATALOG, stock
+from vit_rsst.models.dynamic_vit import DynamicVit
+from vit_rsst.models.gated_vit import GatedVit
+from vit_rsst.models.lightweight_vit import LightweightVit
 from vit_rsst.models.resnet import CifarResNet
 
-OWN = {"resnet20": CifarResNet}
+OWN: dict[str, type[nn.Module]] = {
+    "resnet20": CifarResNet,
+    "dynamic_vit": DynamicVit,
+    "lightweight_vit": LightweightVit,
+    "vit_t16": GatedVit,
+    "vit_m16": GatedVit,
+}
 """Catalogue names that neither timm nor transformers has."""
-
-TIMMS_OWN = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""Arguments that `timm.create_model` adds of itself."""
 
 
 def _register(name: str) -> None:
     """Makes a catalogue name one that `timm.create_model` knows as well."""
 
     def entrypoint(pretrained: bool = False, **kwargs: object) -> nn.Module:
-        if pretrained and not CATALOG[name].has_weights:
+        cfg, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+        if pretrained and not (CATALOG[name].has_weights or cfg or overlay):
             raise ValueError(f"{name} has no published weights")
         args = {**CATALOG[name].args, **kwargs}
         if CATALOG[name].is_stock:
             return timm.create_model(CATALOG[name].architecture, pretrained=pretrained, **args)
-        return OWN[name](**{key: value for key, value in args.items() if key not in TIMMS_OWN})
+        return _build_own(name, pretrained, args)
 
     entrypoint.__name__ = name
     entrypoint.__module__ = __name__
     register_model(entrypoint)
+
+
+def _build_own(name: str, pretrained: bool, args: dict) -> nn.Module:
+    """An architecture of this package, built and loaded as timm builds and loads its own."""
+    is_vit = issubclass(OWN[name], VisionTransformer)
+    ends = ("patch_embed.proj", "head") if is_vit else ("conv1", "fc")
+    size = args.get("img_size", 32)
+    args["pretrained_cfg"] = args.get("pretrained_cfg") or {
+        "num_classes": -1,  # not the default of the network
+        "input_size": (3, size, size),
+        "fixed_input_size": is_vit,
+        "first_conv": ends[0],
+        "classifier": ends[1],
+    }
+    return build_model_with_cfg(
+        OWN[name], name, pretrained, pretrained_filter_fn=checkpoint_filter_fn if is_vit else None, **args
+    )
 
 
 for _name in CATALOG:
@@ -51,18 +77,21 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
     return found.architecture, {**found.args, **args, "num_classes": num_classes}
 
 
-def create(architecture: str, args: dict, pretrained: bool = False, device: str | None = None) -> nn.Module:
+def create(architecture: str, args: dict, pretrained: bool | str = False, device: str | None = None) -> nn.Module:
     """Builds a model.
 
     Args:
         architecture: a name of timm or `hf:TYPE`, as `describe` gives it.
         args: arguments of `timm.create_model`, `num_classes` among them; of `hf:TYPE` the configuration's fields.
-        pretrained: load published weights; timm resamples patch and position embeddings and replaces the head.
-        device: where to build; `meta` makes shapes without memory.
+        pretrained: load published weights, or those of a tag of timm's, or of a file or folder; timm resamples patch
+            and position embeddings, and the classifier is new where the classes differ. What was loaded is then the
+            network's attribute `loaded`.
+        device: where to build; `meta` makes shapes without memory, and weights are checked and not loaded.
 
     Raises:
-        InputError: no such model, arguments it does not take, or no published weights for it.
+        InputError: no such model or tag, arguments it does not take, or no published weights for it.
         EnvironmentLacks: the weights exist but cannot be had.
+        Damaged: the file is damaged, or of another model.
     """
     if architecture.startswith(hub.PREFIX):
         return hub.create(architecture, args, pretrained, device)
@@ -72,25 +101,77 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
             f"model.name: unknown model {architecture!r}; expected {', '.join(CATALOG)} or a name of timm "
             f"{timm.__version__}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
-    if pretrained and not timm.is_model_pretrained(architecture):
-        raise InputError(
-            f"model.pretrained: timm has no weights for {architecture!r}; set it to false or name another."
-        )
+    file = weights_file(architecture, pretrained) if pretrained else None
+    tensors, sha256 = weights.read(file) if file else ({}, "")
     try:
-        with torch.device(device or "cpu"), _recorded_loads() as loads:
-            net = timm.create_model(architecture, pretrained=pretrained, **args)
+        with (
+            torch.device(device or "cpu"),
+            _checked_loads(architecture, file, not weights.is_path(pretrained)) as found,
+        ):
+            net = timm.create_model(
+                architecture, pretrained=bool(file), pretrained_cfg_overlay=_overlay(architecture, tensors), **args
+            )
     except TypeError as error:
         raise InputError(f"model.args: {architecture} does not take these arguments: {error}.") from error
+    except (InputError, Damaged):
+        raise
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        if not pretrained:
-            raise InputError(f"model.args: {architecture} cannot be built with {args}: {error}.") from error
-        raise EnvironmentLacks(
-            f"model.pretrained: the weights of {architecture!r} could not be loaded ({error}). Check the network or "
-            "the cache, or set model.pretrained=false to train from random weights."
-        ) from error
-    if pretrained:
-        _check_loaded(net, loads, architecture)
+        raise InputError(f"model.args: {architecture} cannot be built with {args}: {error}.") from error
+    if file:
+        [(given, new, left_out)] = found
+        changed = tuple(name for name in given if name in tensors and given[name].shape != tensors[name].shape)
+        lost = tuple(name for name in tensors if name.startswith(_free_modules(net)) and name not in given)
+        net.loaded = weights.Loaded(str(file), sha256, len(given) - len(left_out), changed, new, left_out + lost)
     return net
+
+
+def weights_file(architecture: str, pretrained: bool | str) -> Path:
+    """Where the weights that a recipe asks for lie: a local file, or timm's on the Hub, fetched into the cache.
+
+    Raises:
+        InputError: timm has no weights for this model, or no such tag.
+        EnvironmentLacks: they cannot be had.
+    """
+    if weights.is_path(pretrained):
+        return weights.local_file(pretrained)
+    name = architecture if pretrained is True else f"{architecture.split('.')[0]}.{pretrained}"
+    if not timm.is_model_pretrained(name):
+        tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{architecture.split('.')[0]}.*")]
+        raise InputError(
+            f"model.pretrained: timm has no weights for {name!r}; "
+            + (
+                f"its tags are {', '.join(tags)}; name one, a file or a folder, "
+                if tags
+                else "name a file or a folder, "
+            )
+            + f"{weights.OTHERWISE}."
+        )
+    published = timm.get_pretrained_cfg(name)
+    if not published.hf_hub_id or published.custom_load:
+        raise InputError(
+            f"model.pretrained: {name} is not published as safetensors, the only format that is read; name another tag, "
+            f"{weights.OTHERWISE}."
+        )
+    file = (published.hf_hub_filename or weights.FILE).replace("pytorch_model.bin", weights.FILE)
+    return weights.hub_file(published.hf_hub_id, file)
+
+
+def _overlay(architecture: str, tensors: dict[str, Tensor]) -> dict | None:
+    """What tells timm to load these tensors, and of how many classes they are."""
+    if not tensors:
+        return None
+    published = timm.get_pretrained_cfg(architecture)
+    classifier = (published.classifier if published else None) or ("fc" if architecture == "resnet20" else "head")
+    first = classifier if isinstance(classifier, str) else classifier[0]
+    rows = tensors.get(f"{first}.weight")
+    return {"state_dict": tensors, "num_classes": len(rows) if rows is not None else 0}
+
+
+def _free_modules(net: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what weights from elsewhere need not give: the classifier, and what a model has for its task alone."""
+    classifier = net.pretrained_cfg.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return tuple(f"{name}." for name in (*names, *getattr(net, "task_modules", ())))
 
 
 def description(header: Mapping[str, str], place: str) -> tuple[str, dict]:
@@ -119,30 +200,23 @@ def described(header: Mapping[str, str], place: str, device: str | None = None) 
 
 
 @contextlib.contextmanager
-def _recorded_loads() -> Iterator[list]:
-    """What every `load_state_dict` meanwhile found missing and left over; timm only logs it."""
+def _checked_loads(architecture: str, file: Path | None, is_published: bool) -> Iterator[list[tuple]]:
+    """Looks at every state dict that timm would load meanwhile, which by itself only logs what it leaves random.
+
+    Yields:
+        a list of (state dict, what stays random, what is left out), one for each.
+    """
     found, original = [], nn.Module.load_state_dict
 
-    def load_state_dict(self: nn.Module, *args: object, **kwargs: object) -> object:
-        found.append(original(self, *args, **kwargs))
-        return found[-1]
+    def load_state_dict(self: nn.Module, state: Mapping[str, Tensor], *args: object, **kwargs: object) -> object:
+        own = self.state_dict()
+        wrong, new, left_out = weights.misfits(own, dict(state), _free_modules(self))
+        weights.refuse(wrong, str(file), architecture, is_published)
+        found.append((state, new, left_out))
+        return original(self, state, strict=False) if next(self.parameters()).device.type != "meta" else None
 
     nn.Module.load_state_dict = load_state_dict
     try:
         yield found
     finally:
         nn.Module.load_state_dict = original
-
-
-def _check_loaded(net: nn.Module, loads: list, architecture: str) -> None:
-    """Refuses weights that left a part of the network, other than a new classifier, at random."""
-    classifier = net.pretrained_cfg.get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    wrong = [
-        key for load in loads for key in (*load.missing_keys, *load.unexpected_keys) if not key.startswith(tuple(heads))
-    ]
-    if wrong or not loads:
-        raise InputError(
-            f"model.pretrained: the published weights of {architecture} do not fit this network in {len(wrong)} places "
-            f"({', '.join(wrong[:5])}); use its own width and depth in model.args, or set model.pretrained=false."
-        )
