@@ -171,7 +171,8 @@ def models_verb(arguments: argparse.Namespace) -> None:
         lines.append((name, f"{total:,}", counted, cost, str(px), published, stock.architecture))
     print(
         aligned(lines),
-        "\n\nCounted with 10 classes, the FLOPs of one image (two for each multiply-accumulate). Any other name of timm works too, with its arguments in model.args.",
+        "\n\nCounted with 10 classes; FLOPs of one image, two for each multiply-accumulate. Any other name of timm "
+        "works too, with its arguments in model.args.",
     )
 
 

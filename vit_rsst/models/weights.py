@@ -145,14 +145,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
             return tensors, hashlib.file_digest(file, "sha256").hexdigest()
     except (SafetensorError, OSError) as error:
         raise Damaged(
-            f"model.pretrained: {path} is not a readable safetensors file ({first_line(error)}); copy or fetch it again."
+            f"model.pretrained: {path} is not a readable safetensors file ({first_line(error)}); copy or fetch it "
+            "again."
         ) from error
 
 
 def misfits(
     own: dict[str, Tensor], given: dict[str, Tensor], free: tuple[str, ...]
 ) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
-    """What hinders loading, in words; what would stay random, and what would be left out, of modules `free` to differ."""
+    """What hinders loading, in words; what would stay random and what be left out, of the modules `free` to differ."""
     missing, strange = own.keys() - given.keys(), given.keys() - own.keys()
     bound = [name for name in (*own, *strange) if not name.startswith(free)]
     wrong = [f"no {name}" for name in bound if name in missing]
@@ -173,7 +174,7 @@ def refuse(wrong: list[str], place: str, architecture: str, is_published: bool) 
     if not wrong:
         return
     listed = "; ".join(wrong[:3]) + ("; …" if len(wrong) > 3 else "")
-    sentence = f"model.pretrained: {place} does not fit this {architecture} in {len(wrong)} tensors ({listed}); "
+    sentence = f"model.pretrained: {place} does not fit this {architecture} in {len(wrong)} places ({listed}); "
     if is_published:
         raise InputError(f"{sentence}leave its width, depth and heads out of model.args, {OTHERWISE}.")
     raise Damaged(f"{sentence}name weights of the same model, {OTHERWISE}.")

@@ -3,8 +3,9 @@ random in silence."""
 
 import contextlib
 import difflib
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -13,7 +14,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vit_rsst.errors import Damaged, InputError
+from vit_rsst.errors import Damaged, InputError, first_line
 from vit_rsst.models import hub, slim, weights
 from vit_rsst.models.catalog import CATALOG, stock
 from vit_rsst.models.dynamic_vit import DynamicVit
@@ -101,27 +102,33 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
             f"model.name: unknown model {architecture!r}; expected {', '.join(CATALOG)} or a name of timm "
             f"{timm.__version__}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
-    file = weights_file(architecture, pretrained) if pretrained else None
-    tensors, sha256 = weights.read(file) if file else ({}, "")
+    build = functools.partial(_build, architecture, args, device)
+    return _build_with_weights(build, architecture, pretrained) if pretrained else build()
+
+
+def _build(architecture: str, args: dict, device: str | None, **loading: object) -> nn.Module:
     try:
-        with (
-            torch.device(device or "cpu"),
-            _checked_loads(architecture, file, not weights.is_path(pretrained)) as found,
-        ):
-            net = timm.create_model(
-                architecture, pretrained=bool(file), pretrained_cfg_overlay=_overlay(architecture, tensors), **args
-            )
+        with torch.device(device or "cpu"):
+            return timm.create_model(architecture, **loading, **args)
     except TypeError as error:
         raise InputError(f"model.args: {architecture} does not take these arguments: {error}.") from error
     except (InputError, Damaged):
         raise
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f"model.args: {architecture} cannot be built with {args}: {error}.") from error
-    if file:
-        [(given, new, left_out)] = found
-        changed = tuple(name for name in given if name in tensors and given[name].shape != tensors[name].shape)
-        lost = tuple(name for name in tensors if name.startswith(_free_modules(net)) and name not in given)
-        net.loaded = weights.Loaded(str(file), sha256, len(given) - len(left_out), changed, new, left_out + lost)
+        raise InputError(f"model.args: {architecture} cannot be built with {args}: {first_line(error)}.") from error
+
+
+def _build_with_weights(build: Callable[..., nn.Module], architecture: str, pretrained: bool | str) -> nn.Module:
+    """timm adapts the weights to the network that it builds; what it would leave random in silence is refused."""
+    file, is_published = weights_file(architecture, pretrained), not weights.is_path(pretrained)
+    tensors, sha256 = weights.read(file)
+    with _checked_loads(architecture, file, is_published) as found:
+        net = build(pretrained=True, pretrained_cfg_overlay=_overlay(architecture, tensors))
+    weights.refuse(_other_heads(net, file), str(file), architecture, is_published)
+    [(given, new, left_out)] = found
+    changed = tuple(name for name in given if name in tensors and given[name].shape != tensors[name].shape)
+    lost = tuple(name for name in tensors if name.startswith(_free_modules(net)) and name not in given)
+    net.loaded = weights.Loaded(str(file), sha256, len(given) - len(left_out), changed, new, left_out + lost)
     return net
 
 
@@ -134,32 +141,45 @@ def weights_file(architecture: str, pretrained: bool | str) -> Path:
     """
     if weights.is_path(pretrained):
         return weights.local_file(pretrained)
-    name = architecture if pretrained is True else f"{architecture.split('.')[0]}.{pretrained}"
+    plain = architecture.split(".")[0]
+    name = architecture if pretrained is True else f"{plain}.{pretrained.removeprefix(f'{plain}.')}"
     if not timm.is_model_pretrained(name):
-        tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{architecture.split('.')[0]}.*")]
+        tags = [tagged.removeprefix(f"{plain}.") for tagged in timm.list_pretrained(f"{plain}.*")]
+        choices = f"its tags are {', '.join(tags)}; name one, " if tags else "name "
         raise InputError(
-            f"model.pretrained: timm has no weights for {name!r}; "
-            + (
-                f"its tags are {', '.join(tags)}; name one, a file or a folder, "
-                if tags
-                else "name a file or a folder, "
-            )
-            + f"{weights.OTHERWISE}."
+            f"model.pretrained: timm has no weights for {name!r}; {choices}a file or a folder, {weights.OTHERWISE}."
         )
     published = timm.get_pretrained_cfg(name)
-    if not published.hf_hub_id or published.custom_load:
-        raise InputError(
-            f"model.pretrained: {name} is not published as safetensors, the only format that is read; name another tag, "
-            f"{weights.OTHERWISE}."
-        )
     file = (published.hf_hub_filename or weights.FILE).replace("pytorch_model.bin", weights.FILE)
+    if not published.hf_hub_id or not file.endswith(".safetensors") or published.custom_load == "hf":
+        raise InputError(
+            f"model.pretrained: {name} is not published as safetensors, the only format that is read; name another "
+            f"tag, {weights.OTHERWISE}."
+        )
     return weights.hub_file(published.hf_hub_id, file)
 
 
-def _overlay(architecture: str, tensors: dict[str, Tensor]) -> dict | None:
+def _other_heads(net: nn.Module, file: Path) -> list[str]:
+    """Attention of other heads in the model that a `config.json` beside the file describes, which no shape shows."""
+    config = file.with_name("config.json")
+    if not config.is_file():
+        return []
+    try:
+        described = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"model.pretrained: {config} is not readable ({error}); copy or fetch it again.") from error
+    name = described.get("architecture") if isinstance(described, dict) else None
+    if not isinstance(name, str) or not timm.is_model(name):
+        return []
+    with torch.device("meta"):
+        theirs = dict(timm.create_model(name, **described.get("model_args", {})).named_modules())
+    ours = {name: module.num_heads for name, module in net.named_modules() if hasattr(module, "num_heads")}
+    found = {name: getattr(theirs.get(name), "num_heads", asked) for name, asked in ours.items()}
+    return [f"{name} of {found[name]} heads, not {ours[name]}" for name in ours if found[name] != ours[name]]
+
+
+def _overlay(architecture: str, tensors: dict[str, Tensor]) -> dict:
     """What tells timm to load these tensors, and of how many classes they are."""
-    if not tensors:
-        return None
     published = timm.get_pretrained_cfg(architecture)
     classifier = (published.classifier if published else None) or ("fc" if architecture == "resnet20" else "head")
     first = classifier if isinstance(classifier, str) else classifier[0]
@@ -168,7 +188,7 @@ def _overlay(architecture: str, tensors: dict[str, Tensor]) -> dict | None:
 
 
 def _free_modules(net: nn.Module) -> tuple[str, ...]:
-    """Prefixes of what weights from elsewhere need not give: the classifier, and what a model has for its task alone."""
+    """Prefixes of what weights from elsewhere need not give: the classifier, and what decides beside it."""
     classifier = net.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     return tuple(f"{name}." for name in (*names, *getattr(net, "task_modules", ())))
