@@ -38,8 +38,7 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
         else:
             folder = Path(source).expanduser()
             place = {PLACE: str(folder.resolve()) if folder.is_dir() else source}
-            file = folder / "config.json" if folder.is_dir() else weights.hub_file(source, "config.json", "model.name")
-            config = AutoConfig.from_pretrained(file, **fields)
+            config = AutoConfig.from_pretrained(_config_file(source, folder), **fields)
     except (OSError, ValueError) as error:
         if source in CONFIG_MAPPING:
             raise InputError(f"model.args: {name} cannot be configured with {args}: {error}.") from error
@@ -55,6 +54,12 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
     kept = {key: value for key, value in config.to_diff_dict().items() if key not in ("model_type", "architectures")}
     kept = {key: value for key, value in kept.items() if key not in ("transformers_version", "id2label", "label2id")}
     return f"{PREFIX}{config.model_type}", {**kept, **place, "num_labels": num_classes}
+
+
+def _config_file(source: str, folder: Path) -> Path:
+    if folder.is_dir():
+        return folder / "config.json"
+    return weights.hub_file(source, "config.json", "model.name", "or a type of transformers, such as hf:vit")
 
 
 def configuration(architecture: str, args: dict) -> Any:

@@ -94,8 +94,12 @@ def _refuse_pickles(place: Path, files: Iterable[Path]) -> None:
             )
 
 
-def hub_file(repository: str, name: str, field: str = "model.pretrained") -> Path:
+def hub_file(repository: str, name: str, field: str = "model.pretrained", otherwise: str = OTHERWISE) -> Path:
     """A file of a repository of the Hub: from the cache, else fetched.
+
+    Args:
+        field: of the recipe, which asks for it.
+        otherwise: what to do without it.
 
     Raises:
         EnvironmentLacks: it is not in the cache and the Hub cannot be reached, within seconds, or does not give it.
@@ -112,7 +116,7 @@ def hub_file(repository: str, name: str, field: str = "model.pretrained") -> Pat
     except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
         raise EnvironmentLacks(
             f"{field}: {name} of {repository!r} is not in the cache and cannot be had from the Hub "
-            f"({first_line(error)}); check the network, name a local file or folder, {OTHERWISE}."
+            f"({first_line(error)}); check the network, name a local file or folder, {otherwise}."
         ) from error
 
 
