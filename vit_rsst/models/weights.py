@@ -167,7 +167,7 @@ def misfits(
         for name in own
         if name in given and given[name].shape != own[name].shape
     ]
-    return wrong, tuple(n for n in own if n in missing), tuple(sorted(strange))
+    return wrong, tuple(sorted(missing)), tuple(sorted(strange))
 
 
 def refuse(wrong: list[str], place: str, architecture: str, is_published: bool) -> None:

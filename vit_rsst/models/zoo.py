@@ -126,8 +126,8 @@ def _build_with_weights(build: Callable[..., nn.Module], architecture: str, pret
         net = build(pretrained=True, pretrained_cfg_overlay=_overlay(architecture, tensors))
     weights.refuse(_other_heads(net, file), str(file), architecture, is_published)
     [(given, new, left_out)] = found
-    changed = tuple(name for name in given if name in tensors and given[name].shape != tensors[name].shape)
-    lost = tuple(name for name in tensors if name.startswith(_free_modules(net)) and name not in given)
+    changed = tuple(name for name in sorted(given) if name in tensors and given[name].shape != tensors[name].shape)
+    lost = tuple(name for name in sorted(tensors) if name.startswith(_free_modules(net)) and name not in given)
     net.loaded = weights.Loaded(str(file), sha256, len(given) - len(left_out), changed, new, left_out + lost)
     return net
 
@@ -233,7 +233,8 @@ def _checked_loads(architecture: str, file: Path | None, is_published: bool) -> 
         wrong, new, left_out = weights.misfits(own, dict(state), _free_modules(self))
         weights.refuse(wrong, str(file), architecture, is_published)
         found.append((state, new, left_out))
-        return original(self, state, strict=False) if next(self.parameters()).device.type != "meta" else None
+        has_memory = next(self.parameters()).device.type != "meta"
+        return original(self, state if has_memory else {}, strict=False)
 
     nn.Module.load_state_dict = load_state_dict
     try:
