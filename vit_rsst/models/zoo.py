@@ -32,6 +32,23 @@ OWN: dict[str, type[nn.Module]] = {
 """Catalogue names that neither timm nor transformers has."""
 
 
+def _published_cfg(name: str) -> dict:
+    """What timm wants to know of an architecture of this package: its images, first layer and classifier."""
+    is_vit, size = issubclass(OWN[name], VisionTransformer), CATALOG[name].args.get("img_size", 32)
+    first, last = ("patch_embed.proj", "head") if is_vit else ("conv1", "fc")
+    classes = {"num_classes": -1}  # none that would be a default
+    return {
+        "input_size": (3, size, size),
+        "fixed_input_size": is_vit,
+        "first_conv": first,
+        "classifier": last,
+    } | classes
+
+
+default_cfgs = {name: _published_cfg(name) for name in OWN}
+"""Where timm looks for them."""
+
+
 def _register(name: str) -> None:
     """Makes a catalogue name one that `timm.create_model` knows as well."""
 
@@ -51,19 +68,8 @@ def _register(name: str) -> None:
 
 def _build_own(name: str, pretrained: bool, args: dict) -> nn.Module:
     """An architecture of this package, built and loaded as timm builds and loads its own."""
-    is_vit = issubclass(OWN[name], VisionTransformer)
-    ends = ("patch_embed.proj", "head") if is_vit else ("conv1", "fc")
-    size = args.get("img_size", 32)
-    args["pretrained_cfg"] = args.get("pretrained_cfg") or {
-        "num_classes": -1,  # not the default of the network
-        "input_size": (3, size, size),
-        "fixed_input_size": is_vit,
-        "first_conv": ends[0],
-        "classifier": ends[1],
-    }
-    return build_model_with_cfg(
-        OWN[name], name, pretrained, pretrained_filter_fn=checkpoint_filter_fn if is_vit else None, **args
-    )
+    adapt = checkpoint_filter_fn if issubclass(OWN[name], VisionTransformer) else None
+    return build_model_with_cfg(OWN[name], name, pretrained, pretrained_filter_fn=adapt, **args)
 
 
 for _name in CATALOG:
@@ -112,7 +118,7 @@ def _build(architecture: str, args: dict, device: str | None, **loading: object)
             return timm.create_model(architecture, **loading, **args)
     except TypeError as error:
         raise InputError(f"model.args: {architecture} does not take these arguments: {error}.") from error
-    except (InputError, Damaged):
+    except InputError:
         raise
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"model.args: {architecture} cannot be built with {args}: {first_line(error)}.") from error
@@ -171,8 +177,13 @@ def _other_heads(net: nn.Module, file: Path) -> list[str]:
     name = described.get("architecture") if isinstance(described, dict) else None
     if not isinstance(name, str) or not timm.is_model(name):
         return []
-    with torch.device("meta"):
-        theirs = dict(timm.create_model(name, **described.get("model_args", {})).named_modules())
+    try:
+        with torch.device("meta"):
+            theirs = dict(timm.create_model(name, **described.get("model_args", {})).named_modules())
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise Damaged(
+            f"model.pretrained: {config} describes no {name} ({first_line(error)}); fetch it again."
+        ) from error
     ours = {name: module.num_heads for name, module in net.named_modules() if hasattr(module, "num_heads")}
     found = {name: getattr(theirs.get(name), "num_heads", asked) for name, asked in ours.items()}
     return [f"{name} of {found[name]} heads, not {ours[name]}" for name in ours if found[name] != ours[name]]
@@ -181,7 +192,7 @@ def _other_heads(net: nn.Module, file: Path) -> list[str]:
 def _overlay(architecture: str, tensors: dict[str, Tensor]) -> dict:
     """What tells timm to load these tensors, and of how many classes they are."""
     published = timm.get_pretrained_cfg(architecture)
-    classifier = (published.classifier if published else None) or ("fc" if architecture == "resnet20" else "head")
+    classifier = (published.classifier if published else None) or "head"
     first = classifier if isinstance(classifier, str) else classifier[0]
     rows = tensors.get(f"{first}.weight")
     return {"state_dict": tensors, "num_classes": len(rows) if rows is not None else 0}
