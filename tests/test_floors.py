@@ -16,7 +16,8 @@ FLOORS = [
     "errors files reach seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
     "data.catalog data.options models.catalog",
     # 1 measure: numbers of weights, logits and images
-    "pruning.criteria pruning.granularity models.anatomy models.resnet data.transforms data.decoding "
+    "pruning.criteria pruning.granularity models.anatomy models.resnet models.dynamic_vit "
+    "models.gated_vit models.lightweight_vit models.weights data.transforms data.decoding "
     "metrics.counters metrics.reported optim",
     # 2 decide: which elements live
     "pruning.selection pruning.plan pruning.allocation pruning.selector pruning.methods.constant pruning.methods.dense "
@@ -99,12 +100,26 @@ METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "prunin
 
 DOORS = {
     "datasets": {"data.locate", "data.sources", "data.streams", "metrics.reported"},
-    "timm": {"data.decoding", "models.zoo", "export.timm_folder"},
+    "timm": {
+        "data.decoding",
+        "models.zoo",
+        "models.dynamic_vit",
+        "models.gated_vit",
+        "models.lightweight_vit",
+        "export.timm_folder",
+    },
     "transformers": {"models.hub", "export.transformers_folder"},
     "evaluate": {"metrics.reported"},
-    "safetensors": {"tickets", "checkpoint", "export.slim_folder", "export.timm_folder", "export.dense_folder"},
+    "safetensors": {
+        "tickets",
+        "checkpoint",
+        "models.weights",
+        "export.slim_folder",
+        "export.timm_folder",
+        "export.dense_folder",
+    },
     "onnxruntime": {"export.onnx_file"},
-    "huggingface_hub": {"export.push", "reach"},
+    "huggingface_hub": {"export.push", "models.weights", "reach"},
     "wandb": {"tracking"},
     "tensorboard": set(),
     "tensorboardX": set(),
@@ -117,9 +132,9 @@ ALLOWED_DOORS = {
     "timm": ("data.decoding", "models.", "export."),
     "transformers": ("models.", "export."),
     "evaluate": ("metrics.",),
-    "safetensors": ("tickets", "checkpoint", "export."),
+    "safetensors": ("tickets", "checkpoint", "models.weights", "export."),
     "onnxruntime": ("export.",),
-    "huggingface_hub": ("export.push", "reach"),
+    "huggingface_hub": ("export.push", "models.weights", "reach"),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
     "tensorboardX": ("tracking",),

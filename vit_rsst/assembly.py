@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 from vit_rsst import optim, results, resume, run_folder, tickets
 from vit_rsst.checkpoint import Checkpointer, ResumePoint
@@ -94,6 +94,8 @@ def build(
 
     evaluate = make_evaluate(net, data, accelerator, recipe, give_up)
     lock, record = None, run_folder.environment(accelerator.num_processes, str(device), data.identity)
+    if hasattr(net, "loaded"):
+        record["weights"] = net.loaded.record()
     if is_main:
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")
@@ -113,7 +115,7 @@ def build(
         net=net,
         optimizer=optimizer,
         loader=loader,
-        loss=nn.CrossEntropyLoss(label_smoothing=train.label_smoothing),
+        loss=make_loss(net, train.label_smoothing),
         lr=make_lr(recipe),
         controller=Controller(
             model=net,
@@ -464,6 +466,12 @@ def build_optimizer(net: nn.Module, options: Optim) -> torch.optim.Optimizer:
     )
 
 
+def make_loss(net: nn.Module, label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross entropy, and what the model asks of itself in training: its method `auxiliary_loss`, where it has one."""
+    loss, own = nn.CrossEntropyLoss(label_smoothing=label_smoothing), getattr(net, "auxiliary_loss", None)
+    return loss if own is None else lambda logits, labels: loss(logits, labels) + own()
+
+
 def make_lr(recipe: Recipe) -> Callable[[Progress], float]:
     """The learning rate at a progress: one schedule a round, replayed; from epoch K on with `rewind: epoch:K`."""
     options, epochs = recipe.optim, recipe.train.epochs
@@ -539,6 +547,7 @@ def ticket_header(recipe: Recipe, data: ImageData, net: nn.Module) -> dict[str, 
         "ema": "false",
         "recipe": recipe.fingerprint,
         **({"widths": json.dumps(widths)} if widths else {}),
+        **({"pretrained": net.loaded.sha256} if hasattr(net, "loaded") else {}),
     }
 
 
@@ -563,14 +572,15 @@ def summary(
     progress: Progress,
     device: str,
 ) -> str:
-    """What is about to happen, in four lines."""
+    """What is about to happen, in a few lines."""
+    begins = f"  begins with {net.loaded.text()}\n" if hasattr(net, "loaded") else ""
     total = sum(p.numel() for p in net.parameters())
     prunable = sum(w.numel() for w in weights.values())
     rows = ", ".join(f"{count_text(data.count(split))} {split}" for split in ("train", "val", "test"))
     return (
         f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({rows})\n"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "
-        f"final density {density_text(density)}\n"
+        f"final density {density_text(density)}\n{begins}"
         f"  {len(progress.round_epochs)} round(s), {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "
         f"global batch {dealing}; {device}, precision {recipe.train.precision}\n"
         f"  run folder {recipe.run_folder}"

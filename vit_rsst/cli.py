@@ -154,21 +154,25 @@ def push_verb(arguments: argparse.Namespace) -> None:
 
 
 def models_verb(arguments: argparse.Namespace) -> None:
+    from vit_rsst.analysis.subject import size_of
     from vit_rsst.models import zoo
     from vit_rsst.models.anatomy import prunable_weights
     from vit_rsst.models.catalog import CATALOG
+    from vit_rsst.models.complexity import flops
     from vit_rsst.results import aligned
 
-    lines = [("model", "parameters", "prunable", "px", "weights", "architecture")]
+    lines = [("model", "parameters", "prunable", "MFLOPs", "px", "weights", "architecture")]
     for name, stock in CATALOG.items():
         net = zoo.create(*zoo.describe(name, {}, 10), device="meta")
         total, prunable = sum(p.numel() for p in net.parameters()), prunable_weights(net)
         published = "published" if stock.has_weights else "none"
-        counted = f"{sum(w.numel() for w in prunable.values()):,}"
-        lines.append((name, f"{total:,}", counted, str(stock.args.get("img_size", 32)), published, stock.architecture))
+        counted, px = f"{sum(w.numel() for w in prunable.values()):,}", size_of(net)
+        cost = f"{flops(net, px) / 1e6:,.0f}"
+        lines.append((name, f"{total:,}", counted, cost, str(px), published, stock.architecture))
     print(
         aligned(lines),
-        "\n\nCounted with 10 classes. Any other name of timm works too, with its arguments in model.args.",
+        "\n\nCounted with 10 classes; FLOPs of one image, two for each multiply-accumulate. Any other name of timm "
+        "works too, with its arguments in model.args.",
     )
 
 

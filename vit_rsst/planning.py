@@ -14,6 +14,7 @@ from vit_rsst.errors import EnvironmentLacks
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.models.weights import is_path
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.dense import Dense
@@ -49,7 +50,8 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     steps = steps_per_epoch(rows.train, recipe.train.global_batch, recipe.train.steps_per_epoch)
     progress = Progress(steps, recipe.round_epochs)
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
-    net = zoo.create(architecture, args, device="meta")
+    local = is_path(recipe.model.pretrained)
+    net = zoo.create(architecture, args, recipe.model.pretrained if local else False, device="meta")
     assembly.reshape_(net, recipe, architecture, args)
     pruning = recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
@@ -66,6 +68,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"{rows.num_classes} classes ({'counted' if rows.are_counted else 'as published; the data were not reached'})",
         f"model      {recipe.model.name} = {architecture}: {total:,} parameters, {prunable:,} prunable in "
         f"{len(weights)} weights ({prunable / total:.1%})",
+        *weights_lines(recipe, net),
         f"batch      {dealing} with {num_processes} process(es); the same on any number that divides it",
         f"epoch      {steps:,} optimizer steps, {dropped} images of the tail dropped",
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
@@ -79,6 +82,15 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"run folder {recipe.run_folder}",
     ]
     return "\n".join(parts)
+
+
+def weights_lines(recipe: Recipe, net: nn.Module) -> list[str]:
+    """Which weights the run would begin with; those of the Hub are not fetched for a plan."""
+    pretrained = recipe.model.pretrained
+    if not pretrained:
+        return []
+    published = "the published ones, from the Hub" if pretrained is True else f"tag {pretrained}, from the Hub"
+    return [f"weights    {net.loaded.text() if is_path(pretrained) else published}"]
 
 
 def count_rows(recipe: Recipe) -> Rows:

@@ -87,13 +87,15 @@ class Model:
     """Which network: a catalogue name or any of timm's, with timm's own arguments; `hf:` names one of transformers.
 
     Attributes:
+        pretrained: weights to begin with: true for the published ones, else a tag of timm's, a safetensors file, or a
+            folder of timm or transformers with `model.safetensors`.
         start_from: ticket, run or slim folder whose weights and mask the run begins with, instead of a dense round.
         shape_from: ticket, run or slim folder whose slim shape is trained from random weights: the control of a
             structured pruning (Liu et al. 2019).
     """
 
     name: str = "vit_tiny"
-    pretrained: bool = False
+    pretrained: bool | str = False
     args: dict[str, Any] = field(default_factory=dict)
     start_from: str | None = None
     shape_from: str | None = None
