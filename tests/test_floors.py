@@ -17,13 +17,14 @@ FLOORS = [
     "data.catalog data.options models.catalog",
     # 1 measure: numbers of weights, logits and images
     "pruning.criteria pruning.granularity models.anatomy models.resnet data.transforms data.decoding "
-    "metrics.counters metrics.reported optim",
+    "metrics.counters metrics.outcomes metrics.reported optim",
     # 2 decide: which elements live
     "pruning.selection pruning.plan pruning.allocation pruning.selector pruning.methods.constant pruning.methods.dense "
     "pruning.methods.gmp pruning.methods.imp pruning.methods.refill pruning.methods.rsst pruning.methods.rst "
     "pruning.methods.ste pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
-    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.zoo "
+    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.published "
+    "models.slim models.zoo "
     "data.locate data.tables data.streams data.images data.sources data.loaders "
     "checkpoint tickets tracking results console signals watchdog "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
@@ -45,6 +46,10 @@ SIDEWAYS = {
     ("registry", "errors"),
     ("models.zoo", "models.hub"),
     ("models.zoo", "models.slim"),
+    ("models.published", "models.hub"),
+    ("models.published", "models.zoo"),
+    ("metrics.outcomes", "metrics.counters"),
+    ("metrics.reported", "metrics.outcomes"),
     ("export", "export.slim_folder"),
     ("export.source", "export.slim_folder"),
     ("export.card", "export.work"),
@@ -98,7 +103,7 @@ METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "prunin
 
 DOORS = {
     "datasets": {"data.locate", "data.sources", "data.streams", "metrics.reported"},
-    "timm": {"data.decoding", "models.zoo", "export.timm_folder"},
+    "timm": {"data.decoding", "models.published", "models.zoo", "export.timm_folder"},
     "transformers": {"models.hub", "export.transformers_folder"},
     "evaluate": {"metrics.reported"},
     "safetensors": {"tickets", "checkpoint", "export.slim_folder", "export.timm_folder", "export.dense_folder"},
