@@ -34,7 +34,9 @@ FLOORS = [
     "assembly evaluation predict planning export.work export.card export.slim_target export.timm_folder "
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
-    # 6 enter
+    # 6 tell: what a person sees of a run
+    "report.history report.canvas report.attention report.curves report.pictures report.watching",
+    # 7 enter
     "train cli",
 ]
 """Modules by floor, without the package's name."""
@@ -88,6 +90,9 @@ SIDEWAYS = {
     *(("analysis.analyze", f"analysis.{name}") for name in ("subject", "counts", "measure")),
     ("analysis.tables", "analysis.counts"),
     ("planning", "assembly"),
+    *(("report.curves", f"report.{name}") for name in ("canvas", "history")),
+    *(("report.pictures", f"report.{name}") for name in ("attention", "canvas", "history")),
+    *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "history", "pictures")),
     ("cli", "train"),
 }
 """(importer, imported) on one floor."""
@@ -95,7 +100,7 @@ SIDEWAYS = {
 FOR_TYPES_ALONE = {("resume", "loop")}
 """Under `if TYPE_CHECKING`, against the direction."""
 
-EMPTY = {"", "analysis", "data", "models", "metrics", "pruning"}
+EMPTY = {"", "analysis", "data", "models", "metrics", "pruning", "report"}
 """Packages whose `__init__` holds no code: whoever imports a module below passes them."""
 
 METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "pruning.methods.rsst"}
@@ -108,6 +113,7 @@ DOORS = {
     "evaluate": {"metrics.reported"},
     "safetensors": {"tickets", "checkpoint", "export.slim_folder", "export.timm_folder", "export.dense_folder"},
     "onnxruntime": {"export.onnx_file"},
+    "matplotlib": {"report.canvas", "report.curves", "report.pictures"},
     "huggingface_hub": {"export.push"},
     "wandb": set(),
     "tensorboard": set(),
@@ -123,6 +129,7 @@ ALLOWED_DOORS = {
     "evaluate": ("metrics.",),
     "safetensors": ("tickets", "checkpoint", "export."),
     "onnxruntime": ("export.",),
+    "matplotlib": ("report.",),
     "huggingface_hub": ("export.push",),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
@@ -202,7 +209,7 @@ def test_imports_go_down_or_sideways_where_it_is_listed():
     for module, target, line, is_typed in EDGES:
         if target in EMPTY or (is_typed and (module, target) in FOR_TYPES_ALONE):
             continue
-        above, below = FLOOR_OF.get(module, 6), FLOOR_OF.get(target)
+        above, below = FLOOR_OF.get(module, 7), FLOOR_OF.get(target)
         assert below is not None, f"{place(module, line)}: {target} is no module"
         if below > above or (below == above and (module, target) not in SIDEWAYS):
             wrong.append(f"{place(module, line)}: {module} (floor {above}) imports {target} (floor {below})")

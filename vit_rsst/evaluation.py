@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 
 from vit_rsst import files
@@ -53,7 +54,8 @@ def evaluate(
     with state.main_process_first():
         data = open_data(trained.data, trained.seed)
     classes = check_classes(trained, data)
-    found, rate = outcomes_of(trained, data, split, state, batch or EVALUATION_BATCH)
+    place = (state.device, state.process_index, state.num_processes)
+    found, rate = outcomes_of(trained, data, split, batch or EVALUATION_BATCH, *place)
     if not np.isfinite(found.confidences).all():
         raise Damaged(
             f"{trained.path}: it gives logits that are not finite: its weights diverged; take another ticket."
@@ -104,18 +106,17 @@ def check_classes(trained: Trained, data: ImageData) -> list[str]:
 
 
 def outcomes_of(
-    trained: Trained, data: ImageData, split: str, state: PartialState, batch: int
+    trained: Trained, data: ImageData, split: str, batch: int, device: torch.device, rank: int = 0, world: int = 1
 ) -> tuple[Outcomes, float]:
-    """What becomes of every image, and images a second; collective."""
-    device, world = state.device, state.num_processes
+    """What becomes of every image, and images a second; collective where `world` is more than 1."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     workers = 0 if device.type == "cpu" else min(8, (os.cpu_count() or 1) // local)
     batches = evaluation_batches(
-        data.samples(split), batch, state.process_index, world, device, trained.mean, trained.std,
+        data.samples(split), batch, rank, world, device, trained.mean, trained.std,
         data.decoder(split), workers, trained.data.max_corrupt,
     )  # fmt: skip
     with trained.autocast(device):
-        return outcomes(trained.net.to(device), batches, state.process_index, world)
+        return outcomes(trained.net.to(device), batches, rank, world)
 
 
 def report_text(result: dict, most_classes: int = 20) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vit_rsst.loop import Run
     from vit_rsst.recipe import Recipe
+    from vit_rsst.report.watching import Watcher
 
 
 INTERRUPTED, CUT_SHORT = 130, 141  # 128 + SIGINT and + SIGPIPE, as a shell says it
@@ -107,6 +108,7 @@ def run_recipe(recipe: "Recipe", restart: bool = False, allow_world_size_change:
             print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
         return
     s, lock = assembly.build(recipe, accelerator, folder, stop, restart)
+    watcher = make_watcher(s, recipe)
     try:
         assembly.resume_if_possible(s, allow_world_size_change)
         watchdog.limit_waiting(recipe.train.rank_timeout)
@@ -125,6 +127,21 @@ def run_recipe(recipe: "Recipe", restart: bool = False, allow_world_size_change:
             lock.release()
         if sys.exc_info()[0] is None:  # after an error, another rank may no longer be there to say goodbye to
             accelerator.end_training()
+    if watcher is not None:  # no rank waits for the last figures
+        watcher.finish()
+
+
+def make_watcher(s: "Run", recipe: "Recipe") -> "Watcher | None":
+    """Who draws on the main process, looking on at the loop; None: nobody."""
+    if not (recipe.tracking.figures and s.accelerator.is_main_process):
+        return None
+    from vit_rsst.report import watching
+
+    if not watching.is_possible():
+        s.console.line("  no figures and no report: pip install 'vit_rsst[report]' draws them")
+        return None
+    s.watch = watching.Watcher(s.folder.path, s.tracker, s.accelerator.device)
+    return s.watch
 
 
 def explained(error: BaseException, s: "Run", recipe: "Recipe") -> BaseException:

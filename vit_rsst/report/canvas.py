@@ -37,7 +37,6 @@ def drawing() -> Iterator[None]:
     """
     try:
         import matplotlib
-        from cycler import cycler
     except ImportError as error:
         raise EnvironmentLacks("figures need matplotlib: pip install 'vit_rsst[report]'.") from error
     style = {
@@ -47,7 +46,7 @@ def drawing() -> Iterator[None]:
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "axes.prop_cycle": cycler(color=CYCLE),
+        "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
         "grid.color": GREY,
         "grid.alpha": 0.25,
         "grid.linewidth": 0.6,

@@ -45,13 +45,14 @@ def curves(history: History) -> "Figure | None":
         _round_marks(axes, history)
     loss.set_ylabel("loss")
     accuracy.set(ylabel="top-1, %", xlabel="epoch")
-    accuracy.legend(loc="lower right")
+    accuracy.xaxis.get_major_locator().set_params(integer=True)
+    _legend(loss)
     return figure
 
 
 def rate_and_penalty(history: History) -> "Figure | None":
     """Learning rate, penalty and what is left of the condemned over steps."""
-    rates = history.steps or history.epochs
+    rates = sorted([*history.steps, *history.epochs], key=lambda event: event["step"])
     if not rates:
         return None
     penalised = [event for event in history.epochs if "prune/penalty" in event]
@@ -60,11 +61,15 @@ def rate_and_penalty(history: History) -> "Figure | None":
     _line(axes[0], rates, "step", "train/lr", color=canvas.BLUE)
     axes[0].set_ylabel("learning rate")
     if penalised:
-        _line(axes[1], penalised, "step", "prune/penalty", "o", label="penalty", color=canvas.RED, markersize=3)
-        _line(axes[1], penalised, "step", "prune/condemned_left", "s", label="size left of the condemned",
-              color=canvas.PURPLE, markersize=3)  # fmt: skip
+        parts = {"prune/penalty": ("o-", "penalty", canvas.RED)}
+        parts["prune/condemned_left"] = ("s-", "size left of the condemned", canvas.PURPLE)
+        for round, group in itertools.groupby(penalised, key=lambda event: event["round"]):
+            events = list(group)
+            for key, (style, label, color) in parts.items():
+                label = label if round == penalised[0]["round"] else None
+                _line(axes[1], events, "step", key, style, label=label, color=color, markersize=3, linewidth=0.9)
         axes[1].set(ylabel="penalty, share left", ylim=(-0.05, None))
-        axes[1].legend()
+        _legend(axes[1])
     axes[-1].set_xlabel("optimizer step")
     return figure
 
@@ -81,11 +86,13 @@ def accuracy_by_density(history: History) -> "Figure | None":
     if tested:
         top.plot([r.density for r in tested], [r.test_top1 for r in tested], "s--", label="test", color=canvas.ORANGE)
     top.set_ylabel("top-1, %")
-    top.legend(loc="lower left")
+    _legend(top)
     gaps = [r for r in rows if r.what_if_gap is not None]
     bottom.vlines([r.density for r in gaps], 0, [r.what_if_gap for r in gaps], color=canvas.RED, linewidth=4)
     bottom.axhline(0, color=canvas.GREY, linewidth=0.8)
-    bottom.set(ylabel="what-if gap", xlabel="density of the prunable weights")
+    shown = [r.what_if_gap for r in gaps]
+    limits = (min([-0.5, *shown]), 1.1 * max([1.0, *shown]))  # noise below a point is no cliff
+    bottom.set(ylabel="what-if gap", xlabel="density of the prunable weights", ylim=limits)
     bottom.set_xscale("log")
     bottom.set_xticks([r.density for r in rows], [f"{r.density:.2g}" for r in rows])
     bottom.minorticks_off()
@@ -103,7 +110,7 @@ def layers(history: History) -> "Figure | None":
     panels = kinds[:8]
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
-    figure = canvas.figure(rows * min(0.8 + 0.17 * len(blocks), 4.2))
+    figure = canvas.figure(rows * min(1.0 + 0.2 * len(blocks), 4.2))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -112,11 +119,8 @@ def layers(history: History) -> "Figure | None":
         mesh = axes.pcolormesh(cells, cmap=canvas.HEAT, vmin=0, vmax=1, edgecolors=canvas.GROUND, linewidth=0.4)
         axes.set(title=kind.split(".")[-1])
         axes.grid(visible=False)
-        axes.set_xticks([i + 0.5 for i in range(len(found))][:: -(-len(found) // 6)],
-                        [str(i) for i in range(len(found))][:: -(-len(found) // 6)])  # fmt: skip
-    every = -(-len(blocks) // 12)
-    names = [block.split(".")[-1] or "–" for block in blocks]
-    grid[0, 0].set_yticks([i + 0.5 for i in range(len(blocks))][::every], names[::every])
+        _name_cells(axes.set_xticks, [str(i) for i in range(len(found))], 6)
+    _name_cells(grid[0, 0].set_yticks, [block.split(".")[-1] or "–" for block in blocks], 12)
     grid[0, 0].invert_yaxis()
     figure.supxlabel("round", fontsize=9)
     figure.supylabel("block", fontsize=9)
@@ -129,32 +133,31 @@ def units(history: History) -> "Figure | None":
     found = [report["units"] for report in history.pruning if report.get("units")]
     if not found:
         return None
-    kinds = list(dict.fromkeys(group["kind"] for group in found[-1].values()))
-    figure = canvas.figure(2.6)
-    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     from matplotlib import colormaps
 
+    kinds = list(dict.fromkeys(group["kind"] for group in found[-1].values()))
+    figure, last = canvas.figure(2.6), len(found) - 1
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
-        shades = colormaps[canvas.HEAT]
         for i, report in enumerate(found):
             left = [group["alive"] for group in report.values() if group["kind"] == kind]
-            label = f"round {i}" if i in (0, len(found) - 1) else None
-            axes.step(range(len(left)), left, where="mid", color=shades(0.9 * i / max(len(found) - 1, 1)), label=label)
+            is_named = axes is panels[0] and (i in (0, last) or last < 5)
+            shade = colormaps[canvas.HEAT](0.9 * i / max(last, 1))
+            label = f"round {i}" if is_named else None
+            axes.step(range(len(left)), left, where="mid", color=shade, label=label)
         axes.set(title=f"{kind}s left", xlabel="block", ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[-1].legend(loc="best")
+    figure.legend(loc="outside upper right", ncols=5)
     return figure
 
 
 def sizes(history: History) -> "Figure | None":
-    """How large kept and condemned weights are, at moments of one round: the one with the most of the condemned seen."""
-    by_round = [list(events) for _, events in itertools.groupby(history.weights, key=lambda event: event["round"])]
+    """How large kept and condemned weights are, at moments of the round in which most was seen of the condemned."""
+    told = [event for event in history.weights if sum(event["kept"])]
+    by_round = [list(events) for _, events in itertools.groupby(told, key=lambda event: event["round"])]
     if not by_round:
         return None
-    moments = max(
-        by_round, key=lambda events: (sum(bool(event.get("condemned")) for event in events), events[0]["round"])
-    )
-    moments = _spread(moments, 5)
+    moments = _spread(max(by_round, key=lambda events: (sum("condemned" in e for e in events), events[0]["round"])), 5)
     figure = canvas.figure(0.9 + 0.55 * len(moments))
     panels = figure.subplots(len(moments), 1, sharex=True, squeeze=False)[:, 0]
     for axes, event in zip(panels, moments, strict=True):
@@ -166,9 +169,10 @@ def sizes(history: History) -> "Figure | None":
         axes.set(ylim=(0, 1.1), yticks=[])
         axes.set_ylabel(f"epoch {event['epoch']}", rotation=0, ha="right", va="center")
         axes.grid(visible=False)
-    panels[0].legend(loc="upper left", ncols=2)
-    panels[0].set_title(f"round {moments[0]['round']}")
-    panels[-1].set_xlabel("log₁₀ |weight|, each part scaled to its own peak")
+    _legend(panels[0])
+    panels[0].set_title(f"round {moments[0]['round']}", loc="left")
+    seen = [edge for event in moments for part in ("kept", "condemned") for edge in _extent(event, part)]
+    panels[-1].set(xlabel="log₁₀ |weight|, each part scaled to its own peak", xlim=(min(seen) - 0.2, max(seen) + 0.2))
     return figure
 
 
@@ -200,10 +204,27 @@ def _line(axes: "Axes", events: Sequence[dict], x: str, y: str, style: str = "-"
         axes.plot(*zip(*points, strict=True), style, **options)
 
 
+def _legend(axes: "Axes") -> None:
+    """Above the axes, where no line runs."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1)
+
+
 def _round_marks(axes: "Axes", history: History) -> None:
     for before, event in itertools.pairwise(history.epochs):
         if event["round"] != before["round"]:
             axes.axvline(before["global_epoch"] + 0.5, color=canvas.GREY, linewidth=0.7, linestyle=":")
+
+
+def _name_cells(set_ticks: Callable, names: Sequence[str], most: int) -> None:
+    """Names in the middle of the cells of a row, at most so many of them."""
+    every = -(-len(names) // most)
+    set_ticks([i + 0.5 for i in range(len(names))][::every], names[::every])
+
+
+def _extent(event: dict, part: str) -> tuple[float, ...]:
+    """The outermost edges between which a histogram has weights."""
+    filled = [i for i, count in enumerate(event.get(part, ())) if count]
+    return (event["edges"][filled[0]], event["edges"][filled[-1] + 1]) if filled else ()
 
 
 def _sparsity(report: dict, layer: str) -> float:
