@@ -71,7 +71,7 @@ def test_a_figure_that_fails_is_one_warning_and_no_failure(tmp_path, monkeypatch
     run = trained(tmp_path)
     assert tiny.status(run)["state"] == "finished"
     told = [event["text"] for event in tiny.events(run) if event["event"] == "warning"]
-    assert told == ["figures: layers could not be drawn (no ink)"]
+    assert told == ["figures: layers could not be made (no ink)"]
     assert capsys.readouterr().err.count("no ink") == 1
     assert names(run) == TOLD - {"layers"} | MODEL
 

@@ -35,7 +35,8 @@ FLOORS = [
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
     # 6 tell: what a person sees of a run
-    "report.history report.canvas report.attention report.curves report.pictures report.watching",
+    "report.history report.canvas report.attention report.curves report.pictures report.document "
+    "report.story report.compare report.reporting report.watching",
     # 7 enter
     "train cli",
 ]
@@ -92,7 +93,11 @@ SIDEWAYS = {
     ("planning", "assembly"),
     *(("report.curves", f"report.{name}") for name in ("canvas", "history")),
     *(("report.pictures", f"report.{name}") for name in ("attention", "canvas", "history")),
-    *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "history", "pictures")),
+    ("report.document", "report.canvas"),
+    *(("report.story", f"report.{name}") for name in ("canvas", "curves", "document", "history")),
+    *(("report.compare", f"report.{name}") for name in ("canvas", "document", "history", "story")),
+    *(("report.reporting", f"report.{name}") for name in ("compare", "document", "history", "story")),
+    *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "history", "pictures", "reporting")),
     ("cli", "train"),
 }
 """(importer, imported) on one floor."""
@@ -113,7 +118,8 @@ DOORS = {
     "evaluate": {"metrics.reported"},
     "safetensors": {"tickets", "checkpoint", "export.slim_folder", "export.timm_folder", "export.dense_folder"},
     "onnxruntime": {"export.onnx_file"},
-    "matplotlib": {"report.canvas", "report.curves", "report.pictures"},
+    "jinja2": {"report.document"},
+    "matplotlib": {"report.canvas", "report.compare", "report.curves", "report.pictures"},
     "huggingface_hub": {"export.push"},
     "wandb": set(),
     "tensorboard": set(),
@@ -129,6 +135,7 @@ ALLOWED_DOORS = {
     "evaluate": ("metrics.",),
     "safetensors": ("tickets", "checkpoint", "export."),
     "onnxruntime": ("export.",),
+    "jinja2": ("report.document",),
     "matplotlib": ("report.",),
     "huggingface_hub": ("export.push",),
     "wandb": ("tracking",),
@@ -230,7 +237,17 @@ def test_methods_see_plan_masks_and_progress_alone():
 
 
 def test_recipe_objects_stop_above_what_they_describe():
-    allowed = {"recipe_rules", "recipe_file", "run_folder", "assembly", "planning", "analysis.subject", "train", "cli"}
+    allowed = {
+        "recipe_rules",
+        "recipe_file",
+        "run_folder",
+        "assembly",
+        "planning",
+        "analysis.subject",
+        "report.compare",
+        "train",
+        "cli",
+    }
     users = {m: place(m, line) for m, t, line, _ in EDGES if t == "recipe"}
     assert not set(users) - allowed, [users[m] for m in set(users) - allowed]
 

@@ -77,6 +77,10 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("repo", metavar="REPO", help="OWNER/NAME of the repository; made where there is none")
     push.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
     push.add_argument("--dry-run", action="store_true", help="print what would be sent, and stop")
+    report = verb("report", report_verb, "write a run as one HTML page and as Markdown; compare several runs")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders; in whatever state")
+    report.add_argument("--out", metavar="DIR", help="default: the run folder; of several runs ./comparison")
+    report.add_argument("--no-latency", action="store_true", help="measure no latency")
     verb("models", models_verb, "list the models of the catalogue; any timm name works too")
     verb("recipes", recipes_verb, "list the recipes that come with the package")
     verb("methods", methods_verb, "list pruning methods, criteria and data sources")
@@ -169,6 +173,16 @@ def push_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst.export.push import push
 
     print(push(Path(arguments.what), arguments.repo, arguments.public, arguments.dry_run))
+
+
+def report_verb(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst.report.reporting import report
+
+    out = Path(arguments.out).expanduser() if arguments.out else None
+    page = report([Path(run).expanduser() for run in arguments.runs], out, not arguments.no_latency)
+    print(f"{page}\n{page.with_suffix('.md')}")
 
 
 def models_verb(arguments: argparse.Namespace) -> None:

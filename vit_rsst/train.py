@@ -127,8 +127,9 @@ def run_recipe(recipe: "Recipe", restart: bool = False, allow_world_size_change:
             lock.release()
         if sys.exc_info()[0] is None:  # after an error, another rank may no longer be there to say goodbye to
             accelerator.end_training()
-    if watcher is not None:  # no rank waits for the last figures
-        watcher.finish()
+    page = None if watcher is None else watcher.finish()  # no rank waits for the last figures
+    if page is not None:
+        print(f"  {page}      figures, and what the numbers say", flush=True)
 
 
 def make_watcher(s: "Run", recipe: "Recipe") -> "Watcher | None":

@@ -4,6 +4,7 @@ A file on disk has a white ground, so that any viewer shows it; `inline` gives t
 takes the page's colour and the ground is the page's.
 """
 
+import base64
 import io
 import re
 import warnings
@@ -22,6 +23,13 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3c82c8", "#df7a35", "#2f9d6c", "#cf4a
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, "#b08a1e", "#2aa5b5", GREY)
 INK, GROUND = "#1f2328", "#fffffe"
 """Of text and of the ground: no drawing uses these two for anything else, so that a page can replace them."""
+
+ELEMENTS = {
+    *("svg", "g", "defs", "style", "path", "text", "tspan", "use", "image", "clippath", "rect", "metadata"),
+    *("rdf:rdf", "cc:work", "dc:type", "dc:date", "dc:format", "dc:creator", "cc:agent", "dc:title"),
+    *("lineargradient", "stop", "circle", "ellipse", "line", "polygon", "polyline", "title"),
+}
+"""All that a drawing may consist of, to be put into a page."""
 
 HEAT = "viridis"
 WIDTH = 5.2
@@ -95,10 +103,26 @@ def save(drawn: "Figure", path: Path) -> None:
 def inline(text: str, label: str) -> str:
     """An SVG file as a part of a page: no prologue, the page's colours, a label for who cannot see it.
 
+    A file that holds more than a drawing, which none of ours does, is shut into an image, where nothing of it runs.
+
     Args:
         label: HTML-escaped.
     """
-    start = text.find("<svg")
-    body = re.sub(r"<metadata>.*?</metadata>", "", text[start:], flags=re.DOTALL)
+    if not is_plain(text):
+        data = base64.b64encode(text.encode("utf-8")).decode("ascii")
+        return f'<img alt="{label}" src="data:image/svg+xml;base64,{data}">'
+    body = re.sub(r"<metadata>.*?</metadata>", "", text[text.find("<svg") :], flags=re.DOTALL)
     body = body.replace(GROUND, "none").replace(INK, "currentColor")
     return body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def is_plain(text: str) -> bool:
+    """Whether an SVG is a drawing alone: no script, no handler, no style sheet from elsewhere, no outside reference."""
+    lowered = text.lower()
+    elements = set(re.findall(r"<([a-z:]+)", lowered))
+    links = re.findall(r"""href\s*=\s*["']([^"']*)""", lowered)
+    return (
+        elements <= ELEMENTS
+        and not re.search(r"[\s/\"']on[a-z]+\s*=|javascript:|@import|url\((?!#)", lowered)
+        and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    )

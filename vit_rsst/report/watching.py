@@ -15,10 +15,10 @@ from vit_rsst.errors import first_line
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.report import canvas, curves, history
+from vit_rsst.report import canvas, curves, history, reporting
 from vit_rsst.tracking import Tracker
 
-SHARE = 0.02
+SHARE = 0.01
 """Of the time so far that figures may take while the run goes on."""
 
 LOWEST, HIGHEST, BINS = -8.0, 1.0, 72
@@ -61,9 +61,8 @@ class Watcher:
 
     def finish(self) -> Path | None:
         """Draws everything and writes the report; where it lies, or None where it failed."""
-        self._guarded("curves", self._draw_history)
         self._guarded("pictures", self._draw_pictures)
-        return None
+        return self._guarded("the report", lambda: reporting.report([self._run], guard=self._guarded))
 
     def _record(self, progress: Progress, controller: Controller) -> None:
         found = histogram(controller.weights, controller.mask, controller.condemned)
@@ -95,7 +94,7 @@ class Watcher:
         except Exception as error:  # whatever a figure raises, the run goes on
             if name not in self._warned:
                 self._warned.add(name)
-                self._tracker.warning(self._step, f"figures: {name} could not be drawn ({first_line(error)})")
+                self._tracker.warning(self._step, f"figures: {name} could not be made ({first_line(error)})")
 
 
 def _is_telling(moment: str, progress: Progress, controller: Controller) -> bool:
