@@ -18,13 +18,14 @@ FLOORS = [
     # 1 measure: numbers of weights, logits and images
     "pruning.criteria pruning.granularity models.anatomy models.resnet models.dynamic_vit "
     "models.gated_vit models.lightweight_vit models.weights data.transforms data.decoding "
-    "metrics.counters metrics.reported optim",
+    "metrics.counters metrics.outcomes metrics.reported optim",
     # 2 decide: which elements live
     "pruning.selection pruning.plan pruning.allocation pruning.selector pruning.methods.constant pruning.methods.dense "
     "pruning.methods.gmp pruning.methods.imp pruning.methods.refill pruning.methods.rsst pruning.methods.rst "
     "pruning.methods.ste pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
-    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.zoo "
+    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.published "
+    "models.slim models.zoo "
     "data.locate data.tables data.streams data.images data.sources data.loaders "
     "checkpoint tickets tracking results console signals watchdog "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
@@ -34,7 +35,10 @@ FLOORS = [
     "assembly evaluation predict planning export.work export.card export.slim_target export.timm_folder "
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
-    # 6 enter
+    # 6 tell: what a person sees of a run
+    "report.history report.canvas report.attention report.curves report.pictures report.document "
+    "report.story report.compare report.reporting report.watching",
+    # 7 enter
     "train cli",
 ]
 """Modules by floor, without the package's name."""
@@ -47,6 +51,10 @@ SIDEWAYS = {
     ("reach", "errors"),
     ("models.zoo", "models.hub"),
     ("models.zoo", "models.slim"),
+    ("models.published", "models.hub"),
+    ("models.published", "models.zoo"),
+    ("metrics.outcomes", "metrics.counters"),
+    ("metrics.reported", "metrics.outcomes"),
     ("export", "export.slim_folder"),
     ("export.source", "export.slim_folder"),
     ("export.card", "export.work"),
@@ -85,6 +93,13 @@ SIDEWAYS = {
     *(("analysis.analyze", f"analysis.{name}") for name in ("subject", "counts", "measure")),
     ("analysis.tables", "analysis.counts"),
     ("planning", "assembly"),
+    *(("report.curves", f"report.{name}") for name in ("canvas", "history")),
+    *(("report.pictures", f"report.{name}") for name in ("attention", "canvas", "history")),
+    ("report.document", "report.canvas"),
+    *(("report.story", f"report.{name}") for name in ("canvas", "curves", "document", "history")),
+    *(("report.compare", f"report.{name}") for name in ("canvas", "document", "history", "story")),
+    *(("report.reporting", f"report.{name}") for name in ("compare", "document", "history", "story")),
+    *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "history", "pictures", "reporting")),
     ("cli", "train"),
 }
 """(importer, imported) on one floor."""
@@ -92,7 +107,7 @@ SIDEWAYS = {
 FOR_TYPES_ALONE = {("resume", "loop")}
 """Under `if TYPE_CHECKING`, against the direction."""
 
-EMPTY = {"", "analysis", "data", "models", "metrics", "pruning"}
+EMPTY = {"", "analysis", "data", "models", "metrics", "pruning", "report"}
 """Packages whose `__init__` holds no code: whoever imports a module below passes them."""
 
 METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "pruning.methods.rsst"}
@@ -102,6 +117,7 @@ DOORS = {
     "datasets": {"data.locate", "data.sources", "data.streams", "metrics.reported"},
     "timm": {
         "data.decoding",
+        "models.published",
         "models.zoo",
         "models.dynamic_vit",
         "models.gated_vit",
@@ -119,6 +135,8 @@ DOORS = {
         "export.dense_folder",
     },
     "onnxruntime": {"export.onnx_file"},
+    "jinja2": {"report.document"},
+    "matplotlib": {"report.canvas", "report.compare", "report.curves", "report.pictures"},
     "huggingface_hub": {"export.push", "models.weights", "reach"},
     "wandb": {"tracking"},
     "tensorboard": set(),
@@ -134,6 +152,8 @@ ALLOWED_DOORS = {
     "evaluate": ("metrics.",),
     "safetensors": ("tickets", "checkpoint", "models.weights", "export."),
     "onnxruntime": ("export.",),
+    "jinja2": ("report.document",),
+    "matplotlib": ("report.",),
     "huggingface_hub": ("export.push", "models.weights", "reach"),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
@@ -213,7 +233,7 @@ def test_imports_go_down_or_sideways_where_it_is_listed():
     for module, target, line, is_typed in EDGES:
         if target in EMPTY or (is_typed and (module, target) in FOR_TYPES_ALONE):
             continue
-        above, below = FLOOR_OF.get(module, 6), FLOOR_OF.get(target)
+        above, below = FLOOR_OF.get(module, 7), FLOOR_OF.get(target)
         assert below is not None, f"{place(module, line)}: {target} is no module"
         if below > above or (below == above and (module, target) not in SIDEWAYS):
             wrong.append(f"{place(module, line)}: {module} (floor {above}) imports {target} (floor {below})")
@@ -234,7 +254,17 @@ def test_methods_see_plan_masks_and_progress_alone():
 
 
 def test_recipe_objects_stop_above_what_they_describe():
-    allowed = {"recipe_rules", "recipe_file", "run_folder", "assembly", "planning", "analysis.subject", "train", "cli"}
+    allowed = {
+        "recipe_rules",
+        "recipe_file",
+        "run_folder",
+        "assembly",
+        "planning",
+        "analysis.subject",
+        "report.compare",
+        "train",
+        "cli",
+    }
     users = {m: place(m, line) for m, t, line, _ in EDGES if t == "recipe"}
     assert not set(users) - allowed, [users[m] for m in set(users) - allowed]
 

@@ -27,6 +27,7 @@ SHORT = [
     "train.precision=no",
     "optim.warmup_epochs=1",
     "model.args.depth=1",
+    "tracking.figures=false",
 ]
 CONFIGURATIONS = {"gpu_bf16.yaml": "cpu.yaml", "gpu_8x_bf16.yaml": "cpu.yaml"}
 

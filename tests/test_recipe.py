@@ -537,7 +537,7 @@ def test_the_fingerprint_changes_with_every_field_that_decides_and_with_no_other
             deciding += 1
     method = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\npruning: {method: imp}\n"))
     assert method.fingerprint != recipe.fingerprint
-    assert free == 11
+    assert free == 12
     assert free + deciding == len(LEAVES) + 1
     assert re.fullmatch("[0-9a-f]{16}", recipe.fingerprint)
 

@@ -263,10 +263,15 @@ def _window_schedule(schedule: Schedule, kept: int, window: int) -> Schedule:
 
 @section
 class Tracking:
-    """Where metrics go beside metrics.jsonl."""
+    """Where metrics go beside metrics.jsonl.
+
+    Attributes:
+        figures: draw figures and a report into the run folder, where matplotlib is installed.
+    """
 
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(alias="with")] = ()
     project: str = "vit_rsst"
+    figures: bool = True
 
 
 @section
