@@ -68,8 +68,9 @@ class Job:
         return self.log.strip().splitlines()[-1]
 
 
-def write_recipe(folder: Path, text: str = tiny.RECIPE) -> Path:
-    """A tiny recipe with the plugin."""
+def write_recipe(folder: Path, train: str = "rank_timeout: 60", steps_per_epoch: int = 3) -> Path:
+    """The tiny recipe with the plugin, and with more fields in its section `train`."""
+    text = tiny.RECIPE.replace("steps_per_epoch: 3", f"steps_per_epoch: {steps_per_epoch}, {train}")
     (folder / "goes_wrong.py").write_text(PLUGIN, encoding="utf-8")
     return tiny.write_recipe(folder, f"{text}plugins: [goes_wrong]\n")
 

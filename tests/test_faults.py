@@ -11,6 +11,7 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -91,10 +92,8 @@ def test_a_second_interrupt_ends_at_once_and_the_last_point_is_sound(tmp_path, h
 @pytest.mark.slow
 @pytest.mark.fault("F5")
 def test_a_run_whose_launcher_is_killed_leaves_a_resume_point(tmp_path, happened):
-    recipe = faulty.write_recipe(tmp_path, tiny.RECIPE.replace("steps_per_epoch: 3", "steps_per_epoch: 40"))
+    recipe = faulty.write_recipe(tmp_path, "max_skipped_steps: 0", steps_per_epoch=40)
     options = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    import subprocess
-
     path = os.pathsep.join((str(tmp_path), str(tiny.REPOSITORY)))
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(
@@ -451,8 +450,7 @@ def test_nan_on_one_of_two_ranks_stops_both_and_the_last_point_is_sound(tmp_path
 
 @pytest.mark.fault("F18")
 def test_nan_that_is_tolerated_is_skipped_by_both_ranks_alike(tmp_path, happened):
-    text = tiny.RECIPE.replace("global_batch: 32", "global_batch: 32, max_skipped_steps: 1, rank_timeout: 20")
-    recipe = faulty.write_recipe(tmp_path, text)
+    recipe = faulty.write_recipe(tmp_path, "rank_timeout: 20, max_skipped_steps: 1")
     job = faulty.command("train", recipe, ranks=2, FAULT="nan:1:7")
     assert job.codes == [0, 0], job.log
     assert job.log.count("skipped a step whose gradient norm is nan") == 1
@@ -504,7 +502,7 @@ def test_memory_that_runs_out_is_explained_with_the_next_smaller_batch(tmp_path,
 @pytest.mark.fault("F21")
 @pytest.mark.parametrize("what", ["exit", "hang"])
 def test_a_rank_that_dies_or_hangs_does_not_hold_the_other(tmp_path, happened, what):
-    recipe = faulty.write_recipe(tmp_path, tiny.RECIPE.replace("global_batch: 32", "global_batch: 32, rank_timeout: 5"))
+    recipe = faulty.write_recipe(tmp_path, "rank_timeout: 5")
     log = tmp_path / "log"
     processes = faulty.start("train", recipe, ranks=2, log=log, FAULT=f"{what}:1:7")
     processes[0].join(60)
@@ -821,15 +819,13 @@ def test_a_plain_locale_odd_paths_and_no_home_are_no_hindrance(tmp_path, happene
     variables = tiny.environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", ACCELERATE_USE_CPU="true")
     for name in ("HOME", "LANG", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "USER", "LOGNAME"):
         variables.pop(name, None)
-    import subprocess
-
     for argv in (
         ["train", str(recipe)],
         ["evaluate", str(folder / "runs" / "run 第一 (é)")],
         ["runs", str(folder / "runs")],
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "vit_rsst.cli", *argv], env=variables, capture_output=True, timeout=100, check=False
+            [sys.executable, "-m", "vit_rsst.cli", *map(str, argv)], env=variables, capture_output=True, timeout=100
         )
         assert done.returncode == 0, done.stderr.decode(errors="replace")
     happened("LC_ALL=C, PYTHONUTF8=0, no HOME, a path with spaces and 实验: trained, evaluated and listed")

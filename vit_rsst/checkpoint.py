@@ -127,7 +127,7 @@ class Checkpointer:
     def _write(self, point: ResumePoint) -> None:
         _check_finite(point)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep(".tmp-*")
+        self._sweep(".tmp-*", ".*.tmp")
         final = self.folder / f"step-{point.step:08d}"
         temporary = self.folder / f".tmp-{point.step:08d}-{uuid.uuid4().hex[:8]}"
         try:
@@ -156,8 +156,8 @@ class Checkpointer:
         """Takes a point out of sight in one rename, so that no deletion leaves half of a visible one."""
         os.replace(path, self.folder / f".tmp-old-{uuid.uuid4().hex[:8]}")
 
-    def _sweep(self, pattern: str) -> None:
-        for left_over in self.folder.glob(pattern):
+    def _sweep(self, *patterns: str) -> None:
+        for left_over in (path for pattern in patterns for path in self.folder.glob(pattern)):
             if left_over.is_dir() and not left_over.is_symlink():
                 shutil.rmtree(left_over)
             else:

@@ -157,6 +157,8 @@ class RunFolder:
             for folder in (self.path, self.checkpoints, self.tickets, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
             lock = self._lock()
+            for left_over in self.path.rglob(".*.tmp"):  # of a process that was killed
+                left_over.unlink()
             files.write_json(self.path / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
             files.write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.tree()))
             files.write_json(self.path / "environment.json", environment)
