@@ -586,6 +586,26 @@ def test_nothing_goes_to_a_repository_of_the_other_visibility(runs, tmp_path, ap
     assert [call[0] for call in api.calls] == ["create"]
 
 
+def test_what_is_exported_or_pushed_does_not_say_where_data_and_weights_lay(tmp_path, api, monkeypatch):
+    path = make_ticket(tmp_path / "t.safetensors", "vit_tiny", {"depth": 2})
+    ticket = tickets.load(path)
+    data = json.loads(ticket.metadata["data"]) | {"source": "cifar10", "path": "/home/somebody/secret/data"}
+    tickets.save(path, ticket.state, ticket.mask, ticket.metadata | {"data": json.dumps(data)})
+    seen = []
+    monkeypatch.setattr(
+        FakeApi,
+        "upload_folder",
+        lambda self, *, folder_path, **rest: seen.extend(file.read_bytes() for file in Path(folder_path).iterdir()),
+    )
+    for to in ("slim", "dense", "timm", "transformers"):
+        export(path, to, tmp_path / to)
+        seen += [file.read_bytes() for file in (tmp_path / to).rglob("*") if file.is_file()]
+    push.push(path, "me/vit")
+    assert len(seen) >= 4 * 3 + 2
+    assert not [content for content in seen if b"secret" in content]
+    assert b"secret" in path.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("offline", "token", "message"), [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "no token of the Hub")]
 )

@@ -13,7 +13,7 @@ import tiny
 
 FLOORS = [
     # 0 ground: plain helpers; what lies above may use them anywhere
-    "errors files seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
+    "errors files reach seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
     "data.catalog data.options models.catalog",
     # 1 measure: numbers of weights, logits and images
     "pruning.criteria pruning.granularity models.anatomy models.resnet models.dynamic_vit "
@@ -44,6 +44,7 @@ METHODS = ("constant", "dense", "gmp", "imp", "refill", "rsst", "rst", "ste")
 
 SIDEWAYS = {
     ("registry", "errors"),
+    ("reach", "errors"),
     ("models.zoo", "models.hub"),
     ("models.zoo", "models.slim"),
     ("export", "export.slim_folder"),
@@ -118,8 +119,8 @@ DOORS = {
         "export.dense_folder",
     },
     "onnxruntime": {"export.onnx_file"},
-    "huggingface_hub": {"export.push", "models.weights"},
-    "wandb": set(),
+    "huggingface_hub": {"export.push", "models.weights", "reach"},
+    "wandb": {"tracking"},
     "tensorboard": set(),
     "tensorboardX": set(),
     "trackio": set(),
@@ -133,7 +134,7 @@ ALLOWED_DOORS = {
     "evaluate": ("metrics.",),
     "safetensors": ("tickets", "checkpoint", "models.weights", "export."),
     "onnxruntime": ("export.",),
-    "huggingface_hub": ("export.push", "models.weights"),
+    "huggingface_hub": ("export.push", "models.weights", "reach"),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
     "tensorboardX": ("tracking",),

@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from vit_rsst import optim, results, resume, run_folder, tickets
-from vit_rsst.checkpoint import Checkpointer
+from vit_rsst.checkpoint import Checkpointer, ResumePoint
 from vit_rsst.console import Console
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.decoding import Decoder, Window, auto_augment
@@ -40,6 +40,7 @@ from vit_rsst.models import slim, zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.models.complexity import flops as model_flops
 from vit_rsst.models.complexity import unit_costs
+from vit_rsst.models.hub import PLACE
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.calibration import collect
@@ -92,11 +93,10 @@ def build(
         return stop.is_asked()
 
     evaluate = make_evaluate(net, data, accelerator, recipe, give_up)
-    lock = None
+    lock, record = None, run_folder.environment(accelerator.num_processes, str(device), data.identity)
+    if hasattr(net, "loaded"):
+        record["weights"] = net.loaded.record()
     if is_main:
-        record = run_folder.environment(accelerator.num_processes, str(device), data.identity)
-        if hasattr(net, "loaded"):
-            record["weights"] = net.loaded.record()
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")
         lock = folder.open(recipe, record)
@@ -134,7 +134,9 @@ def build(
         progress=progress,
         evaluate=evaluate,
         folder=folder,
-        checkpointer=Checkpointer(folder.checkpoints, train.keep_resume_points),
+        checkpointer=Checkpointer(
+            folder.checkpoints, train.keep_resume_points, lambda text: tracker.warning(progress.global_step, text)
+        ),
         tracker=tracker,
         console=console,
         stop=stop,
@@ -147,6 +149,7 @@ def build(
         seed=recipe.seed,
         recipe_fingerprint=recipe.fingerprint,
         header=ticket_header(recipe, data, net),
+        environment=record,
     )
     return run, lock
 
@@ -281,11 +284,12 @@ def make_calibrate(
     return calibrate
 
 
-def resume_if_possible(s: Run, allow_world_size_change: bool = False) -> None:
+def resume_if_possible(s: Run, allow_world_size_change: bool = False, allow_data_change: bool = False) -> None:
     """Sets the run to its newest sound resume point, on every rank, and says so.
 
     Raises:
-        InputError: the point lies within an epoch of another number of processes, and that is not allowed.
+        InputError: the point is of another recipe, or of other data or, within an epoch, of another number of
+            processes, and that is not allowed.
         Damaged: no point is sound, or the ranks read different ones.
     """
     point = s.checkpointer.load() if s.accelerator.is_main_process else None
@@ -297,20 +301,47 @@ def resume_if_possible(s: Run, allow_world_size_change: bool = False) -> None:
             raise Damaged(f"the ranks read different resume points from {s.folder.checkpoints}; is it shared by all?")
     if point is None:
         return
-    now, then = s.accelerator.num_processes, point.numbers.get("processes", s.accelerator.num_processes)
+    drift = run_folder.drift(point.numbers.get("environment", s.environment), s.environment)
+    check_same_run(s, point, drift, allow_world_size_change, allow_data_change)
+    resume.restore_(s, point)
+    p = s.progress
+    if s.accelerator.is_main_process:
+        results.forget_from(s.folder.path, p.round)
+    processes = drift.get("processes")
+    changed = f", with {processes[1]} processes instead of {processes[0]}: not bit-exact" if processes else ""
+    s.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch, "bit_exact": not processes})
+    s.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}{changed}")
+    if told := [f"{key} {then} → {now}" for key, (then, now) in drift.items() if key != "processes"]:
+        s.tracker.warning(p.global_step, f"the environment is not the one that the run began in: {'; '.join(told)}")
+
+
+def check_same_run(
+    s: Run, point: ResumePoint, drift: dict[str, tuple], allow_world_size_change: bool, allow_data_change: bool
+) -> None:
+    """Refuses a point that this run cannot go on from as the same run.
+
+    Raises:
+        InputError: see `resume_if_possible`.
+    """
+    if point.numbers["recipe"] != s.recipe_fingerprint:
+        raise InputError(
+            f"{s.folder.path}: its resume point {point.step} is of another recipe, whatever recipe.yaml says now; "
+            "give this run another name (name=…), or begin anew with --restart."
+        )
+    then, now = drift.get("processes", (1, 1))
     if then != now and point.numbers["progress"]["step"] and not allow_world_size_change:
         raise InputError(
             f"{s.folder.path}: the run stopped within an epoch, at step {point.step}, with {then} processes, and now "
             f"has {now}. Start it with {then}, or pass --allow-world-size-change: every image still has its turn, but "
             "sums are rounded in another order, so that the result is no longer the same to the last bit."
         )
-    resume.restore_(s, point)
-    p = s.progress
-    if s.accelerator.is_main_process:
-        results.forget_from(s.folder.path, p.round)
-    s.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch, "bit_exact": then == now})
-    changed = "" if then == now else f", with {now} processes instead of {then}: not bit-exact"
-    s.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}{changed}")
+    other = [f"data.{key}" for key in run_folder.DATA_IDENTITY if f"data.{key}" in drift]
+    if other and not allow_data_change:
+        told = "; ".join(f"{key} {drift[key][0]} there, {drift[key][1]} now" for key in other)
+        raise InputError(
+            f"{s.folder.path}: the data are not those that the run began with ({told}). Bring them back, give this run "
+            "another name (name=…), or pass --allow-data-change: then it is no longer one experiment."
+        )
 
 
 def data_options(recipe: Recipe) -> DataOptions:
@@ -411,13 +442,13 @@ def check_same_model(path: Path, ticket: Ticket, architecture: str, args: dict) 
     """Refuses a ticket of another model even where all shapes fit: as many rows may be other heads.
 
     Raises:
-        Damaged: architecture or arguments differ, but for dropout.
+        Damaged: architecture or arguments differ, but for dropout and the place of published weights.
     """
     their_architecture, their_args = zoo.description(ticket.metadata, str(path))
     theirs = {"architecture": their_architecture, **their_args}
     ours = json.loads(json.dumps({"architecture": architecture, **args}))
     for key in sorted(theirs.keys() | ours.keys()):
-        if "drop" not in key and theirs.get(key) != ours.get(key):
+        if "drop" not in key and key != PLACE and theirs.get(key) != ours.get(key):
             raise Damaged(
                 f"{path}: it is of another model: {key} is {theirs.get(key, 'not given')} there and "
                 f"{ours.get(key, 'not given')} in this recipe; name the same model in model.name and model.args."

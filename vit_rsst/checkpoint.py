@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged, EnvironmentLacks
+from vit_rsst.errors import Damaged, Diverged, EnvironmentLacks
 
 FORMAT = "vit_rsst.resume/1"
+PATIENCE = 3
+"""Saves that may fail one after the other: each is warned of, and the last of them ends the run."""
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,57 @@ class Checkpointer:
     Attributes:
         folder: `checkpoints/` of the run.
         keep: how many verified points stay.
+        warn: shows a warning to the person.
     """
 
     folder: Path
     keep: int = 2
+    warn: Callable[[str], None] = warnings.warn
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), repr=False)
     _pending: Future | None = None
+    _failures: int = 0
 
     def save(self, point: ResumePoint) -> None:
-        """Copies the tensors to host memory and writes them in the background."""
-        self.wait()
+        """Copies the tensors to host memory and writes them in the background; `settle` comes first."""
+        self.settle()
         copied = {
             stem: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
             for stem, tensors in point.tensors.items()
         }
         self._pending = self._pool.submit(self._write, ResumePoint(point.step, copied, point.numbers))
 
+    def settle(self) -> None:
+        """Waits for the save under way; warns when it failed, since a full disk may have room again at the next.
+
+        Raises:
+            EnvironmentLacks: as many in a row have failed as there is patience for.
+            Diverged: a number in it was not finite; older points are untouched.
+        """
+        try:
+            self.wait()
+        except EnvironmentLacks as error:
+            self._failures += 1
+            if self._failures >= PATIENCE:
+                raise
+            self.warn(f"{error} Training goes on; {self._failures} of at most {PATIENCE} saves in a row have failed.")
+
     def wait(self) -> None:
         """Waits for the save under way.
 
         Raises:
             EnvironmentLacks: it failed; older points are untouched.
+            Diverged: a number in it was not finite; older points are untouched.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         try:
             pending.result()
+            self._failures = 0
         except (OSError, SafetensorError) as error:
             raise EnvironmentLacks(
                 f"the resume point could not be written to {self.folder} ({error}); the earlier ones are untouched. "
-                "Free some space there, or set output_dir to another disk, and start the same command again."
+                "Free some space there; the same command goes on from the last point."
             ) from error
 
     def load(self) -> ResumePoint | None:
@@ -92,31 +114,34 @@ class Checkpointer:
             try:
                 return _read(path)
             except (Damaged, OSError) as error:
-                warnings.warn(f"{error}; set aside as .bad-{path.name}, trying the one before it", stacklevel=2)
+                self.warn(f"{error}; set aside as .bad-{path.name}, trying the one before it")
                 os.replace(path, path.with_name(f".bad-{path.name}-{uuid.uuid4().hex[:6]}"))
         if points:
             raise Damaged(f"no sound resume point is left in {self.folder}; start again with --restart.")
         return None
 
     def _points(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+        """Those of this run: what is only linked here lies elsewhere and is none."""
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir() and not path.is_symlink())
 
     def _write(self, point: ResumePoint) -> None:
+        _check_finite(point)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(".tmp-*"):
-            shutil.rmtree(left_over)
+        self._sweep(".tmp-*")
         final = self.folder / f"step-{point.step:08d}"
         temporary = self.folder / f".tmp-{point.step:08d}-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
-        for stem, tensors in point.tensors.items():
-            save_file(dict(tensors), temporary / f"{stem}.safetensors")
-        files.write_json(temporary / "state.json", {"step": point.step, **point.numbers})
-        listed = sorted(temporary.iterdir())
-        for path in listed:
-            files.settle(path)
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in listed}
-        files.write_json(temporary / "manifest.json", {"format": FORMAT, "files": manifest})
-        files.settle_folder(temporary)
+        try:
+            _write_files(temporary, point)
+            self._show(temporary, final)
+        except (OSError, SafetensorError):
+            shutil.rmtree(temporary, ignore_errors=True)  # what is half written takes room on a disk that is full
+            raise
+        for old in self._points()[: -self.keep]:
+            self._hide(old)
+        self._sweep(".tmp-old-*")
+
+    def _show(self, temporary: Path, final: Path) -> None:
+        """Gives a whole point its name."""
         if final.exists():  # the same step, saved again after a resume: the new one stands beside it until it is gone
             beside = final.with_name(f"{final.name}-again")
             os.replace(temporary, beside)
@@ -126,14 +151,47 @@ class Checkpointer:
             os.replace(temporary, final)
         files.write_text(self.folder / "LATEST", final.name + "\n")
         files.settle_folder(self.folder)
-        for old in self._points()[: -self.keep]:
-            self._hide(old)
-        for left_over in self.folder.glob(".tmp-old-*"):
-            shutil.rmtree(left_over)
 
     def _hide(self, path: Path) -> None:
         """Takes a point out of sight in one rename, so that no deletion leaves half of a visible one."""
         os.replace(path, self.folder / f".tmp-old-{uuid.uuid4().hex[:8]}")
+
+    def _sweep(self, pattern: str) -> None:
+        for left_over in self.folder.glob(pattern):
+            if left_over.is_dir() and not left_over.is_symlink():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
+
+
+def _check_finite(point: ResumePoint) -> None:
+    """Refuses to keep what training cannot go on from.
+
+    Raises:
+        Diverged: a number is infinite or none.
+    """
+    for stem, tensors in point.tensors.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise Diverged(
+                    f"step {point.step}: {name} of the {stem} is not finite, so that no resume point is written; the "
+                    "last one is sound. Lower optim.lr or set optim.clip_grad_norm, under another name (name=…) or "
+                    "with --restart."
+                )
+
+
+def _write_files(folder: Path, point: ResumePoint) -> None:
+    """A point's files, and last its manifest, all of them flushed to disk."""
+    folder.mkdir()
+    for stem, tensors in point.tensors.items():
+        save_file(dict(tensors), folder / f"{stem}.safetensors")
+    files.write_json(folder / "state.json", {"step": point.step, **point.numbers})
+    listed = sorted(folder.iterdir())
+    for path in listed:
+        files.settle(path)
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in listed}
+    files.write_json(folder / "manifest.json", {"format": FORMAT, "files": manifest})
+    files.settle_folder(folder)
 
 
 def _read(path: Path) -> ResumePoint:
@@ -157,7 +215,12 @@ def _read_as_listed(path: Path) -> ResumePoint:
         raise Damaged(f"the resume point {path.name} has the format {manifest.get('format')!r}, not {FORMAT!r}")
     for name, expected in manifest["files"].items():
         file = path / Path(name).name  # a manifest never leads out of its folder
-        if not file.is_file() or file.stat().st_size != expected["bytes"] or files.sha256(file) != expected["sha256"]:
+        if (
+            file.is_symlink()
+            or not file.is_file()
+            or file.stat().st_size != expected["bytes"]
+            or files.sha256(file) != expected["sha256"]
+        ):
             raise Damaged(f"the resume point {path.name} is damaged: {name} is not what its manifest says")
     numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tensors = {Path(n).stem: load_file(path / Path(n).name) for n in manifest["files"] if n.endswith(".safetensors")}

@@ -43,6 +43,7 @@ class Run:
         clip_grad_norm: largest norm of the gradients; None: not clipped.
         max_skipped_steps: non-finite steps that are left out before the run stops.
         header: strings of every ticket's header.
+        environment: versions, data and machine, as the run folder has them.
         epoch_is_open: an epoch is trained and not yet evaluated.
         seconds: time spent in the round under way, over all sittings.
     """
@@ -70,6 +71,7 @@ class Run:
     seed: int
     recipe_fingerprint: str
     header: dict[str, str]
+    environment: dict[str, object]
     watchdog: Watchdog
     skipped_steps: int = 0
     epoch_is_open: bool = False
@@ -228,7 +230,7 @@ def finish_round(s: Run) -> None:
 
 def score_tickets(s: Run) -> None:
     """Every ticket meets the test split, once, read back from its file."""
-    s.checkpointer.wait()
+    s.checkpointer.settle()
     for row in results.load_rows(s.folder.path):
         path = results.ticket_path(s.folder.path, row.round)
         tickets.load_into_(s.net, tickets.load(path), str(path))

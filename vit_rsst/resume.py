@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from vit_rsst import optim, tickets
 from vit_rsst.checkpoint import ResumePoint
-from vit_rsst.errors import Damaged
 
 if TYPE_CHECKING:
     from vit_rsst.loop import Run
@@ -36,6 +35,7 @@ def save(s: Run) -> None:
         "recipe": s.recipe_fingerprint,
         "epoch_is_open": s.epoch_is_open,
         "processes": s.accelerator.num_processes,
+        "environment": s.environment,
     }
     s.checkpointer.save(ResumePoint(s.progress.global_step, tensors, numbers))
 
@@ -44,17 +44,41 @@ def restore_(s: Run, point: ResumePoint) -> None:
     """Sets the run to where a point was taken.
 
     Raises:
-        Damaged: the point's tensors do not fit this model.
+        Damaged: the point's tensors do not fit this model; nothing is changed.
     """
-    tickets.load_state_(s.net, point.tensors["model"], f"resume point {point.step}")
-    try:
-        optim.load_state_tensors_(s.optimizer, point.tensors["optimizer"], dict(s.net.named_parameters()))
-        s.controller.load_state_dict(point.tensors["controller"], point.numbers["controller"])
-    except KeyError as error:
-        raise Damaged(f"resume point {point.step}: it holds state of {error}, which this model has not.") from error
+    check_fits(s, point)
+    s.net.load_state_dict(point.tensors["model"])
+    optim.load_state_tensors_(s.optimizer, point.tensors["optimizer"], dict(s.net.named_parameters()))
+    s.controller.load_state_dict(point.tensors["controller"], point.numbers["controller"])
     s.progress.load_state_dict(point.numbers["progress"])
     s.meter.load(point.numbers["meter"], s.accelerator.is_main_process)
     s.skipped_steps, s.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
     s.epoch_is_open = point.numbers.get("epoch_is_open", False)
     s.clock = time.monotonic()
     s.tracker.truncate(s.progress.global_step)
+
+
+def check_fits(s: Run, point: ResumePoint) -> None:
+    """Compares weights, masks, rewind point and moments with the model, before any of them is loaded.
+
+    Raises:
+        Damaged: names or shapes differ.
+    """
+    model, moments = tickets.shapes(s.net.state_dict()), tickets.shapes(point.tensors["optimizer"])
+    controller = tickets.shapes(point.tensors["controller"])
+    parts = {
+        "mask": {name: (-(-weight.numel() // 8),) for name, weight in s.controller.weights.items()},  # bits
+        "rewind": model,
+    }
+    parts["condemned"] = parts["mask"]
+    expected = dict(model)
+    for part, shapes in parts.items():
+        if part == "mask" or any(path.startswith(f"{part}/") for path in controller):
+            expected |= {f"{part}/{name}": shape for name, shape in shapes.items()}
+    for path, shape in moments.items():  # the counter of steps is one number
+        owner = path.rpartition("/")[0]
+        if owner in model:
+            expected[f"optimizer/{path}"] = shape and model[owner]
+    found = tickets.shapes(point.tensors["model"]) | controller
+    found |= {f"optimizer/{path}": shape for path, shape in moments.items()}
+    tickets.check_shapes(expected, found, f"resume point {point.step}")

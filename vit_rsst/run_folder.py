@@ -9,9 +9,11 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from vit_rsst import files, strict_yaml
@@ -29,6 +31,15 @@ PACKAGES = (
     "safetensors",
     "numpy",
 )
+
+HOLDER = ".lock.json"
+"""Which process holds, or last held, the lock."""
+
+DATA_IDENTITY = ("rows", "files", "sha256")
+"""What of the data's description tells them from any other; the rest says where they lie and how they were read."""
+
+WORKERS_END = 10.0
+"""Seconds within which the data workers of a process that was killed end too."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +62,13 @@ class RunFolder:
 
     def status(self) -> dict:
         """The last state written; empty for a folder without one."""
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        return {}
+        return _read_json(self.path / "status.json")
 
     def write_status(self, state: str, exit_code: int | None = None, reason: str = "", **where: int) -> None:
         """running, finished, stopped or failed, with where it stands."""
         self.path.mkdir(parents=True, exist_ok=True)
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         found = {key: value for key, value in self.status().items() if key in ("round", "epoch", "step")}
-        status = {"state": state, **(found | where), "exit_code": exit_code, "reason": reason, "updated": now}
+        status = {"state": state, **(found | where), "exit_code": exit_code, "reason": reason, "updated": _now()}
         files.write_json(self.path / "status.json", status)
 
     def set_aside(self) -> Path | None:
@@ -105,13 +113,37 @@ class RunFolder:
                 )
             )
 
-    def _lock(self) -> FileLock:
-        lock = FileLock(self.path / ".lock")
+    def check_place(self) -> None:
+        """Looks, before anything is started, whether the folder can be made; creates nothing.
+
+        Raises:
+            InputError: it is a link to elsewhere.
+            EnvironmentLacks: it cannot be written.
+        """
         try:
-            lock.acquire(timeout=0)
+            if self.path.resolve() != self.path.parent.resolve() / self.path.name:
+                raise InputError(
+                    f"name: {self.path} is a link to {self.path.resolve()}; a run stays within its output_dir: set "
+                    "output_dir to the folder that is meant, or give this run another name (name=…)."
+                )
+            nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+            raise EnvironmentLacks(f"output_dir: {self.path} cannot be made ({error}); set another one.") from error
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            why = "cannot be written" if nearest.is_dir() else "is no folder"
+            raise EnvironmentLacks(f"output_dir: {self.path} cannot be made, since {nearest} {why}; set another one.")
+
+    def _lock(self) -> FileLock:
+        """Takes the lock of this folder; its holder stands in a file beside it, for those who come later."""
+        lock, holder = FileLock(self.path / ".lock"), _read_json(self.path / HOLDER)
+        try:
+            # Workers of a process that was killed hold its lock until they notice, which takes some seconds.
+            lock.acquire(timeout=WORKERS_END if _is_gone(holder) else 0)
         except Timeout as error:
+            who = "process {pid} on {host}, since {since}".format_map({"pid": "?", "host": "?", "since": "?"} | holder)
             raise EnvironmentLacks(
-                f"{self.path}: another process is running there; wait for it, or give this run another name (name=…)."
+                f"{self.path}: another process is running there ({who}); wait for it, or give this run another name "
+                "(name=…)."
             ) from error
         return lock
 
@@ -125,6 +157,7 @@ class RunFolder:
             for folder in (self.path, self.checkpoints, self.tickets, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
             lock = self._lock()
+            files.write_json(self.path / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
             files.write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.tree()))
             files.write_json(self.path / "environment.json", environment)
         except OSError as error:
@@ -132,6 +165,23 @@ class RunFolder:
                 f"output_dir: {self.path} cannot be written ({error}); set another output_dir."
             ) from error
         return lock
+
+
+def _read_json(path: Path) -> dict:
+    """What a file holds; empty when it is not there or not readable."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _is_gone(holder: Mapping) -> bool:
+    """Whether the holder of a lock was a process of this machine that has ended."""
+    return holder.get("host") == socket.gethostname() and not psutil.pid_exists(holder.get("pid", 0))
 
 
 def environment(num_processes: int, device: str, data_identity: dict) -> dict:
@@ -148,6 +198,20 @@ def environment(num_processes: int, device: str, data_identity: dict) -> dict:
     }
 
 
+def drift(then: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
+    """What differs between two environments and may change a result: dotted name → (then, now)."""
+    flat = [
+        {
+            **{f"versions.{name}": version for name, version in part.get("versions", {}).items()},
+            **{f"data.{name}": value for name, value in part.get("data", {}).items()},
+            **{name: part.get(name) for name in ("commit", "device", "processes", "threads")},
+        }
+        for part in (then, now)
+    ]
+    keys = sorted(flat[0].keys() | flat[1].keys())
+    return {key: (flat[0].get(key), flat[1].get(key)) for key in keys if flat[0].get(key) != flat[1].get(key)}
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -156,15 +220,20 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that the package runs from, with `+` when files have changed since."""
+    """The commit of the checkout that the package runs from, with `+` when files have changed since.
+
+    Installed inside the tree of another repository, it is none of that repository's commits.
+    """
+    package = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.run(
-            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
+        top = Path(git("rev-parse", "--show-toplevel"))
+        if top != package.parent or "name = vit-rsst\n" not in (top / "setup.cfg").read_text(encoding="utf-8"):
+            return None
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged
+from vit_rsst.errors import Damaged, EnvironmentLacks
 from vit_rsst.pruning.masks import MaskSet, pack_bits, unpack_bits
 
 FORMAT = "vit_rsst.ticket/1"
@@ -45,14 +45,23 @@ class Ticket:
 
 
 def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mapping[str, str]) -> int:
-    """Writes a ticket atomically; returns its size in bytes."""
+    """Writes a ticket atomically; returns its size in bytes.
+
+    Raises:
+        EnvironmentLacks: the disk is full.
+    """
     tensors = _pack(state, mask)
     header = {"format": FORMAT, **metadata}
     header["sha256"] = digest(tensors, header)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=header)
-    files.settle(temporary)
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata=header)
+        files.settle(temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise EnvironmentLacks(f"{path}: the ticket could not be written ({error}); free some space there.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     files.settle_folder(path.parent)
     return path.stat().st_size
 
@@ -93,15 +102,26 @@ def load_state_(model: nn.Module, state: Mapping[str, Tensor], place: str) -> No
     Raises:
         Damaged: names or shapes differ; the first five differences are listed and the model is untouched.
     """
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
+    check_shapes(shapes(model.state_dict()), shapes(state), place)
+    model.load_state_dict(state)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], place: str) -> None:
+    """Refuses tensors of other names or shapes than expected.
+
+    Raises:
+        Damaged: with the first five differences.
+    """
     wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     if wrong:
         listed = "; ".join(
             f"{n}: model {expected.get(n, 'has none')}, file {found.get(n, 'has none')}" for n in wrong[:5]
         )
         raise Damaged(f"{place}: it does not fit this model in {len(wrong)} tensors ({listed}).")
-    model.load_state_dict(state)
 
 
 def _pack(state: Mapping[str, Tensor], mask: MaskSet) -> dict[str, Tensor]:

@@ -7,11 +7,17 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vit_rsst import files
+from vit_rsst import files, reach
+
+FINISH_SECONDS = 90.0
+"""What a tracker gets for its last words."""
+WANDB_PATIENCE = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "60"}
+"""Seconds for its service, which by itself gets 90 and for ever."""
 
 
 @dataclass
@@ -29,34 +35,49 @@ class Tracker:
     is_main: bool
     warn: Callable[[str], None]
     trackers: dict[str, object] = field(default_factory=dict)
+    _warned: set[str] = field(default_factory=set)
 
     def start(self, names: tuple[str, ...], project: str, run: str, config: Mapping, logs: Path) -> None:
         """Starts the trackers asked for; wandb falls back to offline when its service cannot be had."""
-        for name in names if self.is_main else ():
-            self._guarded(name, "start", lambda name=name: self._start(name, project, run, config, logs))
-
-    def _start(self, name: str, project: str, run: str, config: Mapping, logs: Path) -> None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        # One id a run, so that a resumed run goes on as the same one.
         options = {
             "tensorboard": {"run_name": run, "logging_dir": logs},
-            "wandb": {"run_name": project, "name": run, "id": _run_id(logs), "resume": "allow", "dir": str(logs)},
+            "wandb": {"run_name": project, "name": run, "resume": "allow", "dir": str(logs)},
             "trackio": {"run_name": project, "name": run, "resume": "allow"},
         }
-        tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
-        try:
-            tracker.start()
-        except Exception as error:  # wandb raises errors of its own
-            if name != "wandb" or os.environ.get("WANDB_MODE") == "offline":
-                raise
-            self.warn(f"tracking: wandb could not start ({_short(error)}); it records offline in {logs}.")
-            os.environ["WANDB_MODE"] = "offline"
-            tracker.start()
+        for name in names if self.is_main else ():
+            begin = self._start_wandb if name == "wandb" else self._start
+            self._guarded(name, "start", lambda name=name, begin=begin: begin(name, options[name], config))
+
+    def _start(self, name: str, options: Mapping, config: Mapping) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        tracker = LOGGER_TYPE_TO_CLASS[name](**options)
+        tracker.start()
         self.trackers[name] = tracker
         tracker.store_init_configuration(
             {k: v if isinstance(v, bool | int | float) else str(v) for k, v in config.items()}
         )
+
+    def _start_wandb(self, name: str, options: Mapping, config: Mapping) -> None:
+        """Online where the service answers within seconds, else offline; wandb itself would try for minutes."""
+        import wandb
+
+        for setting, seconds in WANDB_PATIENCE.items():
+            os.environ.setdefault(setting, seconds)
+        # One id a run, so that a resumed run goes on as the same one.
+        options = {**options, "id": _run_id(Path(options["dir"])), "mode": os.environ.get("WANDB_MODE", "online")}
+        is_online = options["mode"] == "online"
+        why = reach.unreachable(wandb.setup().settings.base_url) if is_online else ""
+        if is_online and not why:
+            try:
+                return self._start(name, options, config)
+            except Exception as error:  # wandb raises errors of its own
+                why = _short(error)
+                options["id"] += "-offline"  # the service may still hold the other
+        if why:
+            self._warn_once(name, f"wandb could not start ({why}); it records offline in {options['dir']}.")
+            options["mode"] = "offline"
+        return self._start(name, options, config)
 
     def log(self, event: str, step: int, values: Mapping[str, object]) -> None:
         """One line of metrics.jsonl; the numbers of steps, epochs and rounds go to the trackers too."""
@@ -95,15 +116,28 @@ class Tracker:
             files.write_text(self.path, "".join(kept))
 
     def finish(self) -> None:
+        """Ends every tracker; one that does not end in time is left behind."""
         for name, tracker in list(self.trackers.items()):
-            self._guarded(name, "finish", tracker.finish)
+            thread = threading.Thread(
+                target=self._guarded, args=(name, "finish", tracker.finish), name=f"finish {name}", daemon=True
+            )
+            thread.start()
+            thread.join(FINISH_SECONDS)
+            if thread.is_alive():
+                self._warn_once(name, f"{name} did not finish within {FINISH_SECONDS:g} s; it is left behind.")
 
     def _guarded(self, name: str, what: str, call: Callable[[], object]) -> None:
         try:
             call()
         except Exception as error:  # whatever a tracker raises, training goes on
             self.trackers.pop(name, None)
-            self.warn(f"tracking: {name} failed to {what} ({_short(error)}); it is left out from now on.")
+            self._warn_once(name, f"{name} failed to {what} ({_short(error)}); it is left out from now on.")
+
+    def _warn_once(self, name: str, text: str) -> None:
+        """Of each tracker, the first trouble alone is told."""
+        if name not in self._warned:
+            self._warned.add(name)
+            self.warn(f"tracking: {text}")
 
 
 def _run_id(logs: Path) -> str:

@@ -4,6 +4,8 @@ The recipe is checked before anything heavy is imported, so that a mistake costs
 """
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 import time
@@ -29,6 +31,9 @@ SHARDED = {
 }
 """What a launcher sets to ask for it → its name."""
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Errors of a disk that is full, failing or no longer writable."""
+
 
 class LostRank(EnvironmentLacks):
     """Another process of the job is gone."""
@@ -48,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-world-size-change",
         action="store_true",
         help="go on within an epoch with another number of processes; no longer bit-exact",
+    )
+    parser.add_argument(
+        "--allow-data-change", action="store_true", help="go on with other data than the run began with"
     )
 
 
@@ -85,10 +93,12 @@ def train(arguments: argparse.Namespace) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(plan_text(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
         return
-    run_recipe(recipe, arguments.restart, arguments.allow_world_size_change)
+    run_recipe(recipe, arguments.restart, arguments.allow_world_size_change, arguments.allow_data_change)
 
 
-def run_recipe(recipe: "Recipe", restart: bool = False, allow_world_size_change: bool = False) -> None:
+def run_recipe(
+    recipe: "Recipe", restart: bool = False, allow_world_size_change: bool = False, allow_data_change: bool = False
+) -> None:
     """Trains by a recipe, going on where an earlier run of it stopped."""
     from vit_rsst import assembly, loop, watchdog
     from vit_rsst.results import load_rows, table
@@ -99,6 +109,8 @@ def run_recipe(recipe: "Recipe", restart: bool = False, allow_world_size_change:
     stop = StopFlag(deadline=time.monotonic() + 60 * minutes if minutes else None)
     stop.install()
     folder = RunFolder(recipe.run_folder)
+    if os.environ.get("RANK", "0") == "0":
+        folder.check_place()
     accelerator = make_accelerator(recipe)
     if not restart:
         folder.check(recipe)
@@ -108,7 +120,7 @@ def run_recipe(recipe: "Recipe", restart: bool = False, allow_world_size_change:
         return
     s, lock = assembly.build(recipe, accelerator, folder, stop, restart)
     try:
-        assembly.resume_if_possible(s, allow_world_size_change)
+        assembly.resume_if_possible(s, allow_world_size_change, allow_data_change)
         watchdog.limit_waiting(recipe.train.rank_timeout)
         stop.is_training = True
         loop.run(s)
@@ -136,6 +148,12 @@ def explained(error: BaseException, s: "Run", recipe: "Recipe") -> BaseException
             f"another process of this job died or did not answer for {recipe.train.rank_timeout:g} s "
             f"(train.rank_timeout), at step {s.progress.global_step}; its own message and {s.watchdog.path.parent} may "
             "say why. The same command goes on from the last resume point."
+        )
+    if isinstance(error, OSError) and error.errno in DISK:
+        where = f" {error.filename}" if error.filename else ""
+        return EnvironmentLacks(
+            f"{s.folder.path} cannot be written any more ({error.strerror}{where}). Free some space there; the same "
+            "command goes on from the last resume point."
         )
     if is_out_of_memory(error):
         return EnvironmentLacks(out_of_memory_text(s.accelerator.num_processes, recipe))
@@ -231,12 +249,13 @@ def fail(s: "Run", error: BaseException) -> None:
             return
         error.is_of_this_rank_alone = True
     code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-    s.folder.write_status(
-        "stopped" if code == 75 else "failed", code, str(error) or type(error).__name__,
-        round=s.progress.round, epoch=s.progress.epoch, step=s.progress.global_step,
-    )  # fmt: skip
-    if not isinstance(error, Damaged):
-        s.tracker.log("warning", s.progress.global_step, {"text": f"{type(error).__name__}: {error}"})
+    with contextlib.suppress(OSError):  # on a full disk the error itself is all that is told
+        s.folder.write_status(
+            "stopped" if code == 75 else "failed", code, str(error) or type(error).__name__,
+            round=s.progress.round, epoch=s.progress.epoch, step=s.progress.global_step,
+        )  # fmt: skip
+        if not isinstance(error, Damaged):
+            s.tracker.log("warning", s.progress.global_step, {"text": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":

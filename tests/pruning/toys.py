@@ -160,6 +160,7 @@ class Toy:
             seed=self.seed,
             recipe_fingerprint="toy",
             header={},
+            environment={},
         )  # fmt: skip
 
     def selector(self, groups: list[UnitGroup]) -> Selector:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vit_rsst import reach
 from vit_rsst.data.catalog import LABEL_COLUMNS
 from vit_rsst.data.options import DataOptions
 from vit_rsst.errors import EnvironmentLacks, InputError, first_line
@@ -86,14 +87,16 @@ def _on_the_hub(options: DataOptions) -> dict[str, Located]:
     import datasets
 
     if options.info.hub_id is None:
-        raise InputError(f"data.path: the source {options.source!r} needs the path of a local folder.")
+        raise InputError(f"data.path: the source {options.source!r} needs a local folder (evaluate: --data FOLDER).")
+    reach.prefer_cache()
     try:
         builder = datasets.load_dataset_builder(options.info.hub_id, revision=options.revision)
         splits = datasets.load_dataset(options.info.hub_id, revision=options.revision, streaming=options.streaming)
     except (OSError, RuntimeError, ValueError) as error:  # datasets and huggingface_hub raise all three
         raise EnvironmentLacks(
             f"data.source: {options.info.hub_id!r} cannot be read from the Hub ({first_line(error)}). Check the "
-            "network and, for gated sets, the token; or name a local copy with data.path=FOLDER."
+            "network, data.revision and, for gated sets, that their terms are accepted on their page and HF_TOKEN is "
+            "set; or name a local copy with data.path=FOLDER (evaluate: --data FOLDER)."
         ) from error
     files = builder.config.data_files or {}
     return {name: Located(rows, tuple(map(str, files.get(name, ())))) for name, rows in splits.items()}

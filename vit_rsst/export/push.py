@@ -1,7 +1,6 @@
 """Push: an export folder, or a ticket with a card, to the Hub. The only part of the package that sends anything."""
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from vit_rsst import files
+from vit_rsst import files, tickets
 from vit_rsst.errors import EnvironmentLacks, InputError
 from vit_rsst.export import card
 from vit_rsst.export.work import Work
@@ -58,7 +57,7 @@ def _prepared(what: Path, repo: str) -> Iterator[Path]:
     work = Work.of(what)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copyfile(what, folder / what.name)
+        tickets.save(folder / what.name, work.net.state_dict(), work.trained.mask, work.header)
         files.write_text(folder / "README.md", card.of_ticket(work, repo.rpartition("/")[2]))
         yield folder
 

@@ -49,15 +49,19 @@ class Work:
 
     @property
     def header(self) -> dict[str, str]:
-        return self.trained.header
+        """As the run wrote it, less where data and weights lie on this machine: what is exported goes to others."""
+        header = self.trained.header
+        args = {k: v for k, v in self.model_args.items() if k != hub.PLACE or not Path(v).is_absolute()}
+        data = json.loads(header["data"]) | {"path": None}
+        return header | {"model_args": json.dumps(args), "data": json.dumps(data)}
 
     @property
     def architecture(self) -> str:
-        return self.header["architecture"]
+        return self.trained.header["architecture"]
 
     @property
     def model_args(self) -> dict:
-        return json.loads(self.header["model_args"])
+        return json.loads(self.trained.header["model_args"])
 
     @property
     def is_hub(self) -> bool:

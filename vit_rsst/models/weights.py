@@ -5,23 +5,20 @@ A file is safetensors or it is not read: nothing here unpickles.
 
 import hashlib
 import os
-import socket
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vit_rsst import reach
 from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, first_line
 
 FILE = "model.safetensors"
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt", ".tar")
-SECONDS_TO_REACH = 5.0
 OTHERWISE = "or set model.pretrained=false to train from random weights"
 
 
@@ -111,27 +108,14 @@ def hub_file(repository: str, name: str, field: str = "model.pretrained", otherw
     except (OSError, HFValidationError) as error:
         raise EnvironmentLacks(f"{field}: {repository!r} is no repository of the Hub ({first_line(error)}).") from error
     try:
-        _reach()
+        if why := "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else reach.unreachable(constants.ENDPOINT):
+            raise OSError(why)
         return Path(hf_hub_download(repository, name))
     except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
         raise EnvironmentLacks(
             f"{field}: {name} of {repository!r} is not in the cache and cannot be had from the Hub "
             f"({first_line(error)}); check the network, name a local file or folder, {otherwise}."
         ) from error
-
-
-def _reach() -> None:
-    """Tries the Hub once: huggingface_hub tries six times, for half a minute.
-
-    Raises:
-        OSError: it does not answer.
-    """
-    if constants.HF_HUB_OFFLINE:
-        raise OSError("HF_HUB_OFFLINE is set")
-    address = urlsplit(constants.ENDPOINT)
-    if not urllib.request.getproxies():
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), SECONDS_TO_REACH).close()
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str]:

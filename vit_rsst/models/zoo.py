@@ -48,6 +48,9 @@ def _published_cfg(name: str) -> dict:
 default_cfgs = {name: _published_cfg(name) for name in OWN}
 """Where timm looks for them."""
 
+SOURCES_OF_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+"""Arguments of `timm.create_model` through which a file of any kind would be loaded."""
+
 
 def _register(name: str) -> None:
     """Makes a catalogue name one that `timm.create_model` knows as well."""
@@ -100,6 +103,10 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
         EnvironmentLacks: the weights exist but cannot be had.
         Damaged: the file is damaged, or of another model.
     """
+    if beside := sorted(set(args) & set(SOURCES_OF_WEIGHTS)):
+        raise InputError(
+            f"model.args.{beside[0]}: names other weights, past all checks; use model.pretrained, or model.start_from."
+        )
     if architecture.startswith(hub.PREFIX):
         return hub.create(architecture, args, pretrained, device)
     if not timm.is_model(architecture.split(".")[0]):
