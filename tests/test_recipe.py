@@ -327,6 +327,8 @@ EXPLICIT = "pruning.schedule={name: explicit, sparsities: [0.5, 0.8]}"
 UNITS = "pruning.granularity=head+neuron"
 
 RULES = {
+    "weights that are neither a word nor a place": (
+        ["model.name=vit_small", "model.pretrained=yes"], "model.pretrained", "is not true or false"),
     "a stream of the digits": (["data.streaming=true"], "data.streaming", "means nothing to the embedded digits"),
     "a part of a stream": (
         ["data.source=cifar10", "data.streaming=true", "data.train_samples=9"], "data.train_samples", "no first rows"),

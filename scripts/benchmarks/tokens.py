@@ -23,7 +23,7 @@ GROWTH_BOUND = 4.1
 """Largest ratio of the FLOPs of lightweight_vit at 1,024 patches to those at 256."""
 
 KEEP_RATIO, BATCH, QUICK_BATCH, THREADS = 0.7, 64, 4, 2
-ALTERNATIONS, QUICK_ALTERNATIONS, WARMUPS = 12, 3, 1
+ALTERNATIONS, QUICK_ALTERNATIONS, WARMUPS = 6, 3, 1
 PATCHES = (64, 256, 1024)
 FULL, AGAIN, DROPPING = "keeps all", "keeps all, again", f"keeps {KEEP_RATIO}"
 

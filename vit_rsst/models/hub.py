@@ -38,7 +38,8 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
         else:
             folder = Path(source).expanduser()
             place = {PLACE: str(folder.resolve()) if folder.is_dir() else source}
-            config = AutoConfig.from_pretrained(_config_file(source, folder), **fields)
+            file = _config_file(source, folder)
+            config = AutoConfig.from_pretrained(file, trust_remote_code=False, **fields)
     except (OSError, ValueError) as error:
         if source in CONFIG_MAPPING:
             raise InputError(f"model.args: {name} cannot be configured with {args}: {error}.") from error
