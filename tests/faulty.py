@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,23 @@ def start(
         processes.append(CONTEXT.Process(target=_child, args=arguments))
         processes[-1].start()
     return processes
+
+
+def exit_code(function: Callable, *arguments: object) -> int:
+    """Of a process that calls a function of a module; below zero when a signal ended it."""
+    process = CONTEXT.Process(target=_alone, args=(function, *arguments))
+    process.start()
+    process.join(SECONDS)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def _alone(function: Callable, *arguments: object) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def ended(processes: Sequence[multiprocessing.Process], log: Path) -> Job:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
 from vit_rsst import files, strict_yaml
@@ -37,9 +36,6 @@ HOLDER = ".lock.json"
 
 DATA_IDENTITY = ("rows", "files", "sha256")
 """What of the data's description tells them from any other; the rest says where they lie and how they were read."""
-
-WORKERS_END = 10.0
-"""Seconds within which the data workers of a process that was killed end too."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +133,7 @@ class RunFolder:
         """Takes the lock of this folder; its holder stands in a file beside it, for those who come later."""
         lock, holder = FileLock(self.path / ".lock"), _read_json(self.path / HOLDER)
         try:
-            # Workers of a process that was killed hold its lock until they notice, which takes some seconds.
-            lock.acquire(timeout=WORKERS_END if _is_gone(holder) else 0)
+            lock.acquire(timeout=0)
         except Timeout as error:
             who = "process {pid} on {host}, since {since}".format_map({"pid": "?", "host": "?", "since": "?"} | holder)
             raise EnvironmentLacks(
@@ -179,11 +174,6 @@ def _read_json(path: Path) -> dict:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _is_gone(holder: Mapping) -> bool:
-    """Whether the holder of a lock was a process of this machine that has ended."""
-    return holder.get("host") == socket.gethostname() and not psutil.pid_exists(holder.get("pid", 0))
 
 
 def environment(num_processes: int, device: str, data_identity: dict) -> dict:
