@@ -85,6 +85,7 @@ def build(
     weights, groups = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
     selector, density = build_selection(recipe, net, weights, groups, data.options.size)
     mask = starting_mask(weights, start_mask, recipe.pruning.method)
+    optimizer = build_optimizer(net, recipe.optim)
     loader = build_loader(recipe, data, dealing, accelerator)
     watchdog = Watchdog(folder.logs / f"stacks-{accelerator.process_index}.txt", train.rank_timeout)
 
@@ -103,7 +104,7 @@ def build(
         folder.write_status("running")
     if train.compile:
         net.compile()  # in place: names stay, and masks written outside of it never recompile
-    model, optimizer = accelerator.prepare(net, build_optimizer(net, recipe.optim))
+    model, optimizer = accelerator.prepare(net, optimizer)
     console = Console(is_main, progress, train.global_batch)
     asked = mask.density if isinstance(recipe.pruning.method, Dense | Constant) else density(1.0)
     console.line(summary(recipe, data, net, weights, asked, dealing, progress, str(device)))
@@ -407,6 +408,8 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
     torch.manual_seed(derived_seed(recipe.seed, "model"))
     net = zoo.create(architecture, args, recipe.model.pretrained)
+    if recipe.train.grad_checkpointing:
+        zoo.checkpoint_gradients_(net)
     expected = getattr(getattr(net, "patch_embed", None), "img_size", None)
     size = data.options.size
     if expected is not None and tuple(expected) != (size, size):
@@ -463,7 +466,13 @@ def build_optimizer(net: nn.Module, options: Optim) -> torch.optim.Optimizer:
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         betas=options.betas,
+        lr_scales=lr_scales(net, options),
     )
+
+
+def lr_scales(net: nn.Module, options: Optim) -> dict[str, float] | None:
+    """Share of the learning rate of each parameter; None: all have all of it."""
+    return zoo.lr_scales(net, options.layer_decay) if options.layer_decay < 1.0 else None
 
 
 def make_loss(net: nn.Module, label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -52,6 +52,9 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
     local = is_path(recipe.model.pretrained)
     net = zoo.create(architecture, args, recipe.model.pretrained if local else False, device="meta")
+    if recipe.train.grad_checkpointing:
+        zoo.checkpoint_gradients_(net)
+    assembly.lr_scales(net, recipe.optim)  # refuses a model without layers
     assembly.reshape_(net, recipe, architecture, args)
     pruning = recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
@@ -202,12 +205,13 @@ def resource_lines(
     activations = activation_bytes(net, image_size, dealing.batch_per_device)
     if recipe.train.precision == "bf16":
         activations //= 2
+    again = " and those within one block" if recipe.train.grad_checkpointing else ""
     ticket_bytes = sum(prunable * 4 * (d + 1 / 32) + (total - prunable) * 4 for d in densities)
     rewind = total * 4 if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
     point = total * 4 * (1 + moments) + prunable // 4 + rewind
     return [
         f"memory     a process: weights, gradients and moments {size(state)}, masks {size(masks)}, activations about "
-        f"{size(activations)} at {dealing.batch_per_device} images; images {images}",
+        f"{size(activations)} at {dealing.batch_per_device} images{again}; images {images}",
         f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
         f"{size(point)}, one more while it is written",
     ]

@@ -111,7 +111,11 @@ class StepDecay:
 
 @section
 class Optim:
-    """The optimizer and its learning rate over a round."""
+    """The optimizer and its learning rate over a round.
+
+    Attributes:
+        layer_decay: factor of the learning rate from each layer to the one before it; 1: all layers have the same.
+    """
 
     name: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -122,6 +126,7 @@ class Optim:
     min_lr: Annotated[float, Ge(0)] = 0.0
     schedule: Literal["cosine", "constant"] | StepDecay = "cosine"
     clip_grad_norm: Annotated[float, Gt(0)] | None = 1.0
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
 
 
 @section
@@ -136,6 +141,7 @@ class Train:
     precision: Literal["no", "bf16"] = "no"
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     compile: bool = False
+    grad_checkpointing: bool = False
     steps_per_epoch: Annotated[int, Ge(1)] | None = None
     max_skipped_steps: Annotated[int, Ge(0)] = 0
     max_minutes: Annotated[float, Gt(0)] | None = None

@@ -188,6 +188,11 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
             f"gradient means nothing under {recipe.optim.name}, which divides λ·w by its own size; use decoupled, or "
             "optim.name=sgd",
         )
+    if penalty.coupling == "gradient" and recipe.optim.layer_decay < 1.0:
+        yield Problem(
+            f"{place}.penalty.coupling",
+            "gradient shrinks by the learning rate, which optim.layer_decay makes another in each layer; use decoupled",
+        )
     if penalty.coupling == "decoupled" and recipe.optim.name == "adam" and recipe.optim.weight_decay:
         yield Problem(
             "optim.weight_decay",

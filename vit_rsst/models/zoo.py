@@ -10,7 +10,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, group_parameters, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -210,6 +210,40 @@ def _free_modules(net: nn.Module) -> tuple[str, ...]:
     classifier = net.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     return tuple(f"{name}." for name in (*names, *getattr(net, "task_modules", ())))
+
+
+def lr_scales(net: nn.Module, decay: float) -> dict[str, float]:
+    """Share of the learning rate that each parameter gets: 1 in the last layer, times `decay` for each one before.
+
+    Raises:
+        InputError: the model does not say which layers it has.
+    """
+    if not hasattr(net, "group_matcher"):
+        raise InputError(
+            f"optim.layer_decay: {type(net).__name__} does not say which layers it has, as timm's models do; leave it "
+            "out."
+        )
+    layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
+def checkpoint_gradients_(net: nn.Module) -> None:
+    """Makes the network compute its blocks again in the backward pass instead of keeping what is inside of them.
+
+    Raises:
+        InputError: the model cannot do that.
+    """
+    try:
+        if hasattr(net, "gradient_checkpointing_enable"):  # transformers
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            net.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, ValueError) as error:
+        raise InputError(
+            f"train.grad_checkpointing: {type(net).__name__} cannot compute its blocks again ({first_line(error)}); "
+            "set it to false."
+        ) from error
 
 
 def description(header: Mapping[str, str], place: str) -> tuple[str, dict]:
