@@ -24,7 +24,20 @@ from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.methods import __all__ as METHODS
 from vit_rsst.recipe_file import builtin_recipes
 
-VERBS = ["train", "evaluate", "predict", "analyze", "export", "push", "report", "models", "recipes", "methods", "runs"]
+VERBS = [
+    "train",
+    "check",
+    "evaluate",
+    "predict",
+    "analyze",
+    "export",
+    "push",
+    "report",
+    "models",
+    "recipes",
+    "methods",
+    "runs",
+]
 SHORT = ("train.epochs=1", "train.round_epochs=1", "train.steps_per_epoch=1", "pruning.schedule.rounds=1")
 
 

@@ -37,7 +37,8 @@ FLOORS = [
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
     # 6 tell: what a person sees of a run
     "report.history report.canvas report.attention report.curves report.pictures report.document "
-    "report.story report.compare report.reporting report.watching",
+    "report.story report.compare report.reporting report.watching "
+    "checks.bench checks.inputs checks.learning checks.removal checks.costs checks.checking",
     # 7 enter
     "train cli",
 ]
@@ -96,6 +97,10 @@ SIDEWAYS = {
     *(("report.curves", f"report.{name}") for name in ("canvas", "history")),
     *(("report.pictures", f"report.{name}") for name in ("attention", "canvas", "history")),
     ("report.document", "report.canvas"),
+    *((f"checks.{name}", "checks.bench") for name in ("inputs", "learning", "removal", "costs", "checking")),
+    ("checks.removal", "checks.learning"),
+    *(("checks.checking", f"checks.{name}") for name in ("inputs", "learning", "removal", "costs")),
+    ("checks.checking", "report.canvas"),
     *(("report.story", f"report.{name}") for name in ("canvas", "curves", "document", "history")),
     *(("report.compare", f"report.{name}") for name in ("canvas", "document", "history", "story")),
     *(("report.reporting", f"report.{name}") for name in ("compare", "document", "history", "story")),
@@ -107,7 +112,7 @@ SIDEWAYS = {
 FOR_TYPES_ALONE = {("resume", "loop")}
 """Under `if TYPE_CHECKING`, against the direction."""
 
-EMPTY = {"", "analysis", "data", "models", "metrics", "pruning", "report"}
+EMPTY = {"", "analysis", "data", "models", "metrics", "pruning", "report", "checks"}
 """Packages whose `__init__` holds no code: whoever imports a module below passes them."""
 
 METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "pruning.methods.rsst"}
@@ -262,6 +267,7 @@ def test_recipe_objects_stop_above_what_they_describe():
         "planning",
         "analysis.subject",
         "report.compare",
+        "checks.bench",
         "train",
         "cli",
     }

@@ -29,7 +29,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-rsst",
         description="Train and prune Vision Transformers. Exit codes: 0 done, 2 wrong input, 3 the environment lacks "
-        "something, 4 training diverged, 5 damaged checkpoint or ticket, 75 stopped cleanly and can go on.",
+        "something, 4 training diverged, 5 damaged checkpoint or ticket, 6 a check failed, 75 stopped cleanly and can "
+        "go on.",
     )
     parser.add_argument("--version", action="version", version=f"vit-rsst {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -40,6 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
         return added
 
     add_arguments(verb("train", train, "train and prune by a recipe, in one process"))
+    check = verb("check", check_verb, "go through the checklist before a long run: data, model, learning rate, costs")
+    check.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of one that comes with the package")
+    check.add_argument("overrides", metavar="key=value", nargs="*", help="fields of the recipe to override")
+    check.add_argument("--json", metavar="FILE", help="write every number there, norms of gradients too")
+    check.add_argument("--picture", metavar="FILE.svg", help="draw the learning-rate range test there")
     evaluate = verb("evaluate", evaluate_verb, "score a ticket, the last ticket of a run or an export on a split")
     evaluate.add_argument(
         "what",
@@ -105,6 +111,30 @@ def output_file(name: str | None) -> "Path | None":
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(f"{name}: it cannot be written; name a file in a folder that exists.")
     return path
+
+
+def check_verb(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from vit_rsst import files
+    from vit_rsst.recipe_file import find, load
+
+    recipe = load(find(arguments.recipe), arguments.overrides)
+    as_json, picture = output_file(arguments.json), output_file(arguments.picture)
+
+    from vit_rsst.checks import checking
+    from vit_rsst.checks.bench import Bench
+    from vit_rsst.train import make_accelerator
+
+    verdicts = []
+    for verdict in checking.check(Bench.of(recipe, make_accelerator(recipe))):
+        verdicts.append(verdict)
+        print(checking.line(verdict), flush=True)
+    if as_json:
+        files.write_json(as_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]})
+    if picture and checking.draw_range_test(verdicts, recipe.optim.lr, picture):
+        print(f"range test: {picture}")
+    print(checking.conclude(verdicts))
 
 
 def evaluate_verb(arguments: argparse.Namespace) -> None:
