@@ -229,6 +229,7 @@ def crashes(folder: Path, make: Callable[[], Checkpointer], save: ResumePoint, m
         assert Checkpointer(folder).load().step == found.step + 4
 
 
+@pytest.mark.fault("F4")
 @pytest.mark.parametrize("moment", ["before", "amid", "after"])
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_crash_at_any_write_leaves_a_whole_point(tmp_path, keep, moment):
@@ -329,6 +330,7 @@ def falls_back(folder: Path) -> str:
 POINT_FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 
 
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize("name", POINT_FILES)
 @pytest.mark.parametrize("damage", ["flipped", "cut short", "emptied", "longer", "gone", "a folder"])
 def test_a_damaged_file_makes_the_older_point_the_newest(tmp_path, name, damage):
@@ -389,6 +391,7 @@ def test_a_point_of_another_format_is_named_with_its_format(tmp_path):
     assert "'vit_rsst.resume/2'" in falls_back(folder)
 
 
+@pytest.mark.fault("F9")
 def test_the_warning_names_the_damaged_file(tmp_path):
     folder = with_points(tmp_path / "c", 4, 8)
     flip(folder / "step-00000008" / "model.safetensors", -1)
@@ -429,6 +432,7 @@ class Payload:
         return (Path.write_text, (self.target, "executed"))
 
 
+@pytest.mark.fault("F10")
 def test_a_planted_pickle_is_never_read(tmp_path):
     folder = with_points(tmp_path / "c", 4, 8)
     target = tmp_path / "executed"
@@ -447,6 +451,7 @@ def test_a_planted_pickle_is_never_read(tmp_path):
     assert target.exists(), "the payload works"
 
 
+@pytest.mark.fault("F10")
 def test_a_pickle_under_the_name_of_a_tensor_file_is_set_aside(tmp_path):
     folder = with_points(tmp_path / "c", 4, 8)
     path = folder / "step-00000008"
@@ -459,6 +464,7 @@ def test_a_pickle_under_the_name_of_a_tensor_file_is_set_aside(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.fault("F11")
 @pytest.mark.parametrize("prefix", ["../", "../../outside/", "/", "sub/../../"])
 def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, prefix):
     folder = with_points(tmp_path / "c", 4, 8)

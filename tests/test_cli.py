@@ -507,6 +507,7 @@ def test_one_bad_step_stops_a_run_that_tolerates_none(tmp_path, one_bad_batch, c
     assert "round 0, epoch 0, step 1" in capsys.readouterr().err
 
 
+@pytest.mark.fault("F18")
 def test_as_many_bad_steps_are_skipped_as_the_recipe_tolerates(tmp_path, one_bad_batch, capsys):
     assert (
         tiny.command("train", tiny.write_recipe(tmp_path), "train.max_skipped_steps=1", "train.log_every_steps=50") == 0
@@ -566,6 +567,7 @@ def is_as_undisturbed(run: Path, undisturbed: Path) -> None:
         assert one == other
 
 
+@pytest.mark.fault("F1")
 def test_a_terminated_process_ends_with_75_and_the_same_command_ends_bit_identical(tmp_path, undisturbed, capsys):
     recipe = tiny.write_recipe(tmp_path)
     run = tmp_path / "runs" / "tiny"

@@ -209,6 +209,7 @@ def test_the_fine_labels_of_cifar100_are_meant_unless_the_recipe_says_otherwise(
     assert "fine_label, coarse_label" in text
 
 
+@pytest.mark.fault("F13")
 def test_a_column_that_is_not_there_is_named_with_the_candidates(folder):
     text = refusal(options(folder, image_column="picture"))
     assert "data.image_column: no such column 'picture'" in text
@@ -218,6 +219,7 @@ def test_a_column_that_is_not_there_is_named_with_the_candidates(folder):
     assert "candidates: label" in text
 
 
+@pytest.mark.fault("F13")
 def test_two_image_columns_are_a_question(tmp_path):
     for split in ("train", "test"):
         write_parquet(tmp_path, split, LABELS, depth=(datasets.Image(), [solid(BLUE)] * 20))
@@ -237,6 +239,7 @@ def test_a_set_without_class_names_is_refused(tmp_path):
     assert "img, number" in text
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize("split, bad", [("train", -1), ("test", 2)])
 def test_a_label_out_of_range_is_named_with_its_row(folder, split, bad):
     path = folder / "data" / f"{split}-00000-of-00001.parquet"
@@ -253,11 +256,13 @@ def test_a_missing_label_is_named_with_its_row(folder):
     assert "row 2 of the test split" in refusal(options(folder))
 
 
+@pytest.mark.fault("F15")
 def test_an_empty_test_split_is_refused(folder):
     write_parquet(folder, "test", [])
     assert re.search(r"\btest\b.*(empty|no data|no rows)", refusal(options(folder)))
 
 
+@pytest.mark.fault("F14")
 def test_splits_whose_classes_differ_are_refused(folder):
     write_parquet(folder, "test", [1, 0, 1, 0], names=("dog", "cat"))
     assert "classes" in refusal(options(folder))

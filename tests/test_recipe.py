@@ -106,6 +106,7 @@ pruning:
 """
 
 
+@pytest.mark.fault("F12")
 def test_five_faults_are_told_at_once_in_a_moment_and_nothing_is_created(tmp_path):
     path = written(tmp_path, FIVE_FAULTS)
     before = sorted(tmp_path.rglob("*"))
@@ -152,6 +153,7 @@ def test_unknown_keys_are_refused_in_every_method(tmp_path, name, path):
     assert f"  {'.'.join((*path, 'bogus_key'))}: unknown key" in lines[0]
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize(
     "text, where, sentence",
     [
@@ -341,6 +343,7 @@ RULES = {
     "a scale that ends before it begins": (
         ["data.augment.scale=[0.9, 0.1]"], "data.augment.scale", "the smaller comes first"),
     "a name that hides the run": (["name=.hidden"], "name", "leave out the dot"),
+    "a name that no folder can have": ([f"name={'x' * 201}"], "name", "takes 201 bytes"),
     "explicit without a list": (["pruning.schedule=explicit"], "pruning.schedule.sparsities", "explicit needs"),
     "explicit that falls": (
         ["pruning.schedule={name: explicit, sparsities: [0.8, 0.5]}"], "pruning.schedule.sparsities", "does not rise"),

@@ -97,6 +97,7 @@ def test_fields_that_decide_nothing_may_change(folder, free):
     opened(folder).check(replace(RECIPE, **free))
 
 
+@pytest.mark.fault("F30")
 def test_another_recipe_is_refused_with_every_difference(folder):
     other = replace(RECIPE, seed=3, train=Train(epochs=5, global_batch=64))
     with pytest.raises(InputError) as caught:
@@ -212,6 +213,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.fault("F29")
 def test_a_second_process_is_refused_and_changes_nothing(held, capsys):
     recipe, _ = held
     folder = RunFolder(load(recipe).run_folder)

@@ -139,6 +139,7 @@ def test_walking_on_from_a_place_equals_walking_there(folder):
 # -- who sees what
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shards", [3, 4, 5, 8])
@@ -226,6 +227,7 @@ def test_a_stream_that_is_given_up_gives_way_at_once(folder):
     assert time.monotonic() - began < 5, "generous: the machine may be busy; the benchmark holds the bound"
 
 
+@pytest.mark.fault("F17")
 def test_a_stream_that_ends_before_its_steps_says_how_many_there_are(folder):
     of = loader(open_data(options(folder), 0), 0, 1)
     with pytest.raises(InputError, match=r"train.steps_per_epoch: the training images end within step \d+ .* at most"):
@@ -282,6 +284,7 @@ def test_class_folders_are_opened_file_by_file_in_a_random_order(tmp_path):
 # -- corrupt images
 
 
+@pytest.mark.fault("F16")
 def test_a_corrupt_image_stops_the_run_with_its_row(tmp_path):
     write_shards(tmp_path, [30, 10], corrupt=(34,))
     write_shards(tmp_path, [4], "test")
@@ -299,6 +302,7 @@ def test_a_corrupt_image_stops_the_run_with_its_row(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("F16")
 def test_corrupt_images_are_left_out_and_counted_up_to_a_share(tmp_path):
     write_shards(tmp_path, [40], corrupt=(3, 19))
     write_shards(tmp_path, [4], "test")
@@ -339,6 +343,7 @@ def test_an_evaluation_counts_corrupt_images_too(tmp_path):
         batches(0.05)
 
 
+@pytest.mark.fault("F22")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_of_too_many_pixels_is_refused_from_its_header_alone():
     bomb = io.BytesIO()

@@ -228,6 +228,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, capsys, content):
     assert "not a readable safetensors file" in refused(path, capsys)
 
 
+@pytest.mark.fault("F8")
 def test_a_truncated_ticket_is_refused_wherever_it_was_cut(saved, capsys):
     path, _, _ = saved
     whole = path.read_bytes()
@@ -246,6 +247,7 @@ def test_a_truncated_ticket_is_refused_wherever_it_was_cut(saved, capsys):
     tickets.load(path)
 
 
+@pytest.mark.fault("F9")
 def test_one_flipped_bit_in_the_data_is_refused(saved, capsys):
     path, _, _ = saved
     whole = path.read_bytes()
@@ -367,6 +369,7 @@ def test_a_ticket_whose_header_lacks_an_entry_is_refused(ticket, capsys, missing
     assert missing in evaluated(ticket, capsys)
 
 
+@pytest.mark.fault("F24")
 @pytest.mark.parametrize("change", ["depth=2", "num_heads=4", "qkv_bias=false"])
 def test_starting_from_a_ticket_of_another_model_is_refused_even_where_the_shapes_fit(ticket, tmp_path, capsys, change):
     recipe = tiny.write_recipe(tmp_path)

@@ -30,6 +30,8 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
 def _name(recipe: Recipe) -> Iterator[Problem]:
     if recipe.name.startswith("."):
         yield Problem("name", f"{recipe.name!r} is not usable as the name of a folder; leave out the dot before it")
+    if len(recipe.name.encode()) > 200:
+        yield Problem("name", f"takes {len(recipe.name.encode())} bytes, too many for a folder; expected 200 at most")
 
 
 def _schedule(recipe: Recipe) -> Iterator[Problem]:

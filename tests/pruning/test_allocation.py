@@ -104,6 +104,7 @@ def test_erk_gives_weights_their_sum_of_dimensions():
     assert [int(kept[name].sum()) for name in alive] == [4, 16]
 
 
+@pytest.mark.fault("F25")
 def test_what_cannot_be_reached_is_refused_with_what_can():
     entries = [entry("a", [1.0] * 4, least=1), entry("b", [1.0] * 4, least=3)]
     with pytest.raises(InputError, match=r"sparsity of 0\.75 cannot be reached, at most 0\.5:"):
