@@ -75,7 +75,17 @@ def test_removed_neurons_and_channels_save_exactly_their_costs():
     assert parameters(wide) - parameters(narrow) == 192 * sum(size.values())
 
 
-@pytest.mark.parametrize(("name", "args"), [("vit_tiny", {"depth": 2}), ("hf:vit", HUB_VIT), ("resnet20", {})])
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("vit_tiny", {"depth": 2}),
+        ("hf:vit", HUB_VIT),
+        ("resnet20", {}),
+        ("lightweight_vit", {"depth": 2}),
+        ("dynamic_vit", {"depth": 2, "stages": [1]}),
+        ("vit_t16", {"depth": 2, "img_size": 32, "patch_size": 4}),
+    ],
+)
 def test_what_units_cost_is_what_the_smaller_model_lacks(name, args):
     net = build(name, **args)
     groups = unit_groups(net)

@@ -301,7 +301,7 @@ def test_a_test_fraction_wins_over_the_test_split_of_the_source(folder):
 
 def test_a_class_too_rare_to_be_divided_is_refused(tmp_path):
     write_parquet(tmp_path, "train", [0] * 19 + [1])
-    assert "data.test_fraction: the classes cannot be divided" in refusal(options(tmp_path, test_fraction=0.2))
+    assert "cannot hold every class" in refusal(options(tmp_path, test_fraction=0.2))
 
 
 def test_validation_scores_the_tickets_where_there_is_no_test_split(tmp_path):

@@ -37,6 +37,9 @@ HF_VIT = {
     "image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
     "intermediate_size": 48,
 }  # fmt: skip
+OWN = {
+    "dynamic_vit": VIT | {"stages": [1]}, "lightweight_vit": VIT | {"rank": 4}, "vit_t16": VIT | {"mlp_ratio": 2.0},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +263,7 @@ def test_timm_prepares_the_images_of_the_run(tmp_path):
         ("resnet20", {}, "channel", "onnx"),
         ("resnet18", {}, "channel", "timm"),
         ("resnet18", {}, "channel", "slim"),
+        *((name, args, "head+neuron", to) for name, args in OWN.items() for to in ("slim", "onnx")),
         ("vit_tiny", VIT | {"reg_tokens": 2, "init_values": 0.1}, "neuron", "timm"),
     ],
 )
@@ -278,6 +282,8 @@ def test_other_models_go_where_they_can(name, args, kind, to, tmp_path):
         ("resnet20", {}, "timm", "timm has no model of 'resnet20'; use --to slim, onnx or dense"),
         ("resnet20", {}, "transformers", "transformers has no model of 'resnet20'; use --to slim"),
         ("resnet18", {}, "transformers", "it is a ResNet; use --to timm"),
+        *((name, args, "timm", f"timm has no model of '{name}'; use --to slim") for name, args in OWN.items()),
+        *((name, args, "transformers", f"transformers has no model of '{name}'") for name, args in OWN.items()),
         ("hf:vit", HF_VIT, "timm", "hf:vit is a model of transformers; use --to transformers"),
     ],
 )

@@ -348,10 +348,10 @@ def test_pickled_weights_of_a_folder_of_transformers_are_refused(tmp_path, happe
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(target)))
     recipe = tiny.write_recipe(tmp_path)
     options = (f"model.name=hf:{folder}", "model.args={}", "model.pretrained=true")
-    assert tiny.command("train", recipe, *options) == 3
+    assert tiny.command("train", recipe, *options) == 5
     assert "model.pretrained" in capsys.readouterr().err
     assert not target.exists()
-    happened("a pytorch_model.bin in a folder of transformers: exit 3, not loaded")
+    happened("a pytorch_model.bin in a folder of transformers: exit 5, not loaded")
 
 
 # -- F11: paths

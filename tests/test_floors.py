@@ -16,14 +16,16 @@ FLOORS = [
     "errors files reach seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
     "data.catalog data.options models.catalog",
     # 1 measure: numbers of weights, logits and images
-    "pruning.criteria pruning.granularity models.anatomy models.resnet data.transforms data.decoding "
-    "metrics.counters metrics.reported optim",
+    "pruning.criteria pruning.granularity models.anatomy models.resnet models.dynamic_vit "
+    "models.gated_vit models.lightweight_vit models.weights data.transforms data.decoding "
+    "metrics.counters metrics.outcomes metrics.reported optim",
     # 2 decide: which elements live
     "pruning.selection pruning.plan pruning.allocation pruning.selector pruning.methods.constant pruning.methods.dense "
     "pruning.methods.gmp pruning.methods.imp pruning.methods.refill pruning.methods.rsst pruning.methods.rst "
     "pruning.methods.ste pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
-    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.zoo "
+    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.published "
+    "models.slim models.zoo "
     "data.locate data.tables data.streams data.images data.sources data.loaders "
     "checkpoint tickets tracking results console signals watchdog "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
@@ -33,7 +35,11 @@ FLOORS = [
     "assembly evaluation predict planning export.work export.card export.slim_target export.timm_folder "
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
-    # 6 enter
+    # 6 tell: what a person sees of a run
+    "report.history report.canvas report.attention report.curves report.pictures report.document "
+    "report.story report.compare report.reporting report.watching "
+    "checks.bench checks.inputs checks.learning checks.removal checks.costs checks.checking",
+    # 7 enter
     "train cli",
 ]
 """Modules by floor, without the package's name."""
@@ -46,6 +52,10 @@ SIDEWAYS = {
     ("reach", "errors"),
     ("models.zoo", "models.hub"),
     ("models.zoo", "models.slim"),
+    ("models.published", "models.hub"),
+    ("models.published", "models.zoo"),
+    ("metrics.outcomes", "metrics.counters"),
+    ("metrics.reported", "metrics.outcomes"),
     ("export", "export.slim_folder"),
     ("export.source", "export.slim_folder"),
     ("export.card", "export.work"),
@@ -84,6 +94,17 @@ SIDEWAYS = {
     *(("analysis.analyze", f"analysis.{name}") for name in ("subject", "counts", "measure")),
     ("analysis.tables", "analysis.counts"),
     ("planning", "assembly"),
+    *(("report.curves", f"report.{name}") for name in ("canvas", "history")),
+    *(("report.pictures", f"report.{name}") for name in ("attention", "canvas", "history")),
+    ("report.document", "report.canvas"),
+    *((f"checks.{name}", "checks.bench") for name in ("inputs", "learning", "removal", "costs", "checking")),
+    ("checks.removal", "checks.learning"),
+    *(("checks.checking", f"checks.{name}") for name in ("inputs", "learning", "removal", "costs")),
+    ("checks.checking", "report.canvas"),
+    *(("report.story", f"report.{name}") for name in ("canvas", "curves", "document", "history")),
+    *(("report.compare", f"report.{name}") for name in ("canvas", "document", "history", "story")),
+    *(("report.reporting", f"report.{name}") for name in ("compare", "document", "history", "story")),
+    *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "history", "pictures", "reporting")),
     ("cli", "train"),
 }
 """(importer, imported) on one floor."""
@@ -91,7 +112,7 @@ SIDEWAYS = {
 FOR_TYPES_ALONE = {("resume", "loop")}
 """Under `if TYPE_CHECKING`, against the direction."""
 
-EMPTY = {"", "analysis", "data", "models", "metrics", "pruning"}
+EMPTY = {"", "analysis", "data", "models", "metrics", "pruning", "report", "checks"}
 """Packages whose `__init__` holds no code: whoever imports a module below passes them."""
 
 METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "pruning.methods.rsst"}
@@ -99,12 +120,29 @@ METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "prunin
 
 DOORS = {
     "datasets": {"data.locate", "data.sources", "data.streams", "metrics.reported"},
-    "timm": {"data.decoding", "models.zoo", "export.timm_folder"},
+    "timm": {
+        "data.decoding",
+        "models.published",
+        "models.zoo",
+        "models.dynamic_vit",
+        "models.gated_vit",
+        "models.lightweight_vit",
+        "export.timm_folder",
+    },
     "transformers": {"models.hub", "export.transformers_folder"},
     "evaluate": {"metrics.reported"},
-    "safetensors": {"tickets", "checkpoint", "export.slim_folder", "export.timm_folder", "export.dense_folder"},
+    "safetensors": {
+        "tickets",
+        "checkpoint",
+        "models.weights",
+        "export.slim_folder",
+        "export.timm_folder",
+        "export.dense_folder",
+    },
     "onnxruntime": {"export.onnx_file"},
-    "huggingface_hub": {"export.push", "reach"},
+    "jinja2": {"report.document"},
+    "matplotlib": {"report.canvas", "report.compare", "report.curves", "report.pictures"},
+    "huggingface_hub": {"export.push", "models.weights", "reach"},
     "wandb": {"tracking"},
     "tensorboard": set(),
     "tensorboardX": set(),
@@ -117,9 +155,11 @@ ALLOWED_DOORS = {
     "timm": ("data.decoding", "models.", "export."),
     "transformers": ("models.", "export."),
     "evaluate": ("metrics.",),
-    "safetensors": ("tickets", "checkpoint", "export."),
+    "safetensors": ("tickets", "checkpoint", "models.weights", "export."),
     "onnxruntime": ("export.",),
-    "huggingface_hub": ("export.push", "reach"),
+    "jinja2": ("report.document",),
+    "matplotlib": ("report.",),
+    "huggingface_hub": ("export.push", "models.weights", "reach"),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
     "tensorboardX": ("tracking",),
@@ -198,7 +238,7 @@ def test_imports_go_down_or_sideways_where_it_is_listed():
     for module, target, line, is_typed in EDGES:
         if target in EMPTY or (is_typed and (module, target) in FOR_TYPES_ALONE):
             continue
-        above, below = FLOOR_OF.get(module, 6), FLOOR_OF.get(target)
+        above, below = FLOOR_OF.get(module, 7), FLOOR_OF.get(target)
         assert below is not None, f"{place(module, line)}: {target} is no module"
         if below > above or (below == above and (module, target) not in SIDEWAYS):
             wrong.append(f"{place(module, line)}: {module} (floor {above}) imports {target} (floor {below})")
@@ -219,7 +259,18 @@ def test_methods_see_plan_masks_and_progress_alone():
 
 
 def test_recipe_objects_stop_above_what_they_describe():
-    allowed = {"recipe_rules", "recipe_file", "run_folder", "assembly", "planning", "analysis.subject", "train", "cli"}
+    allowed = {
+        "recipe_rules",
+        "recipe_file",
+        "run_folder",
+        "assembly",
+        "planning",
+        "analysis.subject",
+        "report.compare",
+        "checks.bench",
+        "train",
+        "cli",
+    }
     users = {m: place(m, line) for m, t, line, _ in EDGES if t == "recipe"}
     assert not set(users) - allowed, [users[m] for m in set(users) - allowed]
 

@@ -1,24 +1,81 @@
-"""Models: the catalogue's sizes, what is prunable, and that asked weights are loaded or refused, never replaced."""
+"""Models: the catalogue's sizes and costs, and what is prunable."""
 
-from unittest import mock
-
-import huggingface_hub.constants
 import pytest
 import timm
 import tiny
 import torch
 
-from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.analysis.subject import size_of
+from vit_rsst.errors import InputError
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.models.catalog import CATALOG, stock
+from vit_rsst.models.complexity import flops
 
-SIZES = {
-    "vit_tiny": (2_697_610, 2_654_208, 9),
-    "vit_small": (21_342_346, 21_233_664, 12),
-    "vit_base": (85_152_010, 84_934_656, 12),
-    "resnet20": (269_722, 267_264, 9),  # 6 · 16² · 9 + 16 · 32 · 9 + 5 · 32² · 9 + 32 · 64 · 9 + 5 · 64² · 9
+
+def vit(width: int, depth: int, hidden: int, px: int, patch: int, classes: int) -> tuple[int, int]:
+    """(parameters, prunable ones) of a plain ViT: patches, positions and class token, blocks, norm and classifier."""
+    tokens, area = (px // patch) ** 2 + 1, 3 * patch**2
+    weights = depth * (4 * width**2 + 2 * width * hidden)
+    vectors = depth * (3 * width + width + hidden + width + 4 * width)  # biases of the four matrices, two norms
+    ends = (area + 1) * width + (tokens + 1) * width + 2 * width + (width + 1) * classes
+    return weights + vectors + ends, weights
+
+
+def predictor(width: int) -> int:
+    shapes = [(width, width), (width, width // 2), (width // 2, width // 4), (width // 4, 2)]
+    return 2 * width + sum((a + 1) * b for a, b in shapes)
+
+
+def gated(depth: int, classes: int) -> tuple[int, int]:
+    """192 wide with gated MLPs of 512."""
+    weights = depth * (4 * 192**2 + 3 * 192 * 512)
+    ends = 2 * 768 + 769 * 192 + 2 * 192 + 198 * 192 + 2 * 2 * 192 + 193 * classes
+    return weights + depth * (192 + 4 * 192) + ends, weights
+
+
+PLAIN = {
+    "vit_tiny": (192, 9, 384, 32, 4),
+    "vit_small": (384, 12, 1536, 32, 4),
+    "vit_base": (768, 12, 3072, 32, 4),
+    "vit_small_imagenet": (384, 12, 1536, 224, 16),
+    "vit_base_imagenet": (768, 12, 3072, 224, 16),
+    "vit_large_imagenet": (1024, 24, 4096, 224, 16),
+    "cifar_vit_small": (384, 6, 1536, 32, 4),
+    "cifar_vit_base": (512, 6, 2048, 32, 4),
+    "vit_p8_tiny": (128, 4, 512, 32, 8),
+    "vit_p8_small": (256, 6, 1024, 32, 8),
+    "vit_p8_base": (512, 6, 2048, 32, 8),
 }
+"""Width, depth, hidden neurons, px of the images and of a patch: the published shapes."""
+
+
+def expected_sizes(name: str, classes: int) -> tuple[int, int]:
+    """(parameters, prunable ones), by formula."""
+    if name in PLAIN:
+        return vit(*PLAIN[name], classes)
+    parameters, weights = vit(*PLAIN["cifar_vit_base"], classes)
+    return {
+        "dynamic_vit": (parameters + 3 * predictor(512), weights),
+        "lightweight_vit": (parameters + 6 * 2 * 32 * 65, weights),
+        "vit_t16": gated(6, classes),
+        "vit_m16": gated(12, classes),
+        # 6 · 16² · 9 + 16 · 32 · 9 + 5 · 32² · 9 + 32 · 64 · 9 + 5 · 64² · 9
+        "resnet20": (269_722 + 65 * (classes - 10), 267_264),
+    }[name]
+
+
+PUBLISHED = {
+    ("vit_tiny", 10): 2_697_610,
+    ("vit_tiny", 100): 2_714_980,
+    ("vit_small", 10): 21_342_346,
+    ("vit_small", 100): 21_376_996,
+    ("vit_base", 10): 85_152_010,
+    ("vit_base", 100): 85_221_220,
+    ("vit_t16", 1000): 3_041_320,
+    ("vit_m16", 1000): 5_701_288,
+}
+"""(model, classes) → the exact number of parameters that is given for it."""
 
 
 def on_meta(name: str, num_classes: int = 10, **args: object) -> torch.nn.Module:
@@ -32,28 +89,41 @@ def count(tensors: object) -> int:
 # -- the catalogue
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_a_catalogue_model_has_the_published_number_of_parameters(name):
-    parameters, prunable, depth = SIZES[name]
-    net = on_meta(name)
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_catalogue_model_has_the_parameters_that_its_shape_makes(name):
+    net = on_meta(name, 100)
     weights = prunable_weights(net)
-    assert count(net.parameters()) == parameters
-    assert count(weights.values()) == prunable
-    kinds = ("conv1", "conv2") if name == "resnet20" else ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    assert list(weights) == [f"blocks.{b}.{kind}.weight" for b in range(depth) for kind in kinds]
+    assert (count(net.parameters()), count(weights.values())) == expected_sizes(name, 100)
+    mlp = ("fc1_g", "fc1_x") if name in ("vit_t16", "vit_m16") else ("fc1",)
+    kinds = (
+        ("conv1", "conv2") if name == "resnet20" else ("attn.qkv", "attn.proj", *(f"mlp.{k}" for k in (*mlp, "fc2")))
+    )
+    assert list(weights) == [f"blocks.{b}.{kind}.weight" for b in range(len(net.blocks)) for kind in kinds]
 
 
-def test_every_catalogue_model_is_counted_here():
-    assert set(SIZES) == set(CATALOG)
+@pytest.mark.parametrize(("name", "classes"), PUBLISHED)
+def test_a_model_has_exactly_the_parameters_that_were_published_for_it(name, classes):
+    assert count(on_meta(name, classes).parameters()) == PUBLISHED[name, classes]
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_a_catalogue_model_gives_logits_of_cifar_images(name):
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_catalogue_model_gives_logits_of_the_images_that_it_was_made_for(name):
     net = on_meta(name, num_classes=100)
-    assert net(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 100)
+    size = 224 if name.endswith(("imagenet", "16")) else 32
+    assert size_of(net) == size
+    assert net(torch.empty(2, 3, size, size, device="meta")).shape == (2, 100)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_flops_of_a_plain_vit_are_those_of_the_formula(name):
+    width, depth, hidden, px, patch = PLAIN[name]
+    tokens = (px // patch) ** 2 + 1
+    block = tokens * width * (4 * width + 2 * hidden) + 2 * tokens**2 * width
+    macs = (tokens - 1) * width * 3 * patch**2 + depth * block + width * 10
+    assert flops(on_meta(name), px) == 2 * macs
+
+
+@pytest.mark.parametrize("name", CATALOG)
 def test_a_catalogue_name_is_one_of_timms(name):
     assert timm.is_model(name)
     with torch.device("meta"):
@@ -62,7 +132,7 @@ def test_a_catalogue_name_is_one_of_timms(name):
     assert {k: v.shape for k, v in from_timm.state_dict().items()} == expected
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if CATALOG[name].is_stock])
+@pytest.mark.parametrize("name", [name for name in CATALOG if CATALOG[name].is_stock])
 def test_a_catalogue_model_is_described_as_a_stock_model_of_timm(name):
     architecture, args = zoo.describe(name, {"drop_path_rate": 0.1}, 10)
     assert architecture not in CATALOG
@@ -70,7 +140,16 @@ def test_a_catalogue_model_is_described_as_a_stock_model_of_timm(name):
     assert args["num_classes"] == 10
     with torch.device("meta"):
         plain = timm.create_model(architecture, **args)
-    assert count(plain.parameters()) == SIZES[name][0]
+    assert count(plain.parameters()) == expected_sizes(name, 10)[0]
+
+
+def test_the_command_lists_every_model_with_its_parameters_and_flops(capsys):
+    assert tiny.command("models") == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    for name in CATALOG:
+        assert lines[name][1] == f"{expected_sizes(name, 10)[0]:,}"
+    assert lines["vit_tiny"][3] == "375"
+    assert lines["resnet20"][3:6] == ["81", "32", "none"]
 
 
 def test_arguments_of_the_recipe_win_over_those_of_the_catalogue():
@@ -104,7 +183,7 @@ def test_any_name_of_timm_is_a_model(name):
 
 
 def test_a_name_that_nobody_knows_suggests_near_ones():
-    with pytest.raises(InputError, match="vit_tiny, vit_small, vit_base, resnet20 or a name of timm") as caught:
+    with pytest.raises(InputError, match=", ".join(CATALOG) + " or a name of timm") as caught:
         on_meta("vit_tinny")
     assert "Did you mean 'vit_tiny'" in str(caught.value)
 
@@ -120,85 +199,6 @@ def test_arguments_that_a_model_does_not_take_are_an_error():
 def test_arguments_that_make_no_model_are_an_error_and_no_traceback(args):
     with pytest.raises(InputError, match="model"):
         on_meta("vit_tiny", **args)
-
-
-# -- pretrained
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-
-def test_weights_that_cannot_be_fetched_are_an_error_and_no_random_start(offline):
-    with pytest.raises(EnvironmentLacks, match=r"model\.pretrained.*model\.pretrained=false") as caught:
-        zoo.create(*zoo.describe("vit_small", {}, 10), pretrained=True)
-    assert caught.value.exit_code == 3
-
-
-def test_the_command_ends_with_3_when_weights_cannot_be_fetched(offline, tmp_path, capsys):
-    recipe = tiny.write_recipe(tmp_path, "name: tiny\nmodel: {name: vit_small, pretrained: true}\n")
-    assert tiny.command("train", recipe) == 3
-    assert "model.pretrained" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("name", ["vit_tiny", "vit_small_patch16_224.no_such_tag"])
-def test_a_model_without_published_weights_is_refused(name):
-    with pytest.raises(InputError, match=r"model\.pretrained"):
-        zoo.create(name, {"num_classes": 10}, pretrained=True)
-
-
-def test_every_timm_model_without_weights_is_refused():
-    without = [name for name in timm.list_models() if not timm.is_model_pretrained(name)]
-    assert len(without) > 20
-    for name in without:
-        with (
-            mock.patch.object(timm, "create_model", side_effect=AssertionError("built")),
-            pytest.raises(InputError, match=r"model\.pretrained"),
-        ):
-            zoo.create(name, {}, pretrained=True)
-
-
-def test_vit_tiny_has_no_weights_by_timms_own_door_either():
-    with pytest.raises(ValueError, match="no published weights"):
-        timm.create_model("vit_tiny", pretrained=True)
-
-
-def test_the_catalogue_says_truly_whether_weights_exist():
-    for name, model in CATALOG.items():
-        if model.has_weights:
-            assert timm.is_model_pretrained(model.architecture), name
-
-
-@pytest.fixture(scope="module")
-def published() -> dict[str, torch.Tensor]:
-    """A state dict as the Hub would hand it out: 224 px, patch 16, 1000 classes."""
-    return zoo.create("vit_small_patch16_224", {}).state_dict()
-
-
-def test_published_weights_reach_every_block(published):
-    with mock.patch("timm.models._builder.load_state_dict_from_hf", return_value=dict(published)) as fetch:
-        net = zoo.create(*zoo.describe("vit_small", {}, 10), pretrained=True)
-    assert fetch.called
-    weights = prunable_weights(net)
-    assert len(weights) == 48
-    for name, weight in weights.items():
-        assert torch.equal(weight, published[name]), name
-    assert net.pos_embed.shape == (1, 65, 384)
-
-
-@pytest.mark.parametrize("args", [{"embed_dim": 192}, {"mlp_ratio": 2.0}, {"depth": 14}, {"depth": 6}])
-def test_weights_that_do_not_fit_are_an_error_and_no_half_random_start(published, args):
-    """With another classifier timm loads what it finds, and only warns in its log of the blocks that it left random."""
-    with (
-        mock.patch("timm.models._builder.load_state_dict_from_hf", return_value=dict(published)),
-        pytest.raises((InputError, EnvironmentLacks), match=r"model\.(pretrained|args)"),
-    ):
-        zoo.create(*zoo.describe("vit_small", args, 10), pretrained=True)
 
 
 # -- what can be pruned

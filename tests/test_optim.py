@@ -6,6 +6,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vit_rsst import optim
+from vit_rsst.errors import InputError
+from vit_rsst.models import zoo
 
 ALL = ("sgd", "adam", "adamw")
 
@@ -171,3 +173,52 @@ def test_state_of_a_parameter_that_does_not_exist_is_refused():
     model = linear()
     with pytest.raises(KeyError, match="ghost"):
         optim.load_state_tensors_(make(model, "sgd"), {"ghost/momentum_buffer": torch.zeros(1)}, {"w": model.weight})
+
+
+# -- layer-wise decay
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny", "vit_small", "dynamic_vit", "lightweight_vit", "vit_t16", "resnet20", "resnet18"]
+)
+def test_layers_learn_at_the_rates_that_timm_gives_them(name):
+    from timm.optim import param_groups_layer_decay
+
+    net = zoo.create(*zoo.describe(name, {}, 10), device="meta")
+    name_of = {id(p): n for n, p in net.named_parameters()}
+    expected = {
+        name_of[id(p)]: group["lr_scale"] for group in param_groups_layer_decay(net, layer_decay=0.75)
+        for p in group["params"]
+    }  # fmt: skip
+    assert zoo.lr_scales(net, 0.75) == pytest.approx(expected)
+    groups = optim.param_groups(net, 0.05, expected)
+    assert {name_of[id(p)]: group["lr_scale"] for group in groups for p in group["params"]} == expected
+    assert groups[0]["lr_scale"] == 1.0
+    assert sum(len(group["params"]) for group in groups) == len(expected)
+
+
+def test_the_rate_of_a_vit_falls_from_the_head_to_the_patches_by_hand():
+    net = zoo.create(*zoo.describe("vit_tiny", {"depth": 2}, 10), device="meta")
+    scales = zoo.lr_scales(net, 0.5)
+    expected = {"head.weight": 1.0, "blocks.1.mlp.fc1.weight": 0.5, "blocks.0.attn.qkv.bias": 0.25}
+    expected |= {name: 0.125 for name in ("patch_embed.proj.weight", "pos_embed", "cls_token")}
+    assert {name: scales[name] for name in expected} == expected
+
+
+def test_set_lr_keeps_the_shares_and_the_decay_of_a_weight_follows_its_own_rate():
+    model = nn.Sequential(linear(), linear(1))
+    scales = {"0.weight": 0.25, "0.bias": 0.25, "1.weight": 1.0, "1.bias": 1.0}
+    optimizer = optim.create_optimizer(
+        model, "adamw", lr=0.1, weight_decay=0.05, momentum=0.9, betas=(0.9, 0.999), lr_scales=scales
+    )
+    optim.set_lr_(optimizer, 0.4)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.4, 0.1}
+    assert optimizer.param_groups[0]["lr"] == 0.4
+    rates = optim.decay_rates(optimizer, {"0.weight": model[0].weight, "1.weight": model[1].weight})
+    assert rates["0.weight"][0] == pytest.approx(1 - 0.1 * 0.05)
+    assert rates["1.weight"][0] == pytest.approx(1 - 0.4 * 0.05)
+
+
+def test_a_model_that_does_not_say_its_layers_is_refused():
+    with pytest.raises(InputError, match=r"optim\.layer_decay: Sequential does not say which layers it has"):
+        zoo.lr_scales(nn.Sequential(linear()), 0.5)

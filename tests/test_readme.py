@@ -27,6 +27,7 @@ SHORT = [
     "train.precision=no",
     "optim.warmup_epochs=1",
     "model.args.depth=1",
+    "tracking.figures=false",
 ]
 CONFIGURATIONS = {"gpu_bf16.yaml": "cpu.yaml", "gpu_8x_bf16.yaml": "cpu.yaml"}
 
@@ -54,6 +55,9 @@ def elsewhere(tmp_path_factory) -> Path:
         table = datasets.Dataset.from_dict({"img": images, "label": [i % 10 for i in range(rows)]}, features=features)
         (folder / "DATA" / "cifar10").mkdir(parents=True, exist_ok=True)
         table.to_parquet(folder / "DATA" / "cifar10" / f"{split}-00000-of-00001.parquet")
+    (folder / "DATA" / "imagenet").mkdir()
+    for split in ("train", "validation"):
+        table.to_parquet(folder / "DATA" / "imagenet" / f"{split}-00000-of-00001.parquet")
     for name in ("recipes", "accelerate_configs"):
         (folder / name).symlink_to(tiny.REPOSITORY / name)
     Image.fromarray(draw.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / "photo.png")
@@ -82,6 +86,9 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
             words += ["data.source=cifar10", "data.path=DATA/cifar10"]
     if "name=" in command or "recipes/cifar" in command:  # the quick start alone keeps its rounds: the README names one
         words += ["pruning.schedule.rounds=1"]
+    if "recipes/imagenet1k" in command:
+        words += ["model.args={img_size: 32, patch_size: 8, depth: 1}", "data.image_size=32", "tracking.with=[]"]
+        words += ["data.val_fraction=0.2", "train.batch_per_device=null"]
     if "gpu_" in command:  # the trackers of that recipe have tests of their own
         words += ["tracking.with=[]", f"name=gpu-{command.count('8x')}"]
     return variables, words

@@ -329,6 +329,8 @@ EXPLICIT = "pruning.schedule={name: explicit, sparsities: [0.5, 0.8]}"
 UNITS = "pruning.granularity=head+neuron"
 
 RULES = {
+    "weights that are neither a word nor a place": (
+        ["model.name=vit_small", "model.pretrained=yes"], "model.pretrained", "is not true or false"),
     "a stream of the digits": (["data.streaming=true"], "data.streaming", "means nothing to the embedded digits"),
     "a part of a stream": (
         ["data.source=cifar10", "data.streaming=true", "data.train_samples=9"], "data.train_samples", "no first rows"),
@@ -540,7 +542,7 @@ def test_the_fingerprint_changes_with_every_field_that_decides_and_with_no_other
             deciding += 1
     method = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\npruning: {method: imp}\n"))
     assert method.fingerprint != recipe.fingerprint
-    assert free == 11
+    assert free == 12
     assert free + deciding == len(LEAVES) + 1
     assert re.fullmatch("[0-9a-f]{16}", recipe.fingerprint)
 

@@ -21,6 +21,9 @@ NETS = [
     *(("vit_tiny", {}, kind) for kind in VIT_KINDS),
     *(("vit_small", {"depth": 2}, kind) for kind in VIT_KINDS),
     *(("hf:vit", HF_VIT, kind) for kind in VIT_KINDS),
+    *(("dynamic_vit", VIT | {"stages": [1]}, kind) for kind in VIT_KINDS),
+    *(("lightweight_vit", VIT | {"rank": 4}, kind) for kind in VIT_KINDS),
+    *(("vit_t16", VIT, kind) for kind in VIT_KINDS),
     *((name, {}, "channel") for name in ("resnet20", "resnet18", "resnet26", "seresnet18", "resnetblur18")),
     ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}, "neuron"),
 ]

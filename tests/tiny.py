@@ -28,6 +28,7 @@ train: {{epochs: 2, round_epochs: 2, global_batch: 32, steps_per_epoch: 3, log_e
 pruning:
   method: {{name: rsst, remove_at: 0.8}}
   schedule: {{rounds: 2, final_sparsity: 0.9}}
+tracking: {{figures: false}}
 """
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 from vit_rsst import optim, results, resume, run_folder, tickets
 from vit_rsst.checkpoint import Checkpointer, ResumePoint
@@ -85,6 +85,7 @@ def build(
     weights, groups = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
     selector, density = build_selection(recipe, net, weights, groups, data.options.size)
     mask = starting_mask(weights, start_mask, recipe.pruning.method)
+    optimizer = build_optimizer(net, recipe.optim)
     loader = build_loader(recipe, data, dealing, accelerator)
     watchdog = Watchdog(folder.logs / f"stacks-{accelerator.process_index}.txt", train.rank_timeout)
 
@@ -94,6 +95,8 @@ def build(
 
     evaluate = make_evaluate(net, data, accelerator, recipe, give_up)
     lock, record = None, run_folder.environment(accelerator.num_processes, str(device), data.identity)
+    if hasattr(net, "loaded"):
+        record["weights"] = net.loaded.record()
     if is_main:
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")
@@ -101,7 +104,7 @@ def build(
         folder.write_status("running")
     if train.compile:
         net.compile()  # in place: names stay, and masks written outside of it never recompile
-    model, optimizer = accelerator.prepare(net, build_optimizer(net, recipe.optim))
+    model, optimizer = accelerator.prepare(net, optimizer)
     console = Console(is_main, progress, train.global_batch)
     asked = mask.density if isinstance(recipe.pruning.method, Dense | Constant) else density(1.0)
     console.line(summary(recipe, data, net, weights, asked, dealing, progress, str(device)))
@@ -113,7 +116,7 @@ def build(
         net=net,
         optimizer=optimizer,
         loader=loader,
-        loss=nn.CrossEntropyLoss(label_smoothing=train.label_smoothing),
+        loss=make_loss(net, train.label_smoothing),
         lr=make_lr(recipe),
         controller=Controller(
             model=net,
@@ -405,6 +408,8 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
     torch.manual_seed(derived_seed(recipe.seed, "model"))
     net = zoo.create(architecture, args, recipe.model.pretrained)
+    if recipe.train.grad_checkpointing:
+        zoo.checkpoint_gradients_(net)
     expected = getattr(getattr(net, "patch_embed", None), "img_size", None)
     size = data.options.size
     if expected is not None and tuple(expected) != (size, size):
@@ -461,7 +466,19 @@ def build_optimizer(net: nn.Module, options: Optim) -> torch.optim.Optimizer:
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         betas=options.betas,
+        lr_scales=lr_scales(net, options),
     )
+
+
+def lr_scales(net: nn.Module, options: Optim) -> dict[str, float] | None:
+    """Share of the learning rate of each parameter; None: all have all of it."""
+    return zoo.lr_scales(net, options.layer_decay) if options.layer_decay < 1.0 else None
+
+
+def make_loss(net: nn.Module, label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross entropy, and what the model asks of itself in training: its method `auxiliary_loss`, where it has one."""
+    loss, own = nn.CrossEntropyLoss(label_smoothing=label_smoothing), getattr(net, "auxiliary_loss", None)
+    return loss if own is None else lambda logits, labels: loss(logits, labels) + own()
 
 
 def make_lr(recipe: Recipe) -> Callable[[Progress], float]:
@@ -539,6 +556,7 @@ def ticket_header(recipe: Recipe, data: ImageData, net: nn.Module) -> dict[str, 
         "ema": "false",
         "recipe": recipe.fingerprint,
         **({"widths": json.dumps(widths)} if widths else {}),
+        **({"pretrained": net.loaded.sha256} if hasattr(net, "loaded") else {}),
     }
 
 
@@ -563,14 +581,15 @@ def summary(
     progress: Progress,
     device: str,
 ) -> str:
-    """What is about to happen, in four lines."""
+    """What is about to happen, in a few lines."""
+    begins = f"  begins with {net.loaded.text()}\n" if hasattr(net, "loaded") else ""
     total = sum(p.numel() for p in net.parameters())
     prunable = sum(w.numel() for w in weights.values())
     rows = ", ".join(f"{count_text(data.count(split))} {split}" for split in ("train", "val", "test"))
     return (
         f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({rows})\n"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "
-        f"final density {density_text(density)}\n"
+        f"final density {density_text(density)}\n{begins}"
         f"  {len(progress.round_epochs)} round(s), {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "
         f"global batch {dealing}; {device}, precision {recipe.train.precision}\n"
         f"  run folder {recipe.run_folder}"

@@ -29,7 +29,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-rsst",
         description="Train and prune Vision Transformers. Exit codes: 0 done, 2 wrong input, 3 the environment lacks "
-        "something, 4 training diverged, 5 damaged checkpoint or ticket, 75 stopped cleanly and can go on.",
+        "something, 4 training diverged, 5 damaged checkpoint or ticket, 6 a check failed, 75 stopped cleanly and can "
+        "go on.",
     )
     parser.add_argument("--version", action="version", version=f"vit-rsst {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -40,11 +41,23 @@ def make_parser() -> argparse.ArgumentParser:
         return added
 
     add_arguments(verb("train", train, "train and prune by a recipe, in one process"))
-    evaluate = verb("evaluate", evaluate_verb, "score a ticket, or the last ticket of a run, on a split")
-    evaluate.add_argument("what", metavar="RUN|TICKET", help="a run folder, a ticket file or a slim folder")
+    check = verb("check", check_verb, "go through the checklist before a long run: data, model, learning rate, costs")
+    check.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of one that comes with the package")
+    check.add_argument("overrides", metavar="key=value", nargs="*", help="fields of the recipe to override")
+    check.add_argument("--json", metavar="FILE", help="write every number there, norms of gradients too")
+    check.add_argument("--picture", metavar="FILE.svg", help="draw the learning-rate range test there")
+    evaluate = verb("evaluate", evaluate_verb, "score a ticket, the last ticket of a run or an export on a split")
+    evaluate.add_argument(
+        "what",
+        metavar="RUN|TICKET|MODEL",
+        help="a run folder, a ticket file, a folder that export wrote, or a name of timm with published weights",
+    )
     evaluate.add_argument("--split", choices=("test", "val", "train"), default="test")
     evaluate.add_argument("--data", metavar="PATH", help="folder of the data, when it is not where the run found it")
+    evaluate.add_argument("--source", metavar="NAME", help="the data, where the model does not say; see methods")
+    evaluate.add_argument("--batch", type=int, metavar="N", help="images of a forward pass (default 500)")
     evaluate.add_argument("--json", metavar="FILE", help="write every number there as well")
+    evaluate.add_argument("--csv", metavar="FILE", help="write one row for each class there")
     predict = verb("predict", predict_verb, "name the classes of image files, by a ticket or the last ticket of a run")
     predict.add_argument("what", metavar="RUN|TICKET", help="a run folder, a ticket file or an exported slim folder")
     predict.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
@@ -70,6 +83,10 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("repo", metavar="REPO", help="OWNER/NAME of the repository; made where there is none")
     push.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
     push.add_argument("--dry-run", action="store_true", help="print what would be sent, and stop")
+    report = verb("report", report_verb, "write a run as one HTML page and as Markdown; compare several runs")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders; in whatever state")
+    report.add_argument("--out", metavar="DIR", help="default: the run folder; of several runs ./comparison")
+    report.add_argument("--no-latency", action="store_true", help="measure no latency")
     verb("models", models_verb, "list the models of the catalogue; any timm name works too")
     verb("recipes", recipes_verb, "list the recipes that come with the package")
     verb("methods", methods_verb, "list pruning methods, criteria and data sources")
@@ -96,17 +113,52 @@ def output_file(name: str | None) -> "Path | None":
     return path
 
 
-def evaluate_verb(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
+def check_verb(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
 
     from vit_rsst import files
-    from vit_rsst.evaluation import evaluate_ticket, report_text
+    from vit_rsst.recipe_file import find, load
 
-    output = output_file(arguments.json)
-    result = evaluate_ticket(Path(arguments.what), arguments.split, arguments.data)
-    print(report_text(result))
-    if output:
-        files.write_json(output, result)
+    recipe = load(find(arguments.recipe), arguments.overrides)
+    as_json, picture = output_file(arguments.json), output_file(arguments.picture)
+
+    from vit_rsst.checks import checking
+    from vit_rsst.checks.bench import Bench
+    from vit_rsst.train import make_accelerator
+
+    verdicts = []
+    for verdict in checking.check(Bench.of(recipe, make_accelerator(recipe))):
+        verdicts.append(verdict)
+        print(checking.line(verdict), flush=True)
+    if as_json:
+        files.write_json(as_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]})
+    if picture and checking.draw_range_test(verdicts, recipe.optim.lr, picture):
+        print(f"range test: {picture}")
+    print(checking.conclude(verdicts))
+
+
+def evaluate_verb(arguments: argparse.Namespace) -> None:
+    from vit_rsst import files
+    from vit_rsst.data.catalog import CATALOG
+    from vit_rsst.errors import InputError, unknown
+
+    if arguments.source not in (None, *CATALOG):
+        raise InputError(f"--source: {unknown('source', arguments.source, CATALOG)}")
+    as_json, as_csv = output_file(arguments.json), output_file(arguments.csv)
+
+    from vit_rsst.evaluation import evaluate, report_text, write_csv
+    from vit_rsst.train import start_processes
+
+    state = start_processes()
+    a = arguments
+    result = evaluate(a.what, a.split, state, a.data, a.source, a.batch)
+    if state.is_main_process:
+        print(report_text(result))
+        if as_json:
+            files.write_json(as_json, result)
+        if as_csv:
+            write_csv(as_csv, result)
+    state.destroy_process_group()
 
 
 def predict_verb(arguments: argparse.Namespace) -> None:
@@ -153,22 +205,36 @@ def push_verb(arguments: argparse.Namespace) -> None:
     print(push(Path(arguments.what), arguments.repo, arguments.public, arguments.dry_run))
 
 
+def report_verb(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst.report.reporting import report
+
+    out = Path(arguments.out).expanduser() if arguments.out else None
+    page = report([Path(run).expanduser() for run in arguments.runs], out, not arguments.no_latency)
+    print(f"{page}\n{page.with_suffix('.md')}")
+
+
 def models_verb(arguments: argparse.Namespace) -> None:
+    from vit_rsst.analysis.subject import size_of
     from vit_rsst.models import zoo
     from vit_rsst.models.anatomy import prunable_weights
     from vit_rsst.models.catalog import CATALOG
+    from vit_rsst.models.complexity import flops
     from vit_rsst.results import aligned
 
-    lines = [("model", "parameters", "prunable", "px", "weights", "architecture")]
+    lines = [("model", "parameters", "prunable", "MFLOPs", "px", "weights", "architecture")]
     for name, stock in CATALOG.items():
         net = zoo.create(*zoo.describe(name, {}, 10), device="meta")
         total, prunable = sum(p.numel() for p in net.parameters()), prunable_weights(net)
         published = "published" if stock.has_weights else "none"
-        counted = f"{sum(w.numel() for w in prunable.values()):,}"
-        lines.append((name, f"{total:,}", counted, str(stock.args.get("img_size", 32)), published, stock.architecture))
+        counted, px = f"{sum(w.numel() for w in prunable.values()):,}", size_of(net)
+        cost = f"{flops(net, px) / 1e6:,.0f}"
+        lines.append((name, f"{total:,}", counted, cost, str(px), published, stock.architecture))
     print(
         aligned(lines),
-        "\n\nCounted with 10 classes. Any other name of timm works too, with its arguments in model.args.",
+        "\n\nCounted with 10 classes; FLOPs of one image, two for each multiply-accumulate. Any other name of timm "
+        "works too, with its arguments in model.args.",
     )
 
 

@@ -37,6 +37,12 @@ class Damaged(RunError):
     exit_code = 5
 
 
+class CheckFailed(RunError):
+    """A check before a run failed; its verdict says what to try."""
+
+    exit_code = 6
+
+
 class Stopped(RunError):
     """The run stopped cleanly on a signal; the same command goes on."""
 

@@ -1,96 +1,178 @@
-"""Scores of a ticket, in a model built from the ticket's own header, on data found as the run found it."""
+"""Scores of a trained model on a split: of a ticket on the data of its run, of any other on data that are named."""
 
+import csv
+import io
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import PartialState
 
+from vit_rsst import files
 from vit_rsst.assembly import EVALUATION_BATCH
+from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import evaluation_batches
+from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
-from vit_rsst.errors import Damaged
-from vit_rsst.metrics.counters import score
+from vit_rsst.errors import Damaged, InputError
+from vit_rsst.metrics.outcomes import Outcomes, outcomes
+from vit_rsst.models import published
+from vit_rsst.models.anatomy import prunable_weights
+from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.results import aligned
-from vit_rsst.trained import default_device, open_trained
+from vit_rsst.trained import Trained, open_trained
 
 
-def evaluate_ticket(what: Path, split: str, data_path: str | None = None) -> dict:
-    """top1, top5, loss, and precision, recall, F1 and the confusion matrix by class.
+def evaluate(
+    what: str,
+    split: str,
+    state: PartialState,
+    data_path: str | None = None,
+    source: str | None = None,
+    batch: int | None = None,
+) -> dict:
+    """Every score that is reported, the same on any number of ranks; collective.
 
     Args:
-        what: a ticket, a run folder, whose last ticket is meant, or a slim folder.
+        what: a ticket, a run folder, whose last ticket is meant, a slim folder, a folder of timm or transformers, or a
+            name of timm with published weights.
         split: `test`, `val` or `train`, as the run divided them.
+        state: processes and device.
         data_path: folder of the data when it has moved.
+        source: name of the data; a ticket knows its own.
+        batch: images of a forward pass.
 
     Raises:
-        Damaged: the ticket cannot be read, or does not fit the data's classes.
+        InputError: nothing of that name, or no data are named.
+        Damaged: it cannot be read, does not fit the data's classes, or gives logits that are not finite.
     """
-    trained = open_trained(what)
-    options = replace(trained.data, path=data_path) if data_path else trained.data
-    data = open_data(options, trained.seed)
-    if list(data.classes) != trained.classes:
+    if batch is not None and batch < 1:
+        raise InputError(f"--batch: {batch} images were asked; at least 1.")
+    trained = open_model(what, source, data_path)
+    with state.main_process_first():
+        data = open_data(trained.data, trained.seed)
+    classes = check_classes(trained, data)
+    place = (state.device, state.process_index, state.num_processes)
+    found, rate = outcomes_of(trained, data, split, batch or EVALUATION_BATCH, *place)
+    if not np.isfinite(found.confidences).all():
+        raise Damaged(
+            f"{trained.path}: it gives logits that are not finite: its weights diverged; take another ticket."
+        )
+
+    from vit_rsst.metrics.reported import report
+
+    result = {
+        "ticket": str(trained.path),
+        "split": split,
+        "samples": len(found),
+        "density": trained.mask.density,
+        "images_per_s": rate,
+        "processes": state.num_processes,
+        "device": str(state.device),
+    }
+    return result | report(found, len(classes)) | {"classes": classes}
+
+
+def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
+    """The model and the data that it is shown."""
+    if not published.kind(what):
+        trained = open_trained(Path(what))
+        changed = {key: value for key, value in (("source", source), ("path", data_path)) if value}
+        return replace(trained, data=replace(trained.data, **changed))
+    if source is None:
+        raise InputError(f"{what}: nothing there says what it was trained on; name the data with --source and --data.")
+    found = published.open_published(what)
+    weights = prunable_weights(found.net)
+    mask = MaskSet({name: weight.detach() != 0 for name, weight in weights.items()})
+    options = DataOptions(source, data_path, image_size=found.image_size)
+    return Trained(found.net, mask, Path(what), {"seed": "0"}, options, found.mean, found.std, found.classes)
+
+
+def check_classes(trained: Trained, data: ImageData) -> list[str]:
+    """Names by label.
+
+    Raises:
+        Damaged: the data have other classes than the model was trained on.
+    """
+    theirs = list(data.classes)
+    if trained.classes and trained.classes != theirs:
         raise Damaged(
             f"{trained.path}: trained on {len(trained.classes)} classes, {trained.classes[:3]} …, and the data have "
-            f"{data.classes[:3]} …."
+            f"{len(theirs)}, {theirs[:3]} …."
         )
-    device = default_device()
-    net, samples = trained.net.to(device), data.samples(split)
+    return theirs
 
-    def batches() -> object:
-        return evaluation_batches(
-            samples, EVALUATION_BATCH, 0, 1, device, trained.mean, trained.std, data.decoder(split),
-            max_corrupt=options.max_corrupt,
-        )  # fmt: skip
 
+def outcomes_of(
+    trained: Trained, data: ImageData, split: str, batch: int, device: torch.device, rank: int = 0, world: int = 1
+) -> tuple[Outcomes, float]:
+    """What becomes of every image, and images a second; collective where `world` is more than 1."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    workers = 0 if device.type == "cpu" else min(8, (os.cpu_count() or 1) // local)
+    batches = evaluation_batches(
+        data.samples(split), batch, rank, world, device, trained.mean, trained.std,
+        data.decoder(split), workers, trained.data.max_corrupt,
+    )  # fmt: skip
     with trained.autocast(device):
-        report = _by_class(net, batches(), trained.classes)
-        scores = score(net, batches(), device) | report
-    number = sum(report["support"])
-    result = {"ticket": str(trained.path), "split": split, "samples": number, "density": trained.mask.density}
-    return result | scores
-
-
-@torch.no_grad()
-def _by_class(net: torch.nn.Module, batches: object, classes: list[str]) -> dict:
-    from vit_rsst.metrics.reported import ClassificationReport
-
-    report = ClassificationReport(keep_in_memory=True)
-    for images, labels in batches:
-        report.add_batch(predictions=net(images).argmax(1).cpu(), references=labels.cpu())
-    return report.compute(num_classes=len(classes)) | {"classes": classes}
+        return outcomes(trained.net.to(device), batches, rank, world)
 
 
 def report_text(result: dict, most_classes: int = 20) -> str:
-    """The result as text: a line of totals, the table of classes, the most frequent confusions."""
+    """The result as text: lines of totals, the table of classes, the most frequent confusions."""
     order = range(len(result["classes"]))
     if len(result["classes"]) > most_classes:
         order = sorted(order, key=lambda i: result["f1"][i])[:most_classes]
-    lines = [("class", "precision", "recall", "F1", "images")] + [
-        (
-            result["classes"][i],
-            *(f"{100 * result[key][i]:.2f}" for key in ("precision", "recall", "f1")),
-            str(result["support"][i]),
-        )
+    names = ("precision", "recall", "f1")
+    lines = [("class", "precision", "recall", "F1", "images")]
+    lines += [
+        (result["classes"][i], *(f"{100 * result[key][i]:.2f}" for key in names), str(result["support"][i]))
         for i in order
     ]
+    for mean in ("macro", "weighted"):
+        values = (f"{100 * result[f'{mean}_{key}']:.2f}" for key in names)
+        lines.append((f"{mean} mean", *values, str(result["samples"])))
+    lines = [(line[0].ljust(max(len(row[0]) for row in lines)), *line[1:]) for line in lines]
     head = (
         f"{result['ticket']} on {result['split']} ({result['samples']:,} images), density {result['density']:.4f}\n"
         f"top1 {result['top1']:.2f}  top5 {result['top5']:.2f}  loss {result['loss']:.4f}  "
-        f"macro F1 {100 * result['macro_f1']:.2f}\n"
+        f"macro F1 {100 * result['macro_f1']:.2f}  calibration error {100 * result['ece']:.2f}\n"
+        f"{result['images_per_s']:,.0f} images/s, {result['device']}, {result['processes']} process(es)\n"
     )
     note = (
         f"\nthe {most_classes} classes of the lowest F1; --json FILE has all" if len(order) < len(result["f1"]) else ""
     )
-    return f"{head}\n{aligned(lines)}{note}\n\n{_confusions(result)}"
+    return f"{head}\n{aligned(lines)}{note}\n\n{_confusions_text(result)}"
 
 
-def _confusions(result: dict, most: int = 5) -> str:
+def confusions(result: dict, most: int = 5) -> list[tuple[int, int, int]]:
+    """The most frequent confusions: (images, true label, predicted label)."""
     pairs = [
-        (count, result["classes"][true], result["classes"][predicted])
+        (count, true, predicted)
         for true, row in enumerate(result["confusion"])
         for predicted, count in enumerate(row)
         if true != predicted and count
     ]
-    if not pairs:
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:most]
+
+
+def _confusions_text(result: dict) -> str:
+    names, found = result["classes"], confusions(result)
+    if not found:
         return "no confusions"
-    return "most confused: " + ", ".join(f"{a} taken for {b} ({n})" for n, a, b in sorted(pairs, reverse=True)[:most])
+    return "most confused: " + ", ".join(f"{names[a]} taken for {names[b]} ({n})" for n, a, b in found)
+
+
+def write_csv(path: Path, result: dict) -> None:
+    """One row a class: its scores, its images and how many of them were taken for each class; then the means."""
+    names = ("precision", "recall", "f1")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["class", *names, "images", *(f"taken for {name}" for name in result["classes"])])
+    for i, name in enumerate(result["classes"]):
+        writer.writerow([name, *(result[key][i] for key in names), result["support"][i], *result["confusion"][i]])
+    for mean in ("macro", "weighted"):
+        taken = (sum(column) for column in zip(*result["confusion"], strict=True))
+        writer.writerow([f"{mean} mean", *(result[f"{mean}_{key}"] for key in names), result["samples"], *taken])
+    files.write_text(path, buffer.getvalue())

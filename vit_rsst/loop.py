@@ -44,6 +44,7 @@ class Run:
         max_skipped_steps: non-finite steps that are left out before the run stops.
         header: strings of every ticket's header.
         environment: versions, data and machine, as the run folder has them.
+        watch: (moment, progress, controller) looks on at `round began`, `epoch ended` and `round ended`.
         epoch_is_open: an epoch is trained and not yet evaluated.
         seconds: time spent in the round under way, over all sittings.
     """
@@ -73,6 +74,7 @@ class Run:
     header: dict[str, str]
     environment: dict[str, object]
     watchdog: Watchdog
+    watch: Callable[[str, Progress, Controller], None] = lambda *_: None
     skipped_steps: int = 0
     epoch_is_open: bool = False
     seconds: float = 0.0
@@ -96,6 +98,7 @@ def train_rounds(s: Run) -> None:
         if s.controller.begin_round(round):  # False when resuming inside this round
             optim.reset_state_(s.optimizer)
             s.seconds, s.clock = 0.0, time.monotonic()
+            s.watch("round began", s.progress, s.controller)
         if s.epoch_is_open:  # when resuming between its last step and its evaluation
             finish_epoch(s)
         for _ in s.progress.remaining_epochs():
@@ -196,6 +199,7 @@ def finish_epoch(s: Run) -> None:
     s.console.epoch(metrics)
     if s.accelerator.is_main_process:
         s.folder.write_status("running", **_where(s.progress))
+    s.watch("epoch ended", s.progress, s.controller)
     resume.save(s)
     stop_if_asked(s)
 
@@ -225,6 +229,7 @@ def finish_round(s: Run) -> None:
         if report.round + 1 < len(s.progress.round_epochs):  # the last table comes with the test scores
             s.console.rounds(results.load_rows(s.folder.path))
         s.tracker.log("round", s.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
+    s.watch("round ended", s.progress, s.controller)
     s.accelerator.wait_for_everyone()
 
 

@@ -9,29 +9,43 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.o
 TOKENS = ("cls_token", "dist_token", "reg_token", "mask_token", "pos_embed")
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices with decay; norms, biases, tokens and position embeddings without."""
+def param_groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None) -> list[dict]:
+    """Matrices with decay; norms, biases, tokens and position embeddings without; those of one learning rate together.
+
+    Args:
+        lr_scales: parameter → share of the learning rate, the group's `lr_scale`; None: all of it. The groups with the
+            largest come first, so that the first has the rate that the recipe asks for.
+    """
     undecayed = set(getattr(model, "no_weight_decay", set)()) | set(TOKENS)
-    groups = {weight_decay: [], 0.0: []}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_free = parameter.ndim <= 1 or name in undecayed or name.rsplit(".", 1)[-1] in undecayed
-            groups[0.0 if is_free else weight_decay].append(parameter)
-    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+            key = (lr_scales[name] if lr_scales else 1.0, 0.0 if is_free else weight_decay)
+            groups.setdefault(key, []).append(parameter)
+    ordered = sorted(groups.items(), reverse=True)
+    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in ordered]
 
 
 def create_optimizer(
-    model: nn.Module, name: str, *, lr: float, weight_decay: float, momentum: float, betas: tuple[float, float]
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    betas: tuple[float, float],
+    lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """SGD (with Nesterov-free momentum), Adam or AdamW over `param_groups`, fused: one kernel on CPU and GPU alike."""
     options = {"momentum": momentum} if name == "sgd" else {"betas": betas}
-    return OPTIMIZERS[name](param_groups(model, weight_decay), lr=lr, fused=True, **options)
+    return OPTIMIZERS[name](param_groups(model, weight_decay, lr_scales), lr=lr, fused=True, **options)
 
 
 def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group."""
+    """Sets the learning rate of every group, times its scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def reset_state_(optimizer: torch.optim.Optimizer) -> None:

@@ -14,6 +14,7 @@ from vit_rsst.errors import EnvironmentLacks
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.models.weights import is_path
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.dense import Dense
@@ -49,7 +50,11 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     steps = steps_per_epoch(rows.train, recipe.train.global_batch, recipe.train.steps_per_epoch)
     progress = Progress(steps, recipe.round_epochs)
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
-    net = zoo.create(architecture, args, device="meta")
+    local = is_path(recipe.model.pretrained)
+    net = zoo.create(architecture, args, recipe.model.pretrained if local else False, device="meta")
+    if recipe.train.grad_checkpointing:
+        zoo.checkpoint_gradients_(net)
+    assembly.lr_scales(net, recipe.optim)  # refuses a model without layers
     assembly.reshape_(net, recipe, architecture, args)
     pruning = recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
@@ -66,6 +71,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"{rows.num_classes} classes ({'counted' if rows.are_counted else 'as published; the data were not reached'})",
         f"model      {recipe.model.name} = {architecture}: {total:,} parameters, {prunable:,} prunable in "
         f"{len(weights)} weights ({prunable / total:.1%})",
+        *weights_lines(recipe, net),
         f"batch      {dealing} with {num_processes} process(es); the same on any number that divides it",
         f"epoch      {steps:,} optimizer steps, {dropped} images of the tail dropped",
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
@@ -79,6 +85,15 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"run folder {recipe.run_folder}",
     ]
     return "\n".join(parts)
+
+
+def weights_lines(recipe: Recipe, net: nn.Module) -> list[str]:
+    """Which weights the run would begin with; those of the Hub are not fetched for a plan."""
+    pretrained = recipe.model.pretrained
+    if not pretrained:
+        return []
+    published = "the published ones, from the Hub" if pretrained is True else f"tag {pretrained}, from the Hub"
+    return [f"weights    {net.loaded.text() if is_path(pretrained) else published}"]
 
 
 def count_rows(recipe: Recipe) -> Rows:
@@ -190,12 +205,13 @@ def resource_lines(
     activations = activation_bytes(net, image_size, dealing.batch_per_device)
     if recipe.train.precision == "bf16":
         activations //= 2
+    again = " and those within one block" if recipe.train.grad_checkpointing else ""
     ticket_bytes = sum(prunable * 4 * (d + 1 / 32) + (total - prunable) * 4 for d in densities)
     rewind = total * 4 if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
     point = total * 4 * (1 + moments) + prunable // 4 + rewind
     return [
         f"memory     a process: weights, gradients and moments {size(state)}, masks {size(masks)}, activations about "
-        f"{size(activations)} at {dealing.batch_per_device} images; images {images}",
+        f"{size(activations)} at {dealing.batch_per_device} images{again}; images {images}",
         f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
         f"{size(point)}, one more while it is written",
     ]

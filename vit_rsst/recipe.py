@@ -87,13 +87,15 @@ class Model:
     """Which network: a catalogue name or any of timm's, with timm's own arguments; `hf:` names one of transformers.
 
     Attributes:
+        pretrained: weights to begin with: true for the published ones, else a tag of timm's, a safetensors file, or a
+            folder of timm or transformers with `model.safetensors`.
         start_from: ticket, run or slim folder whose weights and mask the run begins with, instead of a dense round.
         shape_from: ticket, run or slim folder whose slim shape is trained from random weights: the control of a
             structured pruning (Liu et al. 2019).
     """
 
     name: str = "vit_tiny"
-    pretrained: bool = False
+    pretrained: bool | str = False
     args: dict[str, Any] = field(default_factory=dict)
     start_from: str | None = None
     shape_from: str | None = None
@@ -109,7 +111,11 @@ class StepDecay:
 
 @section
 class Optim:
-    """The optimizer and its learning rate over a round."""
+    """The optimizer and its learning rate over a round.
+
+    Attributes:
+        layer_decay: factor of the learning rate from each layer to the one before it; 1: all layers have the same.
+    """
 
     name: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -120,6 +126,7 @@ class Optim:
     min_lr: Annotated[float, Ge(0)] = 0.0
     schedule: Literal["cosine", "constant"] | StepDecay = "cosine"
     clip_grad_norm: Annotated[float, Gt(0)] | None = 1.0
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
 
 
 @section
@@ -134,6 +141,7 @@ class Train:
     precision: Literal["no", "bf16"] = "no"
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     compile: bool = False
+    grad_checkpointing: bool = False
     steps_per_epoch: Annotated[int, Ge(1)] | None = None
     max_skipped_steps: Annotated[int, Ge(0)] = 0
     max_minutes: Annotated[float, Gt(0)] | None = None
@@ -261,10 +269,15 @@ def _window_schedule(schedule: Schedule, kept: int, window: int) -> Schedule:
 
 @section
 class Tracking:
-    """Where metrics go beside metrics.jsonl."""
+    """Where metrics go beside metrics.jsonl.
+
+    Attributes:
+        figures: draw figures and a report into the run folder, where matplotlib is installed.
+    """
 
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(alias="with")] = ()
     project: str = "vit_rsst"
+    figures: bool = True
 
 
 @section

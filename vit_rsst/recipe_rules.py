@@ -17,6 +17,9 @@ from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
 from vit_rsst.recipe import Recipe, StepDecay
 from vit_rsst.recipe_errors import Problem
 
+YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
+"""Words that other readers of YAML take for true and false."""
+
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
@@ -187,6 +190,11 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
             f"gradient means nothing under {recipe.optim.name}, which divides λ·w by its own size; use decoupled, or "
             "optim.name=sgd",
         )
+    if penalty.coupling == "gradient" and recipe.optim.layer_decay < 1.0:
+        yield Problem(
+            f"{place}.penalty.coupling",
+            "gradient shrinks by the learning rate, which optim.layer_decay makes another in each layer; use decoupled",
+        )
     if penalty.coupling == "decoupled" and recipe.optim.name == "adam" and recipe.optim.weight_decay:
         yield Problem(
             "optim.weight_decay",
@@ -247,10 +255,16 @@ def _augment(recipe: Recipe) -> Iterator[Problem]:
 
 def _model(recipe: Recipe) -> Iterator[Problem]:
     model = recipe.model
-    if model.pretrained and model.name in MODELS and not MODELS[model.name].has_weights:
+    if isinstance(model.pretrained, str) and (not model.pretrained or model.pretrained.lower() in YAML_1_1_BOOLEANS):
+        yield Problem(
+            "model.pretrained", f"{model.pretrained!r} is not true or false, a tag of timm, a file or a folder"
+        )
+    if model.pretrained is True and model.name in MODELS and not MODELS[model.name].has_weights:
+        having = ", ".join(name for name in MODELS if MODELS[name].has_weights)
         yield Problem(
             "model.pretrained",
-            f"{model.name} has no published weights; set it to false, or use vit_small, vit_base or a timm name",
+            f"{model.name} has no published weights; set it to false or to a file or folder of your own, or use "
+            f"{having} or a timm name",
         )
     if model.pretrained and model.start_from:
         yield Problem(

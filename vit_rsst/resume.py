@@ -55,7 +55,8 @@ def restore_(s: Run, point: ResumePoint) -> None:
     s.skipped_steps, s.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
     s.epoch_is_open = point.numbers.get("epoch_is_open", False)
     s.clock = time.monotonic()
-    s.tracker.truncate(s.progress.global_step)
+    again = ("epoch", "round") if s.epoch_is_open else ("round",)
+    s.tracker.truncate(s.progress.global_step, again)
 
 
 def check_fits(s: Run, point: ResumePoint) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,16 +97,19 @@ class Tracker:
             self.warn(text)
             self.log("warning", step, {"text": text})
 
-    def truncate(self, step: int) -> None:
-        """Drops lines after `step`, which a resumed run writes again; they are kept under logs/."""
+    def truncate(self, step: int, again: Sequence[str] = ("round",)) -> None:
+        """Drops lines after `step`, which a resumed run writes again; they are kept under logs/.
+
+        Args:
+            again: events that it logs again at `step` itself: a round is logged after the point of its last step.
+        """
         if not self.is_main or not self.path.exists():
             return
         kept, tail = [], []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 event = json.loads(line)
-                # A round is logged after the resume point of its last step: it is logged again.
-                is_later = event["step"] > step or (event["event"] == "round" and event["step"] == step)
+                is_later = event["step"] > step or (event["step"] == step and event["event"] in again)
             except (ValueError, KeyError):  # a line cut short by a kill
                 is_later = True
             (tail if is_later else kept).append(line)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, RunError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
     from vit_rsst.loop import Run
     from vit_rsst.recipe import Recipe
+    from vit_rsst.report.watching import Watcher
 
 
 INTERRUPTED, CUT_SHORT = 130, 141  # 128 + SIGINT and + SIGPIPE, as a shell says it
@@ -119,6 +120,7 @@ def run_recipe(
             print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
         return
     s, lock = assembly.build(recipe, accelerator, folder, stop, restart)
+    watcher = make_watcher(s, recipe)
     try:
         assembly.resume_if_possible(s, allow_world_size_change, allow_data_change)
         watchdog.limit_waiting(recipe.train.rank_timeout)
@@ -137,6 +139,22 @@ def run_recipe(
             lock.release()
         if sys.exc_info()[0] is None:  # after an error, another rank may no longer be there to say goodbye to
             accelerator.end_training()
+    page = None if watcher is None else watcher.finish()  # no rank waits for the last figures
+    if page is not None:
+        print(f"  {page}      figures, and what the numbers say", flush=True)
+
+
+def make_watcher(s: "Run", recipe: "Recipe") -> "Watcher | None":
+    """Who draws on the main process, looking on at the loop; None: nobody."""
+    if not (recipe.tracking.figures and s.accelerator.is_main_process):
+        return None
+    from vit_rsst.report import watching
+
+    if not watching.is_possible():
+        s.console.line("  no figures and no report: pip install 'vit_rsst[report]' draws them")
+        return None
+    s.watch = watching.Watcher(s.folder.path, s.tracker, s.accelerator.device)
+    return s.watch
 
 
 def explained(error: BaseException, s: "Run", recipe: "Recipe") -> BaseException:
@@ -190,10 +208,34 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
     Raises:
         InputError: the launcher started another number of processes than Accelerate sees.
     """
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
     from vit_rsst.data.loaders import Dealing
+
+    state = start_processes()
+    dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, state.num_processes)
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher always sets it, to `no` when not told
+    if asked not in ("no", recipe.train.precision) and state.is_main_process:
+        print(
+            f"warning: the launcher asks for mixed precision {asked!r}; the recipe's train.precision "
+            f"{recipe.train.precision!r} holds.",
+            file=sys.stderr,
+        )
+    # Without sync_with_dataloader the windows count micro-batches alone: an epoch is whole windows by construction.
+    accumulation = GradientAccumulationPlugin(num_steps=dealing.accumulation, sync_with_dataloader=False)
+    return Accelerator(mixed_precision=recipe.train.precision, gradient_accumulation_plugin=accumulation)
+
+
+def start_processes() -> "PartialState":
+    """This process among those of the launcher, and its device.
+
+    Raises:
+        InputError: the launcher asks for what is not supported, or Accelerate sees another number of processes.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     from vit_rsst.watchdog import PREPARATION
 
     for variable, name in SHARDED.items():
@@ -207,21 +249,11 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != state.num_processes:
         raise InputError(
-            f"the launcher started {world} processes and Accelerate sees {state.num_processes}: they would train apart "
+            f"the launcher started {world} processes and Accelerate sees {state.num_processes}: they would work apart "
             "from each other. For several CPU processes set ACCELERATE_USE_CPU=true and use a configuration with "
             "distributed_type: MULTI_GPU, such as accelerate_configs/cpu_2proc.yaml."
         )
-    dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, state.num_processes)
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher always sets it, to `no` when not told
-    if asked not in ("no", recipe.train.precision) and state.is_main_process:
-        print(
-            f"warning: the launcher asks for mixed precision {asked!r}; the recipe's train.precision "
-            f"{recipe.train.precision!r} holds.",
-            file=sys.stderr,
-        )
-    # Without sync_with_dataloader the windows count micro-batches alone: an epoch is whole windows by construction.
-    accumulation = GradientAccumulationPlugin(num_steps=dealing.accumulation, sync_with_dataloader=False)
-    return Accelerator(mixed_precision=recipe.train.precision, gradient_accumulation_plugin=accumulation)
+    return state
 
 
 def finish(s: "Run", recipe: "Recipe") -> None:

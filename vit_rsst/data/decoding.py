@@ -99,7 +99,7 @@ class Decoder:
 
     def __getitems__(self, samples: Sequence[Sample]) -> Decoded:
         pictures, labels, kept, problems = [], [], [], []
-        for position, sample in enumerate(samples):
+        for position, sample in enumerate(self.fetched(samples)):
             try:
                 pictures.append(self.picture(sample))
             except Corrupt as problem:  # an exception of a worker would arrive with its traceback as its text
@@ -112,16 +112,22 @@ class Decoder:
         images = torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
         return Decoded(images, torch.tensor(labels, dtype=torch.int64), torch.tensor(kept, dtype=torch.int64), problems)
 
+    def fetched(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """The samples with their images instead of row numbers; together, since a table is slow to ask one by one."""
+        if self.images is None:
+            return samples
+        images = self.images[[sample.image for sample in samples]]
+        return [sample._replace(image=image) for sample, image in zip(samples, images, strict=True)]
+
     def picture(self, sample: Sample) -> np.ndarray:
-        """One sample as uint8 (size, size, 3).
+        """One fetched sample as uint8 (size, size, 3).
 
         Raises:
             Corrupt: no image, truncated, or too large.
         """
-        image = self.images[sample.image] if isinstance(sample.image, int) else sample.image
         if self.is_random:
             _seed(sample.seed)
-        picture = decode(image, self.size, sample.place, self.max_pixels, self.window, self.resampling)
+        picture = decode(sample.image, self.size, sample.place, self.max_pixels, self.window, self.resampling)
         for transform in self._transforms:
             picture = transform(picture)
         return np.asarray(picture)

@@ -18,6 +18,9 @@ from vit_rsst.data.streams import Stream
 from vit_rsst.data.tables import Rows, Split, balanced_rows
 from vit_rsst.errors import EnvironmentLacks
 
+PART = 64
+"""Images that one thread decodes at a time."""
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -91,11 +94,12 @@ class ImageData:
         images = np.empty((len(samples), 3, self.options.size, self.options.size), dtype=np.uint8)
         decoder = self.decoder(split)
 
-        def decode_one(i: int) -> None:
-            images[i] = decoder.picture(samples[i]).transpose(2, 0, 1)
+        def decode_part(start: int) -> None:
+            for i, sample in enumerate(decoder.fetched(samples[start : start + PART]), start):
+                images[i] = decoder.picture(sample).transpose(2, 0, 1)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(decode_one, range(len(samples)), chunksize=64))
+            list(pool.map(decode_part, range(0, len(samples), PART)))
         return Split(torch.from_numpy(images), torch.tensor([sample.label for sample in samples], dtype=torch.int64))
 
     @cached_property

@@ -157,7 +157,10 @@ def _stratified(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.nda
             np.arange(len(labels)), test_size=round(fraction * len(labels)), random_state=0, stratify=labels
         )
     except ValueError as error:
-        raise InputError(f"data.test_fraction: the classes cannot be divided by {fraction:.3g} ({error}).") from error
+        raise InputError(
+            f"data.test_fraction: {fraction:.3g} of {len(labels):,} images cannot hold every class (the smallest has "
+            f"{np.bincount(labels).min()} of them); add a test split, or leave such classes out."
+        ) from error
     return np.sort(rest), np.sort(held_out)
 
 

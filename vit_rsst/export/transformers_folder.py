@@ -3,7 +3,6 @@
 Models of transformers go as they are; a plain ViT of timm becomes ViTForImageClassification, tensor by tensor.
 """
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from vit_rsst import files
 from vit_rsst.errors import InputError
 from vit_rsst.export.work import Target, Work
+from vit_rsst.models import hub
 
 USAGE = """\
 import torch
@@ -49,7 +49,7 @@ def write(work: Work, folder: Path) -> None:
     net = work.net if work.is_hub else converted(work.net)
     net.config.id2label = dict(enumerate(classes))
     net.config.label2id = {name: number for number, name in enumerate(classes)}
-    with _no_progress_bars():
+    with hub.quiet():
         net.save_pretrained(folder)
     processor = ViTImageProcessor(
         # As the images of the run were decoded: the shorter side resized, the centre cropped.
@@ -74,23 +74,9 @@ def logits(folder: Path, images: Tensor) -> Tensor:
     """Logits of the folder, loaded as its reader loads it."""
     from transformers import AutoModelForImageClassification
 
-    with _no_progress_bars():
+    with hub.quiet():
         net = AutoModelForImageClassification.from_pretrained(folder)
     return net.eval()(images).logits
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
 
 
 def converted(net: nn.Module) -> nn.Module:

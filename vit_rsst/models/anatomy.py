@@ -25,7 +25,8 @@ def prunable_weights(
     """The weights of Linear and Conv layers, less the first layer and the classifier, by parameter name.
 
     Args:
-        model: a timm or transformers model; its configuration names the first layer and the classifier.
+        model: a timm or transformers model; its configuration names the first layer and the classifier, its attribute
+            `task_modules`, where it has one, what else decides and is treated like the classifier.
         include: globs of weights to prune beside those, such as `patch_embed.*` or `head.*`.
         protect: globs of weights never to prune; wins over `include`.
 
@@ -65,6 +66,8 @@ def _first_and_last(model: nn.Module) -> set[str]:
     for key in ("first_conv", "classifier"):
         names = config.get(key) or ()
         ends |= {f"{name}.weight" for name in ([names] if isinstance(names, str) else names)}
+    for name in getattr(model, "task_modules", ()):
+        ends |= {f"{name}.{inner}" for inner, _ in model.get_submodule(name).named_parameters()}
     return ends
 
 
@@ -145,10 +148,11 @@ def _timm_heads(name: str, module: nn.Module) -> UnitGroup | None:
     width = heads * dim
     fits = qkv.out_features == 3 * width and proj.in_features == width
     mixes = not isinstance(getattr(module, "norm", None), nn.Identity | None) or getattr(module, "gate", None)
-    own = next(module.parameters(recurse=False), None)  # a table of position biases, for example
+    # Mixtures of tokens are alike for all heads; a table of position biases, for example, is not.
+    own = {name for name, _ in module.named_parameters(recurse=False)} - {"key_mix", "value_mix"}
     # Position biases are by head, in a table of the module's or of the whole model's.
     more = hasattr(module, "rel_pos") or _has_more(module, ("qkv", "proj", "q_norm", "k_norm"))
-    if not fits or mixes or own is not None or more:  # a norm over all heads changes with their number
+    if not fits or mixes or own or more:  # a norm over all heads changes with their number
         return None
     rows, columns = _rows(heads, dim, 0, width, 2 * width), _rows(heads, dim, 0)
     members = (Member(f"{name}.qkv.weight", 0, rows), Member(f"{name}.proj.weight", 1, columns))

@@ -20,17 +20,38 @@ class Stock:
     is_stock: bool = True
 
 
-def _cifar_vit(architecture: str, has_weights: bool = True, **args: object) -> Stock:
-    """32 px, patch 4: 64 patches."""
-    return Stock(architecture, {"img_size": 32, "patch_size": 4, **args}, has_weights)
+def _vit(
+    architecture: str, size: int, patch: int, width: int, depth: int, heads: int, ratio: float = 4.0, **how: bool
+) -> Stock:
+    """A ViT by its shape; `ratio` is the width of the MLP relative to that of the tokens."""
+    args = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return Stock(architecture, {**args, "mlp_ratio": ratio}, **how)
 
+
+def _own(name: str, *shape: float, **more: object) -> Stock:
+    """A ViT of this package."""
+    plain = _vit(name, *shape)
+    return Stock(name, {**plain.args, **more}, has_weights=False, is_stock=False)
+
+
+TINY, SMALL, BASE, LARGE = (f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
 
 CATALOG: dict[str, Stock] = {
-    "vit_tiny": _cifar_vit(
-        "vit_tiny_patch16_224", has_weights=False, embed_dim=192, depth=9, num_heads=3, mlp_ratio=2.0
-    ),
-    "vit_small": _cifar_vit("vit_small_patch16_224", embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0),
-    "vit_base": _cifar_vit("vit_base_patch16_224", embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0),
+    "vit_tiny": _vit(TINY, 32, 4, 192, 9, 3, 2.0, has_weights=False),
+    "vit_small": _vit(SMALL, 32, 4, 384, 12, 6),
+    "vit_base": _vit(BASE, 32, 4, 768, 12, 12),
+    "vit_small_imagenet": _vit(SMALL, 224, 16, 384, 12, 6),
+    "vit_base_imagenet": _vit(BASE, 224, 16, 768, 12, 12),
+    "vit_large_imagenet": _vit(LARGE, 224, 16, 1024, 24, 16),
+    "cifar_vit_small": _vit(SMALL, 32, 4, 384, 6, 6, has_weights=False),
+    "cifar_vit_base": _vit(BASE, 32, 4, 512, 6, 8, has_weights=False),
+    "dynamic_vit": _own("dynamic_vit", 32, 4, 512, 6, 8, stages=[1, 2, 4], keep_ratio=0.7),
+    "lightweight_vit": _own("lightweight_vit", 32, 4, 512, 6, 8, rank=32),
+    "vit_p8_tiny": _vit(TINY, 32, 8, 128, 4, 4, has_weights=False),
+    "vit_p8_small": _vit(SMALL, 32, 8, 256, 6, 8, has_weights=False),
+    "vit_p8_base": _vit(BASE, 32, 8, 512, 6, 8, has_weights=False),
+    "vit_t16": _own("vit_t16", 224, 16, 192, 6, 3, 512 / 192),
+    "vit_m16": _own("vit_m16", 224, 16, 192, 12, 3, 512 / 192),
     "resnet20": Stock("resnet20", has_weights=False, is_stock=False),
 }
 

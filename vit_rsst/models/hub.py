@@ -4,18 +4,21 @@ They answer with logits, as timm's models do, and keep transformers' own paramet
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit_rsst import reach
-from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.errors import EnvironmentLacks, InputError, first_line
+from vit_rsst.models import weights
 
 PREFIX = "hf:"
 PLACE = "name_or_path"
 """Key of the arguments that says where published weights lie; the configuration itself does not hold it."""
+CLASSIFIERS = ("classifier.", "head.")
+"""Prefixes of the names of a classifier's tensors."""
 
 
 def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
@@ -35,15 +38,14 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
         else:
             folder = Path(source).expanduser()
             place = {PLACE: str(folder.resolve()) if folder.is_dir() else source}
-            if not folder.is_dir():
-                reach.prefer_cache()
-            config = AutoConfig.from_pretrained(place[PLACE], trust_remote_code=False, **fields)
+            file = _config_file(source, folder)
+            config = AutoConfig.from_pretrained(file, trust_remote_code=False, **fields)
     except (OSError, ValueError) as error:
         if source in CONFIG_MAPPING:
             raise InputError(f"model.args: {name} cannot be configured with {args}: {error}.") from error
         raise EnvironmentLacks(
             f"model.name: {source!r} is neither a type of transformers (such as hf:vit), nor a folder with a "
-            f"config.json, nor to be had from the Hub ({_first_line(error)})."
+            f"config.json, nor to be had from the Hub ({first_line(error)})."
         ) from error
     except (TypeError, AttributeError) as error:
         raise InputError(f"model.args: {name} cannot be configured with {args}: {error}.") from error
@@ -55,6 +57,12 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
     return f"{PREFIX}{config.model_type}", {**kept, **place, "num_labels": num_classes}
 
 
+def _config_file(source: str, folder: Path) -> Path:
+    if folder.is_dir():
+        return folder / "config.json"
+    return weights.hub_file(source, "config.json", "model.name", "or a type of transformers, such as hf:vit")
+
+
 def configuration(architecture: str, args: dict) -> Any:
     """transformers' configuration of what `describe` gave."""
     from transformers import AutoConfig
@@ -63,29 +71,30 @@ def configuration(architecture: str, args: dict) -> Any:
     return AutoConfig.for_model(architecture.removeprefix(PREFIX), **fields)
 
 
-def create(architecture: str, args: dict, pretrained: bool = False, device: str | None = None) -> nn.Module:
+def create(architecture: str, args: dict, pretrained: bool | str = False, device: str | None = None) -> nn.Module:
     """Builds the classifier that `describe` described; its forward pass gives logits.
+
+    Args:
+        pretrained: load the weights of the place that the name gives, or of a file or folder; what was loaded is then
+            the attribute `loaded`.
 
     Raises:
         InputError: transformers has no image classifier of that type, or it cannot be built so.
         EnvironmentLacks: the weights cannot be had.
+        Damaged: the file is damaged, or of another model.
     """
     from transformers import AutoModelForImageClassification
 
     config = configuration(architecture, args)
     if pretrained:
-        if PLACE not in args:
-            raise InputError(
-                f"model.pretrained: {architecture} names a type, which has no weights; name a repository or a folder."
-            )
-        net = _with_weights(args[PLACE], config)
+        net = _with_weights(weights_file(architecture, args, pretrained), config, pretrained is True)
     else:
         context = torch.device(device) if device else contextlib.nullcontext()
         try:
             with context:
                 net = AutoModelForImageClassification.from_config(config)
         except (ValueError, TypeError, AssertionError) as error:
-            raise InputError(f"model.args: {architecture} cannot be built: {_first_line(error)}") from error
+            raise InputError(f"model.args: {architecture} cannot be built: {first_line(error)}") from error
     net.pretrained_cfg = _ends(net)
     net.register_forward_hook(logits_of)
     return net
@@ -96,33 +105,65 @@ def logits_of(module: nn.Module, args: tuple, output: Any) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def _with_weights(place: str, config: Any) -> nn.Module:
+def weights_file(architecture: str, args: dict, pretrained: bool | str) -> Path:
+    """Where the weights that a recipe asks for lie.
+
+    Raises:
+        InputError: the model was named by its type, which has no weights, or a tag is asked for, which is timm's.
+        EnvironmentLacks: they cannot be had.
+    """
+    source = args.get(PLACE) if pretrained is True else pretrained
+    if source is None:
+        raise InputError(
+            f"model.pretrained: {architecture} names a type, which has no weights; name a repository or a folder."
+        )
+    if weights.is_path(source) and (pretrained is not True or Path(source).is_dir()):
+        return weights.local_file(source)
+    if pretrained is not True:
+        raise InputError(
+            f"model.pretrained: {pretrained!r} is no file or folder; tags are timm's, and a repository of transformers "
+            "stands in model.name, as hf:OWNER/NAME."
+        )
+    return weights.hub_file(source, weights.FILE)
+
+
+def _with_weights(file: Path, config: Any, is_published: bool) -> nn.Module:
+    """The classifier with the weights of a file, under whichever of transformers' names they stand there."""
     from transformers import AutoModelForImageClassification
 
-    try:
-        net, report = AutoModelForImageClassification.from_pretrained(
-            place,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
+    tensors, sha256 = weights.read(file)
+    with torch.device("meta"):
+        kind = type(AutoModelForImageClassification.from_config(config))
+    with quiet():
+        net, report = kind.from_pretrained(
+            None, config=config, state_dict=dict(tensors), output_loading_info=True, ignore_mismatched_sizes=True,
             dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,  # pickles are never read
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EnvironmentLacks(
-            f"model.pretrained: the weights of {place!r} could not be loaded ({_first_line(error)}). Check the network "
-            "or the folder, or set model.pretrained=false to train from random weights."
-        ) from error
-    replaced = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
-    lost = [*report["missing_keys"], *report["unexpected_keys"], *replaced]
-    wrong = [key for key in lost if not key.startswith(("classifier.", "head."))]
-    if wrong:
-        raise InputError(
-            f"model.pretrained: the weights of {place} do not fit this network in {len(wrong)} places "
-            f"({', '.join(wrong[:5])}); leave out model.args, or set model.pretrained=false."
-        )
+        )  # fmt: skip
+    others = {name: (theirs, ours) for name, theirs, ours in report["mismatched_keys"]}
+    wrong = [f"no {n}" for n in sorted(report["missing_keys"]) if not n.startswith(CLASSIFIERS)]
+    wrong += [f"{n} besides" for n in sorted(report["unexpected_keys"]) if not n.startswith(CLASSIFIERS)]
+    wrong += [f"{n} of {tuple(o[0])}, not {tuple(o[1])}" for n, o in others.items() if not n.startswith(CLASSIFIERS)]
+    weights.refuse(wrong, str(file), config.model_type, is_published)
+    new = tuple(sorted({*report["missing_keys"], *others}))
+    left_out = tuple(sorted({*report["unexpected_keys"], *others}))
+    net.loaded = weights.Loaded(str(file), sha256, len(net.state_dict()) - len(new), (), new, left_out)
     return net
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no reports of transformers; what they say is said here."""
+    from transformers.utils import logging
+
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _ends(net: nn.Module) -> dict[str, str]:
@@ -130,7 +171,3 @@ def _ends(net: nn.Module) -> dict[str, str]:
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     convs = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
     return {"first_conv": convs[0] if convs else "", "classifier": linear[-1]}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

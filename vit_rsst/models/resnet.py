@@ -60,6 +60,10 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's: which parameters are before, in and after which block."""
+        return {"stem": r"^conv1|^bn1", "blocks": [(r"^blocks\.(\d+)", None)]}
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(batch, 3, size, size) → (batch, channels, size / 4, size / 4)."""
         return self.blocks(F.relu(self.bn1(self.conv1(x))))

@@ -3,25 +3,50 @@ random in silence."""
 
 import contextlib
 import difflib
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import timm
 import torch
-from timm.models import register_model
-from torch import nn
+from timm.models import build_model_with_cfg, group_parameters, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
 
-from vit_rsst import reach
-from vit_rsst.errors import Damaged, EnvironmentLacks, InputError
-from vit_rsst.models import hub, slim
+from vit_rsst.errors import Damaged, InputError, first_line
+from vit_rsst.models import hub, slim, weights
 from vit_rsst.models.catalog import CATALOG, stock
+from vit_rsst.models.dynamic_vit import DynamicVit
+from vit_rsst.models.gated_vit import GatedVit
+from vit_rsst.models.lightweight_vit import LightweightVit
 from vit_rsst.models.resnet import CifarResNet
 
-OWN = {"resnet20": CifarResNet}
+OWN: dict[str, type[nn.Module]] = {
+    "resnet20": CifarResNet,
+    "dynamic_vit": DynamicVit,
+    "lightweight_vit": LightweightVit,
+    "vit_t16": GatedVit,
+    "vit_m16": GatedVit,
+}
 """Catalogue names that neither timm nor transformers has."""
 
-TIMMS_OWN = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""Arguments that `timm.create_model` adds of itself."""
+
+def _published_cfg(name: str) -> dict:
+    """What timm wants to know of an architecture of this package: its images, first layer and classifier."""
+    is_vit, size = issubclass(OWN[name], VisionTransformer), CATALOG[name].args.get("img_size", 32)
+    first, last = ("patch_embed.proj", "head") if is_vit else ("conv1", "fc")
+    classes = {"num_classes": -1}  # none that would be a default
+    return {
+        "input_size": (3, size, size),
+        "fixed_input_size": is_vit,
+        "first_conv": first,
+        "classifier": last,
+    } | classes
+
+
+default_cfgs = {name: _published_cfg(name) for name in OWN}
+"""Where timm looks for them."""
 
 SOURCES_OF_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 """Arguments of `timm.create_model` through which a file of any kind would be loaded."""
@@ -31,16 +56,23 @@ def _register(name: str) -> None:
     """Makes a catalogue name one that `timm.create_model` knows as well."""
 
     def entrypoint(pretrained: bool = False, **kwargs: object) -> nn.Module:
-        if pretrained and not CATALOG[name].has_weights:
+        cfg, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+        if pretrained and not (CATALOG[name].has_weights or cfg or overlay):
             raise ValueError(f"{name} has no published weights")
         args = {**CATALOG[name].args, **kwargs}
         if CATALOG[name].is_stock:
             return timm.create_model(CATALOG[name].architecture, pretrained=pretrained, **args)
-        return OWN[name](**{key: value for key, value in args.items() if key not in TIMMS_OWN})
+        return _build_own(name, pretrained, args)
 
     entrypoint.__name__ = name
     entrypoint.__module__ = __name__
     register_model(entrypoint)
+
+
+def _build_own(name: str, pretrained: bool, args: dict) -> nn.Module:
+    """An architecture of this package, built and loaded as timm builds and loads its own."""
+    adapt = checkpoint_filter_fn if issubclass(OWN[name], VisionTransformer) else None
+    return build_model_with_cfg(OWN[name], name, pretrained, pretrained_filter_fn=adapt, **args)
 
 
 for _name in CATALOG:
@@ -55,18 +87,21 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
     return found.architecture, {**found.args, **args, "num_classes": num_classes}
 
 
-def create(architecture: str, args: dict, pretrained: bool = False, device: str | None = None) -> nn.Module:
+def create(architecture: str, args: dict, pretrained: bool | str = False, device: str | None = None) -> nn.Module:
     """Builds a model.
 
     Args:
         architecture: a name of timm or `hf:TYPE`, as `describe` gives it.
         args: arguments of `timm.create_model`, `num_classes` among them; of `hf:TYPE` the configuration's fields.
-        pretrained: load published weights; timm resamples patch and position embeddings and replaces the head.
-        device: where to build; `meta` makes shapes without memory.
+        pretrained: load published weights, or those of a tag of timm's, or of a file or folder; timm resamples patch
+            and position embeddings, and the classifier is new where the classes differ. What was loaded is then the
+            network's attribute `loaded`.
+        device: where to build; `meta` makes shapes without memory, and weights are checked and not loaded.
 
     Raises:
-        InputError: no such model, arguments it does not take, or no published weights for it.
+        InputError: no such model or tag, arguments it does not take, or no published weights for it.
         EnvironmentLacks: the weights exist but cannot be had.
+        Damaged: the file is damaged, or of another model.
     """
     if beside := sorted(set(args) & set(SOURCES_OF_WEIGHTS)):
         raise InputError(
@@ -80,28 +115,135 @@ def create(architecture: str, args: dict, pretrained: bool = False, device: str 
             f"model.name: unknown model {architecture!r}; expected {', '.join(CATALOG)} or a name of timm "
             f"{timm.__version__}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
-    if pretrained and not timm.is_model_pretrained(architecture):
-        raise InputError(
-            f"model.pretrained: timm has no weights for {architecture!r}; set it to false or name another."
-        )
-    if pretrained:
-        reach.prefer_cache()
+    build = functools.partial(_build, architecture, args, device)
+    return _build_with_weights(build, architecture, pretrained) if pretrained else build()
+
+
+def _build(architecture: str, args: dict, device: str | None, **loading: object) -> nn.Module:
     try:
-        with torch.device(device or "cpu"), _recorded_loads() as loads:
-            net = timm.create_model(architecture, pretrained=pretrained, **args)
+        with torch.device(device or "cpu"):
+            return timm.create_model(architecture, **loading, **args)
     except TypeError as error:
         raise InputError(f"model.args: {architecture} does not take these arguments: {error}.") from error
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        if not pretrained:
-            raise InputError(f"model.args: {architecture} cannot be built with {args}: {error}.") from error
-        why = " ".join(str(error).split())
-        raise EnvironmentLacks(
-            f"model.pretrained: the weights of {architecture!r} could not be loaded ({why}). Check the network or "
-            "the cache, or set model.pretrained=false to train from random weights."
-        ) from error
-    if pretrained:
-        _check_loaded(net, loads, architecture)
+        raise InputError(f"model.args: {architecture} cannot be built with {args}: {first_line(error)}.") from error
+
+
+def _build_with_weights(build: Callable[..., nn.Module], architecture: str, pretrained: bool | str) -> nn.Module:
+    """timm adapts the weights to the network that it builds; what it would leave random in silence is refused."""
+    file, is_published = weights_file(architecture, pretrained), not weights.is_path(pretrained)
+    tensors, sha256 = weights.read(file)
+    with _checked_loads(architecture, file, is_published) as found:
+        net = build(pretrained=True, pretrained_cfg_overlay=_overlay(architecture, tensors))
+    weights.refuse(_other_heads(net, file), str(file), architecture, is_published)
+    [(given, new, left_out)] = found
+    changed = tuple(name for name in sorted(given) if name in tensors and given[name].shape != tensors[name].shape)
+    lost = tuple(name for name in sorted(tensors) if name.startswith(_free_modules(net)) and name not in given)
+    net.loaded = weights.Loaded(str(file), sha256, len(given) - len(left_out), changed, new, left_out + lost)
     return net
+
+
+def weights_file(architecture: str, pretrained: bool | str) -> Path:
+    """Where the weights that a recipe asks for lie: a local file, or timm's on the Hub, fetched into the cache.
+
+    Raises:
+        InputError: timm has no weights for this model, or no such tag.
+        EnvironmentLacks: they cannot be had.
+    """
+    if weights.is_path(pretrained):
+        return weights.local_file(pretrained)
+    plain = architecture.split(".")[0]
+    name = architecture if pretrained is True else f"{plain}.{pretrained.removeprefix(f'{plain}.')}"
+    if not timm.is_model_pretrained(name):
+        tags = [tagged.removeprefix(f"{plain}.") for tagged in timm.list_pretrained(f"{plain}.*")]
+        choices = f"its tags are {', '.join(tags)}; name one, " if tags else "name "
+        raise InputError(
+            f"model.pretrained: timm has no weights for {name!r}; {choices}a file or a folder, {weights.OTHERWISE}."
+        )
+    published = timm.get_pretrained_cfg(name)
+    file = (published.hf_hub_filename or weights.FILE).replace("pytorch_model.bin", weights.FILE)
+    if not published.hf_hub_id or not file.endswith(".safetensors") or published.custom_load == "hf":
+        raise InputError(
+            f"model.pretrained: {name} is not published as safetensors, the only format that is read; name another "
+            f"tag, {weights.OTHERWISE}."
+        )
+    return weights.hub_file(published.hf_hub_id, file)
+
+
+def _other_heads(net: nn.Module, file: Path) -> list[str]:
+    """Attention of other heads in the model that a `config.json` beside the file describes, which no shape shows."""
+    config = file.with_name("config.json")
+    if not config.is_file():
+        return []
+    try:
+        described = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"model.pretrained: {config} is not readable ({error}); copy or fetch it again.") from error
+    name = described.get("architecture") if isinstance(described, dict) else None
+    if not isinstance(name, str) or not timm.is_model(name):
+        return []
+    try:
+        with torch.device("meta"):
+            theirs = dict(timm.create_model(name, **described.get("model_args", {})).named_modules())
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise Damaged(
+            f"model.pretrained: {config} describes no {name} ({first_line(error)}); fetch it again."
+        ) from error
+    ours = {name: module.num_heads for name, module in net.named_modules() if hasattr(module, "num_heads")}
+    found = {name: getattr(theirs.get(name), "num_heads", asked) for name, asked in ours.items()}
+    return [f"{name} of {found[name]} heads, not {ours[name]}" for name in ours if found[name] != ours[name]]
+
+
+def _overlay(architecture: str, tensors: dict[str, Tensor]) -> dict:
+    """What tells timm to load these tensors, and of how many classes they are."""
+    published = timm.get_pretrained_cfg(architecture)
+    classifier = (published.classifier if published else None) or "head"
+    first = classifier if isinstance(classifier, str) else classifier[0]
+    rows = tensors.get(f"{first}.weight")
+    return {"state_dict": tensors, "num_classes": len(rows) if rows is not None else 0}
+
+
+def _free_modules(net: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what weights from elsewhere need not give: the classifier, and what decides beside it."""
+    classifier = net.pretrained_cfg.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return tuple(f"{name}." for name in (*names, *getattr(net, "task_modules", ())))
+
+
+def lr_scales(net: nn.Module, decay: float) -> dict[str, float]:
+    """Share of the learning rate that each parameter gets: 1 in the last layer, times `decay` for each one before.
+
+    Raises:
+        InputError: the model does not say which layers it has.
+    """
+    if not hasattr(net, "group_matcher"):
+        raise InputError(
+            f"optim.layer_decay: {type(net).__name__} does not say which layers it has, as timm's models do; leave it "
+            "out."
+        )
+    layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
+def checkpoint_gradients_(net: nn.Module) -> None:
+    """Makes the network compute its blocks again in the backward pass instead of keeping what is inside of them.
+
+    Raises:
+        InputError: the model cannot do that.
+    """
+    try:
+        if hasattr(net, "gradient_checkpointing_enable"):  # transformers
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            net.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, ValueError) as error:
+        raise InputError(
+            f"train.grad_checkpointing: {type(net).__name__} cannot compute its blocks again ({first_line(error)}); "
+            "set it to false."
+        ) from error
 
 
 def description(header: Mapping[str, str], place: str) -> tuple[str, dict]:
@@ -130,30 +272,24 @@ def described(header: Mapping[str, str], place: str, device: str | None = None) 
 
 
 @contextlib.contextmanager
-def _recorded_loads() -> Iterator[list]:
-    """What every `load_state_dict` meanwhile found missing and left over; timm only logs it."""
+def _checked_loads(architecture: str, file: Path | None, is_published: bool) -> Iterator[list[tuple]]:
+    """Looks at every state dict that timm would load meanwhile, which by itself only logs what it leaves random.
+
+    Yields:
+        a list of (state dict, what stays random, what is left out), one for each.
+    """
     found, original = [], nn.Module.load_state_dict
 
-    def load_state_dict(self: nn.Module, *args: object, **kwargs: object) -> object:
-        found.append(original(self, *args, **kwargs))
-        return found[-1]
+    def load_state_dict(self: nn.Module, state: Mapping[str, Tensor], *args: object, **kwargs: object) -> object:
+        own = self.state_dict()
+        wrong, new, left_out = weights.misfits(own, dict(state), _free_modules(self))
+        weights.refuse(wrong, str(file), architecture, is_published)
+        found.append((state, new, left_out))
+        has_memory = next(self.parameters()).device.type != "meta"
+        return original(self, state if has_memory else {}, strict=False)
 
     nn.Module.load_state_dict = load_state_dict
     try:
         yield found
     finally:
         nn.Module.load_state_dict = original
-
-
-def _check_loaded(net: nn.Module, loads: list, architecture: str) -> None:
-    """Refuses weights that left a part of the network, other than a new classifier, at random."""
-    classifier = net.pretrained_cfg.get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    wrong = [
-        key for load in loads for key in (*load.missing_keys, *load.unexpected_keys) if not key.startswith(tuple(heads))
-    ]
-    if wrong or not loads:
-        raise InputError(
-            f"model.pretrained: the published weights of {architecture} do not fit this network in {len(wrong)} places "
-            f"({', '.join(wrong[:5])}); use its own width and depth in model.args, or set model.pretrained=false."
-        )

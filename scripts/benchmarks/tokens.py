@@ -1,0 +1,108 @@
+"""How much faster a dynamic_vit answers because it drops tokens, beside the same network that keeps them all.
+
+DynamicViT promises speed at the price of its predictors. Both networks hold the same weights; the one with a keep ratio
+of 1 is the plain ViT, and it must give the plain ViT's logits to the last bit before anything is timed. The tokens that
+enter each block are counted as they pass. The two alternate in one process, in an order drawn anew each time, on 64
+images of 32 px (patch 4) in fp32 on two threads; a ratio compares two runs of one alternation, so that 2 is twice as
+fast. The bound is missed when the 95 % interval's upper end lies below it. `lightweight_vit` runs beside them on 64 and
+on 1,024 patches: its cost in FLOPs grows with the tokens and no faster, exactly, which is a bound of its own.
+"""
+
+import sys
+
+import torch
+from _common import alternate, environment, interval, parse_args, report
+from torch import Tensor, nn
+
+from vit_rsst.models import zoo
+from vit_rsst.models.complexity import flops
+
+SPEED_BOUND = 1.5
+"""How many times as fast as the full network the one that keeps 0.7 of its tokens must be at least."""
+GROWTH_BOUND = 4.1
+"""Largest ratio of the FLOPs of lightweight_vit at 1,024 patches to those at 256."""
+
+KEEP_RATIO, BATCH, QUICK_BATCH, THREADS = 0.7, 64, 4, 2
+ALTERNATIONS, QUICK_ALTERNATIONS, WARMUPS = 6, 3, 1
+PATCHES = (64, 256, 1024)
+FULL, AGAIN, DROPPING = "keeps all", "keeps all, again", f"keeps {KEEP_RATIO}"
+
+
+def build(name: str, **args: object) -> nn.Module:
+    torch.manual_seed(0)
+    return zoo.create(*zoo.describe(name, args, 10)).eval()
+
+
+def networks() -> tuple[dict[str, nn.Module], nn.Module]:
+    """The dynamic networks by name, of the same weights, and the plain ViT of these weights."""
+    plain, dropping = build("cifar_vit_base"), build("dynamic_vit", keep_ratio=KEEP_RATIO)
+    full = build("dynamic_vit", keep_ratio=1.0)
+    dropping.load_state_dict(plain.state_dict(), strict=False)
+    full.load_state_dict(plain.state_dict())
+    return {FULL: full, AGAIN: full, DROPPING: dropping}, plain
+
+
+def tokens(net: nn.Module, images: Tensor) -> list[int]:
+    """Tokens that enter each block."""
+    seen: list[int] = []
+    hooks = [block.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1])) for block in net.blocks]
+    net(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def growth() -> dict[str, dict[int, int]]:
+    """FLOPs of one image by the number of patches, of the linear attention and of the plain one."""
+    sides = {number: 4 * round(number**0.5) for number in PATCHES}
+    names = ("lightweight_vit", "cifar_vit_base")
+    return {name: {n: flops(build(name, img_size=side), side) for n, side in sides.items()} for name in names}
+
+
+@torch.no_grad()
+def main() -> int:
+    args = parse_args(__doc__)
+    torch.set_num_threads(THREADS)
+    cpu, missed = torch.device("cpu"), []
+    nets, plain = networks()
+    images = torch.randn(QUICK_BATCH if args.quick else BATCH, 3, 32, 32)
+    if not torch.equal(nets[FULL](images), plain(images)):
+        missed.append("the network that keeps all tokens does not give the logits of the plain ViT")
+    passed = {name: tokens(net, images[:1]) for name, net in nets.items()}
+    seconds = alternate(
+        {name: lambda net=net: net(images) for name, net in nets.items()},
+        QUICK_ALTERNATIONS if args.quick else ALTERNATIONS, WARMUPS, cpu,
+    )  # fmt: skip
+    ratios = {name: interval(seconds[FULL] / seconds[name]) for name in nets}
+    if ratios[DROPPING].high < SPEED_BOUND:
+        missed.append(f"{DROPPING} of its tokens it is {ratios[DROPPING]} times as fast, bound {SPEED_BOUND}")
+    cost = growth()
+    steps = {name: by_number[PATCHES[2]] / by_number[PATCHES[1]] for name, by_number in cost.items()}
+    if steps["lightweight_vit"] > GROWTH_BOUND:
+        missed.append(f"lightweight_vit costs {steps['lightweight_vit']:.3f} times as much, bound {GROWTH_BOUND}")
+    result = {
+        "environment": environment(cpu, args.quick),
+        "batch": len(images),
+        "seconds": {name: float(interval(values).median) for name, values in seconds.items()},
+        "ratios": {name: vars(ratio) for name, ratio in ratios.items()},
+        "flops": {name: flops(net, 32) for name, net in nets.items()},
+        "tokens": passed,
+        "flops_by_patches": cost,
+        "missed": missed,
+    }
+    rows = [
+        (f"dynamic_vit {name}", str(passed[name][-1]), f"{result['flops'][name] / 1e9:.2f}",
+         f"{len(images) / result['seconds'][name]:.0f}", str(ratios[name]))
+        for name in nets
+    ]  # fmt: skip
+    rows += [
+        (f"{name}, {number:,} patches", str(number + 1), f"{by_number[number] / 1e9:.2f}", "", "")
+        for name, by_number in cost.items() for number in PATCHES
+    ]  # fmt: skip
+    return report(
+        args, result, (f"batch {len(images)}", "tokens at the end", "GFLOPs", "images/s", "times as fast"), rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

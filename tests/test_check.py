@@ -1,0 +1,274 @@
+"""The checklist before a run: it passes what is sound and finds each planted bug, with one line a verdict."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from vit_rsst import recipe_file
+from vit_rsst.checks import bench as benches
+from vit_rsst.checks import checking, costs, inputs, learning, removal
+from vit_rsst.checks.bench import Bench, Verdict
+from vit_rsst.errors import CheckFailed
+from vit_rsst.train import make_accelerator
+
+ARGS = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}
+RECIPE = tiny.RECIPE.replace("steps_per_epoch: 3, ", "").replace(json.dumps(tiny.MODEL_ARGS), json.dumps(ARGS))
+
+
+def bench_of(folder: Path, *overrides: str, text: str = RECIPE) -> Bench:
+    recipe = recipe_file.load(tiny.write_recipe(folder, text), overrides)
+    return Bench.of(recipe, make_accelerator(recipe))
+
+
+@pytest.fixture
+def bench(tmp_path):
+    with tiny.alone_on_cpu():
+        yield bench_of(tmp_path)
+
+
+@pytest.fixture
+def make(tmp_path):
+    with tiny.alone_on_cpu():
+        yield lambda *overrides: bench_of(tmp_path, *overrides)
+
+
+def planted(bench: Bench, change: Callable[[nn.Module], object]) -> Bench:
+    """The bench with something done to every network that it makes."""
+    make_net = bench.make_net
+
+    def made() -> nn.Module:
+        net = make_net()
+        change(net)
+        return net
+
+    return dataclasses.replace(bench, make_net=made)
+
+
+def redrawn(bench: Bench, change: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Bench:
+    """The bench with something done to the images and labels of every draw and batch."""
+    draw = bench.draw
+
+    class Loader:
+        def steps(self, progress: object) -> object:
+            for step in bench.loader.steps(progress):
+                yield [change("train", *batch) for batch in step]
+
+    return dataclasses.replace(bench, draw=lambda split, *a: change(split, *draw(split, *a)), loader=Loader())
+
+
+def failed(verdict: Verdict, text: str) -> None:
+    assert verdict.state == "failed", verdict
+    assert text in verdict.text, verdict
+    assert verdict.advice
+
+
+# -- a sound recipe
+
+
+def test_the_quick_start_passes_with_every_line_ok(tmp_path, capsys):
+    argv = ["train.global_batch=32", "--json", tmp_path / "c.json", "--picture", tmp_path / "lr.svg"]
+    assert tiny.command("check", "digits/quickstart", *argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = json.loads((tmp_path / "c.json").read_text())["checks"]
+    assert len(verdicts) == len(checking.CHECKS) == 12
+    states = {verdict["name"]: verdict["state"] for verdict in verdicts}
+    assert {state for name, state in states.items() if name not in ("speed", "memory")} == {"ok"}, states
+    assert [line.split()[0] for line in lines[:12] if not line.startswith(" ")] == list(states.values())
+    assert lines[-1].startswith("no check failed")
+    norms = next(verdict for verdict in verdicts if verdict["name"] == "gradients")["details"]["norms"]
+    assert len(norms) == 56
+    assert "the recipe's, 0.002" in (tmp_path / "lr.svg").read_text(encoding="utf-8")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_fails_ends_with_6(tmp_path, capsys):
+    path = tiny.write_recipe(tmp_path, RECIPE)
+    assert tiny.command("check", path, "optim.lr=3.0") == 6
+    captured = capsys.readouterr()
+    assert "error: 1 of 12 checks failed: learning rate." in captured.err
+    assert "failed   learning rate" in captured.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_recipe_ends_with_2(tmp_path):
+    assert tiny.command("check", tiny.write_recipe(tmp_path), "optim.lr=fast") == 2
+
+
+# -- planted bugs
+
+
+def test_a_frozen_layer_is_found(bench):
+    verdict = learning.gradients(planted(bench, lambda net: net.blocks[1].mlp.requires_grad_(False)))
+    failed(verdict, "blocks.1.mlp.fc1.weight")
+    assert "frozen" in verdict.text
+    assert learning.gradients(bench).state == "ok"
+
+
+def test_a_detached_head_is_found(bench):
+    def detach(net: nn.Module) -> None:
+        net.head.register_forward_pre_hook(lambda module, args: (args[0].detach(),))
+
+    verdict = learning.gradients(planted(bench, detach))
+    failed(verdict, "have a gradient of zero")
+    assert "cls_token" not in verdict.text
+    assert len([n for n in verdict.details["norms"].values() if n > 0]) == 2
+
+
+def test_a_network_that_is_detached_whole_cannot_learn_by_heart(bench):
+    def detach(net: nn.Module) -> None:
+        net.register_forward_hook(lambda module, args, output: output.detach() + 0 * net.head.bias.sum())
+
+    failed(learning.over_fit(planted(bench, detach)), "of 32 images were learnt by heart")
+
+
+@pytest.mark.parametrize("shift", ["against the images", "in one split"])
+def test_shifted_labels_are_found(bench, shift):
+    def shifted(split: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if split != "train":
+            return images, labels
+        return (images, labels.roll(1)) if shift == "against the images" else (images, (labels + 1) % 10)
+
+    failed(inputs.labels(redrawn(bench, shifted)), "of 144 validation images, chance")
+    assert inputs.labels(bench).state == "ok"
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_a_forgotten_normalisation_is_found(bench, scale):
+    def raw(split: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (images * 0.376 + 0.305) * scale, labels  # the digits' own numbers
+
+    failed(inputs.normalisation(redrawn(bench, raw)), "channels have mean")
+    assert inputs.normalisation(bench).state == "ok"
+
+
+@pytest.mark.parametrize(("factor", "text"), [(100, "would diverge"), (0.01, "would be too slow"), (1, "right")])
+def test_a_learning_rate_that_is_wrong_is_found(make, factor, text):
+    verdict = learning.learning_rate(make(f"optim.lr={2e-3 * factor}"))
+    assert text in verdict.text, verdict
+    assert (verdict.state == "ok") == (factor == 1)
+    if factor != 1:
+        assert 1e-4 <= float(verdict.advice.rsplit("=", 1)[1]) <= 1e-2
+
+
+def test_data_of_one_class_are_found(bench):
+    only = redrawn(bench, lambda split, images, labels: (images, torch.full_like(labels, 3)))
+    failed(inputs.classes(only), "are of one class, '3'")
+
+
+def test_a_class_without_images_is_a_warning(bench):
+    def without(split: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images[labels != 4], labels[labels != 4]
+
+    verdict = inputs.classes(redrawn(bench, without))
+    assert (verdict.state, "1 of 10 classes have no training image: 4" in verdict.text) == ("warning", True)
+
+
+def test_a_mask_that_kills_a_block_is_found(make):
+    spoilt = make("pruning.layer_sparsity={'blocks.1.*': 0.9999}", "pruning.max_layer_sparsity=1.0")
+    verdict = removal.removal(spoilt)
+    failed(verdict, "nothing is left of blocks.1.attn.proj.weight")
+    assert "(in blocks.1)" in verdict.text
+    assert removal.removal(make()).state == "ok"
+
+
+# -- the rest of the list
+
+
+def test_a_model_with_other_classes_is_found(bench):
+    def wider(net: nn.Module) -> None:
+        net.head = nn.Linear(48, 7)
+
+    bench = planted(bench, wider)
+    failed(learning.shapes(bench), "logits are (32, 7)")
+    states = {verdict.name: verdict.state for verdict in checking.check(bench)}
+    assert states["gradients"] == states["hours"] == "skipped"
+    assert states["labels"] == "ok"
+
+
+def test_a_head_that_shouts_is_a_warning(bench):
+    def shout(net: nn.Module) -> None:
+        net.head.weight.data.mul_(500)
+
+    verdict = learning.first_loss(planted(bench, shout))
+    assert verdict.state == "warning"
+    assert learning.first_loss(bench).state == "ok"
+
+
+def test_gradients_that_are_not_finite_are_found(bench):
+    def infinite(net: nn.Module) -> None:
+        net.blocks[0].norm1.weight.data[0] = float("inf")
+
+    failed(learning.gradients(planted(bench, infinite)), "not finite")
+
+
+def test_what_takes_too_long_is_skipped_with_an_estimate(bench, monkeypatch):
+    learning.gradients(bench)
+    assert bench.step_seconds > 0
+    monkeypatch.setattr(learning, "LIMIT", 0.0)
+    for one in (learning.over_fit, learning.learning_rate):
+        verdict = one(bench)
+        assert (verdict.state, "would take about" in verdict.text) == ("skipped", True)
+
+
+def test_memory_that_is_not_there_is_found(bench, monkeypatch):
+    memory = dataclasses.make_dataclass("Memory", ["available"])
+    monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: memory(1000))
+    failed(costs.memory(bench), "1000 B free")
+    monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: memory(2**40))
+    assert costs.memory(bench).state == "ok"
+
+
+def test_a_loader_that_is_slower_than_the_model_is_a_warning(bench, monkeypatch):
+    monkeypatch.setattr(costs, "_loader_speed", lambda bench: 1.0)
+    verdict = costs.speed(bench)
+    assert (verdict.state, "data.workers" in verdict.advice) == ("warning", True)
+
+
+def test_the_time_of_a_recipe_is_that_of_its_steps(bench):
+    bench.step_seconds = 0.1
+    assert len(bench.batch[1]) == 32
+    found = costs.hours(bench).details["seconds"]
+    steps = bench.progress.total_steps
+    evaluations = 0.4 * (6 + 3 * 3) * 144 / 32 * 0.1
+    assert found == pytest.approx(steps * 0.1 + evaluations)
+
+
+@pytest.mark.parametrize("granularity", ["head+neuron", "2:4"])
+def test_a_removal_of_other_units_is_sound(make, granularity):
+    final = "pruning.schedule={rounds: 2, final_sparsity: 0.5}"
+    criterion = "activation_l2" if granularity == "2:4" else "taylor"
+    bench = make(f"pruning.granularity={granularity}", final, f"pruning.criterion={criterion}")
+    bench.toy = learning._learn_by_heart(bench, bench.draw("train", 32, 2), 1e-3)[0]
+    verdict = removal.removal(bench)
+    assert verdict.state == "ok", verdict
+    assert verdict.details["density"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_dense_recipe_has_no_removal(make):
+    assert removal.removal(make("pruning.method=dense")).state == "skipped"
+
+
+def test_turning_points_worked_out_by_hand():
+    rates = [10.0**i for i in range(30)]
+    losses = [2.0] * 10 + [1.5] * 5 + [1.0] * 5 + [1.5] * 5 + [3.0] * 5
+    lowest, diverges = learning.turning_points(rates, losses)
+    assert lowest == 1e17  # the middle of the lowest five
+    assert diverges == 1e24  # (3 · 1.5 + 2 · 3) / 5 = 2.1, the first above 2
+    assert learning.turning_points(rates[:10], losses[:10])[1] == 1.0
+    assert learning.turning_points([], []) == (0.0, 0.0)
+
+
+def test_conclusions():
+    ok, bad = Verdict("a", "ok", "t"), Verdict("b c", "failed", "t", "x=1")
+    assert checking.conclude([ok, Verdict("w", "warning", "t")]) == "no check failed; 1 warning(s)"
+    with pytest.raises(CheckFailed, match="1 of 2 checks failed: b c") as caught:
+        checking.conclude([ok, bad])
+    assert caught.value.exit_code == 6
+    assert checking.line(bad).splitlines() == ["failed   b c            t", f"{'':8} {'':14} try: x=1"]
+    assert benches.LIMIT == 300

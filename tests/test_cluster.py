@@ -1,0 +1,188 @@
+"""Signals while nothing is trained, ranks that die, hang or fail alone, memory that runs out, sharded weights."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.distributed
+
+PLUGIN = """\
+import os, signal, time
+import torch
+from vit_rsst import assembly, console, loop
+
+assembly.EVALUATION_BATCH = 20
+what, _, where = os.environ.get("FAULT", "").partition("@")
+place, _, rank = where.partition("/")
+step_of, evaluation_batches, score_tickets = console.Console.step, assembly.evaluation_batches, loop.score_tickets
+
+
+def strike():
+    if os.environ.get("RANK", "0") != (rank or "0"):
+        return
+    if what == "die":
+        os._exit(9)
+    if what == "hang":
+        time.sleep(600)
+    if what == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if what == "orphan":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(0.5)
+    if what == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    if what == "disk":
+        raise OSError(28, "No space left on device")
+
+
+def step(self, loss):
+    step_of(self, loss)
+    if place == f"step{self.progress.global_step}":
+        strike()
+
+
+def batches(*arguments):
+    for number, batch in enumerate(evaluation_batches(*arguments)):
+        yield batch
+        if place == f"batch{number}" or (place == "scoring" and scoring):
+            strike()
+
+
+def score(s):
+    global scoring
+    scoring = True
+    score_tickets(s)
+
+
+scoring = False
+console.Console.step, assembly.evaluation_batches, loop.score_tickets = step, batches, score
+if what == "term" and place == "start":
+    build = assembly.build_model
+    assembly.build_model = lambda *a: (strike(), time.sleep(5), build(*a))[2]
+"""
+
+
+def start(folder: Path, fault: str, ranks: int = 1, *overrides: str) -> subprocess.Popen:
+    (folder / "striker.py").write_text(PLUGIN, encoding="utf-8")
+    text = tiny.RECIPE.replace("log_every", "rank_timeout: 5, batch_per_device: 8, log_every") + "plugins: [striker]\n"
+    arguments = ["-m", "vit_rsst.train", str(tiny.write_recipe(folder, text)), *overrides]
+    variables = {"PYTHONPATH": os.pathsep.join((str(folder), str(tiny.REPOSITORY))), "FAULT": fault}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, *arguments]
+    if ranks > 1 or fault.startswith("orphan"):
+        variables |= {"ACCELERATE_USE_CPU": "true", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
+        options = ["--num_processes", ranks, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+        options += ["--main_process_port", port] + (["--multi_gpu"] if ranks > 1 else ["--cpu"])
+        command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, options), *arguments]
+    return subprocess.Popen(
+        command, env=tiny.environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen, limit: float = 100) -> tuple[int, str, float]:
+    """Exit code, all output, seconds; kills the group when it takes too long."""
+    began = time.monotonic()
+    try:
+        out, err = process.communicate(timeout=limit)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out + err, time.monotonic() - began
+
+
+def tickets(run: Path) -> list[dict]:
+    files = sorted((run / "tickets").glob("*.safetensors"))
+    return [{name: t.numpy().tobytes() for name, t in load_file(path).items()} for path in files]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, out, _ = ended(start(folder, ""))
+    assert code == 0, out
+    return folder / "runs" / "tiny"
+
+
+@pytest.mark.parametrize("place", ["start", "batch0", "scoring"])
+def test_a_signal_is_answered_whatever_the_run_is_doing(tmp_path, undisturbed, place):
+    code, out, _ = ended(start(tmp_path, f"term@{place}"))
+    run = tmp_path / "runs" / "tiny"
+    assert code == 75, out
+    assert "Traceback" not in out
+    assert "stopped on SIGTERM" in out
+    if place == "start":
+        assert not run.exists(), "there was nothing to save"
+        return
+    assert tiny.status(run)["exit_code"] == 75
+    code, out, _ = ended(start(tmp_path, ""))
+    assert code == 0, out
+    assert tickets(run) == tickets(undisturbed)
+
+
+def test_a_signal_to_one_of_two_ranks_ends_the_evaluation_of_both(tmp_path):
+    code, out, _ = ended(start(tmp_path, "term@batch0/1", 2))
+    status = tiny.status(tmp_path / "runs" / "tiny")
+    assert status["exit_code"] == 75, out
+    assert status["step"] == 3
+    assert code != 0
+    assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-00000003"))
+
+
+def test_a_lost_launcher_counts_as_a_signal(tmp_path):
+    process = start(tmp_path, "orphan@step2")
+    process.wait(60)
+    run, deadline = tmp_path / "runs" / "tiny", time.monotonic() + 30
+    while tiny.status(run)["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert tiny.status(run)["exit_code"] == 75
+    assert "the launcher is gone" in tiny.status(run)["reason"]
+
+
+@pytest.mark.parametrize("fault", ["die", "hang"])
+def test_a_rank_that_dies_or_hangs_ends_the_others(tmp_path, fault):
+    code, out, seconds = ended(start(tmp_path, f"{fault}@step4/1", 2))
+    status = tiny.status(tmp_path / "runs" / "tiny")
+    assert code != 0
+    assert seconds < 60, out
+    assert (status["state"], status["exit_code"]) == ("failed", 3), out
+    assert "another process of this job died or did not answer" in status["reason"]
+    if fault == "hang":
+        stacks = (tmp_path / "runs" / "tiny" / "logs" / "stacks-1.txt").read_text()
+        assert "strike" in stacks, "where it hangs"
+
+
+def test_an_error_of_one_rank_alone_is_told_and_ends_all(tmp_path):
+    code, out, seconds = ended(start(tmp_path, "memory@step4/1", 2))
+    status = tiny.status(tmp_path / "runs" / "tiny")
+    assert code != 0
+    assert seconds < 60
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    sentence = "out of memory with a global batch of 32 = 8 a device × 2 processes × 2 accumulated; "
+    assert f"error: {sentence}set train.batch_per_device=4: 32 = 4 a device × 2 processes × 4 accumulated" in out
+    assert status["reason"].startswith(sentence)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
+def test_sharded_weights_are_refused(tmp_path, monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, "true")
+    assert tiny.command("train", tiny.write_recipe(tmp_path)) == 2
+    assert "shards the weights" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_stacks_are_written_while_all_is_well(undisturbed):
+    assert (undisturbed / "logs" / "stacks-0.txt").read_text() == ""
+    assert json.loads((undisturbed / "status.json").read_text())["state"] == "finished"

@@ -1,0 +1,115 @@
+"""`vit-rsst evaluate`: everything that can be scored, on one process and on two, as table, JSON and CSV."""
+
+import csv
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+EXACT = ("top1", "top5", "loss", "ece", "calibration", "precision", "recall", "f1", "support", "confusion", "macro_f1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run over heads and neurons, with its exports beside it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    text = tiny.RECIPE.replace("final_sparsity: 0.9", "final_sparsity: 0.4").replace(
+        "pruning:\n", "pruning:\n  granularity: head+neuron\n"
+    )
+    assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
+    for target in ("slim", "timm", "transformers"):
+        assert tiny.command("export", folder / "runs" / "tiny", "--to", target, folder / target) == 0
+    return folder / "runs" / "tiny"
+
+
+def evaluated(output: Path, *argv: object) -> dict:
+    assert tiny.command("evaluate", *argv, "--json", output) == 0
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("target", ["slim", "timm", "transformers"])
+def test_an_export_has_the_scores_of_its_ticket(run, tmp_path, target):
+    expected = evaluated(tmp_path / "ticket.json", run)
+    folder = run.parent.parent / target
+    found = evaluated(tmp_path / "export.json", folder, *(() if target == "slim" else ("--source", "digits")))
+    assert found["confusion"] == expected["confusion"]
+    for name in ("top1", "top5", "loss", "ece", "macro_f1"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4)
+    assert found["density"] == pytest.approx(1.0 if target == "slim" else expected["density"])
+
+
+def test_any_ticket_and_any_split_can_be_scored(run, tmp_path):
+    first = run / "tickets" / "round_00.safetensors"
+    sizes = {split: evaluated(tmp_path / "s.json", first, "--split", split)["samples"] for split in ("train", "val")}
+    assert sizes == {"train": 1293, "val": 144}
+    assert evaluated(tmp_path / "s.json", first)["density"] == 1.0
+
+
+def test_scores_do_not_depend_on_the_batch(run, tmp_path):
+    one, two = (evaluated(tmp_path / "s.json", run, "--batch", batch) for batch in (7, 360))
+    assert one["confusion"] == two["confusion"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+def test_the_csv_has_a_row_for_each_class_and_the_means(run, tmp_path, capsys):
+    result = evaluated(tmp_path / "s.json", run, "--csv", tmp_path / "s.csv")
+    with open(tmp_path / "s.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == [*"0123456789", "macro mean", "weighted mean"]
+    assert [float(row["f1"]) for row in rows] == [*result["f1"], result["macro_f1"], result["weighted_f1"]]
+    assert [int(rows[3][f"taken for {c}"]) for c in "0123456789"] == result["confusion"][3]
+    told = capsys.readouterr().out
+    assert f"calibration error {100 * result['ece']:.2f}" in told
+    assert "images/s" in told
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (("timm",), 2, "name the data with --source and --data"),
+        (("timm", "--source", "digts"), 2, "Did you mean 'digits'?"),
+        (("vit_tiny", "--source", "digits"), 2, "is trained by a recipe first"),
+        (("slim", "--batch", "0"), 2, "--batch: 0 images were asked"),
+        (("no-such-model",), 5, "there is no such ticket"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_in_a_sentence(run, capsys, argv, code, message):
+    folder = run.parent.parent / argv[0]
+    assert tiny.command("evaluate", folder if folder.exists() else argv[0], *argv[1:]) == code
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_a_model_whose_weights_diverged_is_refused(run, tmp_path, capsys):
+    from vit_rsst import tickets
+
+    path = run / "tickets" / "round_00.safetensors"
+    ticket = tickets.load(path)
+    bad = {name: torch.full_like(t, float("nan")) if name == "head.bias" else t for name, t in ticket.state.items()}
+    tickets.save(tmp_path / "bad.safetensors", bad, ticket.mask, ticket.metadata)
+    assert tiny.command("evaluate", tmp_path / "bad.safetensors") == 5
+    assert "logits that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_two_processes_give_exactly_the_scores_of_one(run, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    command = ["-m", "vit_rsst.cli", "evaluate", run, "--batch", 50]  # 8 batches, the last one of 10
+    done = tiny.python(
+        *launcher, *command, "--json", tmp_path / "two.json", timeout=120, ACCELERATE_USE_CPU="true"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("macro mean") == 1, "rank 0 alone prints"
+    two = json.loads((tmp_path / "two.json").read_text())
+    one = evaluated(tmp_path / "one.json", run, "--batch", 50)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name in EXACT:
+        assert one[name] == two[name], name

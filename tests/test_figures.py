@@ -1,0 +1,187 @@
+"""Figures: drawn during and after a run without being asked, from any run folder, and never at the run's cost."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from vit_rsst import loop, results, tickets, train
+from vit_rsst.errors import InputError
+from vit_rsst.models import zoo
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.report import canvas, curves, history, pictures, watching
+
+DRAWN = tiny.RECIPE.replace("figures: false", "figures: true")
+UNITS = DRAWN.replace("pruning:\n", "pruning:\n  granularity: head+neuron\n").replace("0.9", "0.5")
+MODEL = {"confusion", "confused", "attention", "dense_beside_pruned"}
+TOLD = {"curves", "rate_and_penalty", "accuracy_by_density", "layers", "sizes"}
+
+
+def trained(folder: Path, text: str = DRAWN, *overrides: str) -> Path:
+    assert tiny.command("train", tiny.write_recipe(folder, text), *overrides) == 0
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("figures"), UNITS)
+
+
+def names(run: Path) -> set[str]:
+    return {path.stem for path in (run / "figures").glob("*.svg")}
+
+
+def test_a_run_leaves_its_figures_without_being_asked(run):
+    assert names(run) == MODEL | TOLD | {"units"}
+    assert not [event for event in tiny.events(run) if event["event"] == "warning"]
+    for path in (run / "figures").glob("*.svg"):
+        text = path.read_text(encoding="utf-8")
+        assert text.rstrip().endswith("</svg>"), path
+        assert canvas.GROUND in text, "it stands on white where nothing else gives a ground"
+        assert "http" not in re.sub(r'(xmlns\S*|rdf:\w+)="[^"]*"|<!DOCTYPE[^>]*>', "", text), path
+
+
+def test_figures_follow_a_round_while_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "SHARE", 1e9)
+    seen, finish = [], loop.score_tickets
+    monkeypatch.setattr(loop, "score_tickets", lambda s: (seen.append(names(s.folder.path)), finish(s)))
+    trained(tmp_path)
+    assert seen == [TOLD]
+
+
+def test_the_time_of_figures_is_limited_while_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "SHARE", 0.0)
+    seen, finish = [], loop.score_tickets
+    monkeypatch.setattr(loop, "score_tickets", lambda s: (seen.append(names(s.folder.path)), finish(s)))
+    assert names(trained(tmp_path)) == TOLD | MODEL
+    assert seen == [set()]
+
+
+def test_a_figure_that_fails_is_one_warning_and_no_failure(tmp_path, monkeypatch, capsys):
+    def broken(*_: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(watching, "SHARE", 1e9)
+    drawings = [dataclasses.replace(d, draw=broken) if d.name == "layers" else d for d in curves.DRAWINGS]
+    monkeypatch.setattr(curves, "DRAWINGS", drawings)
+    run = trained(tmp_path)
+    assert tiny.status(run)["state"] == "finished"
+    told = [event["text"] for event in tiny.events(run) if event["event"] == "warning"]
+    assert told == ["figures: layers could not be made (no ink)"]
+    assert capsys.readouterr().err.count("no ink") == 1
+    assert names(run) == TOLD - {"layers"} | MODEL
+
+
+def test_figures_change_nothing_of_a_run(tmp_path, run):
+    other = trained(tmp_path, UNITS, "tracking.figures=false")
+    assert not (other / "figures").exists()
+    for path in sorted((run / "tickets").glob("*.safetensors")):
+        with_figures, without = tickets.load(path), tickets.load(other / "tickets" / path.name)
+        assert with_figures.metadata == without.metadata
+        for name, tensor in with_figures.state.items():
+            assert torch.equal(tensor, without.state[name]), (path.name, name)
+
+
+def test_without_matplotlib_a_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watching, "is_possible", lambda: False)
+    run = trained(tmp_path)
+    assert not (run / "figures").exists()
+    assert "pip install 'vit_rsst[report]'" in capsys.readouterr().out
+
+
+def test_only_the_main_process_draws(tmp_path):
+    s = dataclasses.make_dataclass("S", ["accelerator"])(
+        dataclasses.make_dataclass("A", ["is_main_process"])(False)
+    )  # fmt: skip
+    recipe = dataclasses.make_dataclass("R", ["tracking"])(dataclasses.make_dataclass("T", ["figures"])(True))
+    assert train.make_watcher(s, recipe) is None
+
+
+def test_the_histogram_counts_living_weights_by_size():
+    weights = {"w": torch.tensor([[1.0, -0.1, 0.01], [1e-12, 0.0, 5.0]])}
+    mask = MaskSet({"w": torch.tensor([[True, True, True], [True, False, True]])})
+    condemned = MaskSet({"w": torch.tensor([[False, False, True], [True, False, False]])})
+    found = watching.histogram(weights, mask, condemned)
+    assert len(found["edges"]) == len(found["kept"]) + 1
+    placed = {
+        part: [edge for edge, n in zip(found["edges"], found[part], strict=False) if n]
+        for part in ("kept", "condemned")
+    }
+    assert placed == {"kept": [-1.0, 0.0, 0.625], "condemned": [-8.0, -2.0]}
+    assert "condemned" not in watching.histogram(weights, mask, None)
+
+
+def test_the_condemned_of_a_round_are_seen_to_shrink(run):
+    moments = [event for event in history.read(run).weights if event.get("condemned")]
+    assert len(moments) > 1
+    means = [
+        sum(n * e for n, e in zip(m["condemned"], m["edges"], strict=False)) / sum(m["condemned"]) for m in moments[:2]
+    ]
+    assert means[1] < means[0]
+
+
+def test_the_confusion_of_the_figures_is_that_of_evaluate(run, tmp_path):
+    assert tiny.command("evaluate", run, "--json", tmp_path / "e.json") == 0
+    expected = json.loads((tmp_path / "e.json").read_text())
+    found = history.read(run).scores
+    assert found["confusion"] == expected["confusion"]
+    assert found["ticket"] == "round_02.safetensors"
+
+
+def test_images_are_found_by_their_place_in_the_split(run):
+    exhibit = pictures.Exhibit.of(run, torch.device("cpu"))
+    positions = torch.tensor([3, 200, 7]).numpy()
+    picked = exhibit.pictures(positions)
+    assert torch.equal(picked.images, exhibit.data.test.images[positions])
+    one_by_one = dataclasses.replace(exhibit.data)
+    object.__setattr__(one_by_one, "samples", lambda split: one_by_one.rows[split])
+    again = dataclasses.replace(exhibit, data=one_by_one).pictures(positions)
+    assert torch.equal(again.images, picked.images)
+    assert again.labels.tolist() == picked.labels.tolist()
+
+
+def test_a_model_without_attention_has_no_maps(run):
+    exhibit = pictures.Exhibit.of(run, torch.device("cpu"))
+    resnet = dataclasses.replace(exhibit.trained, net=zoo.create("resnet20", {"num_classes": 10}).eval())
+    with canvas.drawing():
+        assert pictures.attended(exhibit) is not None
+        assert pictures.attended(dataclasses.replace(exhibit, trained=resnet)) is None
+        assert pictures.dense_beside_pruned(dataclasses.replace(exhibit, dense=resnet)) is None
+        assert pictures.dense_beside_pruned(dataclasses.replace(exhibit, dense=None)) is None
+
+
+def test_a_folder_with_half_a_line_is_still_told(run, tmp_path):
+    for name in ("recipe.yaml", "status.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"event": "epoch", "step": 99, "val/to')
+    told = history.read(tmp_path)
+    assert (len(told.epochs), told.rows, told.scores) == (6, [], {})
+    with canvas.drawing():
+        drawn = {drawing.name for drawing in curves.DRAWINGS if drawing.draw(told) is not None}
+    assert drawn == {"curves", "rate_and_penalty", "sizes"}
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="this is no run folder"):
+        history.read(tmp_path)
+
+
+def test_a_page_gives_a_figure_its_own_colours(run):
+    text = (run / "figures" / "curves.svg").read_text(encoding="utf-8")
+    part = canvas.inline(text, "a label")
+    assert part.startswith('<svg role="img" aria-label="a label" ')
+    assert canvas.INK not in part
+    assert canvas.GROUND not in part
+    assert "currentColor" in part
+
+
+def test_figures_of_a_real_run_come_at_every_number_of_rounds():
+    """The catalogue of drawings takes runs of one round, and rounds without a removal."""
+    row = results.RoundRow(0, 1.0, 1.0, 50.0, 90.0, 1.0, None, None, None, 1, 1.0, 1)
+    told = history.History(Path(), {}, {}, {}, [], [row], [{"layers": {}, "units": {}}])
+    assert [drawing.name for drawing in curves.DRAWINGS if drawing.draw(told) is not None] == []

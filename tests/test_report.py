@@ -1,0 +1,360 @@
+"""Reports: of runs in every state, with any name, on one page that loads nothing, and of several runs compared."""
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+from vit_rsst import recipe_file, strict_yaml
+from vit_rsst.report import canvas, compare, curves, document, history, story
+from vit_rsst.report.compare import Point, front, grouped, leader
+from vit_rsst.report.document import Bullets, Document, Section, Table
+
+STEPS = 10
+
+
+def make_run(
+    folder: Path,
+    name: str = "a run",
+    method: str = "rsst",
+    seed: int = 0,
+    top1: float = 80.0,
+    rounds: int = 3,
+    state: str = "finished",
+    density: float = 0.5,
+    **status: object,
+) -> Path:
+    """A run folder as a run leaves it, less its tensors: two epochs a round, numbers that a test can foresee."""
+    path = folder / name
+    (path / "tickets").mkdir(parents=True)
+    text = tiny.RECIPE.replace("name: rsst, remove_at: 0.8", f"name: {method}").replace(
+        "name: tiny", f"name: {json.dumps(name)}"
+    )
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    tree = recipe_file.load(folder / "recipe.yaml", [f"seed={seed}"]).tree()
+    (path / "recipe.yaml").write_text(strict_yaml.dump(tree), encoding="utf-8")
+    step = 2 * rounds * STEPS
+    found = {"state": state, "round": rounds - 1, "epoch": 2, "step": step, "exit_code": 0, "reason": "", **status}
+    (path / "status.json").write_text(json.dumps(found), encoding="utf-8")
+    events = []
+    for epoch in range(2 * rounds):
+        event = {"event": "epoch", "step": (epoch + 1) * STEPS, "round": epoch // 2, "epoch": epoch % 2 + 1}
+        event |= {"train/loss": 2.0 / (epoch + 1), "val/loss": 2.1 / (epoch + 1), "train/lr": 1e-3}
+        event |= {"train/top1": 70.0 + epoch, "val/top1": 69.0 + epoch, "prune/density": 1.0}
+        events.append(event)
+    lines = "".join(f"{json.dumps(event)}\n" for event in events)
+    (path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    for round in range(rounds):
+        part = density ** (round / max(rounds - 1, 1))
+        row = {"round": round, "density_asked": part, "density": part, "val_top1": top1 - 1 - round, "val_top5": 99.0}
+        row |= {"val_loss": 0.5, "test_top1": top1 - round, "test_loss": 0.6, "epochs": 2, "seconds": 60.0}
+        row |= {"what_if_gap": None if round == 0 else 0.5, "ticket_bytes": 1000 * (rounds - round)}
+        layers = {f"blocks.{i}.mlp.fc1.weight": {"elements": 10, "alive": 5, "density": part} for i in range(2)}
+        report = {"row": row, "pruning": {"layers": layers, "units": {}}}
+        (path / "tickets" / f"round_{round:02d}.json").write_text(json.dumps(report), encoding="utf-8")
+    return path
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see of a page."""
+
+    VOID = ("meta", "br", "img", "link", "input")
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open, self.tags, self.links, self.text = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == [], "every element is closed"
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("href", "src", "xlink:href", "srcset", "data", "action"):
+                self.links.append(value)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def told(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def page(*argv: object) -> Page:
+    assert tiny.command("report", *argv, "--no-latency") == 0
+    out = Path(argv[argv.index("--out") + 1]) if "--out" in argv else Path(argv[0])
+    found = Page(out / "report.html")
+    assert all(link.startswith(("#", "data:image/")) for link in found.links)
+    assert not {"script", "link", "iframe", "object", "base"} & set(found.tags)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A real run, with figures, that wrote its report itself."""
+    folder = tmp_path_factory.mktemp("reported")
+    text = tiny.RECIPE.replace("figures: false", "figures: true")
+    assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
+    return folder / "runs" / "tiny"
+
+
+def test_a_run_writes_its_report_itself(run):
+    told = Page(run / "report.html").told
+    row = history.read(run).rows[-1]
+    assert f"scores {row.test_top1:.2f} % on test images" in told
+    assert (run / "report.md").read_text().startswith("# tiny (finished)\n")
+
+
+def test_the_report_of_a_run_has_every_part(run, capsys):
+    assert tiny.command("report", run, "--out", run.parent / "again") == 0
+    found = Page(run.parent / "again" / "report.html")
+    for title in ("Question", "What the numbers say", "Rounds", "Figures", "Classes", "Complexity", "Recipe",
+                  "Data and environment", "How to reproduce"):  # fmt: skip
+        assert title in found.told
+    for text in ("Confusion matrix", "Where it looks", "ms at batch 1", "scikit-learn digits", "vit-rsst evaluate"):
+        assert text in found.told, text
+    assert found.tags.count("svg") == 9
+    assert capsys.readouterr().out.splitlines()[-1].endswith("report.md")
+
+
+def test_the_markdown_names_figures_that_are_there(run):
+    text = (run / "report.md").read_text(encoding="utf-8")
+    links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(links) == 9
+    assert all((run / link).is_file() for link in links)
+    assert "| round | density |" in text
+    assert re.search(r"^\| 0 \| 1\.0000 \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"state": "running"}, "The run was last heard of at round 2, epoch 2, step 60"),
+        ({"state": "stopped", "exit_code": 75}, "The run stopped cleanly at round 2"),
+        (
+            {"state": "failed", "exit_code": 4, "reason": "the loss is <not> finite"},
+            "The run failed at round 2, epoch 2, step 60: the loss is <not> finite",
+        ),
+    ],
+)
+def test_a_run_in_another_state_is_reported_as_far_as_it_went(tmp_path, changes, expected):
+    assert expected in page(make_run(tmp_path, **changes)).told
+
+
+def test_a_run_that_has_just_begun_is_reported(tmp_path):
+    path = make_run(tmp_path, state="running", rounds=1)
+    (path / "metrics.jsonl").write_text("")
+    (path / "tickets" / "round_00.json").unlink()
+    assert "No epoch has ended yet" in page(path).told
+    (path / "recipe.yaml").unlink()
+    assert "a run" in page(path).told
+
+
+@pytest.mark.parametrize("name", ["two words", "剪枝 实验", "<script>alert(1)</script>", "a&b|c`d*e_f#g\"'", "x" * 150])
+def test_any_name_is_shown_as_it_is(tmp_path, name):
+    name = name.replace("/", "∕")  # no folder has it in its name
+    path = make_run(tmp_path, name)
+    found = page(path)
+    assert name in found.told
+    assert found.tags.count("script") == 0
+    text = (path / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text.split("## Recipe")[0]
+
+
+def test_text_that_looks_like_html_stays_text(tmp_path):
+    path = make_run(tmp_path)
+    evil = "<img src=http://x onerror=alert(1)>"
+    with open(path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": "warning", "step": 3, "text": evil}) + "\n")
+    scores = {"classes": [evil, "b|c"], "confusion": [[3, 2], [0, 1]], "ticket": evil}
+    (path / "figures").mkdir()
+    (path / "figures" / history.SCORES).write_text(json.dumps(scores))
+    found = page(path)
+    assert found.told.count(evil) >= 3
+    text = (path / "report.md").read_text(encoding="utf-8")
+    assert "<img" not in text
+    assert r"| b\|c |" in text
+
+
+def test_a_figure_that_is_more_than_a_drawing_is_shut_into_an_image(tmp_path):
+    path = make_run(tmp_path)
+    (path / "figures").mkdir()
+    evils = [
+        "<svg><script>alert(1)</script></svg>",
+        '<svg onload="alert(1)"></svg>',
+        '<svg><image xlink:href="http://x/y.png"/></svg>',
+        '<svg><style>@import "http://x"</style></svg>',
+        "<svg><foreignObject><iframe src='http://x'/></foreignObject></svg>",
+    ]
+    for evil in evils:
+        (path / "figures" / "confusion.svg").write_text(evil)
+        found = page(path)
+        assert found.tags.count("img") == 1, evil
+        assert not canvas.is_plain(evil)
+
+
+def test_every_figure_of_a_real_run_is_a_plain_drawing(run):
+    drawings = list((run / "figures").glob("*.svg"))
+    assert len(drawings) == 9
+    assert all(canvas.is_plain(path.read_text(encoding="utf-8")) for path in drawings)
+
+
+def test_a_figure_that_fails_leaves_the_rest_of_the_report(tmp_path, monkeypatch):
+    def broken(told: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(curves, "DRAWINGS", [curves.Drawing("broken", "t", "c", broken), *curves.DRAWINGS])
+    told, failed = history.read(make_run(tmp_path)), []
+
+    def guard(name: str, call: object) -> object:
+        try:
+            return call()
+        except RuntimeError:
+            failed.append(name)
+            return None
+
+    assert {image.name for image in story.images(told, guard)} == {"curves", "rate_and_penalty", "accuracy_by_density",
+                                                                 "layers"}  # fmt: skip
+    assert failed == ["broken"]
+
+
+def test_what_is_no_run_or_named_twice_is_refused(tmp_path, capsys):
+    path = make_run(tmp_path)
+    for argv, message in (
+        ([tmp_path / "nothing"], "this is no run folder"),
+        ([path, path], "named twice"),
+        ([path, "--out", path / "recipe.yaml"], "is a file; name a folder"),
+    ):
+        assert tiny.command("report", *argv) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_pages_are_made_for_phones_paper_and_the_dark(run):
+    text = (run / "report.html").read_text(encoding="utf-8")
+    for needed in ("width=device-width", "prefers-color-scheme: dark", "@media print", "overflow-x: auto"):
+        assert needed in text
+    assert canvas.INK not in text.split("</style>", 1)[1]
+
+
+# -- sentences
+
+
+def said(path: Path) -> str:
+    return "\n".join(story.findings(history.read(path), {}))
+
+
+def test_the_sentences_are_those_of_the_numbers(tmp_path):
+    told = said(make_run(tmp_path, top1=80.0, rounds=3, density=0.25))
+    assert "holds 25.0% of the prunable weights and scores 78.00 % on test images, 2.00 points below" in told
+    assert "best ticket is that of round 0, of density 1.00: 79.00 % there, 80.00 % on the test split" in told
+    assert "cost 1.00 points of validation top-1 in sum over 2 rounds; the dearest was +0.50 in round 2" in told
+    assert "takes 1000 B, 0.33 of the one of round 0" in told
+
+
+def test_the_standard_error_is_that_of_a_share(tmp_path):
+    path = make_run(tmp_path, top1=52.0)
+    (path / "figures").mkdir()
+    scores = {"classes": ["a", "b"], "confusion": [[50, 0], [49, 1]], "ticket": "t"}
+    (path / "figures" / history.SCORES).write_text(json.dumps(scores))
+    assert "On 100 test images one standard error is 5.00 points" in said(path)  # √(50 · 50 / 100)
+    assert "Most often b is taken for a: 49 of 50 images" in said(path)
+
+
+# -- comparisons
+
+
+@pytest.fixture
+def many(tmp_path) -> list[Path]:
+    """Two experiments of three seeds, and a third that had half the budget."""
+    paths = [make_run(tmp_path, f"exp-imp-s{i}", "imp", i, 80.0 + 0.1 * i) for i in range(3)]
+    paths += [make_run(tmp_path, f"exp-rsst-s{i}", "rsst", i, 85.0 + 0.1 * i) for i in range(3)]
+    return [*paths, make_run(tmp_path, "exp-half", "rst", rounds=2, density=0.9, state="running", step=30)]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_experiment(many):
+    groups = grouped([history.read(path) for path in many])
+    assert [(group.label, len(group.runs)) for group in groups] == [("imp", 3), ("rsst", 3), ("half", 1)]
+    assert groups[0].mean == pytest.approx(78.1)
+    assert groups[0].spread == pytest.approx(0.1)
+    assert groups[2].spread is None
+    assert groups[0].images == 60 * 32
+
+
+def test_a_comparison_says_what_may_be_concluded(many, tmp_path):
+    told = page(*many, "--out", tmp_path / "out").told
+    assert "7 runs compared" in told
+    assert "At density 0.50 rsst leads with 83.10 %, 5.00 points above imp, on 3 seeds: more than noise" in told
+    assert "half (0.50) had only that share of the largest, 1,920 images" in told
+    assert "≠ 0.50" in told
+    assert "Not all runs are finished: exp-half (running)" in told
+    assert "The last tickets differ in density (0.90, 0.50)" in told
+    assert "imp: the removals cost 1.00 points in sum over 2 rounds" in told
+    assert "pruning.method.name" in told
+    assert (tmp_path / "out" / "report.md").is_file()
+    assert Page(tmp_path / "out" / "report.html").tags.count("svg") == 2
+
+
+def test_a_small_lead_of_one_seed_is_a_tie(tmp_path):
+    paths = [make_run(tmp_path, "a", "imp", top1=80.0), make_run(tmp_path, "b", "rsst", top1=80.9)]
+    [sentence] = leader(sorted(grouped([history.read(path) for path in paths]), key=lambda g: -g.mean))
+    assert "b leads" in sentence
+    assert "on one seed: within noise (1.00 points): a tie so far" in sentence
+
+
+def test_the_front_is_what_no_other_beats():
+    points = [
+        Point(0.5, 80, 0),
+        Point(1.0, 80, 0),
+        Point(0.1, 70, 1),
+        Point(0.2, 70, 0),
+        Point(0.1, 60, 1),
+        Point(2, 81, 2),
+    ]
+    assert [(p.x, p.y) for p in front(points)] == [(0.1, 70), (0.5, 80), (2, 81)]
+    assert front([]) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["cifar-imp", "cifar-rsst"], ["imp", "rsst"]),
+        (["cifar", "cifar-rsst"], ["cifar", "cifar-rsst"]),
+        (["a", "a"], ["a (1)", "a (2)"]),
+        (["剪枝 甲", "剪枝 乙"], ["甲", "乙"]),
+    ],
+)
+def test_labels_leave_out_what_all_begin_with(labels, expected):
+    assert compare.shortened(labels) == expected
+
+
+# -- the two forms
+
+
+def test_both_forms_hold_the_same_blocks():
+    nasty = "a<b> & `c` | *d*"
+    told = Document("t", "", "l", [Section("S", [Bullets([nasty]), Table(("h", "k"), [(nasty, "1")], "n")])])
+    found = html.unescape(re.sub(r"<[^>]*>", "", document.as_html(told)))
+    assert found.count(nasty) == 2
+    text = document.as_markdown(told)
+    assert r"- a&lt;b&gt; &amp; \`c\` \| \*d\*" in text
+    assert r"| a&lt;b&gt; &amp; \`c\` \| \*d\* | 1 |" in text
+    assert "| --- | ---: |" in text
+
+
+def test_code_with_backticks_is_fenced_by_more():
+    told = Document("t", "", "l", [Section("S", [document.Code("```\ncode")])])
+    assert "````\n```\ncode\n````" in document.as_markdown(told)

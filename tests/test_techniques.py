@@ -1,0 +1,94 @@
+"""What training can do beside the plain step, in whole runs: with pruning, bf16 and accumulated micro-batches."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vit_rsst.models import zoo
+from vit_rsst.models.complexity import activation_bytes
+
+ARGS = tiny.MODEL_ARGS | {"depth": 2}
+RECIPE = tiny.RECIPE.replace(json.dumps(tiny.MODEL_ARGS), json.dumps(ARGS))
+ACCUMULATED = ("train.batch_per_device=16", "train.precision=bf16")
+TOGETHER = ("optim.layer_decay=0.5", "train.grad_checkpointing=true")
+UNITS = ("pruning.granularity=head+neuron", "pruning.schedule.final_sparsity=0.4")
+DROPS = ("model.args.drop_rate=0.1", "model.args.drop_path_rate=0.2", "model.args.proj_drop_rate=0.1")
+
+
+def losses(tmp_path, name: str, *overrides: str) -> list[float]:
+    """Training loss of every step of a run of its own."""
+    recipe = tiny.write_recipe(tmp_path, RECIPE)
+    assert tiny.command("train", recipe, f"name={name}", *overrides) == 0
+    return [event["train/loss"] for event in tiny.events(tmp_path / "runs" / name) if event["event"] == "step"]
+
+
+@pytest.mark.parametrize("pruning", [(), (*UNITS, "pruning.criterion=saliency", "pruning.calibration_images=32")])
+def test_checkpointed_gradients_change_no_number_of_a_run(pruning, tmp_path):
+    for precision in ("no", "bf16"):
+        common = (*pruning, *DROPS, "train.batch_per_device=16", f"train.precision={precision}")
+        plain = losses(tmp_path, f"plain-{precision}", *common)
+        assert losses(tmp_path, f"again-{precision}", *common, "train.grad_checkpointing=true") == plain
+
+
+def test_layer_decay_and_checkpoints_join_pruning_bf16_and_accumulation(tmp_path):
+    found = losses(tmp_path, "all", *ACCUMULATED, *TOGETHER, *DROPS, *UNITS)
+    assert len(found) == 18
+    assert all(loss == loss and loss < 10 for loss in found)
+    run = tmp_path / "runs" / "all"
+    rates = [event["train/lr"] for event in tiny.events(run) if event["event"] == "epoch"]
+    assert max(rates) > 1e-4  # of the last layer, as the recipe has it
+    last = max(run.glob("tickets/*.safetensors"))
+    assert tiny.command("evaluate", last) == 0
+
+
+def test_weights_of_early_layers_move_less_under_layer_decay(tmp_path):
+    def moved(*overrides: str) -> dict[str, float]:
+        name = "-".join(["m", *overrides]).replace("=", "_")
+        options = ("pruning.method.name=dense", "optim.weight_decay=0", "train.epochs=1", *overrides)
+        text = RECIPE.replace("  method: {name: rsst, remove_at: 0.8}", "  method: {name: dense}")
+        recipe = tiny.write_recipe(tmp_path, text.replace("{rounds: 2, final_sparsity: 0.9}", "{rounds: 1}"))
+        assert tiny.command("train", recipe, f"name={name}", *options[1:]) == 0
+        start = weights_at_start()
+        end = load_file(tmp_path / "runs" / name / "tickets" / "round_00.safetensors")
+        return {n: float((end[n] - start[n]).abs().mean()) for n in ("patch_embed.proj.bias", "head.bias")}
+
+    def weights_at_start() -> dict[str, Tensor]:
+        from vit_rsst.seeds import derived_seed
+
+        torch.manual_seed(derived_seed(0, "model"))
+        return zoo.create(*zoo.describe("vit_tiny", ARGS, 10)).state_dict()
+
+    plain, decayed = moved(), moved("optim.layer_decay=0.1")
+    assert decayed["patch_embed.proj.bias"] < 0.01 * plain["patch_embed.proj.bias"]
+    assert decayed["head.bias"] > 0.3 * plain["head.bias"]
+
+
+@pytest.mark.parametrize("name", ["vit_small", "dynamic_vit", "lightweight_vit", "vit_t16"])
+def test_checkpointed_gradients_keep_a_fraction_of_the_activations(name):
+    net = zoo.create(*zoo.describe(name, {}, 10), device="meta").train()
+    size = net.patch_embed.img_size[0]
+    before = activation_bytes(net, size, 8)
+    zoo.checkpoint_gradients_(net)
+    assert activation_bytes(net, size, 8) < 0.25 * before
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.name=resnet20", "model.args={}", "train.grad_checkpointing=true"), "train.grad_checkpointing"),
+        (("model.name=hf:vit", "model.args={image_size: 32}", "optim.layer_decay=0.5"), "optim.layer_decay"),
+        (
+            ("optim.name=sgd", "optim.layer_decay=0.5", "pruning.method.penalty.coupling=gradient"),
+            "which optim.layer_decay makes another in each layer",
+        ),
+    ],
+)
+def test_a_technique_that_a_model_cannot_have_is_refused(overrides, message, flags, tmp_path, capsys):
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *overrides, *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

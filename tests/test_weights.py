@@ -1,0 +1,302 @@
+"""Weights from elsewhere: what is asked for is loaded and named, or the run ends; never a random start in silence."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from unittest import mock
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+import timm
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+
+from vit_rsst.errors import Damaged, EnvironmentLacks, InputError
+from vit_rsst.models import weights, zoo
+from vit_rsst.models.anatomy import prunable_weights
+from vit_rsst.models.catalog import CATALOG
+
+DEPTH = {"depth": 2}
+
+
+def build(name: str, pretrained: bool | str, num_classes: int = 10, **args: object) -> nn.Module:
+    return zoo.create(*zoo.describe(name, args, num_classes), pretrained=pretrained)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What timm saves of a vit_small_patch16_224 of two blocks and 1,000 classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("timm") / "folder"
+    timm.models.save_for_hf(timm.create_model("vit_small_patch16_224", **DEPTH), path, safe_serialization=True)
+    (path / "pytorch_model.bin").unlink(missing_ok=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def state(folder) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+# -- what is loaded
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_blocks_are_kept_bit_for_bit_and_embeddings_resampled_as_timm_does(what, folder, state):
+    net = build("vit_small", str(folder if what == "folder" else folder / "model.safetensors"), **DEPTH)
+    own = net.state_dict()
+    blocks = [name for name in own if name.startswith(("blocks.", "norm.", "cls_token"))]
+    assert len(blocks) == 2 * 12 + 3
+    assert all(torch.equal(own[name], state[name]) for name in blocks)
+    positions = resample_abs_pos_embed(state["pos_embed"], [8, 8], [14, 14], num_prefix_tokens=1)
+    assert torch.equal(own["pos_embed"], positions)
+    assert torch.equal(own["patch_embed.proj.weight"], resample_patch_embed(state["patch_embed.proj.weight"], [4, 4]))
+    assert own["head.weight"].shape == (10, 384)
+
+
+def test_what_was_loaded_resampled_and_left_out_is_named_with_the_hash_of_the_file(folder):
+    net = build("vit_small", str(folder), **DEPTH)
+    assert net.loaded.resampled == ("patch_embed.proj.weight", "pos_embed")
+    assert net.loaded.new == net.loaded.left_out == ("head.bias", "head.weight")
+    assert net.loaded.num_tensors == len(net.state_dict()) - 2
+    assert net.loaded.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert "resampled: patch_embed.proj, pos_embed; new and random: head; left out: head" in net.loaded.text()
+
+
+def test_of_equal_classes_the_classifier_is_kept(folder, state):
+    net = build("vit_small_patch16_224", str(folder), num_classes=1000, **DEPTH)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert (net.loaded.resampled, net.loaded.new, net.loaded.left_out) == ((), (), ())
+
+
+def test_a_model_with_its_own_decisions_starts_from_a_plain_one_and_says_what_is_random(tmp_path):
+    args = {"depth": 3, "embed_dim": 24, "num_heads": 3}
+    plain = build("vit_tiny", False, **args, mlp_ratio=4.0)
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    net = build("dynamic_vit", str(tmp_path / "plain.safetensors"), **args, stages=[1])
+    assert {name.split(".")[0] for name in net.loaded.new} == {"predictors"}
+    assert torch.equal(net.head.weight, plain.head.weight)
+    save_file(net.state_dict(), tmp_path / "own.safetensors")
+    again = build("dynamic_vit", str(tmp_path / "own.safetensors"), num_classes=7, **args, stages=[1])
+    assert set(again.loaded.new) == {"head.weight", "head.bias"}
+    assert torch.equal(again.predictors[0].decide[0].weight, net.predictors[0].decide[0].weight)
+
+
+def test_a_folder_of_transformers_is_loaded_under_its_published_names(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    shape = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    theirs = ViTForImageClassification(ViTConfig(**shape, intermediate_size=48, num_labels=7))
+    theirs.save_pretrained(tmp_path / "vit")
+    name = f"hf:{tmp_path / 'vit'}"
+    for place in (True, str(tmp_path / "vit"), str(tmp_path / "vit" / "model.safetensors")):
+        net = build(name, place)
+        expected = theirs.state_dict()
+        assert all(torch.equal(t, expected[n]) for n, t in net.state_dict().items() if n.startswith("vit."))
+        assert net.loaded.new == ("classifier.bias", "classifier.weight")
+    with pytest.raises(Damaged, match=r"does not fit this vit in 16 places \(no vit\.layers\.2"):
+        build(name, str(tmp_path / "vit"), num_hidden_layers=3)
+
+
+def test_published_weights_come_from_the_hub_by_the_models_name_or_a_tag(folder):
+    with mock.patch("vit_rsst.models.weights.hf_hub_download", return_value=str(folder / "model.safetensors")) as fetch:
+        for asked, tag in ((True, "augreg_in21k_ft_in1k"), ("dino", "dino"), ("vit_small_patch16_224.dino", "dino")):
+            net = build("vit_small", asked, **DEPTH)
+            assert fetch.call_args.args == (f"timm/vit_small_patch16_224.{tag}", "model.safetensors")
+            assert len(net.loaded.resampled) == 2
+
+
+@pytest.mark.parametrize("args", [{"embed_dim": 192}, {"mlp_ratio": 2.0}, {"depth": 3}, {"depth": 1}])
+def test_published_weights_of_another_shape_are_refused_in_one_sentence(folder, args):
+    with (
+        mock.patch("vit_rsst.models.weights.hf_hub_download", return_value=str(folder / "model.safetensors")),
+        pytest.raises(InputError, match=r"does not fit.*leave its width, depth and heads out of model\.args") as caught,
+    ):
+        build("vit_small", True, **(DEPTH | args))
+    assert "\n" not in str(caught.value)
+
+
+# -- what is refused
+
+
+def broken(tmp_path: Path, folder: Path) -> dict[str, tuple[Path, type[Exception], str]]:
+    """Kind of file → the path, what is raised, what it says."""
+    original = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(original[: len(original) // 2])
+    (tmp_path / "text.safetensors").write_text("these are no weights")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    for name in ("model.bin", "model.pth", "model.pkl", "model.pt"):
+        (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch unpickled'\ntR.")
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles" / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "nothing").mkdir()
+    unreadable, pickle = "not a readable safetensors file", "is a pickle.*safetensors.torch.save_file"
+    return {
+        "truncated": (tmp_path / "short.safetensors", Damaged, unreadable),
+        "no safetensors": (tmp_path / "text.safetensors", Damaged, unreadable),
+        "empty": (tmp_path / "empty.safetensors", Damaged, unreadable),
+        "foreign": (tmp_path / "foreign.safetensors", Damaged, "does not fit this vit_small_patch16_224 in"),
+        "missing": (tmp_path / "missing.safetensors", EnvironmentLacks, "there is no file"),
+        "empty folder": (tmp_path / "nothing", EnvironmentLacks, "there is no file"),
+        "folder of pickles": (tmp_path / "pickles", Damaged, pickle),
+        **{name: (tmp_path / name, Damaged, pickle) for name in ("model.bin", "model.pth", "model.pkl", "model.pt")},
+    }
+
+
+def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind, (path, error, message) in broken(tmp_path, folder).items():
+        with pytest.raises(error, match=rf"model\.pretrained: .*{message}") as caught:
+            build("vit_small", str(path), **DEPTH)
+        assert "\n" not in str(caught.value), kind
+        assert str(path) in str(caught.value), kind
+    assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("args", [{"embed_dim": 192}, {"depth": 3}, {"depth": 1}, {"num_heads": 12}])
+def test_a_folder_of_another_shape_is_refused_even_where_only_its_heads_differ(folder, args):
+    with pytest.raises(Damaged, match=r"does not fit this vit_small_patch16_224 in \d+ places \(") as caught:
+        build("vit_small", str(folder), **(DEPTH | args))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_ticket_is_sent_to_start_from(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "t.safetensors", metadata={"format": "vit_rsst.ticket/1"})
+    with pytest.raises(Damaged, match=r"is a ticket; name it in model\.start_from"):
+        build("vit_small", str(tmp_path / "t.safetensors"))
+
+
+def test_weights_that_are_neither_in_the_cache_nor_to_be_had_are_an_error(offline):
+    for asked in (True, "dino"):
+        with pytest.raises(EnvironmentLacks, match=r"model\.pretrained.*not in the cache.*model\.pretrained=false"):
+            build("vit_small", asked)
+    with pytest.raises(EnvironmentLacks, match=r"model\.name: config\.json of 'google/vit-base-patch16-224'"):
+        build("hf:google/vit-base-patch16-224", True)
+
+
+def test_a_hub_that_does_not_answer_is_given_up_within_seconds(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://localhost:1")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    start = time.monotonic()
+    with pytest.raises(EnvironmentLacks, match="cannot be had from the Hub"):
+        build("vit_small", True)
+    assert time.monotonic() - start < 5
+
+
+def test_a_tag_that_timm_does_not_know_names_those_that_it_knows():
+    with pytest.raises(InputError, match=r"no weights for 'vit_small_patch16_224\.no_such'; its tags are.*dino"):
+        build("vit_small", "no_such")
+    with pytest.raises(InputError, match=r"tags are timm's"):
+        build("hf:vit", "dino")
+    with pytest.raises(InputError, match=r"names a type, which has no weights"):
+        build("hf:vit", True)
+
+
+def test_every_timm_model_without_weights_is_refused():
+    without = [name for name in timm.list_models() if not timm.is_model_pretrained(name)]
+    assert len(without) > 20
+    for name in without:
+        with (
+            mock.patch.object(timm, "create_model", side_effect=AssertionError("built")),
+            pytest.raises(InputError, match=r"model\.pretrained: timm has no weights"),
+        ):
+            zoo.create(name, {}, pretrained=True)
+
+
+def test_the_catalogue_says_truly_whether_weights_exist():
+    for name, model in CATALOG.items():
+        assert not model.has_weights or timm.is_model_pretrained(model.architecture), name
+        if not model.has_weights:
+            with pytest.raises(ValueError, match="no published weights"):
+                timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (True, False), (False, False), ("augreg_in21k", False), ("vit_small_patch16_224.dino", False),
+        ("folder/x", True), ("./x", True), ("~/x", True), ("x.safetensors", True), ("x.pth", True),
+    ],
+)  # fmt: skip
+def test_a_path_is_told_from_a_tag(source, expected):
+    assert weights.is_path(source) == expected
+
+
+# -- in a run
+
+
+def recipe(tmp_path: Path, pretrained: object) -> Path:
+    fields = {**tiny.MODEL_ARGS, "mlp_ratio": 2.0}
+    text = tiny.RECIPE.replace(json.dumps(tiny.MODEL_ARGS), f"{json.dumps(fields)}, pretrained: {pretrained}")
+    return tiny.write_recipe(tmp_path, text)
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A file of weights for the tiny recipe's model, with other images, patches and classes."""
+    args = {**tiny.MODEL_ARGS, "mlp_ratio": 2.0, "img_size": 64, "patch_size": 16}
+    path = tmp_path / "small.safetensors"
+    save_file(build("vit_tiny", False, 5, **args).state_dict(), path)
+    return path
+
+
+def test_a_run_says_and_records_what_it_began_with(small, tmp_path, capsys):
+    path = recipe(tmp_path, small)
+    assert tiny.command("train", path, "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert tiny.command("train", path) == 0
+    out = capsys.readouterr().out
+    sha256 = hashlib.sha256(small.read_bytes()).hexdigest()
+    for text in (plan, out):
+        assert f"tensors of {small} (sha256 {sha256[:16]}); resampled: patch_embed.proj; new and random: head" in text
+    run = tmp_path / "runs" / "tiny"
+    recorded = json.loads((run / "environment.json").read_text())["weights"]
+    assert (recorded["sha256"], recorded["new"]) == (sha256, ["head.bias", "head.weight"])
+    from vit_rsst import tickets
+
+    assert tickets.load(run / "tickets" / "round_00.safetensors").metadata["pretrained"] == sha256
+
+
+@pytest.mark.parametrize(("kind", "code"), [("truncated", 5), ("foreign", 5), ("missing", 3), ("model.pth", 5)])
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_the_command_ends_with_one_sentence_and_nothing_written(kind, code, flags, tmp_path, folder, capsys):
+    path, _, _ = broken(tmp_path, folder)[kind]
+    assert tiny.command("train", recipe(tmp_path, path), *flags) == code
+    said = capsys.readouterr().err.strip()
+    assert "model.pretrained" in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_ends_with_3_when_weights_cannot_be_fetched(offline, tmp_path, capsys):
+    path = tiny.write_recipe(tmp_path, "name: tiny\nmodel: {name: vit_small, pretrained: true}\n")
+    assert tiny.command("train", path) == 3
+    assert "model.pretrained" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_of_the_loading_stays_behind(folder):
+    before = nn.Module.load_state_dict
+    for path in (folder, folder / "missing.safetensors"):
+        try:
+            build("vit_small", str(path), **DEPTH)
+        except EnvironmentLacks:
+            assert not os.path.exists(path)
+    assert nn.Module.load_state_dict is before
+    assert prunable_weights(build("vit_small", str(folder), **DEPTH))

@@ -1,0 +1,1 @@
+"""The checklist before a long run: what would go wrong, found in minutes."""

@@ -1,0 +1,79 @@
+"""The checklist in its order, its verdicts as lines, and the picture of the range test."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from vit_rsst.checks import costs, inputs, learning, removal
+from vit_rsst.checks.bench import Bench, Verdict
+from vit_rsst.errors import CheckFailed
+from vit_rsst.report import canvas
+
+CHECKS: tuple[Callable[[Bench], Verdict], ...] = (
+    inputs.classes,
+    inputs.labels,
+    inputs.normalisation,
+    learning.shapes,
+    learning.first_loss,
+    learning.gradients,
+    costs.memory,
+    costs.speed,
+    learning.over_fit,
+    learning.learning_rate,
+    removal.removal,
+    costs.hours,
+)
+
+DEPEND_ON_SHAPES = CHECKS[CHECKS.index(learning.shapes) + 1 :]
+"""Without logits of the right shape none of these can run."""
+
+
+def check(bench: Bench) -> Iterator[Verdict]:
+    """Runs all checks, one verdict after the other."""
+    fits = True
+    for one in CHECKS:
+        if one in DEPEND_ON_SHAPES and not fits:
+            yield Verdict(one.__name__.replace("_", " "), "skipped", "the shapes do not fit")
+            continue
+        verdict = one(bench)
+        fits = fits and not (one is learning.shapes and verdict.state == "failed")
+        yield verdict
+
+
+def line(verdict: Verdict) -> str:
+    """State, name and text; the advice below."""
+    text = f"{verdict.state:8} {verdict.name:14} {verdict.text}"
+    return f"{text}\n{'':8} {'':14} try: {verdict.advice}" if verdict.advice else text
+
+
+def conclude(verdicts: Sequence[Verdict]) -> str:
+    """The last line.
+
+    Raises:
+        CheckFailed: a check failed.
+    """
+    failed = [verdict.name for verdict in verdicts if verdict.state == "failed"]
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(verdicts)} checks failed: {', '.join(failed)}.")
+    warned = sum(verdict.state == "warning" for verdict in verdicts)
+    return f"no check failed; {warned} warning(s)"
+
+
+def draw_range_test(verdicts: Sequence[Verdict], lr: float, path: Path) -> bool:
+    """The loss over the learning rate with the recipe's own; whether there was one to draw."""
+    found = next((v.details for v in verdicts if v.name == "learning rate" and v.details.get("rates")), None)
+    if found is None:
+        return False
+    with canvas.drawing():
+        figure = canvas.figure()
+        axes = figure.subplots()
+        axes.plot(found["rates"], found["losses"], color=canvas.BLUE)
+        marks = (("lowest_at", "lowest", canvas.GREEN), ("diverges_at", "back at the start", canvas.RED))
+        for key, label, color in marks:
+            axes.axvline(found[key], color=color, linewidth=1, linestyle="--", label=f"{label}, {found[key]:.1e}")
+        axes.axvline(lr, color=canvas.ORANGE, linewidth=1.6, label=f"the recipe's, {lr:g}")
+        top = 1.6 * max(found["losses"][: max(len(found["losses"]) // 2, 1)])
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(None, top if math.isfinite(top) else None))
+        axes.legend(loc="lower left")
+        canvas.save(figure, path)
+    return True

@@ -1,0 +1,82 @@
+"""Checks of what a run costs: memory, speed of the loader against that of the model, hours of the whole recipe."""
+
+import time
+
+import psutil
+import torch
+
+from vit_rsst import optim
+from vit_rsst.checks.bench import Bench, Verdict, timed
+from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.progress import Progress
+from vit_rsst.results import duration, size
+
+
+def memory(bench: Bench) -> Verdict:
+    """Weights, gradients, moments, masks and what the backward pass keeps fit what is free."""
+    recipe, net = bench.recipe, bench.make_net()
+    moments = 2 if recipe.optim.name != "sgd" else 1 if recipe.optim.momentum else 0
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    images = bench.dealing.batch_per_device
+    activations = activation_bytes(net, bench.data.options.size, images)
+    if recipe.train.precision == "bf16":
+        activations //= 2
+    needed = parameters * (4 * (2 + moments) + 2) + activations
+    free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else psutil.virtual_memory().available
+    text = f"about {size(needed)} for {images} images a device, {size(free)} free"
+    details = {"needed": needed, "free": free}
+    if needed > free:
+        return Verdict(
+            "memory", "failed", text, f"set train.batch_per_device below {images}, or train.precision=bf16", details
+        )
+    return Verdict("memory", "warning" if needed > 0.9 * free else "ok", text, details=details)
+
+
+def speed(bench: Bench) -> Verdict:
+    """Images a second of the loader alone and of training steps alone."""
+    net = bench.make_net().train()
+    optimizer = bench.optimizer(net)
+    images = len(bench.batch[1])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        bench.loss(net, bench.batch).backward()
+        optim.set_lr_(optimizer, 1e-6)
+        optimizer.step()
+
+    step()
+    seconds = sorted(timed(step, bench.device)[1] for _ in range(3))[1]
+    bench.step_seconds = seconds
+    model, loader = images / seconds, _loader_speed(bench)
+    details = {"loader": loader, "model": model}
+    text = f"the loader gives {loader:,.0f} images/s, the model takes {model:,.0f} on {bench.device.type}"
+    if loader < model:
+        advice = "the model would wait: raise data.workers, set data.in_memory=true, or make the images smaller on disk"
+        return Verdict("speed", "warning", text, advice, details)
+    return Verdict("speed", "ok", text, details=details)
+
+
+def _loader_speed(bench: Bench, limit: float = 5.0) -> float:
+    """Images a second of this process; the first step is left out, when workers start."""
+    steps = bench.loader.steps(Progress(bench.progress.steps_per_epoch, (1,)))
+    next(steps)
+    start, images = time.perf_counter(), 0
+    for turn, micro_batches in enumerate(steps):
+        images += sum(len(labels) for _, labels in micro_batches)
+        if turn >= 20 or time.perf_counter() - start > limit:
+            break
+    if not images:  # an epoch of a single step
+        return float("inf")
+    return images / (time.perf_counter() - start)
+
+
+def hours(bench: Bench) -> Verdict:
+    """Time of the whole recipe on this machine, from the speeds above."""
+    world = bench.accelerator.num_processes
+    steps = bench.progress.total_steps
+    training = bench.estimate(steps, bench.recipe.train.global_batch / world)
+    held_out = bench.data.count("val") or 0
+    passes = bench.progress.total_epochs + 3 * len(bench.progress.round_epochs)  # around removals and for each ticket
+    total = training + bench.estimate(0.4 * passes, held_out / world)
+    text = f"about {duration(total)} here: {steps:,} steps and {passes} evaluations, with {world} process(es)"
+    return Verdict("hours", "ok", text, details={"seconds": total})

@@ -1,0 +1,81 @@
+"""Checks of what the model is shown: classes, labels that belong to their images, normalisation."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vit_rsst.checks.bench import Bench, Verdict
+
+FITTED, ASKED = 2000, 500
+"""Images that a linear classifier is fitted to, and asked about."""
+
+
+def classes(bench: Bench) -> Verdict:
+    """Every class is there, and the labels are 0 … C − 1."""
+    labels = bench.draw("train", FITTED, 0)[1].cpu()
+    counts = torch.bincount(labels, minlength=bench.num_classes)
+    details = {"images": counts.tolist()}
+    missing = [bench.data.classes[i] for i in (counts == 0).nonzero().flatten() if i < bench.num_classes]
+    if len(labels.unique()) == 1:
+        name = bench.data.classes[int(labels[0])]
+        text = f"all {len(labels):,} images looked at are of one class, {name!r}; there is nothing to tell apart"
+        return Verdict("classes", "failed", text, "look at data.label_column and at the labels of data.path", details)
+    if missing and len(labels) >= 5 * bench.num_classes:
+        text = f"{len(missing)} of {bench.num_classes} classes have no training image: {', '.join(missing[:5])}"
+        return Verdict(
+            "classes", "warning", text, "are they meant to be empty? data.train_samples may be too few", details
+        )
+    text = f"{len(labels.unique())} of {bench.num_classes} classes among {len(labels):,} training images"
+    return Verdict("classes", "ok", text, details=details)
+
+
+def labels(bench: Bench) -> Verdict:
+    """A linear classifier of the pixels, fitted to training images, is better than chance on validation images.
+
+    Labels that are shifted against their images, or mean other classes in one of the splits, leave it at chance.
+    """
+    x, y = bench.draw("train", FITTED, 0)
+    asked, truth = bench.draw("val", ASKED, 1)
+    hits = float((_ridge(_pixels(x), y, _pixels(asked), bench.num_classes) == truth).float().mean())
+    largest = float(torch.bincount(truth, minlength=1).max()) / len(truth)
+    chance = max(1 / bench.num_classes, largest)
+    noise = math.sqrt(chance * (1 - chance) / len(truth))
+    text = (
+        f"a linear classifier of pixels is right on {hits:.1%} of {len(truth)} validation images, chance {chance:.1%}"
+    )
+    details = {"hits": hits, "chance": chance}
+    if hits > chance + 3 * noise:
+        return Verdict("labels", "ok", text, details=details)
+    if len(y) < 20 * bench.num_classes:
+        text += f"; {len(y)} images of {bench.num_classes} classes are too few to tell"
+        return Verdict("labels", "warning", text, "look at some images with their labels", details)
+    advice = "the labels may belong to other images or mean other classes in one split; look at data.label_column"
+    return Verdict("labels", "failed", text, advice, details)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Images as rows of 8 × 8 px, (images, 192)."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.float().cpu(), 8).flatten(1).double()
+
+
+def _ridge(x: Tensor, y: Tensor, asked: Tensor, num_classes: int) -> Tensor:
+    """Classes by ridge regression to one-hot labels, as scikit-learn's RidgeClassifier has it."""
+    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, asked = (torch.cat([(v - mean) / deviation, torch.ones(len(v), 1)], 1) for v in (x, asked))
+    target = torch.nn.functional.one_hot(y.cpu(), num_classes).double()
+    gram = x.T @ x + 0.1 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    return (asked @ torch.linalg.solve(gram, x.T @ target)).argmax(1).to(y.device)
+
+
+def normalisation(bench: Bench) -> Verdict:
+    """What training sees has a mean near 0 and a deviation near 1 in every channel."""
+    images = torch.cat([batch[0] for batch in bench.batches(4)]).float()
+    mean, deviation = (values.tolist() for values in (images.mean((0, 2, 3)), images.std((0, 2, 3))))
+    shown = [" ".join(f"{value:.2f}" for value in values) for values in (mean, deviation)]
+    text = f"channels have mean {shown[0]} and deviation {shown[1]} in the batches of training"
+    details = {"mean": mean, "std": deviation}
+    if all(abs(m) <= 1.0 and 0.5 <= s <= 2.0 for m, s in zip(mean, deviation, strict=True)):
+        return Verdict("normalisation", "ok", text, details=details)
+    advice = "they should be near 0 and 1: the images are not normalised, or with another set's mean and deviation"
+    return Verdict("normalisation", "failed", text, advice, details)

@@ -1,0 +1,229 @@
+"""Checks of model and optimizer: shapes, first loss, gradients, over-fitting, range of the learning rate."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from vit_rsst import optim
+from vit_rsst.checks.bench import LIMIT, Bench, Verdict, timed
+from vit_rsst.errors import first_line
+from vit_rsst.results import duration
+
+FEW, STEPS = 32, 200
+"""Images to over-fit, and steps to do it in (of a checklist for ViTs)."""
+
+SWEEP = 100
+"""Steps of the range test."""
+
+
+def shapes(bench: Bench) -> Verdict:
+    """Every stage gives what the next one takes, and the last one logit a class."""
+    net, found = bench.make_net(), []
+
+    def note(name: str) -> object:
+        return lambda module, args, output: found.append((name, _shape(output)))
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in stages(net)]
+    images = bench.batch[0]
+    try:
+        with torch.no_grad():
+            logits, _ = timed(lambda: net(images), bench.device)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        text = f"the model stops on images {tuple(images.shape)}: {first_line(error)}"
+        return Verdict("shapes", "failed", text, "set data.image_size or model.args so that they fit")
+    for hook in hooks:
+        hook.remove()
+    found = [("images", tuple(images.shape)), *found]
+    merged = [found[0], *(b for a, b in pairwise(found) if a[1] != b[1])]
+    text = " → ".join(f"{name} {'×'.join(map(str, shape[1:]))}" for name, shape in merged)
+    details = {"stages": [[name, list(shape)] for name, shape in found]}
+    if tuple(logits.shape) != (len(images), bench.num_classes):
+        advice = f"{bench.num_classes} classes need as many logits; look at model.args.num_classes"
+        return Verdict("shapes", "failed", f"{text}; logits are {tuple(logits.shape)}", advice, details)
+    return Verdict("shapes", "ok", text, details=details)
+
+
+def stages(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Direct parts of the network, and of each list of blocks the first and the last."""
+    found = []
+    for name, module in net.named_children():
+        inner = list(module.named_children())
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(inner) > 1:
+            found += [(f"{name}.{key}", child) for key, child in (inner[0], inner[-1])]
+        elif inner or any(True for _ in module.parameters()):
+            found.append((name, module))
+    return found
+
+
+def _shape(output: object) -> tuple[int, ...]:
+    output = getattr(output, "logits", getattr(output, "last_hidden_state", output))
+    return tuple(output.shape) if isinstance(output, Tensor) else ()
+
+
+def first_loss(bench: Bench) -> Verdict:
+    """Before any step a model that knows nothing loses ln C."""
+    with torch.no_grad():
+        loss = float(bench.loss(bench.make_net(), bench.batch))
+    expected = math.log(bench.num_classes)
+    text, details = f"{loss:.3f} before the first step; ln {bench.num_classes} is {expected:.3f}", {"loss": loss}
+    if not math.isfinite(loss):
+        return Verdict(
+            "first loss", "failed", text, "the weights or images are not finite: model.start_from, data", details
+        )
+    if loss > 1.5 * expected + 0.2:
+        advice = "the head answers loudly before it learned anything: look at normalisation and at model.args"
+        return Verdict("first loss", "warning", text, advice, details)
+    if loss < 0.8 * expected - 0.1 and not (bench.recipe.model.start_from or bench.recipe.model.pretrained):
+        return Verdict(
+            "first loss", "warning", text, "an untrained model cannot know: do the images hold the answer?", details
+        )
+    return Verdict("first loss", "ok", text, details=details)
+
+
+def gradients(bench: Bench) -> Verdict:
+    """Every parameter is moved: over three steps each has a gradient that is neither none nor zero nor infinite."""
+    net, most = bench.make_net().train(), {}
+    optimizer = bench.optimizer(net)
+    optim.set_lr_(optimizer, min(bench.recipe.optim.lr, 1e-3))
+    for _ in range(3):  # a head of zeros gives the layers below it a gradient from the second step on
+        optimizer.zero_grad()
+        _, bench.step_seconds = timed(lambda: bench.loss(net, bench.batch).backward(), bench.device)
+        for name, parameter in net.named_parameters():
+            norm = 0.0 if parameter.grad is None else float(parameter.grad.norm())
+            most[name] = norm if math.isnan(norm) else max(norm, most.get(name, 0.0))
+        optimizer.step()
+    return _gradient_verdict(net, most)
+
+
+def _gradient_verdict(net: nn.Module, norms: dict[str, float]) -> Verdict:
+    frozen = [n for n, p in net.named_parameters() if not p.requires_grad and n not in optim.TOKENS]
+    silent = [n for n, norm in norms.items() if norm == 0.0 and n not in frozen and n not in optim.TOKENS]
+    broken = [n for n, norm in norms.items() if not math.isfinite(norm)]
+    details = {"norms": {name: norm if math.isfinite(norm) else str(norm) for name, norm in norms.items()}}
+    wrong = (
+        (broken, "a gradient that is not finite", "lower optim.lr, set optim.clip_grad_norm or train.precision=no"),
+        (frozen, "no gradient because they are frozen", "every parameter should learn: requires_grad is off"),
+        (silent, "a gradient of zero", "nothing of them reaches the loss: is a part detached or not used?"),
+    )
+    for names, what, advice in wrong:
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return Verdict("gradients", "failed", f"{', '.join(names[:3])}{more} have {what}", advice, details)
+    low, high = min(norms, key=norms.get), max(norms, key=norms.get)
+    total = math.sqrt(sum(norm**2 for norm in norms.values()))
+    ends = " to ".join(f"{norms[name]:.1e} ({name})" for name in (low, high))
+    text = f"all {len(norms)} parameters have one; norms from {ends}, of all {total:.2f}"
+    if not 1e-3 <= total <= 1e3:
+        return Verdict("gradients", "warning", text, "a norm of 0.1 to 10 is usual: look at normalisation", details)
+    return Verdict("gradients", "ok", text, details=details)
+
+
+def over_fit(bench: Bench) -> Verdict:
+    """A model that can learn knows 32 images by heart within 200 steps, without augmentation, dropout and decay."""
+    seconds = bench.estimate(2 * STEPS, FEW)
+    if seconds > LIMIT:
+        return Verdict("over-fit", "skipped", f"it would take about {duration(seconds)} here")
+    batch, trails = bench.draw("train", FEW, 2), {}
+    for lr in (1e-3, 2e-4):
+        bench.toy, trails[lr] = _learn_by_heart(bench, batch, lr)
+        if trails[lr][-1][1] == 1.0:
+            text = f"{len(batch[1])} images known by heart after {len(trails[lr])} steps (AdamW, learning rate {lr:g})"
+            return Verdict("over-fit", "ok", text, details={"losses": [loss for loss, _ in trails[lr]]})
+    best = max(share for trail in trails.values() for _, share in trail)
+    last = min(trail[-1][0] for trail in trails.values())
+    text = f"only {best:.0%} of {len(batch[1])} images were learnt by heart in {STEPS} steps, loss {last:.3f}"
+    advice = "the model cannot learn: look at the checks above, at frozen or detached parts and at model.args"
+    return Verdict("over-fit", "failed", text, advice, {"losses": [loss for loss, _ in trails[1e-3]]})
+
+
+def _learn_by_heart(
+    bench: Bench, batch: tuple[Tensor, Tensor], lr: float
+) -> tuple[nn.Module, list[tuple[float, float]]]:
+    """The network and (loss, share known) of every step until all are known."""
+    net, trail = bench.make_net().train(), []
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if type(module).__name__ == "DropPath":  # timm's
+            module.drop_prob = 0.0
+    learnt = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=lr, weight_decay=0.0)
+    for step in range(STEPS):
+        optim.set_lr_(optimizer, lr * min(1.0, (step + 1) / 10))
+        with bench.accelerator.autocast():
+            logits = net(batch[0])
+        loss = nn.functional.cross_entropy(logits.float(), batch[1])
+        trail.append((float(loss.detach()), float((logits.argmax(1) == batch[1]).float().mean())))
+        if trail[-1][1] == 1.0 or not (loss.requires_grad and math.isfinite(trail[-1][0])):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+    return net, trail
+
+
+def learning_rate(bench: Bench) -> Verdict:
+    """Range test (Smith 2017): the rate rises from step to step; where the loss falls most, and where it climbs back.
+
+    The recipe's rate is right between a thirtieth of the first and three times the second: warm-up and decay soften it.
+    """
+    seconds = bench.estimate(SWEEP, len(bench.batch[1]))
+    if seconds > LIMIT:
+        return Verdict("learning rate", "skipped", f"the range test would take about {duration(seconds)} here")
+    rates, losses = sweep(bench)
+    lowest, diverges = turning_points(rates, losses)
+    lr = bench.recipe.optim.lr
+    details = {"rates": rates, "losses": losses, "lowest_at": lowest, "diverges_at": diverges}
+    text = f"{lr:g}; in the range test the loss is lowest at {lowest:.1e} and is back at its start at {diverges:.1e}"
+    suggestion = f"try optim.lr={_rounded(min(lowest, diverges / 3))}"
+    if lr > 3 * diverges:
+        return Verdict("learning rate", "failed", f"{text}: the run would diverge", suggestion, details)
+    if lr < lowest / 30:
+        return Verdict("learning rate", "failed", f"{text}: the run would be too slow", suggestion, details)
+    if lr > diverges and not bench.recipe.optim.warmup_epochs:
+        return Verdict(
+            "learning rate", "warning", f"{text}: high for a run without warm-up", "optim.warmup_epochs", details
+        )
+    return Verdict("learning rate", "ok", f"{text}: right", details=details)
+
+
+def sweep(bench: Bench) -> tuple[list[float], list[float]]:
+    """Learning rates and the loss met at each; ends where the loss has left for good."""
+    options = bench.recipe.optim
+    low, high = (1e-4, 100.0) if options.name == "sgd" else (1e-6, 10.0)
+    net = bench.make_net().train()
+    optimizer = bench.optimizer(net)
+    rates, losses = [], []
+    for i, batch in enumerate(bench.batches(SWEEP)):
+        optim.set_lr_(optimizer, low * (high / low) ** (i / (SWEEP - 1)))
+        loss = bench.loss(net, batch)
+        value = float(loss.detach())
+        if not math.isfinite(value) or (losses and value > 5 * max(losses[0], 1.0)) or not loss.requires_grad:
+            break
+        rates.append(optimizer.param_groups[0]["lr"])
+        losses.append(value)
+        optimizer.zero_grad()
+        loss.backward()
+        if options.clip_grad_norm:
+            nn.utils.clip_grad_norm_(net.parameters(), options.clip_grad_norm)
+        optimizer.step()
+    return rates, losses
+
+
+def turning_points(rates: list[float], losses: list[float]) -> tuple[float, float]:
+    """(rate of the lowest smoothed loss, rate after it at which that is back at its start; the last one if never)."""
+    if not losses:
+        return 0.0, 0.0
+    smooth = [sum(losses[max(0, i - 2) : i + 3]) / len(losses[max(0, i - 2) : i + 3]) for i in range(len(losses))]
+    start = sum(losses[:10]) / len(losses[:10])
+    lowest = min(range(len(smooth)), key=smooth.__getitem__)
+    back = next((i for i in range(lowest, len(smooth)) if smooth[i] >= start), len(smooth) - 1)
+    return rates[lowest], rates[back]
+
+
+def _rounded(value: float) -> str:
+    """To one digit."""
+    return f"{float(f'{value:.0e}'):g}"

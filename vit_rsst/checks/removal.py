@@ -1,0 +1,93 @@
+"""A removal on a toy: what the recipe would remove in the end, removed from the network that knows a few images."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vit_rsst import assembly
+from vit_rsst.analysis.counts import block_of
+from vit_rsst.checks.bench import LIMIT, Bench, Verdict
+from vit_rsst.checks.learning import FEW
+from vit_rsst.models import slim
+from vit_rsst.models.anatomy import prunable_parts
+from vit_rsst.pruning.criteria import Evidence
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.methods.constant import Constant
+from vit_rsst.pruning.methods.dense import Dense
+from vit_rsst.results import duration
+
+LEAST = 0.01
+"""Density below which a layer hardly passes anything on."""
+
+
+def removal(bench: Bench) -> Verdict:
+    """The final mask leaves something in every layer, has its density, and zeros that are exact; slim models agree."""
+    if isinstance(bench.recipe.pruning.method, Dense | Constant):
+        return Verdict("removal", "skipped", f"{bench.recipe.pruning.method_name} removes nothing")
+    seconds = bench.estimate(0.4, bench.recipe.pruning.calibration_images)
+    if seconds > LIMIT:
+        return Verdict("removal", "skipped", f"the calibration would take about {duration(seconds)} here")
+    net = bench.toy if bench.toy is not None else bench.make_net()
+    mask, asked = final_mask(bench, net)
+    known = accuracy(bench, net)
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if name in mask.masks:
+                weight.masked_fill_(~mask[name], 0.0)
+    text = (
+        f"density {mask.density:.3f} ({asked:.3f} asked), {mask.num_alive:,} of {mask.num_elements:,} weights left; a "
+        f"toy that knows {known:.0%} of {FEW} images knows {accuracy(bench, net):.0%} after the removal"
+    )
+    return _judged(net, mask, bench.batch[0][:2], asked, text)
+
+
+def final_mask(bench: Bench, net: nn.Module) -> tuple[MaskSet, float]:
+    """What the recipe's selection keeps of a network at its last density, and that density."""
+    pruning = bench.recipe.pruning
+    weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
+    selector, density = assembly.build_selection(bench.recipe, net, weights, groups, bench.data.options.size)
+    calibrate = assembly.make_calibrate(bench.recipe, net, weights, groups, bench.data, bench.accelerator)
+    statistics = calibrate() if calibrate is not None else None
+    evidence = Evidence(weights, MaskSet.full(weights), bench.recipe.seed, statistics)
+    return selector.units(evidence, density(1.0)), selector.mean_density(weights, density(1.0))
+
+
+@torch.no_grad()
+def accuracy(bench: Bench, net: nn.Module) -> float:
+    """Share of the toy's images that it knows."""
+    images, labels = bench.draw("train", FEW, 2)
+    was_training = net.training
+    logits = net.eval()(images)
+    net.train(was_training)
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def _judged(net: nn.Module, mask: MaskSet, images: Tensor, asked: float, text: str) -> Verdict:
+    report = mask.report()
+    details = {"density": mask.density, "layers": {name: layer["density"] for name, layer in report.items()}}
+    dead = [name for name, layer in report.items() if layer["alive"] == 0]
+    if dead:
+        blocks = ", ".join(dict.fromkeys(block_of(name) or name for name in dead))
+        advice = "lower pruning.max_layer_sparsity, look at pruning.layer_sparsity, or use pruning.scope layer or erk"
+        return Verdict("removal", "failed", f"nothing is left of {', '.join(dead[:3])} (in {blocks})", advice, details)
+    if (difference := _slim_difference(net, mask, images)) > 1e-4:
+        text = f"{text}; the slim model differs by {difference:.1e}"
+        return Verdict("removal", "failed", text, "report this: units were removed that others still read", details)
+    thin = min(report, key=lambda name: report[name]["density"])
+    if report[thin]["density"] < LEAST:
+        text = f"{text}; only {report[thin]['density']:.2%} is left of {thin}"
+        return Verdict("removal", "warning", text, "lower pruning.max_layer_sparsity to spare it", details)
+    if abs(mask.density - asked) > 0.05:
+        return Verdict("removal", "warning", text, "units are coarse: the density that is asked cannot be met", details)
+    return Verdict("removal", "ok", text, details=details)
+
+
+@torch.no_grad()
+def _slim_difference(net: nn.Module, mask: MaskSet, images: Tensor) -> float:
+    """Largest difference of logits between the masked network and the one whose dead units are cut out, as a share."""
+    kept, full = slim.kept_units(net, mask), copy.deepcopy(net).eval()
+    small = copy.deepcopy(full)
+    slim.shrink_(small, kept)
+    expected = full(images)
+    return float((small(images) - expected).abs().max() / expected.abs().max().clamp(min=1.0))

@@ -1,0 +1,128 @@
+"""The look of every figure: one palette that stands on white and on black, sizes for a phone, SVG with live text.
+
+A file on disk has a white ground, so that any viewer shows it; `inline` gives the same drawing for a page, where text
+takes the page's colour and the ground is the page's.
+"""
+
+import base64
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vit_rsst import files
+from vit_rsst.errors import EnvironmentLacks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3c82c8", "#df7a35", "#2f9d6c", "#cf4a5c", "#8d6cc0", "#898e97"
+CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, "#b08a1e", "#2aa5b5", GREY)
+INK, GROUND = "#1f2328", "#fffffe"
+"""Of text and of the ground: no drawing uses these two for anything else, so that a page can replace them."""
+
+ELEMENTS = {
+    *("svg", "g", "defs", "style", "path", "text", "tspan", "use", "image", "clippath", "rect", "metadata"),
+    *("rdf:rdf", "cc:work", "dc:type", "dc:date", "dc:format", "dc:creator", "cc:agent", "dc:title"),
+    *("lineargradient", "stop", "circle", "ellipse", "line", "polygon", "polyline", "title"),
+}
+"""All that a drawing may consist of, to be put into a page."""
+
+HEAT = "viridis"
+WIDTH = 5.2
+"""Inches: a phone's 390 px shrink it to three quarters, and 9 points stay readable."""
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The style, for everything drawn inside.
+
+    Raises:
+        EnvironmentLacks: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise EnvironmentLacks("figures need matplotlib: pip install 'vit_rsst[report]'.") from error
+    style = {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
+        "grid.color": GREY,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "lines.linewidth": 1.4,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "figure.facecolor": GROUND,
+        "axes.facecolor": "none",
+        "savefig.facecolor": GROUND,
+        "svg.fonttype": "none",  # text stays text: in the reader's font, so that any script shows
+        **{name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+    }
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def figure(height: float = 2.6, width: float = WIDTH) -> "Figure":
+    """An empty figure that lays itself out; no display and no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def svg(drawn: "Figure", salt: str) -> str:
+    """The figure as SVG, the same bytes for the same drawing.
+
+    Args:
+        salt: keeps the ids of several figures on one page apart.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
+
+
+def save(drawn: "Figure", path: Path) -> None:
+    """Writes the SVG file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, svg(drawn, path.stem))
+
+
+def inline(text: str, label: str) -> str:
+    """An SVG file as a part of a page: no prologue, the page's colours, a label for who cannot see it.
+
+    A file that holds more than a drawing, which none of ours does, is shut into an image, where nothing of it runs.
+
+    Args:
+        label: HTML-escaped.
+    """
+    if not is_plain(text):
+        data = base64.b64encode(text.encode("utf-8")).decode("ascii")
+        return f'<img alt="{label}" src="data:image/svg+xml;base64,{data}">'
+    body = re.sub(r"<metadata>.*?</metadata>", "", text[text.find("<svg") :], flags=re.DOTALL)
+    body = body.replace(GROUND, "none").replace(INK, "currentColor")
+    return body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def is_plain(text: str) -> bool:
+    """Whether an SVG is a drawing alone: no script, no handler, no style sheet from elsewhere, no outside reference."""
+    lowered = text.lower()
+    elements = set(re.findall(r"<([a-z:]+)", lowered))
+    links = re.findall(r"""href\s*=\s*["']([^"']*)""", lowered)
+    return (
+        elements <= ELEMENTS
+        and not re.search(r"[\s/\"']on[a-z]+\s*=|javascript:|@import|url\((?!#)", lowered)
+        and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    )

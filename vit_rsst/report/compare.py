@@ -1,0 +1,365 @@
+"""The report of several runs side by side: means and spreads over seeds, fronts, budgets, and what may be concluded."""
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from vit_rsst.analysis.counts import count
+from vit_rsst.analysis.subject import Subject
+from vit_rsst.recipe import deciding
+from vit_rsst.report import canvas
+from vit_rsst.report.document import Bullets, Code, Document, Gallery, Image, Section, Table
+from vit_rsst.report.history import History
+from vit_rsst.report.story import at, best_known, is_told, last_subject, measured, reproduction, state_text
+from vit_rsst.results import RoundRow, duration, size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
+"""Fields in which runs of one experiment may differ."""
+
+NOISE = 1.0
+"""Points of top-1 below which a difference of single seeds says nothing."""
+
+SAME = 0.02
+"""Relative difference up to which two densities or budgets are the same."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment, over seeds, with the network of each one's last ticket.
+
+    Attributes:
+        label: what tells the experiment from the others.
+    """
+
+    label: str
+    runs: Sequence[History]
+    subjects: Sequence[Subject | str]
+
+    @cached_property
+    def scores(self) -> list[float]:
+        """Top-1 of the last ticket of each run that has one."""
+        return [best_known(run.rows[-1])[0] for run in self.runs if run.rows]
+
+    @property
+    def split(self) -> str:
+        rows = [run.rows[-1] for run in self.runs if run.rows]
+        return best_known(rows[0])[1] if rows else ""
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores) if self.scores else math.nan
+
+    @property
+    def spread(self) -> float | None:
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def density(self) -> float:
+        found = [run.rows[-1].density for run in self.runs if run.rows]
+        return statistics.mean(found) if found else math.nan
+
+    @property
+    def images(self) -> int:
+        """Images trained on, over all rounds: the budget."""
+        steps = max((int(run.status.get("step", 0)) for run in self.runs), default=0)
+        return steps * int(at(self.runs[0].recipe, "train.global_batch", 0))
+
+    @cached_property
+    def counted(self) -> Mapping:
+        subject = next((subject for subject in self.subjects if isinstance(subject, Subject)), None)
+        return count(subject) if subject is not None else {}
+
+
+def grouped(histories: Sequence[History]) -> list[Group]:
+    """Runs whose recipes differ in the seed alone, together; in the order in which they were named."""
+    found: dict[tuple, list[History]] = {}
+    for history in histories:
+        fields = {k: v for k, v in deciding(dict(history.recipe)).items() if k not in NOT_OF_THE_EXPERIMENT}
+        found.setdefault(tuple(sorted((k, repr(v)) for k, v in fields.items())), []).append(history)
+    labels = shortened([_common([run.name for run in runs]) for runs in found.values()])
+    return [
+        Group(label, runs, [last_subject(run) for run in runs])
+        for label, runs in zip(labels, found.values(), strict=True)
+    ]
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """What all names begin with."""
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in alike)
+
+
+def _common(names: Sequence[str]) -> str:
+    """The name of one run; of several, what they begin with, without the word before the seed."""
+    if len(names) == 1:
+        return names[0]
+    found = _beginning(names).rstrip(" -_.0123456789")
+    return re.sub(r"[ \-_.]+(seed|s)$", "", found) or names[0]
+
+
+def shortened(labels: Sequence[str]) -> list[str]:
+    """Labels without the words that all begin with; with numbers where two would be the same."""
+    shared = re.search(r".*[ \-_/]", _beginning(labels)) if len(labels) > 1 else None
+    short = [label[shared.end() :] if shared and len(label) > shared.end() else label for label in labels]
+    return [label if short.count(label) == 1 else f"{label} ({i})" for i, label in enumerate(short, 1)]
+
+
+def compare(histories: Sequence[History], is_timed: bool = False) -> Document:
+    """The report of several runs.
+
+    Args:
+        is_timed: measure latency, which takes seconds a run.
+    """
+    groups = grouped(histories)
+    timed = timings(groups) if is_timed else {}
+    sections = [
+        Section("What the numbers say", [Bullets(list(findings(groups)))]),
+        Section("Results", list(result_blocks(groups, timed))),
+        Section("Figures", [Gallery(images(groups, timed))]),
+        Section("Tickets", list(ticket_blocks(groups))),
+        Section("Differences of the recipes", list(difference_blocks(groups))),
+        Section("How to reproduce", [Code("\n\n".join(reproduction(run) for run in histories))]),
+    ]
+    names = ", ".join(history.name for history in histories)
+    title = f"{len(histories)} runs compared"
+    return Document(title, "", names, [section for section in sections if is_told(section)])
+
+
+def timings(groups: Sequence[Group]) -> dict[int, list[Mapping]]:
+    """Latency of each group's slim network by batch, all in turns; empty where the images differ in size."""
+    subjects = [next((s for s in group.subjects if isinstance(s, Subject)), None) for group in groups]
+    known = [subject for subject in subjects if subject is not None]
+    if not known or len({subject.image_size for subject in known}) > 1:
+        return {}
+    place = {id(subject): i for i, subject in enumerate(known)}
+
+    def of(found: Mapping, subject: Subject | None) -> Mapping:
+        if subject is None:
+            return {}
+        i = place[id(subject)]
+        return found.get(f"{i} slim", found[f"{i} dense"])
+
+    return {batch: [of(found, subject) for subject in subjects] for batch, found in measured(known).items()}
+
+
+def findings(groups: Sequence[Group]) -> Iterator[str]:
+    """What may be concluded, and what may not."""
+    known = [group for group in groups if group.scores]
+    unfinished = [run for group in groups for run in group.runs if run.state != "finished"]
+    if unfinished:
+        names = ", ".join(f"{run.name} ({state_text(run)})" for run in unfinished)
+        yield f"Not all runs are finished: {names}. Their numbers are those so far."
+    if len({group.split for group in known}) > 1:
+        yield "Some tickets have met the test split and some have not: those are compared by validation."
+    for _, alike in itertools.groupby(sorted(known, key=lambda g: -g.density), key=lambda g: round(g.density, 2)):
+        yield from leader(sorted(alike, key=lambda group: -group.mean))
+    densities = {round(group.density, 2) for group in known}
+    if len(densities) > 1:
+        listed = ", ".join(f"{density:.2f}" for density in sorted(densities, reverse=True))
+        yield f"The last tickets differ in density ({listed}): compare along the front, not by their last number."
+    yield from budget_findings(known)
+    for group in known:
+        gaps = [[row.what_if_gap for row in run.rows if row.what_if_gap is not None] for run in group.runs]
+        sums = [sum(of_run) for of_run in gaps if of_run]
+        if sums:
+            mean = statistics.mean(sums)
+            yield f"{group.label}: the removals cost {mean:.2f} points in sum over {len(gaps[0])} rounds."
+
+
+def leader(groups: Sequence[Group]) -> Iterator[str]:
+    """The best at one density, and whether it leads by more than noise; two of them at least."""
+    if len(groups) < 2:
+        return
+    first, second = groups[:2]
+    lead = first.mean - second.mean
+    seeds = min(len(first.scores), len(second.scores))
+    spreads = [group.spread for group in (first, second) if group.spread is not None]
+    noise = max([NOISE, *(3 * spread for spread in spreads)]) if seeds < 3 else 3 * max(spreads)
+    verdict = (
+        f"more than noise ({noise:.2f} points)" if lead > noise else f"within noise ({noise:.2f} points): a tie so far"
+    )
+    seeds_text = "one seed" if seeds == 1 else f"{seeds} seeds"
+    yield (
+        f"At density {first.density:.2f} {first.label} leads with {first.mean:.2f} %, {lead:.2f} points above "
+        f"{second.label}, on {seeds_text}: {verdict}."
+    )
+
+
+def budget_findings(groups: Sequence[Group]) -> Iterator[str]:
+    if len(groups) < 2:
+        return
+    most = max(group.images for group in groups)
+    less = [group for group in groups if group.images < (1 - SAME) * most]
+    if not less:
+        yield f"All were trained on the same budget, {most:,} images."
+        return
+    names = ", ".join(f"{group.label} ({group.images / max(most, 1):.2f})" for group in less)
+    yield f"The budgets differ: {names} had only that share of the largest, {most:,} images; they are no equals."
+
+
+def result_blocks(groups: Sequence[Group], timed: Mapping) -> Iterator[object]:
+    heads = ["experiment", "method", "seeds", "density", "top-1", "±", "what-if gaps", "budget", "equal", "time"]
+    heads += ["ticket", "parameters", "MFLOPs", *(f"ms at batch {batch}" for batch in timed)]
+    most = max((group.images for group in groups), default=0)
+    rows = []
+    for i, group in enumerate(groups):
+        ms = [f"{1000 * found[i]['median']:.2f}" if found[i] else "–" for found in timed.values()]
+        rows.append((group.label, *score_cells(group), *cost_cells(group, group.images / max(most, 1)), *ms))
+    splits = " and ".join(dict.fromkeys(group.split for group in groups if group.split))
+    note = (
+        f"Of the last tickets; top-1 on {splits or 'no split yet'}, ± one standard deviation over seeds. Budget: the "
+        "images trained on; = the largest of them. Parameters, MFLOPs and ms: dead units cut out."
+    )
+    yield Table(heads, rows, note)
+
+
+def score_cells(group: Group) -> Iterator[str]:
+    gaps = [row.what_if_gap for run in group.runs for row in run.rows if row.what_if_gap is not None]
+    yield str(at(group.runs[0].recipe, "pruning.method.name"))
+    yield str(len(group.runs))
+    yield f"{group.density:.3f}" if group.scores else "–"
+    yield f"{group.mean:.2f}" if group.scores else "–"
+    yield "–" if group.spread is None else f"{group.spread:.2f}"
+    yield f"{sum(gaps) / len(group.runs):+.2f}" if gaps else "–"
+
+
+def cost_cells(group: Group, share: float) -> Iterator[str]:
+    """Budget, its share of the largest, time, size and complexity."""
+    done = [run.rows for run in group.runs if run.rows]
+    yield f"{group.images:,}"
+    yield "=" if share >= 1 - SAME else f"≠ {share:.2f}"
+    yield duration(statistics.mean(sum(row.seconds for row in rows) for rows in done)) if done else "–"
+    yield size(statistics.mean(rows[-1].ticket_bytes for rows in done)) if done else "–"
+    yield f"{group.counted['parameters']['slim']:,}" if group.counted else "–"
+    yield f"{group.counted['flops']['slim'] / 1e6:,.1f}" if group.counted else "–"
+
+
+def ticket_blocks(groups: Sequence[Group]) -> Iterator[object]:
+    """Every round of every experiment, means over seeds."""
+    rows = []
+    for group in groups:
+        for of_round in itertools.zip_longest(*(run.rows for run in group.runs)):
+            found: list[RoundRow] = [row for row in of_round if row is not None]
+            scores = [best_known(row)[0] for row in found]
+            rows.append(
+                (
+                    group.label,
+                    str(found[0].round),
+                    f"{statistics.mean(row.density for row in found):.4f}",
+                    f"{statistics.mean(row.val_top1 for row in found):.2f}",
+                    f"{statistics.mean(scores):.2f}",
+                    f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–",
+                    size(statistics.mean(row.ticket_bytes for row in found)),
+                )
+            )
+    yield Table(("experiment", "round", "density", "val top-1", "top-1", "±", "ticket"), rows)
+
+
+def difference_blocks(groups: Sequence[Group]) -> Iterator[object]:
+    """Fields that are not the same in all recipes."""
+    fields = [deciding(dict(group.runs[0].recipe)) for group in groups]
+    names = [name for name in dict.fromkeys(itertools.chain(*fields)) if name not in NOT_OF_THE_EXPERIMENT]
+    rows = [(name, *(str(of.get(name, "–")) for of in fields)) for name in names]
+    yield Table(("field", *(group.label for group in groups)), [row for row in rows if len(set(row[1:])) > 1])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One ticket, or the mean of the same round over seeds."""
+
+    x: float
+    y: float
+    group: int
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats: none costs at most as much and scores more, or costs less and scores as much."""
+    best, found = -math.inf, []
+    for point in sorted(points, key=lambda p: (p.x, -p.y)):
+        if point.y > best:
+            found.append(point)
+            best = point.y
+    return found
+
+
+def images(groups: Sequence[Group], timed: Mapping) -> list[Image]:
+    with canvas.drawing():
+        drawn = [
+            ("compared_curves", "Accuracy over epochs", "Validation top-1, a line a run.", curves(groups)),
+            (
+                "fronts",
+                "Fronts",
+                "Top-1 against what a ticket costs. The grey line joins the tickets that no other beats.",
+                fronts(groups, timed),
+            ),
+        ]
+        return [Image(name, title, about, canvas.svg(f, name)) for name, title, about, f in drawn if f is not None]
+
+
+def curves(groups: Sequence[Group]) -> "Figure | None":
+    """Validation accuracy and density over epochs, as far as each run went."""
+    if not any(run.epochs for group in groups for run in group.runs):
+        return None
+    figure = canvas.figure(4.0)
+    accuracy, density = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for i, group in enumerate(groups):
+        for j, run in enumerate(group.runs):
+            x = [event["global_epoch"] for event in run.epochs]
+            look = {"color": canvas.CYCLE[i % len(canvas.CYCLE)], "alpha": 1.0 if j == 0 else 0.5}
+            label = group.label if j == 0 else None
+            accuracy.plot(x, [event.get("val/top1") for event in run.epochs], label=label, **look)
+            density.step(x, [event.get("prune/density", 1.0) for event in run.epochs], where="post", **look)
+    accuracy.set_ylabel("validation top-1, %")
+    density.set(ylabel="density", xlabel="epoch", ylim=(0, 1.05))
+    density.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure
+
+
+def costs(groups: Sequence[Group], timed: Mapping) -> dict[str, list[Point]]:
+    """Points by what the x axis says; FLOPs and latency are known of last tickets alone."""
+    found: dict[str, list[Point]] = {"density": [], "ticket, MiB": [], "MFLOPs, slim": [], "ms at batch 1, slim": []}
+    for i, group in enumerate(groups):
+        for run in group.runs:
+            for row in run.rows:
+                score = best_known(row)[0]
+                found["density"].append(Point(row.density, score, i))
+                found["ticket, MiB"].append(Point(row.ticket_bytes / 2**20, score, i))
+        if group.scores and group.counted:
+            found["MFLOPs, slim"].append(Point(group.counted["flops"]["slim"] / 1e6, group.mean, i))
+        if group.scores and timed and timed[min(timed)][i]:
+            found["ms at batch 1, slim"].append(Point(1000 * timed[min(timed)][i]["median"], group.mean, i))
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+def fronts(groups: Sequence[Group], timed: Mapping) -> "Figure | None":
+    """Top-1 against density, size, FLOPs and latency."""
+    panels = costs(groups, timed)
+    if not panels:
+        return None
+    rows = -(-len(panels) // 2)
+    figure = canvas.figure(0.5 + 2.2 * rows)
+    grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
+        best = front(points)
+        axes.plot([p.x for p in best], [p.y for p in best], color=canvas.GREY, linewidth=1, zorder=1)
+        for i, group in enumerate(groups):
+            own = [p for p in points if p.group == i]
+            label = group.label if axes is grid[0, 0] else None
+            color = canvas.CYCLE[i % len(canvas.CYCLE)]
+            axes.scatter([p.x for p in own], [p.y for p in own], s=22, color=color, label=label, zorder=2)
+        axes.set(xlabel=name)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("top-1, %")
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure

@@ -1,0 +1,178 @@
+"""A report as plain blocks, and the two forms of it: one HTML page that needs nothing else, and Markdown with files.
+
+What stands in a block is text as it was written: escaping is the business of the two forms alone.
+"""
+
+import functools
+import html
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from vit_rsst import files
+from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.report import canvas
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """Sentences one below the other."""
+
+    items: Sequence[str]
+    kind: str = "bullets"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with their values."""
+
+    items: Sequence[tuple[str, str]]
+    kind: str = "facts"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head; the first column holds names, the others numbers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to be copied."""
+
+    text: str
+    kind: str = "code"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A drawing as SVG text."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images side by side, as many as fit."""
+
+    images: Sequence[Image]
+    kind: str = "gallery"
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[object]
+
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report.
+
+    Attributes:
+        badge: the state of the run in a word.
+        lead: what it is about, below the title.
+    """
+
+    title: str
+    badge: str
+    lead: str
+    sections: Sequence[Section] = field(default_factory=tuple)
+
+    @property
+    def images(self) -> list[Image]:
+        return [image for s in self.sections for b in s.blocks if isinstance(b, Gallery) for image in b.images]
+
+
+def write(document: Document, folder: Path) -> Path:
+    """Writes report.html and report.md with its figures into a folder; returns the page.
+
+    Raises:
+        EnvironmentLacks: jinja2 is not installed, or the folder cannot be written.
+    """
+    page, text = as_html(document), as_markdown(document)
+    try:
+        figures = folder / "figures"
+        figures.mkdir(parents=True, exist_ok=True)
+        for image in document.images:
+            files.write_text(figures / f"{image.name}.svg", image.svg)
+        files.write_text(folder / "report.md", text)
+        files.write_text(folder / "report.html", page)
+    except OSError as error:
+        raise EnvironmentLacks(f"{folder}: the report cannot be written ({error}); name another folder.") from error
+    return folder / "report.html"
+
+
+def as_html(document: Document) -> str:
+    """One page without scripts that loads nothing."""
+    return _environment().get_template("report.html.j2").render(document=document)
+
+
+def as_markdown(document: Document) -> str:
+    """GitHub's Markdown; figures are links to files below `figures/`."""
+    text = _environment().get_template("report.md.j2").render(document=document)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def markdown(value: object) -> str:
+    """Text that stays text in Markdown, in a table too."""
+    text = html.escape(str(value), quote=False).replace("\n", " ")
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
+
+
+def drawn(image: Image) -> str:
+    """The drawing for a page: inline where it is nothing but a drawing, else shut into an image."""
+    return canvas.inline(image.svg, html.escape(image.title))
+
+
+@functools.cache
+def _environment() -> object:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise EnvironmentLacks("reports need jinja2: pip install 'vit_rsst[report]'.") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: name.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"md": markdown, "drawn": drawn, "quote": quote, "fence": _fence}
+    return environment
+
+
+def _fence(text: str) -> str:
+    """Enough backticks to hold a text that has some."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(3, longest + 1)
+
+
+def shown_path(path: Path) -> str:
+    """A path as a command takes it, from here where that is shorter."""
+    here = os.path.relpath(path)
+    return here if len(here) < len(str(path)) and not here.startswith("../..") else str(path)

@@ -1,0 +1,245 @@
+"""Figures that need the model and its test images: confusions, and what the model looks at."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vit_rsst import files, results
+from vit_rsst.assembly import EVALUATION_BATCH
+from vit_rsst.data.images import ImageData
+from vit_rsst.data.sources import open_data
+from vit_rsst.data.tables import Rows, Split
+from vit_rsst.data.transforms import normalize
+from vit_rsst.evaluation import outcomes_of
+from vit_rsst.metrics.outcomes import Outcomes
+from vit_rsst.report import canvas
+from vit_rsst.report.attention import attention, mean_of_heads, over_patches, rollout
+from vit_rsst.report.history import SCORES
+from vit_rsst.trained import Trained, open_trained
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN = 6
+"""Images a row."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A ticket and what it makes of the test images.
+
+    Attributes:
+        dense: of round 0, to stand beside; None where it is the ticket itself.
+    """
+
+    trained: Trained
+    dense: Trained | None
+    data: ImageData
+    device: torch.device
+
+    @classmethod
+    def of(cls, run: Path, device: torch.device) -> "Exhibit":
+        """Of the last ticket of a run folder.
+
+        Raises:
+            RunError: there is no ticket, it cannot be read, or the data are gone.
+        """
+        last, first = results.last_ticket(run), results.ticket_path(run, 0)
+        dense = open_trained(first) if first.is_file() and first != last else None
+        trained = open_trained(last)
+        return cls(trained, dense, open_data(trained.data, trained.seed), device)
+
+    @cached_property
+    def outcomes(self) -> Outcomes:
+        return outcomes_of(self.trained, self.data, "test", EVALUATION_BATCH, self.device)[0]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.trained.classes
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """Images by true and by predicted class."""
+        number, found = len(self.classes), self.outcomes
+        return np.bincount(found.labels * number + found.predictions, minlength=number**2).reshape(number, number)
+
+    @cached_property
+    def samples(self) -> Split:
+        """One image of each of the first classes that the test split has."""
+        _, first = np.unique(self.outcomes.labels, return_index=True)
+        return self.pictures(np.sort(first[:SHOWN]))
+
+    def pictures(self, positions: np.ndarray) -> Split:
+        """Test images by their positions in the split."""
+        samples = self.data.samples("test")
+        if isinstance(samples, Split):
+            return Split(samples.images[positions], samples.labels[positions])
+        if isinstance(samples, Rows):
+            found = list(replace(samples, index=samples.index[positions]).walk(None))
+        else:
+            walked = list(islice(samples.walk(None), int(positions.max()) + 1))
+            found = [walked[position] for position in positions]
+        decoder = self.data.decoder("test")
+        images = np.stack([decoder.picture(sample).transpose(2, 0, 1) for sample in found])
+        return Split(torch.from_numpy(images), torch.tensor([sample.label for sample in found]))
+
+    def save_scores(self, folder: Path) -> None:
+        """Leaves the confusion matrix for reports."""
+        found = {
+            "ticket": self.trained.path.name,
+            "density": self.trained.mask.density,
+            "classes": self.classes,
+            "confusion": self.confusion.tolist(),
+        }
+        folder.mkdir(exist_ok=True)
+        files.write_text(folder / SCORES, json.dumps(found, ensure_ascii=False) + "\n")
+
+
+def confusion(exhibit: Exhibit) -> "Figure":
+    """Share of every true class that was taken for each class."""
+    counts, classes = exhibit.confusion, exhibit.classes
+    number = len(classes)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = canvas.figure(4.4)
+    axes = figure.subplots()
+    mesh = axes.imshow(shares, cmap=canvas.HEAT, vmin=0, vmax=1, interpolation="nearest")
+    if number <= 12:
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                axes.text(j, i, str(count), ha="center", va="center", fontsize=7,
+                          color="#fffffd" if shares[i, j] < 0.6 else "#000001")  # fmt: skip
+    every = -(-number // 20)
+    ticks = range(0, number, every)
+    axes.set_xticks(ticks, [classes[i] for i in ticks], rotation=90 if max(map(len, classes)) > 2 else 0)
+    axes.set_yticks(ticks, [classes[i] for i in ticks])
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.grid(visible=False)
+    figure.colorbar(mesh, ax=axes, label="share of the true class", shrink=0.8).outline.set_visible(False)
+    return figure
+
+
+def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
+    """The most frequent confusions, each with images of it: a row a pair."""
+    wrong = exhibit.confusion * (1 - np.eye(len(exhibit.classes), dtype=int))
+    most = [divmod(int(i), len(wrong)) for i in np.argsort(-wrong, axis=None, kind="stable")[:pairs]]
+    most = [pair for pair in most if wrong[pair]]
+    if not most or exhibit.trained.data.max_corrupt:  # images left out shift the positions
+        return None
+    found = exhibit.outcomes
+    figure = canvas.figure(0.35 + 0.85 * len(most))
+    grid = figure.subplots(len(most), SHOWN, squeeze=False)
+    for (true, predicted), row in zip(most, grid, strict=True):
+        of_pair = np.flatnonzero((found.labels == true) & (found.predictions == predicted))[:SHOWN]
+        for axes, picture in zip(row, exhibit.pictures(of_pair).images, strict=False):
+            _show(axes, picture)
+        for axes in row:
+            axes.set_axis_off()
+        names = f"{exhibit.classes[true]} taken for {exhibit.classes[predicted]} ({wrong[true, predicted]})"
+        row[0].set_title(names, loc="left", fontsize=8)
+    return figure
+
+
+def attended(exhibit: Exhibit) -> "Figure | None":
+    """Where the pruned model looks: the last layer alone, and through all layers."""
+    return _maps(exhibit, [("last layer", exhibit.trained, last_layer), ("rollout", exhibit.trained, through_all)])
+
+
+def dense_beside_pruned(exhibit: Exhibit) -> "Figure | None":
+    """The same images through the ticket of round 0 and through the last one."""
+    if exhibit.dense is None:
+        return None
+    names = [f"density {trained.mask.density:.2g}" for trained in (exhibit.dense, exhibit.trained)]
+    return _maps(exhibit, [(names[0], exhibit.dense, through_all), (names[1], exhibit.trained, through_all)])
+
+
+def last_layer(layers: list[Tensor], alive: list[Tensor]) -> Tensor:
+    return mean_of_heads(layers[-1], alive[-1])
+
+
+def through_all(layers: list[Tensor], alive: list[Tensor]) -> Tensor:
+    return rollout(layers, alive)
+
+
+def _maps(exhibit: Exhibit, rows: list[tuple[str, Trained, Callable]]) -> "Figure | None":
+    """Images above, a row of maps below for each (label, model, way), the prediction over each map."""
+    images = exhibit.samples.images
+    found = [(label, *_looked(trained, images, exhibit.device, way)) for label, trained, way in rows]
+    if any(maps is None for _, maps, _ in found):
+        return None
+    figure = canvas.figure(0.2 + 1.02 * (1 + len(rows)))
+    grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
+    for axes, picture, label in zip(grid[0], images, exhibit.samples.labels.tolist(), strict=True):
+        _show(axes, picture)
+        axes.set_title(_short(exhibit.classes[label]), fontsize=8)
+    for row, (label, maps, probabilities) in zip(grid[1:], found, strict=True):
+        for axes, picture, looked, chances in zip(row, images, maps, probabilities, strict=True):
+            _show(axes, picture, looked)
+            best = int(chances.argmax())
+            axes.set_title(f"{_short(exhibit.classes[best])} · {100 * float(chances[best]):.0f} %", fontsize=8)
+        row[0].set_ylabel(label, fontsize=8)
+    return figure
+
+
+def _looked(trained: Trained, images: Tensor, device: torch.device, way: Callable) -> tuple[Tensor | None, Tensor]:
+    """Maps over patches (images, side, side) and probabilities (images, classes)."""
+    batch = normalize(images.to(device), trained.mean, trained.std)
+    layers, alive, logits = attention(trained.net.to(device), batch)
+    maps = over_patches(way(layers, alive)) if layers else None
+    return None if maps is None else maps.cpu(), logits.float().softmax(1).cpu()
+
+
+def _show(axes: "Axes", picture: Tensor, looked: Tensor | None = None) -> None:
+    """An image, under a map of what is looked at where there is one."""
+    pixels = picture.permute(1, 2, 0).cpu().numpy()
+    if looked is not None:
+        pixels = np.repeat(pixels.mean(2, keepdims=True), 3, 2).astype(np.uint8)
+    size = pixels.shape[0]
+    axes.imshow(pixels, extent=(0, size, size, 0), interpolation="nearest")
+    if looked is not None:
+        axes.imshow(looked.numpy(), extent=(0, size, size, 0), cmap="inferno", alpha=0.6, interpolation="bilinear")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 11 else f"{name[:10]}…"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of a model; see `curves.Drawing`."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Exhibit], "Figure | None"]
+
+
+PICTURES = (
+    Picture("confusion", "Confusion matrix", "Test images under the last ticket.", confusion),
+    Picture("confused", "Most confused", "The most frequent confusions of the last ticket, with images.", confused),
+    Picture(
+        "attention",
+        "Where it looks",
+        "Attention of the class token (of all patches where there is none) in the last layer, and through all layers "
+        "by rollout (Abnar & Zuidema 2020).",
+        attended,
+    ),
+    Picture(
+        "dense_beside_pruned",
+        "Dense beside pruned",
+        "Rollout of the ticket of round 0 above that of the last one, with what each says.",
+        dense_beside_pruned,
+    ),
+)

@@ -1,0 +1,369 @@
+"""The report of one run: question, what the numbers say, rounds, figures, complexity, recipe, how to reproduce it."""
+
+import math
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from vit_rsst import strict_yaml
+from vit_rsst.analysis.counts import count
+from vit_rsst.analysis.measure import latency
+from vit_rsst.analysis.subject import Subject, open_subject
+from vit_rsst.analysis.tables import spread
+from vit_rsst.errors import RunError
+from vit_rsst.report import canvas, curves
+from vit_rsst.report.document import (
+    Bullets,
+    Code,
+    Document,
+    Facts,
+    Gallery,
+    Image,
+    Section,
+    Table,
+    Text,
+    shown_path,
+)
+from vit_rsst.report.history import History, number
+from vit_rsst.results import RoundRow, duration, size
+from vit_rsst.trained import default_device
+
+PICTURES = {
+    "confusion": ("Confusion matrix", "Test images under the last ticket."),
+    "confused": ("Most confused", "The most frequent confusions of the last ticket, with images."),
+    "attention": (
+        "Where it looks",
+        "Attention of the last layer, and through all layers by rollout, in the last ticket.",
+    ),
+    "dense_beside_pruned": ("Dense beside pruned", "Rollout in the ticket of round 0 above that in the last one."),
+}
+"""Figures that the run itself left, since they need the model: name → title and caption."""
+
+BATCHES = (1, 32)
+"""At which latency is measured."""
+
+Guard = Callable[[str, Callable[[], object]], object]
+"""(what, call) → what the call returns, or None where it failed and that may be."""
+
+
+def plainly(what: str, call: Callable[[], object]) -> object:
+    """A guard that lets every error through."""
+    return call()
+
+
+def tell(history: History, is_timed: bool = False, guard: Guard = plainly) -> Document:
+    """The report of a run in whatever state it is.
+
+    Args:
+        is_timed: measure latency, which takes seconds.
+        guard: around each figure.
+    """
+    subject = last_subject(history)
+    counted = count(subject) if isinstance(subject, Subject) else {}
+    timed = measured([subject]) if is_timed and counted else {}
+    sections = [
+        Section("Question", [Text(question(history))]),
+        Section("What the numbers say", [Bullets(list(findings(history, counted)))]),
+        Section("Rounds", list(round_blocks(history))),
+        Section("Figures", [Gallery(images(history, guard))]),
+        Section("Classes", list(class_blocks(history))),
+        Section("Complexity", list(complexity_blocks(subject, counted, timed))),
+        Section("Warnings", [Bullets([f"Step {event['step']:,}: {event.get('text')}" for event in history.warnings])]),
+        Section("Recipe", [Facts(recipe_facts(history.recipe)), Code(strict_yaml.dump(dict(history.recipe)))]),
+        Section("Data and environment", [Facts(environment_facts(history.environment))]),
+        Section("How to reproduce", [Code(reproduction(history))]),
+    ]
+    return Document(history.name, state_text(history), lead(history), [s for s in sections if is_told(s)])
+
+
+def is_told(section: Section) -> bool:
+    """Whether there is anything below its title."""
+
+    def content(block: object) -> object:
+        return next(getattr(block, name) for name in ("items", "rows", "images", "text") if hasattr(block, name))
+
+    return any(content(block) for block in section.blocks)
+
+
+def state_text(history: History) -> str:
+    code = history.status.get("exit_code")
+    return f"failed ({code})" if history.state == "failed" else history.state
+
+
+def at(tree: Mapping, path: str, default: object = "?") -> object:
+    """`at(recipe, "model.name")`; the default where there is none, as in older runs."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return default if tree is None else tree
+
+
+def lead(history: History) -> str:
+    r = history.recipe
+    method = at(r, "pruning.method.name")
+    updated = str(history.status.get("updated", "")).replace("T", " ").replace("+00:00", " UTC")
+    return f"{method} on {at(r, 'data.source')} with {at(r, 'model.name')}, seed {at(r, 'seed')}. {updated}".strip()
+
+
+def question(history: History) -> str:
+    r = history.recipe
+    model, data, method = (at(r, name) for name in ("model.name", "data.source", "pruning.method.name"))
+    if method == "dense":
+        return f"How accurate does {model} become on {data} without any pruning?"
+    if method == "constant":
+        return (
+            f"How accurate does the sparse ticket {at(r, 'model.start_from')} become on {data} when it is trained on?"
+        )
+    asked = at(r, "pruning.schedule.final_sparsity", None)
+    goal = f"{asked:.0%} of its prunable weights are removed" if isinstance(asked, float) else "it is pruned"
+    chosen = f"units of kind {at(r, 'pruning.granularity')}, chosen by {at(r, 'pruning.criterion')}"
+    return f"How accurate does {model} stay on {data} when {goal} by {method}, over {chosen}?"
+
+
+def best_known(row: RoundRow) -> tuple[float, str]:
+    """Top-1 of a ticket, and on which split."""
+    return (row.val_top1, "validation") if row.test_top1 is None else (row.test_top1, "test")
+
+
+def findings(history: History, counted: Mapping) -> Iterator[str]:
+    """Sentences computed from the numbers."""
+    yield from state_findings(history)
+    rows = history.rows
+    if rows:
+        yield from accuracy_findings(history)
+    gaps = [(row.what_if_gap, row.round) for row in rows if row.what_if_gap is not None]
+    if gaps:
+        worst, round = max(gaps)
+        yield (
+            f"The removals alone cost {sum(gap for gap, _ in gaps):.2f} points of validation top-1 in sum over "
+            f"{len(gaps)} rounds; the dearest was {worst:+.2f} in round {round}."
+        )
+    if len(rows) > 1 and rows[0].ticket_bytes:
+        share = rows[-1].ticket_bytes / rows[0].ticket_bytes
+        yield f"The last ticket takes {size(rows[-1].ticket_bytes)}, {share:.2f} of the one of round {rows[0].round}."
+    if counted:
+        yield complexity_finding(counted)
+    if history.pruning and (layers := history.pruning[-1].get("layers")) and rows[-1].density < 1:
+        name = min(layers, key=lambda layer: layers[layer]["density"])
+        yield f"The emptiest layer is {name.removesuffix('.weight')}: {layers[name]['density']:.1%} of it is left."
+    yield from confusion_findings(history.scores)
+
+
+def state_findings(history: History) -> Iterator[str]:
+    status, epochs = history.status, history.epochs
+    where = f"round {status.get('round', 0)}, epoch {status.get('epoch', 0)}, step {status.get('step', 0):,}"
+    if history.state == "failed":
+        yield f"The run failed at {where}: {status.get('reason') or 'without a reason that it could write'}"
+    if history.state == "stopped":
+        yield f"The run stopped cleanly at {where} and goes on with the same command."
+    if history.state == "running":
+        yield f"The run was last heard of at {where}; the numbers are those so far."
+    if epochs and not history.rows:
+        last = epochs[-1]
+        yield (
+            f"No round has ended yet. After {len(epochs)} epochs validation top-1 is {number(last, 'val/top1'):.2f} "
+            f"and the loss {number(last, 'val/loss'):.4f}."
+        )
+    if not epochs and not history.rows:
+        yield "No epoch has ended yet: there is nothing to say of the accuracy."
+
+
+def accuracy_findings(history: History) -> Iterator[str]:
+    rows = history.rows
+    last, first = rows[-1], rows[0]
+    score, split = best_known(last)
+    text = (
+        f"The last ticket holds {last.density:.1%} of the prunable weights and scores {score:.2f} % on {split} images"
+    )
+    if len(rows) > 1:
+        dense, _ = best_known(first)
+        against = f"the ticket of round {first.round}, of density {first.density:.2f} ({dense:.2f} %)"
+        text += f", {points(score - dense)} {against}"
+    yield text + "."
+    best = max(rows, key=lambda row: row.val_top1)
+    if best is not last:
+        yield (
+            f"By validation the best ticket is that of round {best.round}, of density {best.density:.2f}: "
+            f"{best.val_top1:.2f} % there, {best_known(best)[0]:.2f} % on the {best_known(best)[1]} split."
+        )
+    tested = sum(map(sum, history.scores.get("confusion", ())))
+    if tested and last.test_top1 is not None:
+        error = math.sqrt(max(score * (100 - score), 0.0) / tested)
+        yield f"On {tested:,} test images one standard error is {error:.2f} points; smaller differences say nothing."
+
+
+def points(difference: float) -> str:
+    if abs(difference) < 0.005:
+        return "the same as"
+    return f"{abs(difference):.2f} points {'above' if difference > 0 else 'below'}"
+
+
+def complexity_finding(counted: Mapping) -> str:
+    dense, slim = counted["flops"]["dense"], counted["flops"]["slim"]
+    if slim < dense:
+        parameters = counted["parameters"]
+        return (
+            f"With its dead units cut out it has {parameters['slim'] / parameters['total']:.0%} of the parameters and "
+            f"{slim / dense:.0%} of the FLOPs: {slim / 1e6:,.1f} of {dense / 1e6:,.1f} million an image."
+        )
+    if counted["parameters"]["density"] < 1:
+        share = counted["flops"]["effective"] / dense
+        return (
+            f"No whole unit is dead, so that a usual machine computes all {dense / 1e6:,.1f} million FLOPs; one that "
+            f"skips every zero would compute {share:.0%} of them."
+        )
+    return f"One image costs {dense / 1e6:,.1f} million FLOPs."
+
+
+def confusion_findings(scores: Mapping) -> Iterator[str]:
+    pairs = [
+        (n, a, b)
+        for a, row in enumerate(scores.get("confusion", ()))
+        for b, n in enumerate(row)
+        if a != b and n
+    ]  # fmt: skip
+    if pairs:
+        n, a, b = max(pairs)
+        names = scores["classes"]
+        yield f"Most often {names[a]} is taken for {names[b]}: {n} of {sum(scores['confusion'][a])} images."
+
+
+def round_blocks(history: History) -> Iterator[object]:
+    heads = ("round", "density", "val top-1", "val loss", "test top-1", "test loss", "what-if gap", "epochs", "time",
+             "ticket")  # fmt: skip
+    rows = [
+        (
+            str(row.round),
+            f"{row.density:.4f}",
+            f"{row.val_top1:.2f}",
+            f"{row.val_loss:.4f}",
+            maybe(row.test_top1, ".2f"),
+            maybe(row.test_loss, ".4f"),
+            maybe(row.what_if_gap, "+.2f"),
+            str(row.epochs),
+            duration(row.seconds),
+            size(row.ticket_bytes),
+        )
+        for row in history.rows
+    ]
+    note = "What-if gap: points of validation top-1 lost by the removal, measured just before and just after it."
+    yield Table(heads, rows, note if any(row.what_if_gap is not None for row in history.rows) else "")
+
+
+def maybe(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def images(history: History, guard: Guard = plainly) -> list[Image]:
+    """Drawn anew from the numbers; those that need the model as the run left them."""
+    found = []
+    with canvas.drawing():
+        for drawing in curves.DRAWINGS:
+
+            def as_svg(drawing: curves.Drawing = drawing) -> str | None:
+                figure = drawing.draw(history)
+                return None if figure is None else canvas.svg(figure, drawing.name)
+
+            if (svg := guard(drawing.name, as_svg)) is not None:
+                found.append(Image(drawing.name, drawing.title, drawing.caption, svg))
+    for name, (title, caption) in PICTURES.items():
+        path = history.path / "figures" / f"{name}.svg"
+        if path.is_file():
+            found.append(Image(name, title, caption, path.read_text(encoding="utf-8", errors="replace")))
+    return found
+
+
+def class_blocks(history: History, most: int = 20) -> Iterator[object]:
+    """Recall and precision of the classes, the worst first where there are many."""
+    counts, names = history.scores.get("confusion", ()), history.scores.get("classes", ())
+    taken = [sum(column) for column in zip(*counts, strict=True)]
+    rows = []
+    for i, name in enumerate(names):
+        hits, images = counts[i][i], sum(counts[i])
+        rows.append((name, hits / max(images, 1), hits / max(taken[i], 1), images))
+    shown = rows if len(rows) <= most else sorted(rows, key=lambda row: row[1])[:most]
+    cells = [(name, f"{100 * recall:.2f}", f"{100 * precision:.2f}", f"{n:,}") for name, recall, precision, n in shown]
+    which = "" if len(rows) <= most else f"The {most} classes of the lowest recall of {len(rows)}. "
+    note = f"{which}Test split, ticket {history.scores.get('ticket', '')}." if cells else ""
+    yield Table(("class", "recall", "precision", "images"), cells, note)
+
+
+def last_subject(history: History) -> Subject | str:
+    """The last ticket's network, or why there is none."""
+    if not history.rows:
+        return "No ticket yet."
+    try:
+        return open_subject(str(history.path))
+    except RunError as error:
+        return f"The last ticket could not be opened: {error}"
+
+
+def measured(subjects: Sequence[Subject]) -> dict[int, dict[str, dict]]:
+    """Latency by batch, of all networks in turns: `dense` (zeros included) and `slim` of each."""
+    device = default_device()
+    networks = {}
+    for i, subject in enumerate(subjects):
+        networks[f"{i} dense"] = subject.net.to(device)
+        if subject.is_shrinkable:
+            networks[f"{i} slim"] = subject.slimmed.to(device).eval()
+    return {batch: latency(networks, subjects[0].image_size, batch, device) for batch in BATCHES}
+
+
+def complexity_blocks(subject: Subject | str, counted: Mapping, timed: Mapping) -> Iterator[object]:
+    if isinstance(subject, str):
+        yield Text(subject)
+        return
+    parameters, flops = counted["parameters"], counted["flops"]
+    rows = [
+        ("parameters", f"{parameters['total']:,}", f"{parameters['slim']:,}"),
+        ("MFLOPs an image", f"{flops['dense'] / 1e6:,.1f}", f"{flops['slim'] / 1e6:,.1f}"),
+        ("in fp32", size(counted["bytes"]["dense_fp32"]), size(counted["bytes"]["slim_fp32"])),
+    ]
+    for batch, found in timed.items():
+        dense, slim = found["0 dense"], found.get("0 slim", found["0 dense"])
+        rows.append((f"ms at batch {batch}", spread(dense), spread(slim)))
+        rows.append((f"images/s at batch {batch}", *(f"{part['images_per_s']:,.0f}" for part in (dense, slim))))
+    note = f"Of the last ticket, at {counted['image_size']} px. Slim: its dead heads, neurons and channels cut out."
+    if timed:
+        note += f" Latency on {default_device().type}, {torch.get_num_threads()} thread(s): median [quartiles]."
+    yield Table(("", "masked", "slim"), rows, note)
+
+
+def recipe_facts(recipe: Mapping) -> list[tuple[str, str]]:
+    optim, pruning = at(recipe, "optim", {}), at(recipe, "pruning", {})
+    method = dict(at(pruning, "method", {}))
+    options = ", ".join(f"{key} {value}" for key, value in method.items() if key not in ("name", "penalty"))
+    penalty = method.get("penalty") or {}
+    facts = {
+        "model": at(recipe, "model.name"),
+        "starts from": at(recipe, "model.start_from", ""),
+        "method": " ".join(filter(None, (str(method.get("name", "?")), f"({options})" if options else ""))),
+        "penalty": ", ".join(f"{key} {value}" for key, value in penalty.items()),
+        "chosen by": ", ".join(f"{key} {at(pruning, key)}" for key in ("criterion", "granularity", "scope")),
+        "optimizer": f"{at(optim, 'name')}, learning rate {at(optim, 'lr')}, weight decay {at(optim, 'weight_decay')}",
+        "batch": f"{at(recipe, 'train.global_batch')} images a step, precision {at(recipe, 'train.precision')}",
+    }
+    return [(name, str(value)) for name, value in facts.items() if value] if recipe else []
+
+
+def environment_facts(environment: Mapping) -> list[tuple[str, str]]:
+    facts = [(f"data: {key.replace('_', ' ')}", str(value)) for key, value in at(environment, "data", {}).items()]
+    for key in ("device", "processes", "threads", "host", "commit"):
+        facts.append((key, str(at(environment, key, ""))))
+    versions = ", ".join(f"{name} {version}" for name, version in at(environment, "versions", {}).items() if version)
+    facts += [("versions", versions), ("command", shlex.join(map(str, at(environment, "command", []))))]
+    return [(name, value) for name, value in facts if value not in ("", "None")]
+
+
+def reproduction(history: History) -> str:
+    """Commands that train the same again, from the recipe that the run left."""
+    recipe = shlex.quote(shown_path(history.path / "recipe.yaml"))
+    name, processes = shlex.quote(f"name={history.name}-again"), at(history.environment, "processes", 1)
+    lines = []
+    if commit := at(history.environment, "commit", ""):
+        changed = "   # and changes that were not committed" if str(commit).endswith("+") else ""
+        lines.append(f"git checkout {str(commit).rstrip('+')}{changed}")
+    launch = "vit-rsst train" if processes == 1 else f"accelerate launch --num_processes {processes} -m vit_rsst.train"
+    lines.append(f"{launch} {recipe} {name}")
+    lines.append(f"vit-rsst evaluate {shlex.quote(shown_path(history.path))}")
+    return "\n".join(lines)

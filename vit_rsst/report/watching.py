@@ -1,0 +1,125 @@
+"""Figures while a run goes on and after it: on the hook of the loop, within a share of its time, never at its cost.
+
+What fails is warned of once and left out; the run does not notice.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vit_rsst.errors import first_line
+from vit_rsst.progress import Progress
+from vit_rsst.pruning.controller import Controller
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.report import canvas, curves, history, reporting
+from vit_rsst.tracking import Tracker
+
+SHARE = 0.01
+"""Of the time so far that figures may take while the run goes on."""
+
+LOWEST, HIGHEST, BINS = -8.0, 1.0, 72
+"""Histogram of log₁₀ |weight|."""
+
+SAMPLE = 2_000_000
+"""Weights that are looked at, evenly over all."""
+
+
+def is_possible() -> bool:
+    """Whether matplotlib and jinja2 are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("matplotlib", "jinja2"))
+
+
+class Watcher:
+    """Looks on at a run and draws.
+
+    Args:
+        run: the run folder.
+        tracker: records histograms, shows warnings.
+        device: where the model of the last figures runs.
+    """
+
+    def __init__(self, run: Path, tracker: Tracker, device: torch.device):
+        self._run, self._tracker, self._device = run, tracker, device
+        self._began, self._spent, self._last = time.monotonic(), 0.0, 1.0
+        self._warned: set[str] = set()
+        self._step = 0
+
+    def __call__(self, moment: str, progress: Progress, controller: Controller) -> None:
+        """Records the weights; at the end of a round draws what the folder tells, where time allows."""
+        start, self._step = time.monotonic(), progress.global_step
+        if moment == "round ended":
+            if self._spent + self._last <= SHARE * (start - self._began):
+                self._guarded("curves", self._draw_history)
+                self._last = time.monotonic() - start
+        elif _is_telling(moment, progress, controller):
+            self._guarded("histogram", lambda: self._record(progress, controller))
+        self._spent += time.monotonic() - start
+
+    def finish(self) -> Path | None:
+        """Draws everything and writes the report; where it lies, or None where it failed."""
+        self._guarded("pictures", self._draw_pictures)
+        return self._guarded("the report", lambda: reporting.report([self._run], guard=self._guarded))
+
+    def _record(self, progress: Progress, controller: Controller) -> None:
+        found = histogram(controller.weights, controller.mask, controller.condemned)
+        where = {"round": progress.round, "epoch": progress.epoch}
+        self._tracker.log("weights", progress.global_step, where | found)
+
+    def _draw_history(self) -> None:
+        told = history.read(self._run)
+        with canvas.drawing():
+            for drawing in curves.DRAWINGS:
+                self._guarded(drawing.name, lambda drawing=drawing: self._save(drawing.name, drawing.draw(told)))
+
+    def _draw_pictures(self) -> None:
+        from vit_rsst.report import pictures
+
+        exhibit = pictures.Exhibit.of(self._run, self._device)
+        exhibit.save_scores(self._run / "figures")
+        with canvas.drawing():
+            for picture in pictures.PICTURES:
+                self._guarded(picture.name, lambda picture=picture: self._save(picture.name, picture.draw(exhibit)))
+
+    def _save(self, name: str, figure: object) -> None:
+        if figure is not None:
+            canvas.save(figure, self._run / "figures" / f"{name}.svg")
+
+    def _guarded(self, name: str, call: Callable[[], object]) -> object:
+        try:
+            return call()
+        except Exception as error:  # whatever a figure raises, the run goes on
+            if name not in self._warned:
+                self._warned.add(name)
+                self._tracker.warning(self._step, f"figures: {name} could not be made ({first_line(error)})")
+
+
+def _is_telling(moment: str, progress: Progress, controller: Controller) -> bool:
+    """At the start and the end of a round, and while the condemned shrink."""
+    return (
+        moment == "round began"
+        or controller.condemned is not None
+        or progress.epoch in (1, progress.round_epochs[progress.round])
+    )
+
+
+@torch.no_grad()
+def histogram(weights: Mapping[str, Tensor], mask: MaskSet, condemned: MaskSet | None) -> dict[str, list]:
+    """How many living weights are how large: `edges` of log₁₀ |weight|, counts of `kept` and of `condemned`."""
+    stride = -(-mask.num_elements // SAMPLE)
+    counts = {"kept": torch.zeros(BINS), "condemned": torch.zeros(BINS)}
+    for name, weight in weights.items():
+        flat = weight.detach().flatten()[::stride].float().abs()
+        alive = mask[name].flatten()[::stride]
+        leaving = condemned[name].flatten()[::stride] if condemned is not None else torch.zeros_like(alive)
+        sizes = flat.clamp(min=10.0**LOWEST).log10().clamp(max=HIGHEST)
+        for part, chosen in (("kept", alive & ~leaving), ("condemned", leaving)):
+            counts[part] += torch.histc(sizes[chosen], BINS, LOWEST, HIGHEST).cpu()
+    edges = torch.linspace(LOWEST, HIGHEST, BINS + 1).tolist()
+    found = {part: [int(count) for count in of_part] for part, of_part in counts.items()}
+    if condemned is None:
+        del found["condemned"]
+    return {"edges": [round(edge, 4) for edge in edges], **found}
