@@ -409,6 +409,9 @@ RULES = {
     "gradient coupling under adamw": (
         ["pruning.method={name: rsst, penalty: {coupling: gradient}}"],
         "pruning.method.penalty.coupling", "optim.name=sgd"),
+    "gradient coupling under layer-wise rates": (
+        ["optim.name=sgd", "optim.layer_decay=0.5", "pruning.method={name: rsst, penalty: {coupling: gradient}}"],
+        "pruning.method.penalty.coupling", "another in each layer"),
     "coupled decay under adam": (["optim.name=adam"], "optim.weight_decay", "use optim.name=adamw, or weight_decay 0"),
     "recovery after an early removal": (
         ["train.recovery_epochs=2"], "train.recovery_epochs", "follow a removal at the end"),
@@ -420,6 +423,7 @@ RULES = {
     "a revision of a folder": (
         ["data.source=cifar10", "data.path=x", "data.revision=main"], "data.revision", "leave it out"),
     "pretrained vit_tiny": (["model.pretrained=true"], "model.pretrained", "has no published weights"),
+    "a word that others take for no": (["model.pretrained=no"], "model.pretrained", "'no' is not true or false"),
     "pretrained and start_from": (
         ["model.name=vit_small", "model.pretrained=true", "model.start_from=x"], "model.pretrained", "keep one of"),
     "a number of classes": (["model.args.num_classes=5"], "model.args.num_classes", "follows from the data"),
