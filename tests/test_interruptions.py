@@ -12,10 +12,13 @@ from interruptions import Bench, Cell, Setting
 CELLS = [
     Cell(Setting("in memory", 2, 0), "after removal", "KILL"),
     Cell(Setting("in memory", 1, 0), "evaluation", "TERM"),
-    Cell(Setting("map-style", 1, 2), "penalty window", "KILL"),
     Cell(Setting("map-style", 1, 0), "first step of a round", "TERM"),
     Cell(Setting("stream", 2, 0), "mid-epoch", "TERM"),
     Cell(Setting("stream", 1, 2), "epoch end", "KILL"),
+]
+SLOW = [
+    Cell(Setting("map-style", 1, 2), "penalty window", "KILL"),
+    Cell(Setting("stream", 2, 2), "evaluation", "TERM"),
 ]
 
 
@@ -25,7 +28,7 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in SLOW)], ids=str)
 def test_an_interrupted_run_ends_as_the_undisturbed_one(bench, cell):
     survived, why = bench.survives(cell)
     assert survived, why
