@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faulty
+import psutil
 import pytest
 import tiny
 import torch
@@ -769,6 +770,23 @@ def test_the_workers_of_a_killed_process_do_not_keep_its_lock(tmp_path, happened
     assert faulty.exit_code(die_before_a_worker, folder) == 9
     folder.open(Recipe(name="r"), {}).release()
     happened("the process died, its worker lived on: the lock was free")
+
+
+@pytest.mark.fault("F29")
+def test_the_workers_of_a_killed_run_end_too(tmp_path, happened):
+    recipe = faulty.write_recipe(tmp_path)
+    workers = ("data.workers=2", "data.augment={crop: resized}")
+    [run] = faulty.start("train", recipe, *workers, log=tmp_path / "log", FAULT="hang:0:5")
+    faulty.wait_for_step(run_of(recipe), 5, [run])
+    family = psutil.Process(run.pid).children(recursive=True)
+    assert len(family) >= 3, "two workers and their fork server"
+    run.kill()
+    run.join()
+    _, left = psutil.wait_procs(family, timeout=20)
+    for process in left:
+        process.kill()
+    assert not left
+    happened(f"kill -9 of a run with two workers: all {len(family)} processes below it ended")
 
 
 # -- F30: drift
