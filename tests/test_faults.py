@@ -440,9 +440,7 @@ def test_too_little_data_is_refused_with_the_arithmetic(tmp_path, capsys, happen
 @pytest.mark.distributed
 @pytest.mark.fault("F18")
 def test_nan_on_one_of_two_ranks_stops_both_and_the_last_point_is_sound(tmp_path, happened):
-    recipe = faulty.write_recipe(
-        tmp_path, tiny.RECIPE.replace("global_batch: 32", "global_batch: 32, rank_timeout: 20")
-    )
+    recipe = faulty.write_recipe(tmp_path, "rank_timeout: 20")
     job = faulty.command("train", recipe, ranks=2, FAULT="nan:1:7")
     assert job.codes == [4, 4], job.log
     assert job.log.count("error:") == 1
@@ -484,9 +482,7 @@ def test_a_point_that_is_not_finite_is_not_written(tmp_path, happened):
 
 @pytest.mark.fault("F18")
 def test_weights_that_overflow_end_the_run_with_4_and_a_finite_point(tmp_path):
-    recipe = faulty.write_recipe(
-        tmp_path, tiny.RECIPE.replace("global_batch: 32", "global_batch: 32, max_skipped_steps: 9")
-    )
+    recipe = faulty.write_recipe(tmp_path, "max_skipped_steps: 9")
     job = faulty.command("train", recipe, FAULT="overflow:0:7")
     assert job.code == 4, job.log
     assert is_finite(Checkpointer(run_of(recipe) / "checkpoints").load())
