@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faulty
+import psutil
 import pytest
 import tiny
 import torch
@@ -439,9 +440,7 @@ def test_too_little_data_is_refused_with_the_arithmetic(tmp_path, capsys, happen
 @pytest.mark.distributed
 @pytest.mark.fault("F18")
 def test_nan_on_one_of_two_ranks_stops_both_and_the_last_point_is_sound(tmp_path, happened):
-    recipe = faulty.write_recipe(
-        tmp_path, tiny.RECIPE.replace("global_batch: 32", "global_batch: 32, rank_timeout: 20")
-    )
+    recipe = faulty.write_recipe(tmp_path, "rank_timeout: 20")
     job = faulty.command("train", recipe, ranks=2, FAULT="nan:1:7")
     assert job.codes == [4, 4], job.log
     assert job.log.count("error:") == 1
@@ -483,9 +482,7 @@ def test_a_point_that_is_not_finite_is_not_written(tmp_path, happened):
 
 @pytest.mark.fault("F18")
 def test_weights_that_overflow_end_the_run_with_4_and_a_finite_point(tmp_path):
-    recipe = faulty.write_recipe(
-        tmp_path, tiny.RECIPE.replace("global_batch: 32", "global_batch: 32, max_skipped_steps: 9")
-    )
+    recipe = faulty.write_recipe(tmp_path, "max_skipped_steps: 9")
     job = faulty.command("train", recipe, FAULT="overflow:0:7")
     assert job.code == 4, job.log
     assert is_finite(Checkpointer(run_of(recipe) / "checkpoints").load())
@@ -769,6 +766,23 @@ def test_the_workers_of_a_killed_process_do_not_keep_its_lock(tmp_path, happened
     assert faulty.exit_code(die_before_a_worker, folder) == 9
     folder.open(Recipe(name="r"), {}).release()
     happened("the process died, its worker lived on: the lock was free")
+
+
+@pytest.mark.fault("F29")
+def test_the_workers_of_a_killed_run_end_too(tmp_path, happened):
+    recipe = faulty.write_recipe(tmp_path)
+    workers = ("data.workers=2", "data.augment={crop: resized}")
+    [run] = faulty.start("train", recipe, *workers, log=tmp_path / "log", FAULT="hang:0:5")
+    faulty.wait_for_step(run_of(recipe), 5, [run])
+    family = psutil.Process(run.pid).children(recursive=True)
+    assert len(family) >= 3, "two workers and their fork server"
+    run.kill()
+    run.join()
+    _, left = psutil.wait_procs(family, timeout=20)
+    for process in left:
+        process.kill()
+    assert not left
+    happened(f"kill -9 of a run with two workers: all {len(family)} processes below it ended")
 
 
 # -- F30: drift

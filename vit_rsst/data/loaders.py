@@ -6,12 +6,16 @@ comes when follows from seed and progress alone, whatever the number of ranks an
 """
 
 import math
+import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
+import psutil
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
@@ -255,8 +259,23 @@ def decoded(batches: Iterable[list[Sample]], decoder: Decoder, workers: int, pin
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         multiprocessing_context=context,
+        worker_init_fn=partial(end_with, os.getpid()) if workers else None,
     )
     return iter(loader)
+
+
+def end_with(run: int, worker: int) -> None:
+    """Lets a worker end once the process of the run is gone, be it killed.
+
+    torch watches a worker's parent, which here is the fork server; and that one stays as long as it has a worker.
+    """
+
+    def watch() -> None:
+        while psutil.pid_exists(run):
+            time.sleep(1.0)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(batch: Decoded) -> Decoded:
