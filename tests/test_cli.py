@@ -356,7 +356,7 @@ def test_models_are_listed_with_their_sizes(capsys):
         [line] = [line for line in told.splitlines() if line.split()[:1] == [name]]
         assert number in line
         assert MODELS[name].architecture in line
-    assert len(MODELS) == 4
+    assert len(MODELS) == 16
 
 
 def test_recipes_are_listed_by_the_name_that_train_takes(capsys):

@@ -24,7 +24,8 @@ FLOORS = [
     "pruning.methods.gmp pruning.methods.imp pruning.methods.refill pruning.methods.rsst pruning.methods.rst "
     "pruning.methods.ste pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
-    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.zoo "
+    "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.slim models.timm_weights "
+    "models.zoo "
     "data.locate data.tables data.streams data.images data.sources data.loaders "
     "checkpoint tickets tracking results console signals watchdog "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
@@ -47,6 +48,7 @@ SIDEWAYS = {
     ("reach", "errors"),
     ("models.zoo", "models.hub"),
     ("models.zoo", "models.slim"),
+    ("models.zoo", "models.timm_weights"),
     ("export", "export.slim_folder"),
     ("export.source", "export.slim_folder"),
     ("export.card", "export.work"),
@@ -106,6 +108,7 @@ DOORS = {
         "models.dynamic_vit",
         "models.gated_vit",
         "models.lightweight_vit",
+        "models.timm_weights",
         "export.timm_folder",
     },
     "transformers": {"models.hub", "export.transformers_folder"},

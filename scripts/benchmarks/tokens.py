@@ -3,9 +3,10 @@
 DynamicViT promises speed at the price of its predictors. Both networks hold the same weights; the one with a keep ratio
 of 1 is the plain ViT, and it must give the plain ViT's logits to the last bit before anything is timed. The tokens that
 enter each block are counted as they pass. The two alternate in one process, in an order drawn anew each time, on 64
-images of 32 px (patch 4) in fp32 on one thread, and processor time is counted, which does not depend on who else uses
-the machine; a ratio compares two runs of one alternation, so that 2 is twice as fast. The bound is missed when the 95 % interval's upper end lies below it. `lightweight_vit` runs beside them on 64 and
-on 1,024 patches: its cost in FLOPs grows with the tokens and no faster, exactly, which is a bound of its own.
+images of 32 px (patch 4) in fp32 on one thread. Processor time is counted, which does not depend on who else uses the
+machine; a ratio compares two runs of one alternation, so that 2 is twice as fast. The bound is missed when the 95 %
+interval's upper end lies below it. The cost of `lightweight_vit` must grow with its tokens and no faster: a bound on
+its FLOPs, which are exact.
 """
 
 import sys
