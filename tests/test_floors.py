@@ -25,7 +25,7 @@ FLOORS = [
     "pruning.methods.ste pruning.methods",
     # 3 act: on weights, files, processes and the screen; what a recipe is
     "pruning.agreement pruning.calibration pruning.controller models.complexity models.hub models.published "
-    "models.slim models.zoo "
+    "models.slim models.timm_weights models.zoo "
     "data.locate data.tables data.streams data.images data.sources data.loaders "
     "checkpoint tickets tracking results console signals watchdog "
     "recipe recipe_errors recipe_rules recipe_file run_folder",
@@ -56,6 +56,7 @@ SIDEWAYS = {
     ("models.published", "models.zoo"),
     ("metrics.outcomes", "metrics.counters"),
     ("metrics.reported", "metrics.outcomes"),
+    ("models.zoo", "models.timm_weights"),
     ("export", "export.slim_folder"),
     ("export.source", "export.slim_folder"),
     ("export.card", "export.work"),
@@ -127,6 +128,7 @@ DOORS = {
         "models.dynamic_vit",
         "models.gated_vit",
         "models.lightweight_vit",
+        "models.timm_weights",
         "export.timm_folder",
     },
     "transformers": {"models.hub", "export.transformers_folder"},
