@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from vit_rsst.progress import Progress
-from vit_rsst.report import history, story, watching
+from vit_rsst.report import story, watching
 from vit_rsst.report.diagnosis import PREFIX, RULES, diagnose
 from vit_rsst.report.history import History
 from vit_rsst.results import RoundRow
@@ -16,10 +16,8 @@ from vit_rsst.results import RoundRow
 RSST = {"pruning": {"method": {"name": "rsst", "penalty": {"residual": 1e-3}}}}
 
 
-def curve(
-    train: list[float], val: list[float] | None = None, top1: tuple[float, float] | list = (90, 89), **more
-) -> list:
-    """Epoch events of one round: losses, and top-1 of training and validation at the end (from 10 on a straight line)."""
+def curve(train: list, val: list | None = None, top1: tuple = (90, 89), **more: float) -> list:
+    """Epoch events of one round: losses, and top-1 of training and validation at the end, a line from 10 on."""
     val, number, events = val or train, len(train), []
     for i in range(number):
         share = (i + 1) / number
