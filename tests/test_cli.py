@@ -404,8 +404,11 @@ def test_runs_are_listed_with_state_and_result(finished, tmp_path, capsys):
     head, *told = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert head[:2] == ["run", "state"]
     last = rounds(finished / "runs" / "tiny")[-1]
-    scores = [f"{float(last['density']):.4f}", f"{float(last['val_top1']):.2f}", f"{float(last['test_top1']):.2f}"]
-    assert told == [["tiny", "finished", "2", "2", *scores], ["young", "running", "0", "0", "–", "–", "–"]]
+    best = max(float(row["val_top1"]) for row in rounds(finished / "runs" / "tiny"))
+    scores = [f"{float(last['density']):.4f}", f"{best:.2f}", f"{float(last['test_top1']):.2f}", "rsst"]
+    assert told[0][:9] == ["tiny", "finished", "████████", "100%", "2", *scores]
+    assert told[1][:8] == ["young", "running", "–", "0", "–", "–", "–", "?"]
+    assert len(told) == 2
 
 
 def test_runs_of_an_empty_and_of_a_missing_folder(tmp_path, capsys):

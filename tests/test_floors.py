@@ -36,8 +36,8 @@ FLOORS = [
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
     # 6 tell: what a person sees of a run
-    "report.history report.canvas report.attention report.curves report.pictures report.document "
-    "report.story report.compare report.reporting report.watching "
+    "report.history report.canvas report.diagnosis report.attention report.curves report.pictures report.document "
+    "report.story report.compare report.reporting report.watching report.listing "
     "checks.bench checks.inputs checks.learning checks.removal checks.costs checks.checking",
     # 7 enter
     "train cli",
@@ -102,10 +102,13 @@ SIDEWAYS = {
     ("checks.removal", "checks.learning"),
     *(("checks.checking", f"checks.{name}") for name in ("inputs", "learning", "removal", "costs")),
     ("checks.checking", "report.canvas"),
-    *(("report.story", f"report.{name}") for name in ("canvas", "curves", "document", "history")),
+    ("report.diagnosis", "report.history"),
+    ("report.listing", "report.history"),
+    *(("report.story", f"report.{name}") for name in ("canvas", "curves", "diagnosis", "document", "history")),
     *(("report.compare", f"report.{name}") for name in ("canvas", "document", "history", "story")),
     *(("report.reporting", f"report.{name}") for name in ("compare", "document", "history", "story")),
-    *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "history", "pictures", "reporting")),
+    *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "diagnosis", "history", "pictures")),
+    ("report.watching", "report.reporting"),
     ("cli", "train"),
 }
 """(importer, imported) on one floor."""

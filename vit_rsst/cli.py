@@ -1,6 +1,7 @@
 """The command `vit-rsst`: verbs for one process. What a verb needs is imported inside the verb."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb("methods", methods_verb, "list pruning methods, criteria and data sources")
     runs = verb("runs", runs_verb, "list the runs of a folder with their state and result")
     runs.add_argument("folder", nargs="?", default="runs", metavar="FOLDER")
+    runs.add_argument("--json", metavar="FILE", help="write every number there as well")
     return parser
 
 
@@ -269,25 +271,25 @@ def methods_verb(arguments: argparse.Namespace) -> None:
 
 
 def runs_verb(arguments: argparse.Namespace) -> None:
+    import datetime
+    import shutil
+    import sys
     from pathlib import Path
 
+    from vit_rsst import files
     from vit_rsst.errors import InputError
-    from vit_rsst.results import aligned, load_rows
-    from vit_rsst.run_folder import RunFolder
+    from vit_rsst.report import listing
 
-    folder = Path(arguments.folder)
+    folder, output = Path(arguments.folder).expanduser(), output_file(arguments.json)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give the output_dir of your runs.")
-    lines = [("run", "state", "round", "epoch", "density", "val top-1", "test top-1")]
-    for path in sorted(folder.iterdir()):
-        if not (status := RunFolder(path).status()):
-            continue
-        row = next(iter(reversed(load_rows(path))), None)
-        scores = ("–", "–", "–") if row is None else (
-            f"{row.density:.4f}", f"{row.val_top1:.2f}", "–" if row.test_top1 is None else f"{row.test_top1:.2f}"
-        )  # fmt: skip
-        lines.append((path.name, status["state"], str(status.get("round", 0)), str(status.get("epoch", 0)), *scores))
-    print(aligned(lines) if len(lines) > 1 else f"no runs in {folder}")
+    items = [listing.listed(path, folder) for path in listing.find(folder)]
+    is_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal or "COLUMNS" in os.environ else None
+    now = datetime.datetime.now(datetime.UTC)
+    print(listing.table(items, now, width, listing.wants_color(is_terminal)) if items else f"no runs in {folder}")
+    if output:
+        files.write_json(output, listing.as_data(items))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The report of one run: question, what the numbers say, rounds, figures, complexity, recipe, how to reproduce it."""
 
+import itertools
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from vit_rsst.analysis.subject import Subject, open_subject
 from vit_rsst.analysis.tables import spread
 from vit_rsst.errors import RunError
 from vit_rsst.report import canvas, curves
+from vit_rsst.report.diagnosis import PREFIX, diagnose
 from vit_rsst.report.document import (
     Bullets,
     Code,
@@ -65,16 +67,25 @@ def tell(history: History, is_timed: bool = False, guard: Guard = plainly) -> Do
     sections = [
         Section("Question", [Text(question(history))]),
         Section("What the numbers say", [Bullets(list(findings(history, counted)))]),
+        Section("Diagnosis", [Bullets([str(found) for found in diagnose(history)])]),
         Section("Rounds", list(round_blocks(history))),
         Section("Figures", [Gallery(images(history, guard))]),
         Section("Classes", list(class_blocks(history))),
         Section("Complexity", list(complexity_blocks(subject, counted, timed))),
-        Section("Warnings", [Bullets([f"Step {event['step']:,}: {event.get('text')}" for event in history.warnings])]),
+        Section("Warnings", [Bullets(list(warnings(history)))]),
         Section("Recipe", [Facts(recipe_facts(history.recipe)), Code(strict_yaml.dump(dict(history.recipe)))]),
         Section("Data and environment", [Facts(environment_facts(history.environment))]),
         Section("How to reproduce", [Code(reproduction(history))]),
     ]
     return Document(history.name, state_text(history), lead(history), [s for s in sections if is_told(s)])
+
+
+def warnings(history: History) -> Iterator[str]:
+    """Of the log, each text once; a diagnosis is told elsewhere."""
+    for text, events in itertools.groupby(history.warnings, key=lambda event: str(event.get("text"))):
+        steps = [event["step"] for event in events]
+        if not text.startswith(PREFIX):
+            yield f"Step {steps[0]:,}{f' and {len(steps) - 1} times more' if len(steps) > 1 else ''}: {text}"
 
 
 def is_told(section: Section) -> bool:

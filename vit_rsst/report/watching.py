@@ -15,7 +15,7 @@ from vit_rsst.errors import first_line
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.report import canvas, curves, history, reporting
+from vit_rsst.report import canvas, curves, diagnosis, history, reporting
 from vit_rsst.tracking import Tracker
 
 SHARE = 0.01
@@ -51,6 +51,8 @@ class Watcher:
     def __call__(self, moment: str, progress: Progress, controller: Controller) -> None:
         """Records the weights; at the end of a round draws what the folder tells, where time allows."""
         start, self._step = time.monotonic(), progress.global_step
+        if moment == "round ended" or (moment == "epoch ended" and _is_due(progress)):
+            self._guarded("the diagnosis", self._diagnose)
         if moment == "round ended":
             if self._spent + self._last <= SHARE * (start - self._began):
                 self._guarded("curves", self._draw_history)
@@ -68,6 +70,14 @@ class Watcher:
         found = histogram(controller.weights, controller.mask, controller.condemned)
         where = {"round": progress.round, "epoch": progress.epoch}
         self._tracker.log("weights", progress.global_step, where | found)
+
+    def _diagnose(self) -> None:
+        """Says what the curves show, each thing once in the life of the run."""
+        told = history.read(self._run)
+        known = {str(event.get("text")).removeprefix(diagnosis.PREFIX).split(":")[0] for event in told.warnings}
+        for found in diagnosis.diagnose(told):
+            if found.name not in known:
+                self._tracker.warning(self._step, f"{diagnosis.PREFIX}{found}")
 
     def _draw_history(self) -> None:
         told = history.read(self._run)
@@ -95,6 +105,12 @@ class Watcher:
             if name not in self._warned:
                 self._warned.add(name)
                 self._tracker.warning(self._step, f"figures: {name} could not be made ({first_line(error)})")
+
+
+def _is_due(progress: Progress) -> bool:
+    """At the fifth epoch of a round, and twenty times over it."""
+    epochs = progress.round_epochs[progress.round]
+    return progress.epoch == 5 or progress.epoch % max(epochs // 20, 5) == 0
 
 
 def _is_telling(moment: str, progress: Progress, controller: Controller) -> bool:

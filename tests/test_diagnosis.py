@@ -1,0 +1,153 @@
+"""Diagnosis: a table of synthetic curves with the verdict of each, and silence over a healthy real run."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+
+from vit_rsst.progress import Progress
+from vit_rsst.report import story, watching
+from vit_rsst.report.diagnosis import PREFIX, RULES, diagnose
+from vit_rsst.report.history import History
+from vit_rsst.results import RoundRow
+
+RSST = {"pruning": {"method": {"name": "rsst", "penalty": {"residual": 1e-3}}}}
+
+
+def curve(train: list, val: list | None = None, top1: tuple = (90, 89), **more: float) -> list:
+    """Epoch events of one round: losses, and top-1 of training and validation at the end, a line from 10 on."""
+    val, number, events = val or train, len(train), []
+    for i in range(number):
+        share = (i + 1) / number
+        event = {"event": "epoch", "round": 0, "epoch": i + 1, "train/loss": train[i], "val/loss": val[i]}
+        event |= {"train/top1": 10 + share * (top1[0] - 10), "val/top1": 10 + share * (top1[1] - 10)}
+        events.append(event | more)
+    return events
+
+
+def told(*of_rounds: list, rows: list = (), pruning: list = (), recipe: dict = RSST, state: str = "running") -> History:
+    events = [event | {"round": round} for round, events in enumerate(of_rounds) for event in events]
+    events = [event | {"step": 10 * (i + 1)} for i, event in enumerate(events)]
+    return History(Path(), recipe, {}, {"state": state}, events, list(rows), list(pruning))
+
+
+def row(round: int, top1: float, gap: float | None = None) -> RoundRow:
+    return RoundRow(round, 0.5, 0.5, top1, 99.0, 0.5, None, None, gap, 10, 1.0, 1000)
+
+
+def down(number: int, start: float = 2.3, end: float = 0.3) -> list[float]:
+    return [end + (start - end) * math.exp(-4 * i / number) for i in range(number)]
+
+
+FLAT = [2.30, 2.31, 2.30, 2.29, 2.30, 2.30]
+LAYERS = {"blocks.0.mlp.fc1.weight": {"density": 0.4}, "blocks.1.mlp.fc1.weight": {"density": 0.004}}
+ENDED = {"state": "finished"}
+
+CURVES = {
+    "healthy": (told(curve(down(20))), []),
+    "healthy, with rounds": (told(curve(down(20)), curve(down(10, 0.8)), rows=[row(0, 90), row(1, 89.5, 6.0)]), []),
+    "healthy, of four epochs": (told(curve(FLAT[:4], top1=(10, 10))), []),
+    "healthy, a spike": (told(curve([*down(10), 0.9, 0.5, 0.4])), []),
+    "healthy, low but fitted": (told(curve(down(20, 2.3, 1.4), top1=(50, 46)), **ENDED), []),
+    "healthy, one bad epoch of validation": (told(curve(down(20), [*down(18), 0.9, 0.34], top1=(99, 85))), []),
+    "flat": (told(curve(FLAT, top1=(10, 10))), ["not learning"]),
+    "flat loss, rising accuracy": (told(curve(FLAT, top1=(40, 40))), []),
+    "not a number": (told(curve([2.3, 2.0, math.nan])), ["diverging"]),
+    "infinite, as the log has it": (told(curve([2.3, 2.0, "inf"], [2.3, 2.0, 2.0])), ["diverging"]),
+    "climbing": (told(curve([2.3, 1.8, 1.2, 1.6, 2.4, 3.9])), ["diverging"]),
+    "climbing in a later round": (told(curve(down(9)), curve([0.5, 0.4, 0.7, 1.1, 1.9])), ["diverging"]),
+    "overfitted": (
+        told(curve(down(20, 2.3, 0.02), [*down(10, 2.3, 1.0), *(1.1 + 0.08 * i for i in range(10))], top1=(99, 62))),
+        ["overfitting"],
+    ),
+    "overfitted but no worse": (told(curve(down(20, 2.3, 0.02), down(20, 2.3, 1.0), top1=(99, 62))), []),
+    "cut short": (told(curve([2.3 - 0.07 * i for i in range(16)], top1=(45, 46)), **ENDED), ["underfitting"]),
+    "still in its round": (told(curve([2.3 - 0.07 * i for i in range(16)], top1=(45, 46))), []),
+    "stuck": (told(curve([2.3, 2.0, *[1.8] * 14], top1=(32, 33)), **ENDED), ["underfitting"]),
+    "waiting for images": (told(curve(down(6), **{"time/loader_wait": 0.6})), ["loader-bound"]),
+    "waiting a little": (told(curve(down(6), **{"time/loader_wait": 0.1})), []),
+    "penalty in vain": (
+        told(curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.35}]),
+        ["penalty without effect"],
+    ),
+    "penalty at work": (told(curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.004}]), []),
+    "no penalty": (
+        told(curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.35}], recipe={"pruning": {"method": "imp"}}),
+        [],
+    ),
+    "an empty layer": (told(curve(down(6)), pruning=[{"round": 2, "layers": LAYERS}]), ["layer nearly empty"]),
+    "a dear removal": (told(curve(down(6)), rows=[row(0, 90.0), row(1, 84.0, 12.0)]), ["removal costs accuracy"]),
+    "a removal that was won back": (told(curve(down(6)), rows=[row(0, 90.0), row(1, 89.5, 12.0)]), []),
+    "two at once": (
+        told(curve(FLAT, top1=(10, 10), **{"time/loader_wait": 0.6})),
+        ["not learning", "loader-bound"],
+    ),
+    "nothing yet": (told(), []),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_each_curve_has_its_verdict(name):
+    given, expected = CURVES[name]
+    found = diagnose(given)
+    assert [diagnosis.name for diagnosis in found] == expected
+    for diagnosis in found:
+        assert any(letter.isdigit() for letter in diagnosis.seen), "what is seen is a number"
+        assert diagnosis.seen.endswith(".")
+        assert diagnosis.advice
+
+
+def test_the_table_has_a_curve_for_every_rule():
+    assert len({name for _, names in CURVES.values() for name in names}) == len(RULES) == 8
+
+
+def test_numbers_and_fields_are_named():
+    [found] = diagnose(CURVES["a dear removal"][0])
+    assert str(found) == (
+        "removal costs accuracy: in round 1 the removal cost 12.00 points at once, and 6.00 were still missing at its "
+        "end, at density 0.500. Try more pruning.schedule.rounds, pruning.method=rsst or a longer penalty.window, more "
+        "train.round_epochs."
+    )
+
+
+def test_a_healthy_real_run_has_no_diagnosis_at_any_time():
+    """The curves of the quick start as they were measured, with all the noise of 144 validation images."""
+    with open(Path(__file__).with_name("quickstart_curve.csv"), encoding="utf-8") as file:
+        rows = [{name: float(value) for name, value in line.items()} for line in csv.DictReader(file)]
+    assert len(rows) == 140
+    events = [
+        {
+            "event": "epoch", "step": 20 * i, "round": int(r["round"]), "train/loss": r["train_loss"],
+            "val/loss": r["val_loss"], "train/top1": r["train_top1"], "val/top1": r["val_top1"],
+        }
+        for i, r in enumerate(rows, 1)
+    ]  # fmt: skip
+    for number in range(1, 141):
+        told_so_far = History(Path(), RSST, {}, {"state": "running" if number < 140 else "finished"}, events[:number])
+        assert diagnose(told_so_far) == [], number
+
+
+def test_the_log_says_it_once_and_the_report_too(tmp_path, capsys):
+    text = tiny.RECIPE.replace("figures: false", "figures: true").replace("lr: 3e-3", "lr: 1e-9")
+    recipe = tiny.write_recipe(tmp_path, text)
+    assert tiny.command("train", recipe, "train.epochs=12", "train.steps_per_epoch=1") == 0
+    said = [event["text"] for event in tiny.events(tmp_path / "runs" / "tiny") if event["event"] == "warning"]
+    assert [text.split(":")[1].strip() for text in said] == ["not learning"]
+    assert capsys.readouterr().err.count("warning: diagnosis: not learning: after 5 epochs") == 1
+    page = (tmp_path / "runs" / "tiny" / "report.html").read_text(encoding="utf-8")
+    assert page.count("not learning: after 5 epochs") == 1
+
+
+def test_warnings_of_the_report_are_told_once_each():
+    texts = ["a", "a", "b", f"{PREFIX}not learning: x"]
+    given = told(curve(down(3)))
+    given.events.extend({"event": "warning", "step": i, "text": text} for i, text in enumerate(texts, 1))
+    assert list(story.warnings(given)) == ["Step 1 and 1 times more: a", "Step 3: b"]
+
+
+@pytest.mark.parametrize(("epochs", "due"), [(6, [5]), (100, [5, 10, 15]), (300, [5, 15, 30])])
+def test_curves_are_looked_at_now_and_then(epochs, due):
+    moments = [e for e in range(1, epochs + 1) if watching._is_due(Progress(1, (epochs,), 0, e))]
+    assert moments[: len(due)] == due

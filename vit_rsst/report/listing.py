@@ -1,0 +1,202 @@
+"""All runs of a folder in a table: state, progress, best ticket, size; no wider than the terminal, colour or not."""
+
+import datetime
+import fcntl
+import os
+import re
+import socket
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vit_rsst import recipe_file
+from vit_rsst.errors import InputError
+from vit_rsst.report import history
+from vit_rsst.report.history import History
+from vit_rsst.results import size
+from vit_rsst.run_folder import RunFolder
+
+COLORS = {"finished": "32", "running": "36", "stopped": "33", "failed": "31", "lost": "31"}
+BAR = 8
+COLUMNS = ("run", "state", "progress", "round", "density", "best val", "test", "method", "size", "updated")
+LEAST_NEEDED = ("size", "updated", "method", "round", "density", "test", "progress")
+"""What a narrow terminal does without, the first of them first."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One line.
+
+    Attributes:
+        state: as written; `lost` where it says running and nobody is.
+        progress: share of all epochs; None where the recipe cannot be read by this version.
+        density: of the last ticket.
+        best: highest validation top-1 of a ticket; `test`: test top-1 of the last one.
+    """
+
+    run: str
+    state: str
+    progress: float | None
+    round: int
+    density: float | None
+    best: float | None
+    test: float | None
+    method: str
+    size: int
+    updated: str
+
+
+def find(folder: Path) -> Iterator[Path]:
+    """Run folders: the folder itself, or those below it, up to two levels deep."""
+    if RunFolder(folder).status():
+        yield folder
+        return
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.is_symlink():
+            continue
+        inside = [path] if RunFolder(path).status() else sorted(p for p in path.iterdir() if p.is_dir())
+        yield from (p for p in inside if RunFolder(p).status())
+
+
+def listed(path: Path, root: Path) -> Listed:
+    told = history.read(path)
+    rows = told.rows
+    return Listed(
+        run=str(path.relative_to(root)) if path != root else path.name,
+        state="lost" if told.state == "running" and is_lost(told) else told.state,
+        progress=progress(told),
+        round=int(told.status.get("round") or 0),
+        density=rows[-1].density if rows else None,
+        best=max((row.val_top1 for row in rows), default=None),
+        test=rows[-1].test_top1 if rows else None,
+        method=str(told.recipe.get("pruning", {}).get("method", {}).get("name", "?")),
+        size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        updated=str(told.status.get("updated", "")),
+    )
+
+
+def progress(told: History) -> float | None:
+    """Share of all epochs that are done."""
+    if told.state == "finished":
+        return 1.0
+    try:
+        epochs = recipe_file.load(told.path / "recipe.yaml").round_epochs
+    except (InputError, OSError):  # of another version, or with a plugin that is not here
+        return None
+    round, epoch = (int(told.status.get(key) or 0) for key in ("round", "epoch"))
+    return min((sum(epochs[:round]) + epoch) / max(sum(epochs), 1), 1.0)
+
+
+def is_lost(told: History) -> bool:
+    """Whether a run says that it is running, on this machine, and no process holds its lock."""
+    if told.environment.get("host") != socket.gethostname():
+        return False
+    with suppress(OSError), open(told.path / ".lock", "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        return True
+    return False
+
+
+def cells(item: Listed, now: datetime.datetime) -> dict[str, str]:
+    done = "–" if item.progress is None else f"{bar(item.progress)} {item.progress:4.0%}"
+    return {
+        "run": re.sub(r"[\x00-\x1f\x7f]", "?", item.run),  # nothing in a name may steer the terminal
+        "state": item.state,
+        "progress": done,
+        "round": str(item.round),
+        "density": "–" if item.density is None else f"{item.density:.4f}",
+        "best val": "–" if item.best is None else f"{item.best:.2f}",
+        "test": "–" if item.test is None else f"{item.test:.2f}",
+        "method": item.method,
+        "size": size(item.size),
+        "updated": ago(item.updated, now),
+    }
+
+
+def bar(share: float) -> str:
+    """Eight cells, filled from the left."""
+    full = int(share * BAR + 1e-9)
+    return "█" * full + "░" * (BAR - full)
+
+
+def ago(when: str, now: datetime.datetime) -> str:
+    """`3 min ago`; the day where it is longer ago than a week."""
+    with suppress(ValueError):
+        then = datetime.datetime.fromisoformat(when)
+        seconds = max((now - then).total_seconds(), 0.0)
+        for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h"), (604_800, 86_400, "days")):
+            if seconds < limit:
+                return f"{seconds / unit:.0f} {name} ago"
+        return then.date().isoformat()
+    return "–"
+
+
+def width_of(text: str) -> int:
+    """Columns of a terminal: two for Chinese, Japanese and Korean characters, none for combining ones."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def clipped(text: str, width: int) -> str:
+    """The text in at most so many columns, an ellipsis at its end where something is missing."""
+    if width_of(text) <= width:
+        return text
+    while text and width_of(text) > width - 1:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def padded(text: str, width: int, is_left: bool) -> str:
+    space = " " * (width - width_of(text))
+    return f"{text}{space}" if is_left else f"{space}{text}"
+
+
+def table(items: Sequence[Listed], now: datetime.datetime, width: int | None, is_colored: bool) -> str:
+    """The runs as text.
+
+    Args:
+        width: columns of the terminal; None: as wide as it takes.
+    """
+    rows = [cells(item, now) for item in items]
+    columns = list(COLUMNS)
+
+    def needs(column: str) -> int:
+        return max(width_of(text) for text in (column, *(row[column] for row in rows)))
+
+    for column in LEAST_NEEDED:
+        if width is None or sum(needs(c) + 2 for c in columns) - 2 <= width:
+            break
+        columns.remove(column)
+    widths = {column: needs(column) for column in columns}
+    if width is not None:
+        others = sum(w + 2 for column, w in widths.items() if column != "run")
+        widths["run"] = max(min(widths["run"], width - others), 8)
+    heads = {column: column for column in columns}
+    lines = [_line(row, widths, is_colored and row is not heads) for row in (heads, *rows)]
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, str], widths: dict[str, int], is_colored: bool) -> str:
+    parts = []
+    for column, width in widths.items():
+        text = padded(clipped(row[column], width), width, is_left=column in ("run", "state", "method"))
+        if is_colored and column == "state" and row["state"] in COLORS:
+            text = f"\x1b[{COLORS[row['state']]}m{text}\x1b[0m"
+        parts.append(text)
+    return "  ".join(parts).rstrip()
+
+
+def wants_color(is_terminal: bool) -> bool:
+    """On a terminal, unless NO_COLOR says no; FORCE_COLOR says yes anywhere (no-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (is_terminal and os.environ.get("TERM") != "dumb")
+
+
+def as_data(items: Sequence[Listed]) -> dict:
+    return {"runs": [asdict(item) for item in items]}
