@@ -258,6 +258,7 @@ def leave(s: Run, save: bool) -> NoReturn:
     if save:
         resume.save(s)
     s.checkpointer.wait()
+    s.accelerator.wait_for_everyone()  # a launcher soon ends the others when the first process has ended
     reason = s.stop.reason or "another rank was asked to stop"
     raise Stopped(f"stopped on {reason} at step {s.progress.global_step}; the same command goes on from there.")
 
