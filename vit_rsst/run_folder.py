@@ -123,7 +123,12 @@ class RunFolder:
                     "output_dir to the folder that is meant, or give this run another name (name=…)."
                 )
             nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+        except UnicodeEncodeError as error:
+            raise EnvironmentLacks(
+                f"output_dir: {str(self.path)!a} has characters that the locale of this process does not know "
+                f"({error.encoding}); set PYTHONUTF8=1, or LC_ALL=C.UTF-8."
+            ) from error
+        except (OSError, RuntimeError) as error:  # a loop of links
             raise EnvironmentLacks(f"output_dir: {self.path} cannot be made ({error}); set another one.") from error
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             why = "cannot be written" if nearest.is_dir() else "is no folder"

@@ -6,6 +6,7 @@ The recipe is checked before anything heavy is imported, so that a mistake costs
 import argparse
 import contextlib
 import errno
+import io
 import os
 import sys
 import time
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(verb: object, arguments: argparse.Namespace) -> int:
     """Runs a verb; an error that the user can act on is printed without a traceback and becomes its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a table is worth more than its dashes where the locale has none
+        sys.stdout.reconfigure(errors="replace")
     try:
         verb(arguments)
         sys.stdout.flush()
