@@ -14,9 +14,9 @@ CELLS = [
     Cell(Setting("in memory", 1, 0), "evaluation", "TERM"),
     Cell(Setting("map-style", 1, 0), "first step of a round", "TERM"),
     Cell(Setting("stream", 2, 0), "mid-epoch", "TERM"),
-    Cell(Setting("stream", 1, 2), "epoch end", "KILL"),
 ]
 SLOW = [
+    Cell(Setting("stream", 1, 2), "epoch end", "KILL"),
     Cell(Setting("map-style", 1, 2), "penalty window", "KILL"),
     Cell(Setting("stream", 2, 2), "evaluation", "TERM"),
 ]

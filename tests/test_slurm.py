@@ -115,6 +115,7 @@ STEPS = ("train.steps_per_epoch=30", "train.rank_timeout=20")
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_job_on_two_machines_requeues_itself_when_its_time_is_up_and_goes_on(cluster):
     recipe = tiny.write_recipe(cluster.folder)
     job = cluster.start("multi_node.sh", recipe, *STEPS, nodes=2, PROCESSES_PER_NODE="1")
