@@ -1,9 +1,9 @@
 """Data that are decoded as they are read: streams and tables, in workers, dealt to ranks, corrupt images, crops."""
 
 import io
+import multiprocessing
 import random
 import tarfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vit_rsst.data.decoding import Corrupt, Decoder, Sample, Window, auto_augment, decode
 from vit_rsst.data.loaders import Clock, Dealing, DecodingLoader, InMemoryLoader, evaluation_batches, steps_per_epoch
@@ -217,17 +217,15 @@ def test_an_evaluation_sees_every_image_exactly_once(folder, world, workers):
     assert sorted(seen) == list(range(11))
 
 
-def test_a_stream_that_is_given_up_gives_way_at_once(folder):
-    data = open_data(options(folder), 0)
-    of = loader(data, 0, 1, workers=2)
+def test_a_stream_that_is_given_up_leaves_no_worker_behind(folder):
+    of = loader(open_data(options(folder), 0), 0, 1, workers=2)
     steps = of.steps(Progress(6, (1,)))
     next(steps)
-    began = time.monotonic()
+    assert len(multiprocessing.active_children()) == 2
     steps.close()
-    assert time.monotonic() - began < 5, "generous: the machine may be busy; the benchmark holds the bound"
+    assert not multiprocessing.active_children()
 
 
-@pytest.mark.fault("F17")
 def test_a_stream_that_ends_before_its_steps_says_how_many_there_are(folder):
     of = loader(open_data(options(folder), 0), 0, 1)
     with pytest.raises(InputError, match=r"train.steps_per_epoch: the training images end within step \d+ .* at most"):
@@ -327,6 +325,17 @@ def test_a_batch_of_corrupt_images_alone_stops_the_run(tmp_path):
         epoch(loader(open_data(options(tmp_path), 0), 0, 1, max_corrupt=0.9))
 
 
+def test_calibration_leaves_out_corrupt_images_where_training_may(tmp_path):
+    write_shards(tmp_path, [40], corrupt=(3, 19))
+    write_shards(tmp_path, [4], "test")
+    tolerant = open_data(options(tmp_path, max_corrupt=0.2), 0).balanced("train", 1000, 0)
+    found = numbers(tolerant.images.float() / 255)
+    assert not {3, 19} & set(found)
+    assert [n % 2 for n in found] == tolerant.labels.tolist()
+    with pytest.raises(Corrupt):
+        open_data(options(tmp_path), 0).balanced("train", 1000, 0)
+
+
 def test_an_evaluation_counts_corrupt_images_too(tmp_path):
     write_shards(tmp_path, [40])
     write_shards(tmp_path, [10], "test", corrupt=(4,))
@@ -345,14 +354,13 @@ def test_an_evaluation_counts_corrupt_images_too(tmp_path):
 
 @pytest.mark.fault("F22")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_an_image_of_too_many_pixels_is_refused_from_its_header_alone():
+def test_an_image_of_too_many_pixels_is_refused_from_its_header_alone(monkeypatch):
     bomb = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(bomb, "PNG")
     assert len(bomb.getvalue()) < 20_000
-    began = time.process_time()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(Corrupt, match=r"10,000 × 10,000 px, more than data.max_pixels=89,478,485"):
         decode({"bytes": bomb.getvalue(), "path": None}, 8, "row 1")
-    assert time.process_time() - began < 0.2, "it was not decoded"
     with pytest.raises(Corrupt, match=r"data\.max_pixels=64"):
         decode({"bytes": png(Image.new("RGB", (9, 9))), "path": None}, 8, "row 1", max_pixels=64)
 
@@ -415,14 +423,10 @@ def test_timms_augmentations_are_known_by_their_names(config):
     assert picture.size == (32, 32)
 
 
-@pytest.mark.parametrize("config", ["randaugment", "rand", "nothing-m9", ""])
+@pytest.mark.parametrize("config", ["randaugment", "nothing-m9", ""])
 def test_an_unknown_augmentation_is_one_sentence(config):
-    try:
+    with pytest.raises(InputError, match=r"data\.augment\.auto_augment: timm has no"):
         auto_augment(config, 32, (0.5, 0.5, 0.5))
-    except InputError as error:
-        assert "data.augment.auto_augment" in str(error)  # noqa: PT017
-    else:
-        assert config == "rand", "timm reads this one as RandAugment with its own defaults"
 
 
 # -- a loader that is too slow

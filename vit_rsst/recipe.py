@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
+from vit_rsst.data.options import MAX_PIXELS
 from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.patterns import pattern
@@ -78,7 +79,7 @@ class Data:
     in_memory: bool | None = None
     workers: Annotated[int, Ge(0)] | None = None
     max_corrupt: Annotated[float, Ge(0), Lt(1)] = 0.0
-    max_pixels: Annotated[int, Ge(64)] = 89_478_485
+    max_pixels: Annotated[int, Ge(64)] = MAX_PIXELS
     augment: Augment = field(default_factory=Augment)
 
 

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vit_rsst.data.options import MAX_PIXELS
 from vit_rsst.errors import InputError, first_line
 
 # The limit is ours, read from the header before anything is decoded; Pillow would only warn at its own.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-MAX_PIXELS = 89_478_485
-"""Above this Pillow suspects a decompression bomb: a small file that becomes gigabytes."""
 
 Encoded = dict | np.ndarray | None
 """An image as `datasets` gives it undecoded, `{"bytes": …, "path": …}`, or pixels (3, height, width)."""

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import torch
 
-from vit_rsst.data.decoding import Decoder, Sample, decode
+from vit_rsst.data.decoding import Corrupt, Decoded, Decoder, Sample, decode
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.streams import Stream
 from vit_rsst.data.tables import Rows, Split, balanced_rows
@@ -91,16 +91,23 @@ class ImageData:
         return self._decoded(split, samples)
 
     def _decoded(self, split: str, samples: list[Sample]) -> Split:
-        images = np.empty((len(samples), 3, self.options.size, self.options.size), dtype=np.uint8)
+        """The samples in memory, less the corrupt ones where some are tolerated."""
         decoder = self.decoder(split)
+        images = torch.empty((len(samples), 3, self.options.size, self.options.size), dtype=torch.uint8)
 
-        def decode_part(start: int) -> None:
-            for i, sample in enumerate(decoder.fetched(samples[start : start + PART]), start):
-                images[i] = decoder.picture(sample).transpose(2, 0, 1)
+        def decode_part(start: int) -> Decoded:
+            part = decoder.__getitems__(samples[start : start + PART])
+            place = images[start : start + len(part.images)]
+            return part._replace(images=place.copy_(part.images))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(decode_part, range(0, len(samples), PART)))
-        return Split(torch.from_numpy(images), torch.tensor([sample.label for sample in samples], dtype=torch.int64))
+            parts = list(pool.map(decode_part, range(0, len(samples), PART)))
+        problems = [problem for part in parts for problem in part.problems]
+        if problems and not self.options.max_corrupt:
+            raise Corrupt(problems[0])
+        if problems:
+            images = torch.cat([part.images for part in parts])
+        return Split(images, torch.cat([part.labels for part in parts]))
 
     @cached_property
     def train(self) -> Split:

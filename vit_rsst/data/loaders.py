@@ -148,6 +148,44 @@ class InMemoryLoader:
         return {}, []
 
 
+class Clock:
+    """How long the loop waited for images: time inside the context against all time since the first."""
+
+    LIMITING = 0.2
+    """Above this share of waiting, the loader limits the speed."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self._began: float | None = None
+        self._entered = self._left = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._left = time.monotonic()
+        if self._began is None:  # the first batch comes late for every loader: workers start
+            self._began = self._left
+        else:
+            self.waited += self._left - self._entered
+
+    @property
+    def waited_share(self) -> float:
+        return self.waited / total if (total := self._left - (self._began or self._left)) > 0 else 0.0
+
+    def advice(self, workers: int) -> str:
+        """What to do when the loader limits the speed; empty when it does not."""
+        share = self.waited_share
+        if share <= self.LIMITING:
+            return ""
+        needed = max(round(max(workers, 1) / max(1.0 - share, 0.02)), workers + 1)
+        return (
+            f"the loader limits the speed: {share:.0%} of the time was spent waiting for images with {workers} "
+            f"workers; about {needed} would keep up (data.workers), as far as there are cores for them, or images "
+            "that are smaller on disk"
+        )
+
+
 @dataclass
 class DecodingLoader:
     """Training batches that are decoded as they are needed, in worker processes or here.
@@ -170,7 +208,7 @@ class DecodingLoader:
     std: tuple[float, ...]
     workers: int = 0
     max_corrupt: float = 0.0
-    _clock: "Clock" = field(default_factory=lambda: Clock(), repr=False)
+    _clock: Clock = field(default_factory=Clock, repr=False)
     _corrupt: list[str] = field(default_factory=list, repr=False)
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
@@ -280,44 +318,6 @@ def end_with(run: int, worker: int) -> None:
 
 def _as_it_is(batch: Decoded) -> Decoded:
     return batch
-
-
-class Clock:
-    """How long the loop waited for images: time inside the context against all time since the first."""
-
-    LIMITING = 0.2
-    """Above this share of waiting, the loader limits the speed."""
-
-    def __init__(self) -> None:
-        self.waited = 0.0
-        self._began: float | None = None
-        self._entered = self._left = 0.0
-
-    def __enter__(self) -> None:
-        self._entered = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._left = time.monotonic()
-        if self._began is None:  # the first batch comes late for every loader: workers start
-            self._began = self._left
-        else:
-            self.waited += self._left - self._entered
-
-    @property
-    def waited_share(self) -> float:
-        return self.waited / total if (total := self._left - (self._began or self._left)) > 0 else 0.0
-
-    def advice(self, workers: int) -> str:
-        """What to do when the loader limits the speed; empty when it does not."""
-        share = self.waited_share
-        if share <= self.LIMITING:
-            return ""
-        needed = max(round(max(workers, 1) / max(1.0 - share, 0.02)), workers + 1)
-        return (
-            f"the loader limits the speed: {share:.0%} of the time was spent waiting for images with {workers} "
-            f"workers; about {needed} would keep up (data.workers), as far as there are cores for them, or images "
-            "that are smaller on disk"
-        )
 
 
 def evaluation_batches(

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from vit_rsst.data.catalog import CATALOG, SourceInfo
 
+MAX_PIXELS = 89_478_485
+"""Above this Pillow suspects a decompression bomb: a small file that becomes gigabytes."""
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -20,7 +23,7 @@ class DataOptions:
     train_samples: int | None = None
     num_classes: int | None = None
     streaming: bool = False
-    max_pixels: int = 89_478_485
+    max_pixels: int = MAX_PIXELS
     max_corrupt: float = 0.0
 
     @property
