@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from vit_rsst.data import sources
 from vit_rsst.data.decoding import Corrupt, Decoder, Sample, Window, auto_augment, decode
 from vit_rsst.data.loaders import Clock, Dealing, DecodingLoader, InMemoryLoader, evaluation_batches, steps_per_epoch
 from vit_rsst.data.options import DataOptions
@@ -134,6 +135,26 @@ def test_walking_on_from_a_place_equals_walking_there(folder):
     whole = [sample.place for sample in stream.walk(3)]
     for start in (0, 1, 13, len(whole) - 1, len(whole)):
         assert [sample.place for sample in stream.walk(3, start)] == whole[start:]
+
+
+def test_held_out_rows_are_read_once_for_the_same_columns_and_again_for_others(tmp_path, monkeypatch):
+    names = {"fine": ["a", "b", "c", "d"], "coarse": ["x", "y"]}
+    features = datasets.Features(
+        {"img": datasets.Image(), **{k: datasets.ClassLabel(names=v) for k, v in names.items()}}
+    )
+    labels = {"fine": [n % 4 for n in range(40)], "coarse": [n % 2 for n in range(40)]}
+    for split in ("train", "test"):
+        content = {"img": [numbered(n) for n in range(40)], **labels}
+        datasets.Dataset.from_dict(content, features=features).to_parquet(tmp_path / f"{split}.parquet")
+
+    def held(column: str) -> list[int]:
+        return open_data(options(tmp_path, label_column=column, val_fraction=0.5), 0).val.labels.tolist()
+
+    fine, coarse = held("fine"), held("coarse")
+    assert set(fine) == {0, 1, 2, 3}
+    assert coarse == [label % 2 for label in fine]
+    monkeypatch.setattr(sources, "_as_rows", lambda stream: pytest.fail("it was read again"))
+    assert held("coarse") == coarse
 
 
 # -- who sees what

@@ -1,5 +1,6 @@
 """Opens a source and splits it into train, val and test. Nothing is decoded here."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -110,9 +111,9 @@ def _held_out(name: str, stream: Stream, located: Located, options: DataOptions)
 
     known = identity(located, options)
     features = Features({"image": Image(decode=False), "label": Value("int64")})
-    held = Dataset.from_generator(
-        _as_rows, features, gen_kwargs={"stream": stream}, fingerprint=f"{known['sha256'][:32]}-{stream.part}"
-    )
+    # Other files, other columns, another part: another table.
+    fingerprint = hashlib.sha256(repr((known["sha256"], stream.columns, stream.part)).encode()).hexdigest()[:32]
+    held = Dataset.from_generator(_as_rows, features, gen_kwargs={"stream": stream}, fingerprint=fingerprint)
     table = Table(held["image"], np.asarray(held["label"][:], dtype=np.int64), stream.columns.classes, known)
     rows = Rows(name, table, np.arange(len(table.labels)))
     _check_rows(rows)
