@@ -9,6 +9,9 @@ import pytest
 import tiny
 import torch
 
+from vit_rsst.errors import Damaged
+from vit_rsst.models import published
+
 EXACT = ("top1", "top5", "loss", "ece", "calibration", "precision", "recall", "f1", "support", "confusion", "macro_f1")
 
 
@@ -113,3 +116,13 @@ def test_two_processes_give_exactly_the_scores_of_one(run, tmp_path):
     assert (one["processes"], two["processes"]) == (1, 2)
     for name in EXACT:
         assert one[name] == two[name], name
+
+
+def test_a_folder_of_timm_with_a_pickle_alone_is_refused_unread(tmp_path, monkeypatch):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}')
+    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(Damaged, match="is a pickle, which can run code"):
+        published.open_published(str(folder))

@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from vit_rsst.errors import Damaged, InputError, first_line
-from vit_rsst.models import hub, zoo
+from vit_rsst.models import hub, weights, zoo
 from vit_rsst.models.catalog import CATALOG
 
 CONFIG = "config.json"
@@ -50,11 +50,12 @@ def open_published(what: str) -> Published:
     Raises:
         InputError: a name of this package's catalogue, or one without published weights.
         EnvironmentLacks: the weights can be neither found here nor had.
-        Damaged: the folder cannot be loaded.
+        Damaged: the folder cannot be loaded, or has its weights as a pickle alone.
     """
     if kind(what) == "transformers":
         return _of_transformers(Path(what))
     if kind(what) == "timm":
+        weights.local_file(what)  # timm would read a pickle where there is nothing else
         try:
             net = timm.create_model(f"local-dir:{what}", pretrained=True)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
