@@ -50,7 +50,7 @@ FAULTS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps its plugins in a set
 class Witness:
     """A plugin of pytest that notes how the tests of each fault went.
 
