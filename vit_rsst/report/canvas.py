@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vit_rsst import files
 from vit_rsst.errors import EnvironmentLacks
 
@@ -98,6 +100,16 @@ def save(drawn: "Figure", path: Path) -> None:
     """Writes the SVG file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, svg(drawn, path.stem))
+
+
+def pixels(drawn: "Figure", dpi: int = 150) -> np.ndarray:
+    """The figure as an image, uint8 (height, width, 3), for what shows no SVG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    drawn.set_dpi(dpi)
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def inline(text: str, label: str) -> str:
