@@ -156,6 +156,23 @@ def test_a_learning_rate_that_is_wrong_is_found(make, factor, text):
         assert 1e-4 <= float(verdict.advice.rsplit("=", 1)[1]) <= 1e-2
 
 
+def test_a_plateau_of_the_range_test_makes_no_rate_right(bench, monkeypatch):
+    """As a ViT of six heads has it on CIFAR-10: it falls early, stays low and noisy, and explodes late."""
+    rates = [1e-6 * 10 ** (7 * i / 99) for i in range(100)]
+    losses = [2.3 + 0.01 * (i % 3) for i in range(30)] + [2.3 - 0.02 * i for i in range(12)]
+    losses += [2.05, *(2.12 + 0.05 * (i % 2) for i in range(24)), *(2.3 * 1.05**i for i in range(33))]
+    monkeypatch.setattr(learning, "sweep", lambda bench: (rates, losses))
+    found = {}
+    for lr in (1e-5, 1e-3, 1e-1):
+        recipe = dataclasses.replace(bench.recipe, optim=dataclasses.replace(bench.recipe.optim, lr=lr))
+        found[lr] = learning.learning_rate(dataclasses.replace(bench, recipe=recipe))
+    assert [verdict.state for verdict in found.values()] == ["failed", "ok", "failed"]
+    assert 1e-3 / 30 < found[1e-3].details["lowest_at"] < found[1e-3].details["diverges_at"] < 0.1
+    monkeypatch.setattr(learning, "sweep", lambda bench: (rates, losses[:30]))
+    verdict = learning.learning_rate(bench)
+    assert (verdict.state, "never fell" in verdict.text) == ("warning", True)
+
+
 def test_data_of_one_class_are_found(bench):
     only = redrawn(bench, lambda split, images, labels: (images, torch.full_like(labels, 3)))
     failed(inputs.classes(only), "are of one class, '3'")
@@ -270,5 +287,5 @@ def test_conclusions():
     with pytest.raises(CheckFailed, match="1 of 2 checks failed: b c") as caught:
         checking.conclude([ok, bad])
     assert caught.value.exit_code == 6
-    assert checking.line(bad).splitlines() == ["failed   b c            t", f"{'':8} {'':14} try: x=1"]
+    assert checking.line(bad).splitlines() == ["failed   b c            t", f"{'':8} {'':14} advice: x=1"]
     assert benches.LIMIT == 300

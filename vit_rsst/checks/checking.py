@@ -43,7 +43,7 @@ def check(bench: Bench) -> Iterator[Verdict]:
 def line(verdict: Verdict) -> str:
     """State, name and text; the advice below."""
     text = f"{verdict.state:8} {verdict.name:14} {verdict.text}"
-    return f"{text}\n{'':8} {'':14} try: {verdict.advice}" if verdict.advice else text
+    return f"{text}\n{'':8} {'':14} advice: {verdict.advice}" if verdict.advice else text
 
 
 def conclude(verdicts: Sequence[Verdict]) -> str:

@@ -1,6 +1,7 @@
 """Checks of model and optimizer: shapes, first loss, gradients, over-fitting, range of the learning rate."""
 
 import math
+import statistics
 from itertools import pairwise
 
 import torch
@@ -168,18 +169,22 @@ def _learn_by_heart(
 def learning_rate(bench: Bench) -> Verdict:
     """Range test (Smith 2017): the rate rises from step to step; where the loss falls most, and where it climbs back.
 
-    The recipe's rate is right between a thirtieth of the first and three times the second: warm-up and decay soften it.
+    The recipe's rate is right between a thirtieth and thirty times the first, up to three times the second: warm-up and
+    decay soften it.
     """
     seconds = bench.estimate(SWEEP, len(bench.batch[1]))
     if seconds > LIMIT:
         return Verdict("learning rate", "skipped", f"the range test would take about {duration(seconds)} here")
     rates, losses = sweep(bench)
     lowest, diverges = turning_points(rates, losses)
-    lr = bench.recipe.optim.lr
+    lr, highest = bench.recipe.optim.lr, min(3 * diverges, 30 * lowest)
     details = {"rates": rates, "losses": losses, "lowest_at": lowest, "diverges_at": diverges}
     text = f"{lr:g}; in the range test the loss is lowest at {lowest:.1e} and is back at its start at {diverges:.1e}"
-    suggestion = f"try optim.lr={_rounded(min(lowest, diverges / 3))}"
-    if lr > 3 * diverges:
+    suggestion = f"optim.lr={_rounded(min(lowest, diverges / 3))}"
+    if not falls(losses):
+        text = f"{lr:g}; in the range test the loss never fell by more than its noise, so that it tells nothing"
+        return Verdict("learning rate", "warning", text, "look at the checks above", details)
+    if lr > highest:
         return Verdict("learning rate", "failed", f"{text}: the run would diverge", suggestion, details)
     if lr < lowest / 30:
         return Verdict("learning rate", "failed", f"{text}: the run would be too slow", suggestion, details)
@@ -213,11 +218,24 @@ def sweep(bench: Bench) -> tuple[list[float], list[float]]:
     return rates, losses
 
 
+def smoothed(losses: list[float]) -> list[float]:
+    """Means over five neighbours."""
+    parts = [losses[max(0, i - 2) : i + 3] for i in range(len(losses))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def falls(losses: list[float]) -> bool:
+    """Whether the smoothed loss gets below the first ten, at rates that move nothing, by more than their spread."""
+    if len(losses) < 10:
+        return False
+    return min(smoothed(losses)) < statistics.mean(losses[:10]) - 2 * statistics.stdev(losses[:10])
+
+
 def turning_points(rates: list[float], losses: list[float]) -> tuple[float, float]:
     """(rate of the lowest smoothed loss, rate after it at which that is back at its start; the last one if never)."""
     if not losses:
         return 0.0, 0.0
-    smooth = [sum(losses[max(0, i - 2) : i + 3]) / len(losses[max(0, i - 2) : i + 3]) for i in range(len(losses))]
+    smooth = smoothed(losses)
     start = sum(losses[:10]) / len(losses[:10])
     lowest = min(range(len(smooth)), key=smooth.__getitem__)
     back = next((i for i in range(lowest, len(smooth)) if smooth[i] >= start), len(smooth) - 1)
