@@ -136,8 +136,8 @@ WRONG = {
     "reference: rsst\narms:\n  imp: {{pruning.method: imp}}": "unknown arm 'rsst'",
     "arm: {{}}\narms:\n  imp: {{pruning.method: imp}}": "study.yaml:5  arm: unknown key; did you mean 'arms'?",
     "seeds: []\narms: {{imp: {{}}}}": "given twice",
-    "arms:\n  imp: {{pruning.method: imp}}\nvary: {{optim.lr: {{values: [], arms: [imp]}}}}": "vary.optim.lr.values",
-    "arms:\n  imp: {{pruning.method: imp}}\nvary: {{optim.lr: {{values: [1], arms: [rst]}}}}": "unknown arm 'rst'",
+    "arms:\n  imp: {{pruning.method: imp}}\npoints: {{long: {{set: {{}}, arms: [imp]}}}}": "points.long.set",
+    "arms: {{imp: {{pruning.method: imp}}}}\npoints: {{a: {{set: {{optim.lr: 1}}, arms: [rst]}}}}": "points.a.arms: unknown arm 'rst'",
 }
 
 
@@ -159,13 +159,13 @@ def test_unequal_budgets_are_refused_with_the_sums(tmp_path):
 
 
 def test_one_round_methods_get_the_epochs_of_all_rounds_after_a_shared_one(tmp_path):
-    text = STUDY + "vary: {{train.round_epochs: {{values: [4], arms: [imp, gmp, dense]}}}}\n"
+    text = STUDY + "points: {{longer: {{set: {{train.round_epochs: 4}}, arms: [imp, gmp, dense]}}}}\n"
     text = text.replace("  rsst:", "  gmp: {{pruning.method: gmp}}\n  dense: {{pruning.method: dense}}\n  rsst:")
     runs = {run.name: run for run in study_file.read(write_study(tmp_path, text), ["pruning.schedule.rounds=3"]).runs}
     assert runs["imp-s0"].epochs == (2, 0, 1, 1, 1)
     assert runs["gmp-s0"].epochs == runs["dense-s0"].epochs == (2, 3)
-    assert runs["gmp-round_epochs-4-s1"].epochs == (2, 12)
-    assert "rsst-round_epochs-4-s0" not in runs
+    assert runs["gmp-longer-s1"].epochs == (2, 12)
+    assert "rsst-longer-s0" not in runs
     assert runs["imp-s1"].recipe.model.start_from == str(tmp_path / "runs" / "methods" / "dense-round-s1")
 
 

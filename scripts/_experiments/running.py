@@ -87,7 +87,7 @@ class Crew:
         """Starts a trainer in a process group of its own: Ctrl-C reaches it once, through this process."""
         path = output_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(cores() // self.jobs, 1))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(cores() // self.jobs, 1))
         with open(path, "w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 command(run), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
