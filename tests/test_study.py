@@ -137,7 +137,7 @@ WRONG = {
     "arm: {{}}\narms:\n  imp: {{pruning.method: imp}}": "study.yaml:5  arm: unknown key; did you mean 'arms'?",
     "seeds: []\narms: {{imp: {{}}}}": "given twice",
     "arms:\n  imp: {{pruning.method: imp}}\npoints: {{long: {{set: {{}}, arms: [imp]}}}}": "points.long.set",
-    "arms: {{imp: {{pruning.method: imp}}}}\npoints: {{a: {{set: {{optim.lr: 1}}, arms: [rst]}}}}": "points.a.arms: unknown arm 'rst'",
+    "arms: {{imp: {{}}}}\npoints: {{a: {{set: {{optim.lr: 1}}, arms: [rst]}}}}": "points.a.arms: unknown arm 'rst'",
 }
 
 
