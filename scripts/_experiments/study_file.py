@@ -325,22 +325,25 @@ def _check_budget(file: Path, study: Study) -> None:
 
 
 def check_folder(run: PlannedRun) -> None:
-    """Looks whether the run's folder holds the run, where it holds one; fields that are new since have defaults.
+    """Looks whether the run's folder holds the run, where it holds one.
 
     Raises:
         InputError: it holds another one, with the fields that differ.
     """
-    saved = run.folder / "recipe.yaml"
-    if not saved.exists():
-        return
-    try:
-        then, now = (deciding(recipe.tree()) for recipe in (recipe_file.load(saved), run.recipe))
-        fields = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-        differ = ", ".join(f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)" for key in fields)
-    except InputError:
-        differ = "its recipe cannot be read by this version"
-    if differ:
+    if differ := differences(run.folder / "recipe.yaml", run.recipe):
         raise InputError(
             f"{run.folder} holds a run of another recipe: {differ}. Give the study another name, or move that folder "
             "away."
         )
+
+
+def differences(saved: Path, recipe: Recipe) -> str:
+    """In which fields a recipe that was saved earlier is another one; those that are new since have their defaults."""
+    if not saved.exists():
+        return ""
+    try:
+        then, now = (deciding(one.tree()) for one in (recipe_file.load(saved), recipe))
+    except InputError:
+        return "it cannot be read by this version"
+    fields = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    return ", ".join(f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)" for key in fields)
