@@ -162,6 +162,8 @@ def auto_augment(config: str, size: int, mean: Sequence[float]) -> Callable[[Ima
     """
     from timm.data import auto_augment as of_timm
 
+    # At its largest magnitude timm keeps no bit at all, which Pillow refuses from version 13 on.
+    of_timm.NAME_TO_OP |= {name: _posterize for name in of_timm.NAME_TO_OP if name.startswith("Posterize")}
     fill = tuple(round(255 * value) for value in mean)
     makers = {"rand": of_timm.rand_augment_transform, "augmix": of_timm.augment_and_mix_transform}
     make = makers.get(config.split("-")[0], of_timm.auto_augment_transform)
@@ -172,6 +174,11 @@ def auto_augment(config: str, size: int, mean: Sequence[float]) -> Callable[[Ima
             f"data.augment.auto_augment: timm has no {config!r}; expected such as rand-m9-mstd0.5-inc1, original, v0, "
             "3a or augmix-m3-w3."
         ) from error
+
+
+def _posterize(picture: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """timm's, with one bit at least."""
+    return picture if bits_to_keep >= 8 else ImageOps.posterize(picture, max(bits_to_keep, 1))
 
 
 def decode(
