@@ -2,9 +2,9 @@
 
 Every cell of {in memory, map-style, stream} × {1, 2 ranks} × {0, 2 workers} × {six moments} × {SIGKILL, SIGTERM} that
 means something trains, is interrupted once and goes on; so does a run of 2 ranks with mixtures, erasing, a balanced
-sampler, an averaged model, a teacher and the best epoch. Batches, tickets, accuracies, epoch metrics and the last resume
-point (weights, optimizer, masks) must then equal those of the undisturbed run. `_accelerate_canary.py`, which resumes
-as Accelerate documents it, goes through the one-rank cells beside it.
+sampler, an averaged model, a teacher and the best epoch. Batches, tickets, accuracies, epoch metrics and the last
+resume point (weights, optimizer, masks) must then equal those of the undisturbed run. `_accelerate_canary.py`, which
+resumes as Accelerate documents it, goes through the one-rank cells beside it.
 """
 
 import csv
@@ -49,7 +49,8 @@ model:
   name: vit_tiny
   args: {{img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3, mlp_ratio: 1.0, drop_rate: 0.1}}
 optim: {{lr: 3e-3}}
-train: {{epochs: 2, round_epochs: 3, global_batch: 32, batch_per_device: 8, steps_per_epoch: 4, save_every_steps: 2, {more}}}
+train:
+  {{epochs: 2, round_epochs: 3, global_batch: 32, batch_per_device: 8, steps_per_epoch: 4, save_every_steps: 2{more}}}
 pruning: {{method: {{name: rsst, remove_at: 0.5}}, schedule: {{rounds: 2, final_sparsity: 0.9}}}}
 output_dir: {folder}
 plugins: [_interrupt]
@@ -61,7 +62,7 @@ ACCESS = {
     "techniques": "in_memory: false, augment: {{preset: strong, aug_repeats: 2}}, imbalance: {{kind: step, ratio: 3}}, "
     "sampler: class_balanced, workers: {workers}",
 }
-TECHNIQUES = "ema_decay: 0.9, keep_best: true, label_smoothing: 0.1, distill: {teacher: dense}"
+TECHNIQUES = ", ema_decay: 0.9, keep_best: true, label_smoothing: 0.1, distill: {teacher: dense}"
 
 
 @dataclass(frozen=True)
