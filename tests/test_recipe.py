@@ -354,6 +354,7 @@ RULES = {
     "explicit with a rate": ([EXPLICIT, "pruning.schedule.rate=0.2"], "pruning.schedule.rate", "means nothing beside"),
     "explicit with a final sparsity": (
         [EXPLICIT, "pruning.schedule.final_sparsity=0.8"], "pruning.schedule.final_sparsity", "means nothing beside"),
+    "no rounds to prune in": (["pruning.schedule={rounds: 0}"], "pruning.schedule.rounds", "rsst needs at least 1"),
     "a list for a curve": (
         ["pruning.schedule={name: linear, sparsities: [0.5]}"], "pruning.schedule.sparsities", "set pruning.schedule"),
     "rate and final sparsity": (
@@ -471,6 +472,13 @@ def test_a_number_has_to_be_finite(tmp_path, field, value):
     [line] = complaints(tmp_path, "name: r\n", f"{field}={value}")
     assert f"{field}: " in line
     assert "finite" in line or "out of range" in line
+
+
+def test_dense_without_rounds_trains_its_own_epochs_and_no_others(tmp_path):
+    text = "name: r\ntrain: {epochs: 7, round_epochs: 3}\npruning: {method: dense}\n"
+    assert load(written(tmp_path, text), ["pruning.schedule.rounds=0"]).round_epochs == (7,)
+    assert load(written(tmp_path, text), ["pruning.schedule.rounds=2"]).round_epochs == (13,)
+    assert load(written(tmp_path, text)).round_epochs == (37,)
 
 
 def test_rules_are_told_beside_faults_of_other_fields(tmp_path):

@@ -161,7 +161,7 @@ class Schedule:
     """Sparsity over the rounds: a curve to a final sparsity, a rate of what remains, a list, or a budget.
 
     Attributes:
-        rounds: prune events, each followed by training; round 0, dense, comes on top.
+        rounds: prune events, each followed by training; round 0, dense, comes on top; 0 for dense alone.
         final_sparsity: of the prunable weights, after the last round; also by kind, `{head: 0.5, neuron: 0.7}`.
         rate: share of the remaining that each round removes; geometric only; also by kind.
         sparsities: of each round, rising; `explicit` only.
@@ -170,7 +170,7 @@ class Schedule:
     """
 
     name: Literal["geometric", "cubic", "linear", "explicit"] = "geometric"
-    rounds: Annotated[int, Ge(1)] | None = None
+    rounds: Annotated[int, Ge(0)] | None = None
     final_sparsity: Share | ByKind | None = None
     rate: Share | ByKind | None = None
     sparsities: tuple[Share, ...] | None = None
@@ -178,7 +178,7 @@ class Schedule:
 
     @property
     def num_rounds(self) -> int:
-        return len(self.sparsities) if self.sparsities else self.rounds or 10
+        return len(self.sparsities) if self.sparsities else 10 if self.rounds is None else self.rounds
 
     @property
     def final(self) -> float | dict[str, float]:

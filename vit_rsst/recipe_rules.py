@@ -7,6 +7,7 @@ from vit_rsst.errors import unknown
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.methods.constant import Constant
+from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.refill import Refill
@@ -37,6 +38,8 @@ def _name(recipe: Recipe) -> Iterator[Problem]:
 def _schedule(recipe: Recipe) -> Iterator[Problem]:
     schedule = recipe.pruning.schedule
     place = "pruning.schedule"
+    if schedule.rounds == 0 and not isinstance(recipe.pruning.method, Dense):
+        yield Problem(f"{place}.rounds", f"0 is for dense alone; {recipe.pruning.method_name} needs at least 1")
     if schedule.name == "explicit":
         if not schedule.sparsities:
             yield Problem(
