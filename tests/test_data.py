@@ -600,10 +600,11 @@ def test_an_epoch_is_whole_global_batches():
 def test_crop_and_flip_are_those_of_torchvision_one_by_one():
     images = torch.randint(0, 256, (16, 3, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     augmentation = Augmentation(padding=3, hflip=0.5)
-    offsets, flips = augmentation.draw(16, seed=1)
+    drawn = augmentation.draw(16, seed=1)
+    offsets, flips, _ = drawn
     assert 3 < flips.sum() < 13
     assert {0, 6} <= set(offsets.flatten().tolist()) <= set(range(7))
-    found = augmentation.apply(images, offsets, flips)
+    found = augmentation.moved(images, drawn)
     for i, image in enumerate(images):
         top, left = offsets[i].tolist()
         expected = functional.crop(functional.pad(image, [3, 3, 3, 3]), top, left, 8, 10)
@@ -614,10 +615,10 @@ def test_crop_and_flip_are_those_of_torchvision_one_by_one():
 def test_without_padding_and_flips_images_pass_untouched():
     images = numbered(5).images
     augmentation = Augmentation()
-    assert augmentation.apply(images, *augmentation.draw(5, 0)) is images
+    assert augmentation.moved(images, augmentation.draw(5, 0)) is images
     flipping = Augmentation(hflip=1.0)
     ramp = torch.arange(8, dtype=torch.uint8).expand(2, 3, 8, 8)
-    assert flipping.apply(ramp, *flipping.draw(2, 0))[0, 0, 0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert flipping.moved(ramp, flipping.draw(2, 0))[0, 0, 0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
 def test_normalisation_is_that_of_torchvision():

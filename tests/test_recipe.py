@@ -84,7 +84,7 @@ def nested(path: tuple[str, ...], value: object) -> dict:
 
 def test_the_walk_over_the_schema_sees_all_of_it():
     names = " ".join(sorted(cls.__name__ for _, cls in SECTIONS))
-    assert names == "Augment Data Model Optim Pruning Recipe Schedule StepDecay Tracking Train"
+    assert names == "Augment Data Distill Imbalance Model Optim Pruning Recipe Schedule StepDecay Tracking Train"
     assert {name for name, _, _ in METHOD_SECTIONS} == set(METHODS) >= {"dense", "gmp", "imp", "rsst"}
     assert len(LEAVES) > 45
 
@@ -140,7 +140,7 @@ def test_unknown_keys_are_refused_in_every_section(tmp_path):
         assert len(lines) == 1
         assert f"  {'.'.join((*path, 'bogus_key'))}: unknown key" in lines[0]
         seen += 1
-    assert seen == len(SECTIONS) == 10
+    assert seen == len(SECTIONS) == 12
 
 
 @pytest.mark.parametrize("name, path", [(name, path) for name, path, _ in METHOD_SECTIONS])
@@ -250,6 +250,13 @@ PLAIN = "name: r\ntrain: {epochs: 7}\n"
         (PLAIN, ["optim.lr=5e-4"], {"optim.lr": 5e-4}),
         (PLAIN, ["data.augment.padding=0"], {"data.augment.padding": 0}),
         (PLAIN, ["data.augment=none"], {"data.augment.padding": 0, "data.augment.hflip": 0.0}),
+        (PLAIN, ["data.augment=strong"], {"data.augment.mixup": 0.8, "data.augment.reprob": 0.25}),
+        (
+            PLAIN,
+            ["data.augment=strong", "data.augment.mixup=0"],
+            {"data.augment.mixup": 0, "data.augment.cutmix": 1.0, "data.augment.auto_augment": "rand-m9-mstd0.5-inc1"},
+        ),
+        (PLAIN, ["data.augment={preset: strong, reprob: 0}"], {"data.augment.reprob": 0, "data.augment.mixup": 0.8}),
         (PLAIN, ["data.source=folder", "data.path=a=b c"], {"data.path": "a=b c"}),
         (PLAIN, ["pruning.method=imp"], {"pruning.method": {"name": "imp"}}),
         (PLAIN, ["pruning.method={name: rsst, remove_at: 1}"], {"pruning.method.remove_at": 1.0}),
@@ -336,6 +343,18 @@ RULES = {
         ["data.source=cifar10", "data.streaming=true", "data.train_samples=9"], "data.train_samples", "no first rows"),
     "a stream in memory": (
         ["data.source=cifar10", "data.streaming=true", "data.in_memory=true"], "data.in_memory", "exclude each other"),
+    "a tail of a stream": (
+        ["data.source=cifar10", "data.streaming=true", "data.imbalance.kind=step"], "data.imbalance.kind",
+        "needs the labels of all images"),
+    "a ratio of nothing": (["data.imbalance.ratio=10"], "data.imbalance.ratio", "means nothing without"),
+    "an imbalance that is corrected twice": (
+        ["data.sampler=class_balanced", "train.loss=class_weighted"], "train.loss", "correct the same imbalance"),
+    "a mixture of one image": (
+        ["data.augment.mixup=0.8", "train.batch_per_device=1"], "data.augment", "mix the images of a device's batch"),
+    "a temperature without a teacher": (
+        ["train.distill.temperature=4"], "train.distill.temperature", "means nothing without"),
+    "a round as the teacher of itself": (
+        ["pruning.method=dense", "train.distill.teacher=dense"], "train.distill.teacher", "trains one round"),
     "random crops in memory": (
         ["data.in_memory=true", "data.augment.crop=resized"], "data.in_memory", "another image in each epoch"),
     "corrupt images in memory": (
