@@ -1,8 +1,6 @@
 """Studies: the runs that follow from a file, trainers that fail or stop, resumption, the arithmetic of the table."""
 
 import csv
-import importlib.machinery
-import importlib.util
 import json
 import os
 import signal
@@ -18,10 +16,9 @@ import tiny
 from vit_rsst import results
 from vit_rsst.errors import InputError, Stopped
 
-SCRIPTS = tiny.REPOSITORY / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(tiny.SCRIPTS))
 
-from _experiments import running, study_file, tables  # noqa: E402
+from _experiments import running, study_file, tables
 
 STUDY = """\
 name: methods
@@ -40,48 +37,24 @@ RECIPE = tiny.RECIPE.replace("train: {epochs: 2, round_epochs: 2", "train: {epoc
 )
 
 
-def script(name: str):
-    """A script without an extension as a module."""
-    loader = importlib.machinery.SourceFileLoader(name, str(SCRIPTS / name))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(module)
-    return module
-
-
 def write_study(folder: Path, text: str = STUDY) -> Path:
     path = folder / "study.yaml"
     path.write_text(text.format(recipe=tiny.write_recipe(folder, RECIPE)), encoding="utf-8")
     return path
 
 
-class Here:
-    """A trainer within this process, in place of `subprocess.Popen`."""
-
-    started: list[str]
-
-    def __init__(self, argv, stdout, **_):
-        assert argv[:3] == [sys.executable, "-m", "vit_rsst.train"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "stderr", stdout)
-            self.returncode = tiny.command("train", *argv[3:])
-        self.started.append(next(item for item in argv if item.startswith("name="))[5:])
-
-    def poll(self) -> int:
-        return self.returncode
-
-
 @pytest.fixture
 def started(monkeypatch) -> list[str]:
     """Names of the runs that were started, each within this process."""
     names: list[str] = []
-    monkeypatch.setattr(Here, "started", names, raising=False)
-    monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=Here, DEVNULL=None, STDOUT=None))
+    monkeypatch.setattr(tiny.TrainerHere, "started", names)
+    monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=tiny.TrainerHere, DEVNULL=None, STDOUT=None))
     monkeypatch.setattr(running, "POLL", 0.0)
     return names
 
 
 def test_a_study_trains_each_run_once_and_compares_the_arms(tmp_path, started, capsys):
-    file, study = write_study(tmp_path), script("study")
+    file, study = write_study(tmp_path), tiny.script("study")
     assert study.main([str(file), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "arms.md")]) == 0
     assert started == ["dense-round-s0", "dense-round-s1", "imp-s0", "rsst-s0", "imp-s1", "rsst-s1"]
     heads, _, imp, rsst = (line.split(" | ") for line in (tmp_path / "arms.md").read_text("utf-8").splitlines())
@@ -114,7 +87,7 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(tmp_path, started, capsy
         .replace("dense: {{train.epochs: 2}}\n", "")
         .replace("  rsst:", "  broken: {{data.source: folder, data.path: /nowhere}}\n  rsst:")
     )
-    file, study = write_study(tmp_path, text), script("study")
+    file, study = write_study(tmp_path, text), tiny.script("study")
     assert study.main([str(file), "train.epochs=1"]) == 1
     assert started == ["imp-s0", "broken-s0", "rsst-s0"]
     told = capsys.readouterr()
@@ -127,6 +100,16 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(tmp_path, started, capsy
     assert started == ["broken-s0"]
 
 
+def test_arms_of_a_dense_round_that_failed_are_not_started(tmp_path, started, capsys):
+    file = write_study(tmp_path, STUDY.replace("train.epochs: 2", "train.epochs: 2, model.pretrained: /nowhere"))
+    assert tiny.script("study").main([str(file)]) == 1
+    assert started == ["dense-round-s0", "dense-round-s1"]
+    told = capsys.readouterr()
+    assert "imp-s1: not started: it goes on from dense-round-s1, which did not finish" in told.out
+    assert "no arm has a finished run yet" in told.out
+    assert "6 of 6 runs did not finish" in told.err
+
+
 WRONG = {
     "arms:\n  imp: {{pruning.method: imp, trian.epochs: 3}}": "trian: unknown key; did you mean 'train'?",
     "arms:\n  imp: {{pruning.method: impp}}": "Did you mean 'imp'?",
@@ -136,15 +119,15 @@ WRONG = {
     "reference: rsst\narms:\n  imp: {{pruning.method: imp}}": "unknown arm 'rsst'",
     "arm: {{}}\narms:\n  imp: {{pruning.method: imp}}": "study.yaml:5  arm: unknown key; did you mean 'arms'?",
     "seeds: []\narms: {{imp: {{}}}}": "given twice",
-    "arms:\n  imp: {{pruning.method: imp}}\nvary: {{optim.lr: {{values: [], arms: [imp]}}}}": "vary.optim.lr.values",
-    "arms:\n  imp: {{pruning.method: imp}}\nvary: {{optim.lr: {{values: [1], arms: [rst]}}}}": "unknown arm 'rst'",
+    "arms:\n  imp: {{pruning.method: imp}}\npoints: {{long: {{set: {{}}, arms: [imp]}}}}": "points.long.set",
+    "arms: {{imp: {{}}}}\npoints: {{a: {{set: {{optim.lr: 1}}, arms: [rst]}}}}": "points.a.arms: unknown arm 'rst'",
 }
 
 
 @pytest.mark.parametrize("text", WRONG)
 def test_a_wrong_study_starts_nothing(tmp_path, started, capsys, text):
     file = write_study(tmp_path, f"name: wrong\nrecipe: {{recipe}}\nseeds: [0, 1]\ndense: {{{{}}}}\n{text}\n")
-    assert script("study").main([str(file)]) == 2
+    assert tiny.script("study").main([str(file)]) == 2
     told = capsys.readouterr().err
     assert WRONG[text] in told
     assert len(told.splitlines()) == 1
@@ -159,13 +142,13 @@ def test_unequal_budgets_are_refused_with_the_sums(tmp_path):
 
 
 def test_one_round_methods_get_the_epochs_of_all_rounds_after_a_shared_one(tmp_path):
-    text = STUDY + "vary: {{train.round_epochs: {{values: [4], arms: [imp, gmp, dense]}}}}\n"
+    text = STUDY + "points: {{longer: {{set: {{train.round_epochs: 4}}, arms: [imp, gmp, dense]}}}}\n"
     text = text.replace("  rsst:", "  gmp: {{pruning.method: gmp}}\n  dense: {{pruning.method: dense}}\n  rsst:")
     runs = {run.name: run for run in study_file.read(write_study(tmp_path, text), ["pruning.schedule.rounds=3"]).runs}
     assert runs["imp-s0"].epochs == (2, 0, 1, 1, 1)
     assert runs["gmp-s0"].epochs == runs["dense-s0"].epochs == (2, 3)
-    assert runs["gmp-round_epochs-4-s1"].epochs == (2, 12)
-    assert "rsst-round_epochs-4-s0" not in runs
+    assert runs["gmp-longer-s1"].epochs == (2, 12)
+    assert "rsst-longer-s0" not in runs
     assert runs["imp-s1"].recipe.model.start_from == str(tmp_path / "runs" / "methods" / "dense-round-s1")
 
 
@@ -263,7 +246,7 @@ def test_one_or_two_seeds_need_a_point_at_least():
 
 
 def test_the_studies_of_the_repository_can_be_read():
-    files = sorted((SCRIPTS / "studies").glob("*.yaml"))
+    files = sorted((tiny.SCRIPTS / "studies").glob("*.yaml"))
     assert files
     for file in files:
         study = study_file.read(file)

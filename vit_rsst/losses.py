@@ -13,8 +13,9 @@ def make_loss(kind: str, label_smoothing: float, class_counts: Tensor | None = N
     """The loss that a recipe names.
 
     Args:
-        kind: `cross_entropy`; `class_weighted`: an image counts N / (C · n_c); `balanced_softmax`: log n_c is added to
-            the logit of class c (Ren et al. 2020, eq. 4), so that the logits themselves come out as for balanced data.
+        kind: `cross_entropy`; `class_weighted`: an image counts N / (C · n_c), C classes having any;
+            `balanced_softmax`: log n_c is added to the logit of class c (Ren et al. 2020, eq. 4), so that the logits
+            themselves come out as for balanced data.
         class_counts: training images of each class, (classes,), on the device; not needed by `cross_entropy`.
     """
     if kind == "cross_entropy":
@@ -23,7 +24,7 @@ def make_loss(kind: str, label_smoothing: float, class_counts: Tensor | None = N
     if kind == "balanced_softmax":
         prior = counts.log()
         return lambda logits, labels: F.cross_entropy(logits + prior, labels, label_smoothing=label_smoothing)
-    weights = class_counts.sum() / (len(counts) * counts)
+    weights = class_counts.sum() / ((class_counts > 0).sum() * counts)
 
     def class_weighted(logits: Tensor, labels: Tensor) -> Tensor:
         # Over the number of images and not the sum of their weights: equal parts of a batch stay equal parts.

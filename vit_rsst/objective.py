@@ -49,7 +49,8 @@ def build_distillation(
 
     @functools.cache
     def opened(path: Path) -> nn.Module:
-        found = open_trained(path)
+        with torch.random.fork_rng(devices=[]):  # built within a step, it must not draw what the step would draw
+            found = open_trained(path)
         check_teacher(path, found, data)
         net = found.net.to(accelerator.device).eval().requires_grad_(False)
         if recipe.train.compile:

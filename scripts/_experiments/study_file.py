@@ -8,8 +8,8 @@
       imp: {pruning.method: imp}
       rsst: {pruning.method: rsst}
     grid: {optim.lr: [1e-3, 3e-3]}         # every arm at every combination
-    vary:                                  # beside that, one field at a time
-      train.round_epochs: {values: [1, 10], arms: [imp]}     # arms left out: all
+    points:                                # beside the default: what changes there; arms left out: all
+      long: {set: {train.round_epochs: 10}, arms: [imp]}
     budget: equal                          # at each point all arms train the same number of epochs, or nothing starts
     reference: imp                         # the arm that the others are compared with, seed by seed
 
@@ -40,10 +40,10 @@ Fields = dict[str, Any]
 
 
 @section
-class Vary:
-    """Values that one field takes beside its default, and the arms that take them."""
+class Point:
+    """What changes beside the default (one field, where one factor is varied at a time), and the arms that go there."""
 
-    values: Annotated[tuple[Any, ...], MinLen(1)]
+    set: Annotated[Fields, MinLen(1)]
     arms: tuple[str, ...] | None = None
 
 
@@ -57,7 +57,7 @@ class StudyFile:
     seeds: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)] = (0,)
     dense: Fields | None = None
     grid: dict[str, Annotated[tuple[Any, ...], MinLen(1)]] = field(default_factory=dict)
-    vary: dict[str, Vary] = field(default_factory=dict)
+    points: dict[str, Point] = field(default_factory=dict)
     budget: Literal["equal"] | None = None
     reference: str | None = None
 
@@ -129,9 +129,7 @@ def read(file: Path, overrides: Sequence[str] = ()) -> Study:
     whole = recipe_file.load(base, overrides)
     folder = Path(whole.output_dir) / written.name
     maker = _Maker(file, written, base, [*overrides, f"output_dir={value_text(str(folder))}"])
-    runs = [
-        maker.run(arm, point, seed) for seed in written.seeds for arm, point in dict.fromkeys(_pairs(file, written))
-    ]
+    runs = [maker.run(arm, place, seed) for seed in written.seeds for arm, place in _pairs(file, written)]
     study = Study(written.name, folder, written.reference, [*maker.dense.values(), *runs])
     _check_names(file, study)
     if written.budget == "equal":
@@ -188,29 +186,47 @@ def load(where: str, base: Path, overrides: Sequence[str]) -> Recipe:
         raise InputError("\n".join(f"{where}: {line}" for line in told[1:] or told)) from error
 
 
-Point = tuple[tuple[str, str], ...]
-"""Fields of a grid's point and their values as text, so that points can be compared."""
+@dataclass(frozen=True)
+class Place:
+    """A point in the grid: its words, and what changes there."""
+
+    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(self.words)
 
 
-def _pairs(file: Path, written: StudyFile) -> Iterator[tuple[str, Point]]:
-    """Every arm at each of its points."""
-    combinations = [
-        tuple(zip(written.grid, map(value_text, values), strict=True))
-        for values in itertools.product(*written.grid.values())
-    ]
-    for name, vary in written.vary.items():
-        for arm in vary.arms or ():
+def _pairs(file: Path, written: StudyFile) -> Iterator[tuple[str, Place]]:
+    """Every arm at each of its places.
+
+    Raises:
+        InputError: an arm is named that is none.
+    """
+    named = {f"points.{name}.arms": point.arms or () for name, point in written.points.items()}
+    for place, arms in (named | {"reference": filter(None, [written.reference])}).items():
+        for arm in arms:
             if arm not in written.arms:
-                raise InputError(f"{file}: vary.{name}.arms: {unknown('arm', arm, written.arms)}")
-    if written.reference is not None and written.reference not in written.arms:
-        raise InputError(f"{file}: reference: {unknown('arm', written.reference, written.arms)}")
+                raise InputError(f"{file}: {place}: {unknown('arm', arm, written.arms)}")
     for arm in written.arms:
-        for point in combinations:
-            yield arm, point
-        for name, vary in written.vary.items():
-            if vary.arms is None or arm in vary.arms:
-                for value, point in itertools.product(map(value_text, vary.values), combinations):
-                    yield arm, (*point, (name, value))
+        for place in _grid(written):
+            yield arm, place
+            for name, point in written.points.items():
+                if point.arms is None or arm in point.arms:
+                    yield arm, Place((*place.words, name), (*place.overrides, *as_overrides(point.set)))
+
+
+def _grid(written: StudyFile) -> list[Place]:
+    """All combinations; without a grid one, the default."""
+    combinations = itertools.product(*written.grid.values())
+    texts = [[value_text(value) for value in values] for values in combinations]
+    return [
+        Place(
+            tuple(f"{key.rsplit('.', 1)[-1]}={text}" for key, text in zip(written.grid, of_one, strict=True)),
+            tuple(f"{key}={text}" for key, text in zip(written.grid, of_one, strict=True)),
+        )
+        for of_one in texts
+    ]
 
 
 def _refuse_own_fields(file: Path, written: StudyFile, overrides: Sequence[str]) -> None:
@@ -220,7 +236,8 @@ def _refuse_own_fields(file: Path, written: StudyFile, overrides: Sequence[str])
         InputError: naming the field and where it may be set.
     """
     asked = {f"arm {arm!r}": fields for arm, fields in written.arms.items()}
-    asked |= {"grid": written.grid, "vary": written.vary, "dense": written.dense or {}}
+    asked |= {f"point {name!r}": point.set for name, point in written.points.items()}
+    asked |= {"grid": written.grid, "dense": written.dense or {}}
     shared = ("train.epochs", "model.start_from") if written.dense is not None else ()
     for place, fields in asked.items():
         for key in fields:
@@ -243,22 +260,21 @@ class _Maker:
         self.file, self.written, self.base, self.overrides = file, written, base, overrides
         self.dense: dict[tuple, PlannedRun] = {}
 
-    def run(self, arm: str, point: Point, seed: int) -> PlannedRun:
-        fields = as_overrides(self.written.arms[arm]) + ["=".join(pair) for pair in point]
-        where = f"{self.file}: arm {arm!r}" + (f" at {point_text(point)}" if point else "")
+    def run(self, arm: str, place: Place, seed: int) -> PlannedRun:
+        fields = [*as_overrides(self.written.arms[arm]), *place.overrides]
+        where = f"{self.file}: arm {arm!r}" + (f" at {place}" if place.words else "")
         dense = None
         overrides = [*self.overrides, f"seed={seed}"]
         if self.written.dense is not None:
-            dense = self.dense_round(fields, seed, where)
+            dense = self.dense_round(fields, seed)
             overrides += [f"train.epochs={sum(dense.epochs)}", f"model.start_from={value_text(str(dense.folder))}"]
-        words = [arm, *(f"{_last(key)}-{value}" for key, value in point)]
-        overrides += [*fields, f"name={value_text(slug('-'.join(words), seed))}"]
+        overrides += [*fields, f"name={value_text(slug('-'.join((arm, *place.words)), seed))}"]
         recipe = load(where, self.base, overrides)
-        return PlannedRun(arm, point_text(point), seed, self.base, tuple(overrides), recipe, dense)
+        return PlannedRun(arm, str(place), seed, self.base, tuple(overrides), recipe, dense)
 
-    def dense_round(self, fields: Sequence[str], seed: int, where: str) -> PlannedRun:
+    def dense_round(self, fields: Sequence[str], seed: int) -> PlannedRun:
         """The dense round of a seed for a network and its data: other fields of an arm do not touch it."""
-        own = [item for item in fields if item.startswith(("data.", "model."))]
+        own = [item for item in fields if item.partition("=")[0].split(".")[0] in ("data", "model")]
         key = (seed, *own)
         if key not in self.dense:
             asked = [*self.overrides, f"seed={seed}", *own, *as_overrides(self.written.dense)]
@@ -273,14 +289,6 @@ class _Maker:
             recipe = load(f"{self.file}: dense", self.base, asked)
             self.dense[key] = PlannedRun("", "", seed, self.base, tuple(asked), recipe)
         return self.dense[key]
-
-
-def point_text(point: Point) -> str:
-    return ", ".join(f"{_last(key)}={value}" for key, value in point)
-
-
-def _last(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
 
 
 def slug(text: str, seed: int) -> str:
@@ -317,22 +325,25 @@ def _check_budget(file: Path, study: Study) -> None:
 
 
 def check_folder(run: PlannedRun) -> None:
-    """Looks whether the run's folder holds the run, where it holds one; fields that are new since have defaults.
+    """Looks whether the run's folder holds the run, where it holds one.
 
     Raises:
         InputError: it holds another one, with the fields that differ.
     """
-    saved = run.folder / "recipe.yaml"
-    if not saved.exists():
-        return
-    try:
-        then, now = (deciding(recipe.tree()) for recipe in (recipe_file.load(saved), run.recipe))
-        fields = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-        differ = ", ".join(f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)" for key in fields)
-    except InputError:
-        differ = "its recipe cannot be read by this version"
-    if differ:
+    if differ := differences(run.folder / "recipe.yaml", run.recipe):
         raise InputError(
             f"{run.folder} holds a run of another recipe: {differ}. Give the study another name, or move that folder "
             "away."
         )
+
+
+def differences(saved: Path, recipe: Recipe) -> str:
+    """In which fields a recipe that was saved earlier is another one; those that are new since have their defaults."""
+    if not saved.exists():
+        return ""
+    try:
+        then, now = (deciding(one.tree()) for one in (recipe_file.load(saved), recipe))
+    except InputError:
+        return "it cannot be read by this version"
+    fields = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    return ", ".join(f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)" for key in fields)
