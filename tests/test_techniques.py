@@ -66,6 +66,13 @@ def test_a_technique_joins_units_bf16_accumulation_and_checkpoints(technique, tm
     assert tiny.command("evaluate", run) == 0
 
 
+@pytest.mark.slow  # the compiler takes its time
+def test_all_techniques_join_compilation(tmp_path):
+    common = (*TECHNIQUES["together"], "train.batch_per_device=16")
+    eager, compiled = (losses(tmp_path, f"run-{on}", *common, f"train.compile={on}") for on in ("false", "true"))
+    assert compiled == pytest.approx(eager, rel=1e-4)
+
+
 def test_layer_decay_and_checkpoints_join_pruning_bf16_and_accumulation(tmp_path):
     found = losses(tmp_path, "all", *ACCUMULATED, *TOGETHER, *DROPS, *UNITS)
     assert len(found) == 18

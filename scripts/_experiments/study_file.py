@@ -3,6 +3,7 @@
     name: cifar10-penalty                  # the runs lie in <output_dir>/<name>/
     recipe: recipes/cifar10/study.yaml     # what all runs have in common
     seeds: [0, 1, 2]
+    common: {optim.lr: 2e-3}               # fields of all runs
     dense: {train.epochs: 12}              # one dense round a seed, which all arms go on from; left out: each its own
     arms:                                  # what is compared: name → fields
       imp: {pruning.method: imp}
@@ -55,6 +56,7 @@ class StudyFile:
     recipe: str
     arms: Annotated[dict[str, Fields], MinLen(1)]
     seeds: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)] = (0,)
+    common: Fields = field(default_factory=dict)
     dense: Fields | None = None
     grid: dict[str, Annotated[tuple[Any, ...], MinLen(1)]] = field(default_factory=dict)
     points: dict[str, Point] = field(default_factory=dict)
@@ -126,6 +128,7 @@ def read(file: Path, overrides: Sequence[str] = ()) -> Study:
     written = parse(file)
     base = recipe_file.find(written.recipe)
     _refuse_own_fields(file, written, overrides)
+    overrides = [*as_overrides(written.common), *overrides]
     whole = recipe_file.load(base, overrides)
     folder = Path(whole.output_dir) / written.name
     maker = _Maker(file, written, base, [*overrides, f"output_dir={value_text(str(folder))}"])
@@ -237,7 +240,7 @@ def _refuse_own_fields(file: Path, written: StudyFile, overrides: Sequence[str])
     """
     asked = {f"arm {arm!r}": fields for arm, fields in written.arms.items()}
     asked |= {f"point {name!r}": point.set for name, point in written.points.items()}
-    asked |= {"grid": written.grid, "dense": written.dense or {}}
+    asked |= {"grid": written.grid, "dense": written.dense or {}, "common": written.common}
     shared = ("train.epochs", "model.start_from") if written.dense is not None else ()
     for place, fields in asked.items():
         for key in fields:
