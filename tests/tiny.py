@@ -43,6 +43,28 @@ def write_recipe(folder: Path, text: str = RECIPE) -> Path:
     return path
 
 
+COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label"), "imagenet1k": ("image", "label")}
+
+
+def write_images(folder: Path, source: str, rows: int = 120, size: int = 16) -> Path:
+    """Noise of three classes for training and a few images for the test, as the Hub's parquet files of a source."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    from vit_rsst.data.catalog import CATALOG
+
+    image, label = COLUMNS[source]
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=["a", "b", "c"])})
+    draw = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for split, count in (("train", rows), (CATALOG[source].test_split, 6)):
+        images = [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+        table = datasets.Dataset.from_dict({image: images, label: [i % 3 for i in range(count)]}, features=features)
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
 def command(*argv: object) -> int:
     """Runs `vit-rsst ARGV…` within this process, on the CPU with one thread; returns the exit code."""
     from vit_rsst import cli
