@@ -58,7 +58,7 @@ def elsewhere(tmp_path_factory) -> Path:
     (folder / "DATA" / "imagenet").mkdir()
     for split in ("train", "validation"):
         table.to_parquet(folder / "DATA" / "imagenet" / f"{split}-00000-of-00001.parquet")
-    for name in ("recipes", "accelerate_configs"):
+    for name in ("recipes", "accelerate_configs", "scripts"):
         (folder / name).symlink_to(tiny.REPOSITORY / name)
     Image.fromarray(draw.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / "photo.png")
     plugin = next(block for block in blocks("python") if "register_method" in block)
