@@ -14,11 +14,11 @@ import tiny
 FLOORS = [
     # 0 ground: plain helpers; what lies above may use them anywhere
     "errors files reach seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
-    "data.catalog data.options models.catalog",
+    "data.catalog data.options models.catalog best",
     # 1 measure: numbers of weights, logits and images
     "pruning.criteria pruning.granularity models.anatomy models.resnet models.dynamic_vit "
     "models.gated_vit models.lightweight_vit models.weights data.transforms data.decoding "
-    "metrics.counters metrics.outcomes metrics.reported optim",
+    "metrics.counters metrics.outcomes metrics.reported optim losses distill ema data.mixing",
     # 2 decide: which elements live
     "pruning.selection pruning.plan pruning.allocation pruning.selector pruning.methods.constant pruning.methods.dense "
     "pruning.methods.gmp pruning.methods.imp pruning.methods.refill pruning.methods.rsst pruning.methods.rst "
@@ -32,7 +32,7 @@ FLOORS = [
     # 4 run: one experiment
     "resume loop export export.slim_folder export.source trained",
     # 5 assemble: from a recipe to a run, a plan or scores; from a ticket to what others load
-    "assembly evaluation predict planning export.work export.card export.slim_target export.timm_folder "
+    "assembly objective evaluation predict planning export.work export.card export.slim_target export.timm_folder "
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
     # 6 tell: what a person sees of a run
@@ -88,6 +88,7 @@ SIDEWAYS = {
     ("run_folder", "recipe"),
     ("loop", "resume"),
     ("trained", "export.source"),
+    ("assembly", "objective"),
     ("evaluation", "assembly"),
     ("analysis.subject", "planning"),
     ("analysis.counts", "analysis.subject"),
@@ -126,6 +127,8 @@ DOORS = {
     "datasets": {"data.locate", "data.sources", "data.streams", "metrics.reported"},
     "timm": {
         "data.decoding",
+        "data.mixing",
+        "data.transforms",
         "models.published",
         "models.zoo",
         "models.dynamic_vit",
@@ -157,7 +160,7 @@ DOORS = {
 
 ALLOWED_DOORS = {
     "datasets": ("data.", "metrics.reported"),
-    "timm": ("data.decoding", "models.", "export."),
+    "timm": ("data.decoding", "data.mixing", "data.transforms", "models.", "export."),
     "transformers": ("models.", "export."),
     "evaluate": ("metrics.",),
     "safetensors": ("tickets", "checkpoint", "models.weights", "export."),
@@ -269,6 +272,7 @@ def test_recipe_objects_stop_above_what_they_describe():
         "recipe_file",
         "run_folder",
         "assembly",
+        "objective",
         "planning",
         "analysis.subject",
         "report.compare",

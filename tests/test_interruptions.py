@@ -14,6 +14,7 @@ CELLS = [
     Cell(Setting("in memory", 1, 0), "evaluation", "TERM"),
     Cell(Setting("map-style", 1, 0), "first step of a round", "TERM"),
     Cell(Setting("stream", 2, 0), "mid-epoch", "TERM"),
+    Cell(Setting("techniques", 2, 0), "penalty window", "TERM"),
 ]
 SLOW = [
     Cell(Setting("stream", 1, 2), "epoch end", "KILL"),
@@ -35,7 +36,7 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(bench, cell):
 
 
 def test_every_cell_is_one_that_means_something():
-    assert len(interruptions.CELLS) == 10 * 6 * 2
+    assert len(interruptions.CELLS) == 11 * 6 * 2
     assert len({str(cell) for cell in interruptions.CELLS}) == len(interruptions.CELLS)
 
 

@@ -58,7 +58,7 @@ def elsewhere(tmp_path_factory) -> Path:
     (folder / "DATA" / "imagenet").mkdir()
     for split in ("train", "validation"):
         table.to_parquet(folder / "DATA" / "imagenet" / f"{split}-00000-of-00001.parquet")
-    for name in ("recipes", "accelerate_configs"):
+    for name in ("recipes", "accelerate_configs", "scripts"):
         (folder / name).symlink_to(tiny.REPOSITORY / name)
     Image.fromarray(draw.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / "photo.png")
     plugin = next(block for block in blocks("python") if "register_method" in block)
@@ -75,6 +75,10 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
         variables[key] = value
     words = [re.sub(r"accelerate_configs/(.+)", lambda m: f"accelerate_configs/{CONFIGURATIONS.get(m[1], m[1])}", w)
              for w in words]  # fmt: skip
+    if words[0] == "scripts/study":  # all of its runs need more images than there are here
+        words += ["data.train_samples=32"]
+    if words[0] == "scripts/search":
+        return variables, words + [item for item in SHORT if not item.startswith("model.args")]
     if words[:2] == ["vit-rsst", "analyze"]:
         words.append("--no-latency")
     if not any(word == "train" or word.endswith(".train") for word in words):
@@ -102,7 +106,10 @@ def run(command: str, folder: Path) -> str:
             assert tiny.command(*words[1:]) == 0, f"{command}\n{words}\n{out.getvalue()[-2000:]}"
         return out.getvalue()
     modules = {"vit-rsst": "vit_rsst.cli", "accelerate": "accelerate.commands.accelerate_cli"}
-    words[0:1] = [sys.executable, "-m", modules[words[0]]]
+    if words[0].startswith("scripts/"):
+        words[0:1] = [sys.executable, str(tiny.REPOSITORY / words[0])]
+    else:
+        words[0:1] = [sys.executable, "-m", modules[words[0]]]
     environment = tiny.environment(**variables)
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(tiny.REPOSITORY)])
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
@@ -112,7 +119,7 @@ def run(command: str, folder: Path) -> str:
 
 def test_every_command_of_the_readme_runs(elsewhere):
     found = commands()
-    assert {command.split()[0] for command in found if command.startswith("scripts/")} == EXEMPT
+    assert set(found) >= EXEMPT
     ran = [command for command in found if command.split()[0] not in EXEMPT]
     assert len(ran) >= 10
     out = {command: run(command, elsewhere) for command in ran}

@@ -84,7 +84,7 @@ def nested(path: tuple[str, ...], value: object) -> dict:
 
 def test_the_walk_over_the_schema_sees_all_of_it():
     names = " ".join(sorted(cls.__name__ for _, cls in SECTIONS))
-    assert names == "Augment Data Model Optim Pruning Recipe Schedule StepDecay Tracking Train"
+    assert names == "Augment Data Distill Imbalance Model Optim Pruning Recipe Schedule StepDecay Tracking Train"
     assert {name for name, _, _ in METHOD_SECTIONS} == set(METHODS) >= {"dense", "gmp", "imp", "rsst"}
     assert len(LEAVES) > 45
 
@@ -140,7 +140,7 @@ def test_unknown_keys_are_refused_in_every_section(tmp_path):
         assert len(lines) == 1
         assert f"  {'.'.join((*path, 'bogus_key'))}: unknown key" in lines[0]
         seen += 1
-    assert seen == len(SECTIONS) == 10
+    assert seen == len(SECTIONS) == 12
 
 
 @pytest.mark.parametrize("name, path", [(name, path) for name, path, _ in METHOD_SECTIONS])
@@ -250,6 +250,13 @@ PLAIN = "name: r\ntrain: {epochs: 7}\n"
         (PLAIN, ["optim.lr=5e-4"], {"optim.lr": 5e-4}),
         (PLAIN, ["data.augment.padding=0"], {"data.augment.padding": 0}),
         (PLAIN, ["data.augment=none"], {"data.augment.padding": 0, "data.augment.hflip": 0.0}),
+        (PLAIN, ["data.augment=strong"], {"data.augment.mixup": 0.8, "data.augment.reprob": 0.25}),
+        (
+            PLAIN,
+            ["data.augment=strong", "data.augment.mixup=0"],
+            {"data.augment.mixup": 0, "data.augment.cutmix": 1.0, "data.augment.auto_augment": "rand-m9-mstd0.5-inc1"},
+        ),
+        (PLAIN, ["data.augment={preset: strong, reprob: 0}"], {"data.augment.reprob": 0, "data.augment.mixup": 0.8}),
         (PLAIN, ["data.source=folder", "data.path=a=b c"], {"data.path": "a=b c"}),
         (PLAIN, ["pruning.method=imp"], {"pruning.method": {"name": "imp"}}),
         (PLAIN, ["pruning.method={name: rsst, remove_at: 1}"], {"pruning.method.remove_at": 1.0}),
@@ -336,6 +343,18 @@ RULES = {
         ["data.source=cifar10", "data.streaming=true", "data.train_samples=9"], "data.train_samples", "no first rows"),
     "a stream in memory": (
         ["data.source=cifar10", "data.streaming=true", "data.in_memory=true"], "data.in_memory", "exclude each other"),
+    "a tail of a stream": (
+        ["data.source=cifar10", "data.streaming=true", "data.imbalance.kind=step"], "data.imbalance.kind",
+        "needs the labels of all images"),
+    "a ratio of nothing": (["data.imbalance.ratio=10"], "data.imbalance.ratio", "means nothing without"),
+    "an imbalance that is corrected twice": (
+        ["data.sampler=class_balanced", "train.loss=class_weighted"], "train.loss", "correct the same imbalance"),
+    "a mixture of one image": (
+        ["data.augment.mixup=0.8", "train.batch_per_device=1"], "data.augment", "mix the images of a device's batch"),
+    "a temperature without a teacher": (
+        ["train.distill.temperature=4"], "train.distill.temperature", "means nothing without"),
+    "a round as the teacher of itself": (
+        ["pruning.method=dense", "train.distill.teacher=dense"], "train.distill.teacher", "trains one round"),
     "random crops in memory": (
         ["data.in_memory=true", "data.augment.crop=resized"], "data.in_memory", "another image in each epoch"),
     "corrupt images in memory": (
@@ -354,6 +373,7 @@ RULES = {
     "explicit with a rate": ([EXPLICIT, "pruning.schedule.rate=0.2"], "pruning.schedule.rate", "means nothing beside"),
     "explicit with a final sparsity": (
         [EXPLICIT, "pruning.schedule.final_sparsity=0.8"], "pruning.schedule.final_sparsity", "means nothing beside"),
+    "no rounds to prune in": (["pruning.schedule={rounds: 0}"], "pruning.schedule.rounds", "rsst needs at least 1"),
     "a list for a curve": (
         ["pruning.schedule={name: linear, sparsities: [0.5]}"], "pruning.schedule.sparsities", "set pruning.schedule"),
     "rate and final sparsity": (
@@ -471,6 +491,13 @@ def test_a_number_has_to_be_finite(tmp_path, field, value):
     [line] = complaints(tmp_path, "name: r\n", f"{field}={value}")
     assert f"{field}: " in line
     assert "finite" in line or "out of range" in line
+
+
+def test_dense_without_rounds_trains_its_own_epochs_and_no_others(tmp_path):
+    text = "name: r\ntrain: {epochs: 7, round_epochs: 3}\npruning: {method: dense}\n"
+    assert load(written(tmp_path, text), ["pruning.schedule.rounds=0"]).round_epochs == (7,)
+    assert load(written(tmp_path, text), ["pruning.schedule.rounds=2"]).round_epochs == (13,)
+    assert load(written(tmp_path, text)).round_epochs == (37,)
 
 
 def test_rules_are_told_beside_faults_of_other_fields(tmp_path):

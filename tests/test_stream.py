@@ -395,7 +395,7 @@ def test_a_random_part_is_drawn_by_the_samples_seed_alone():
     sample = Sample("x", {"bytes": png(noise), "path": None}, 0, seed=5)
     first, again = decoder.picture(sample), decoder.picture(sample)
     assert (first == again).all()
-    assert first.shape == (16, 16, 3)
+    assert first.shape == (3, 16, 16)
     assert (decoder.picture(sample._replace(seed=6)) != first).any()
 
 
@@ -403,14 +403,16 @@ def test_a_random_part_equals_torchvisions_crop():
     from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
-    theirs = RandomResizedCrop(16, interpolation=InterpolationMode.BICUBIC)
+    theirs, largest = RandomResizedCrop(16, interpolation=InterpolationMode.BICUBIC), []
     for seed in range(20):
         torch.manual_seed(seed)
         expected = np.asarray(theirs(noise)).astype(int)
         torch.manual_seed(seed)
-        found = np.asarray(decode({"bytes": png(noise), "path": None}, 16, "x", window=Window())).astype(int)
-        # Theirs cuts first, so that pixels beside the cut play no part at its edge.
-        assert np.abs(found - expected)[2:-2, 2:-2].mean() < 8
+        found = decode({"bytes": png(noise), "path": None}, 16, "x", window=Window()).astype(int)
+        largest.append(np.abs(found - expected.transpose(2, 0, 1)).max())
+    # Between its two passes torch clips what Pillow does, now and then in another order; on noise that is most.
+    assert sorted(largest)[-2] <= 1
+    assert max(largest) < 16
 
 
 def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size_when_enough_is_left():
@@ -418,8 +420,8 @@ def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size_when_enough_is_
     smooth = Image.fromarray(np.stack([np.add.outer(x, x) / 2] * 3, -1).astype(np.uint8))
     encoded = {"bytes": png(smooth, "JPEG"), "path": None}
     window = Window((1.0, 1.0), (1.0, 1.0))
-    found = np.asarray(decode(encoded, 64, "x", window=window)).astype(int)
-    expected = np.asarray(decode(encoded, 64, "x")).astype(int)
+    found = decode(encoded, 64, "x", window=window).astype(int)
+    expected = decode(encoded, 64, "x").astype(int)
     assert np.abs(found - expected).max() <= 6
 
 
@@ -432,7 +434,7 @@ def test_an_image_stands_upright_as_its_camera_marked_it(orientation, corner, wi
     exif = picture.getexif()
     exif[0x0112] = orientation
     picture.save(buffer, "JPEG", quality=95, exif=exif)
-    found = np.asarray(decode({"bytes": buffer.getvalue(), "path": None}, 16, "x", window=window))
+    found = decode({"bytes": buffer.getvalue(), "path": None}, 16, "x", window=window).transpose(1, 2, 0)
     bright = found[corner[0] * 2, corner[1] * 2] if corner[0] < 0 or corner[1] < 0 else found[1, 1]
     assert bright.min() > 200
     assert (found.mean(2) > 128).sum() == pytest.approx(36, abs=8)

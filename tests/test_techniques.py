@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vit_rsst.models import zoo
 from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.tickets import load as load_ticket
 
 ARGS = tiny.MODEL_ARGS | {"depth": 2}
 RECIPE = tiny.RECIPE.replace(json.dumps(tiny.MODEL_ARGS), json.dumps(ARGS))
@@ -32,6 +33,44 @@ def test_checkpointed_gradients_change_no_number_of_a_run(pruning, tmp_path):
         common = (*pruning, *DROPS, "train.batch_per_device=16", f"train.precision={precision}")
         plain = losses(tmp_path, f"plain-{precision}", *common)
         assert losses(tmp_path, f"again-{precision}", *common, "train.grad_checkpointing=true") == plain
+
+
+TECHNIQUES = {
+    "mixup": ("data.augment.mixup=0.8",),
+    "cutmix": ("data.augment.cutmix=1.0",),
+    "erasing": ("data.augment.reprob=0.5",),
+    "strong": ("data.augment=strong", "data.augment.color_jitter=0.2"),
+    "repeats": ("data.augment.aug_repeats=3",),
+    "tail": ("data.imbalance.kind=long_tail", "data.imbalance.ratio=5", "data.sampler=class_balanced"),
+    "balanced softmax": ("train.loss=balanced_softmax",),
+    "class weights": ("train.loss=class_weighted", "train.label_smoothing=0.1"),
+    "average": ("train.ema_decay=0.99",),
+    "best": ("train.keep_best=true", "train.patience=1"),
+    "teacher": ("train.distill.teacher=dense",),
+    "together": (
+        "data.augment=strong", "train.ema_decay=0.99", "train.keep_best=true", "train.distill.teacher=dense",
+        "data.imbalance.kind=step", "train.loss=class_weighted", "train.label_smoothing=0.1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_a_technique_joins_units_bf16_accumulation_and_checkpoints(technique, tmp_path):
+    common = (*ACCUMULATED, *UNITS, "train.grad_checkpointing=true", "optim.layer_decay=0.9")
+    found = losses(tmp_path, "run", *common, *TECHNIQUES[technique])
+    assert all(loss == loss and loss < 10 for loss in found)
+    run = tmp_path / "runs" / "run"
+    tickets = [load_ticket(path) for path in sorted(run.glob("tickets/*.safetensors"))]
+    assert len(tickets) == 3
+    assert tickets[-1].mask.density < 0.7
+    assert tiny.command("evaluate", run) == 0
+
+
+@pytest.mark.slow  # the compiler takes its time
+def test_all_techniques_join_compilation(tmp_path):
+    common = (*TECHNIQUES["together"], "train.batch_per_device=16")
+    eager, compiled = (losses(tmp_path, f"run-{on}", *common, f"train.compile={on}") for on in ("false", "true"))
+    assert compiled == pytest.approx(eager, rel=1e-4)
 
 
 def test_layer_decay_and_checkpoints_join_pruning_bf16_and_accumulation(tmp_path):

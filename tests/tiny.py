@@ -4,6 +4,8 @@ Not a test module: what the tests of the command line, the run folder, tickets a
 """
 
 import contextlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import random
@@ -12,9 +14,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "vit_rsst"
+SCRIPTS = REPOSITORY / "scripts"
 
 MODEL_ARGS = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "mlp_ratio": 1.0}
 NUM_PRUNABLE = 24 * 72 + 24 * 24 + 24 * 24 + 24 * 24  # qkv, proj, fc1, fc2
@@ -39,12 +43,65 @@ def write_recipe(folder: Path, text: str = RECIPE) -> Path:
     return path
 
 
+COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label"), "imagenet1k": ("image", "label")}
+
+
+def write_images(folder: Path, source: str, rows: int = 120, size: int = 16) -> Path:
+    """Noise of three classes for training and a few images for the test, as the Hub's parquet files of a source."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    from vit_rsst.data.catalog import CATALOG
+
+    image, label = COLUMNS[source]
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=["a", "b", "c"])})
+    draw = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for split, count in (("train", rows), (CATALOG[source].test_split, 6)):
+        images = [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+        table = datasets.Dataset.from_dict({image: images, label: [i % 3 for i in range(count)]}, features=features)
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
 def command(*argv: object) -> int:
     """Runs `vit-rsst ARGV…` within this process, on the CPU with one thread; returns the exit code."""
     from vit_rsst import cli
 
     with alone_on_cpu():
         return cli.main([str(item) for item in argv])
+
+
+def script(name: str) -> ModuleType:
+    """A script of the repository, which has no extension, as a module; what it imports beside it can be imported."""
+    loader = importlib.machinery.SourceFileLoader(name, str(SCRIPTS / name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+class TrainerHere:
+    """A trainer within this process, in place of the `subprocess.Popen` of one.
+
+    Attributes:
+        started: names of the runs, in order; None: nobody wants to know.
+    """
+
+    started: list[str] | None = None
+
+    def __init__(self, argv: list[str], stdout: object, **_: object):
+        assert argv[:3] == [sys.executable, "-m", "vit_rsst.train"]
+        with contextlib.redirect_stderr(stdout):
+            self.returncode = command("train", *argv[3:])
+        if self.started is not None:
+            self.started.append(next(item for item in argv if item.startswith("name="))[5:])
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def terminate(self) -> None:
+        """It has ended already."""
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import nn
 
 from vit_rsst import optim, results, resume, run_folder, tickets
+from vit_rsst.best import Best
 from vit_rsst.checkpoint import Checkpointer, ResumePoint
 from vit_rsst.console import Console
 from vit_rsst.data.catalog import CATALOG as SOURCES
@@ -30,8 +31,9 @@ from vit_rsst.data.loaders import (
 )
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
-from vit_rsst.data.tables import Split
-from vit_rsst.data.transforms import Augmentation
+from vit_rsst.data.tables import Split, class_balanced
+from vit_rsst.data.transforms import Augmentation, Erasing
+from vit_rsst.ema import Ema
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.export.source import open_ticket
 from vit_rsst.loop import Run
@@ -41,6 +43,7 @@ from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.models.complexity import flops as model_flops
 from vit_rsst.models.complexity import unit_costs
 from vit_rsst.models.hub import PLACE
+from vit_rsst.objective import build_distillation, build_loss, build_mixing
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.calibration import collect
@@ -87,6 +90,7 @@ def build(
     mask = starting_mask(weights, start_mask, recipe.pruning.method)
     optimizer = build_optimizer(net, recipe.optim)
     loader = build_loader(recipe, data, dealing, accelerator)
+    distillation = build_distillation(recipe, data, progress, accelerator)
     watchdog = Watchdog(folder.logs / f"stacks-{accelerator.process_index}.txt", train.rank_timeout)
 
     def give_up() -> bool:
@@ -116,7 +120,10 @@ def build(
         net=net,
         optimizer=optimizer,
         loader=loader,
-        loss=make_loss(net, train.label_smoothing),
+        loss=build_loss(net, recipe, data, device),
+        mixing=build_mixing(recipe, data),
+        distillation=distillation,
+        best=Best(train.patience, train.keep_best),
         lr=make_lr(recipe),
         controller=Controller(
             model=net,
@@ -130,6 +137,7 @@ def build(
             seed=recipe.seed,
             evaluate=lambda: evaluate("val"),
             mask=mask,
+            ema=Ema(net, train.ema_decay) if train.ema_decay else None,
             calibrate=make_calibrate(recipe, net, weights, groups, data, accelerator),
         ),
         progress=progress,
@@ -167,14 +175,17 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
         "augmentation": augmentation(recipe),
         "mean": mean,
         "std": std,
+        "repeats": recipe.data.augment.aug_repeats,
     }
-    samples = data.rows["train"]
+    samples, weights = data.rows["train"], None
+    if recipe.data.sampler == "class_balanced":
+        weights = class_balanced(samples.labels)
     if not decoder.is_random:
         samples = data.samples("train", recipe.data.in_memory, 0.4 / local_processes(accelerator))
     if isinstance(samples, Split):
-        return InMemoryLoader(split=placed(samples, device), **common)
+        return InMemoryLoader(split=placed(samples, device), weights=weights, **common)
     return DecodingLoader(
-        rows=samples,
+        rows=samples if weights is None else replace(samples, weights=weights),
         decoder=decoder,
         workers=num_workers(recipe, accelerator),
         max_corrupt=recipe.data.max_corrupt,
@@ -360,7 +371,10 @@ def augmentation(recipe: Recipe) -> Augmentation:
     """What is done to whole batches on the device."""
     augment = recipe.data.augment
     hflip = 0.5 * SOURCES[recipe.data.source].hflip if augment.hflip is None else augment.hflip
-    return Augmentation(augment.padding if crop(recipe) == "pad" else 0, hflip)
+    erasing = None
+    if augment.reprob:
+        erasing = Erasing(augment.reprob, augment.remode, augment.rearea, augment.reaspect)
+    return Augmentation(augment.padding if crop(recipe) == "pad" else 0, hflip, erasing)
 
 
 def crop(recipe: Recipe) -> str:
@@ -475,12 +489,6 @@ def lr_scales(net: nn.Module, options: Optim) -> dict[str, float] | None:
     return zoo.lr_scales(net, options.layer_decay) if options.layer_decay < 1.0 else None
 
 
-def make_loss(net: nn.Module, label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross entropy, and what the model asks of itself in training: its method `auxiliary_loss`, where it has one."""
-    loss, own = nn.CrossEntropyLoss(label_smoothing=label_smoothing), getattr(net, "auxiliary_loss", None)
-    return loss if own is None else lambda logits, labels: loss(logits, labels) + own()
-
-
 def make_lr(recipe: Recipe) -> Callable[[Progress], float]:
     """The learning rate at a progress: one schedule a round, replayed; from epoch K on with `rewind: epoch:K`."""
     options, epochs = recipe.optim, recipe.train.epochs
@@ -553,7 +561,7 @@ def ticket_header(recipe: Recipe, data: ImageData, net: nn.Module) -> dict[str, 
         "seed": str(recipe.seed),
         "method": recipe.pruning.method_name,
         "precision": recipe.train.precision,
-        "ema": "false",
+        "ema": str(recipe.train.ema_decay or "false"),
         "recipe": recipe.fingerprint,
         **({"widths": json.dumps(widths)} if widths else {}),
         **({"pretrained": net.loaded.sha256} if hasattr(net, "loaded") else {}),

@@ -243,9 +243,11 @@ def models_verb(arguments: argparse.Namespace) -> None:
 def recipes_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst.recipe_file import builtin_folder, builtin_recipes
 
-    for path in builtin_recipes():
+    paths = {str(path.relative_to(builtin_folder()).with_suffix("")): path for path in builtin_recipes()}
+    width = max(map(len, paths)) + 2
+    for name, path in paths.items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        print(f"{path.relative_to(builtin_folder()).with_suffix('')!s:28}{first.lstrip('# ')}")
+        print(f"{name:{width}}{first.lstrip('# ')}")
 
 
 def methods_verb(arguments: argparse.Namespace) -> None:

@@ -17,13 +17,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vit_rsst import optim, results, resume, tickets
+from vit_rsst.best import Best
 from vit_rsst.checkpoint import Checkpointer
 from vit_rsst.console import Console
 from vit_rsst.data.loaders import Batch, Loader
+from vit_rsst.data.mixing import Mixing
+from vit_rsst.distill import Distillation
 from vit_rsst.errors import Diverged, Stopped
 from vit_rsst.metrics.counters import Interrupted, RunningLoss
 from vit_rsst.progress import Progress
-from vit_rsst.pruning.controller import Controller
+from vit_rsst.pruning.controller import Controller, RoundReport
 from vit_rsst.run_folder import RunFolder
 from vit_rsst.seeds import derived_seed
 from vit_rsst.signals import StopFlag
@@ -38,6 +41,9 @@ class Run:
     Attributes:
         model: as Accelerate prepared it; `net` is the same network without wrappers.
         loss: (logits, labels) → mean loss.
+        mixing: MixUp or CutMix; None: images stay apart.
+        distillation: joins a teacher to the loss; None: there is none.
+        best: the best epoch of the round under way.
         lr: the learning rate at a progress.
         evaluate: split name → top1, top5, loss; collective.
         clip_grad_norm: largest norm of the gradients; None: not clipped.
@@ -74,6 +80,9 @@ class Run:
     header: dict[str, str]
     environment: dict[str, object]
     watchdog: Watchdog
+    mixing: Mixing | None = None
+    distillation: Distillation | None = None
+    best: Best = field(default_factory=Best)
     watch: Callable[[str, Progress, Controller], None] = lambda *_: None
     skipped_steps: int = 0
     epoch_is_open: bool = False
@@ -97,6 +106,7 @@ def train_rounds(s: Run) -> None:
     for round in s.progress.remaining_rounds():
         if s.controller.begin_round(round):  # False when resuming inside this round
             optim.reset_state_(s.optimizer)
+            s.best.restart()
             s.seconds, s.clock = 0.0, time.monotonic()
             s.watch("round began", s.progress, s.controller)
         if s.epoch_is_open:  # when resuming between its last step and its evaluation
@@ -132,9 +142,13 @@ def train_step(s: Run, micro_batches: list[Batch]) -> tuple[float, float]:
     total = 0.0
     s.controller.before_forward()
     for images, labels in micro_batches:
+        if s.mixing is not None:
+            images, labels = s.mixing(images, labels)
         with s.accelerator.accumulate(s.model):
             logits = s.model(images)
             loss = s.loss(logits, labels)
+            if s.distillation is not None:
+                loss = s.distillation(loss, logits, images)
             s.accelerator.backward(loss)  # divides by the accumulation
         s.meter.add(logits, labels, loss)
         total = total + loss.detach()
@@ -191,6 +205,9 @@ def finish_epoch(s: Run) -> None:
     metrics = {"train/loss": train["loss"], "train/top1": train["top1"], "train/lr": s.lr(last)}
     metrics |= {f"val/{key}": value for key, value in scores.items()}
     metrics |= s.controller.metrics(last) | {"time/images_per_s": s.console.images_per_second}
+    has_ended = note_best(s, scores["top1"])
+    if s.best.weights is not None or s.best.patience is not None:
+        metrics["val/top1_best"] = s.best.top1
     read, warnings = s.loader.report()
     for warning in warnings:
         s.tracker.warning(s.progress.global_step, warning)
@@ -200,13 +217,35 @@ def finish_epoch(s: Run) -> None:
     if s.accelerator.is_main_process:
         s.folder.write_status("running", **_where(s.progress))
     s.watch("epoch ended", s.progress, s.controller)
+    if has_ended:
+        s.console.line(f"no better val/top1 than {s.best.top1:.2f} for {s.best.waited} epochs: the round ends here")
+        s.progress.end_round()
     resume.save(s)
     stop_if_asked(s)
 
 
+def note_best(s: Run, top1: float) -> bool:
+    """Counts an epoch after the last removal; whether the round has waited long enough for a better one."""
+    if not s.controller.is_settled(s.progress):
+        s.best.restart()
+        return False
+    return s.best.note(top1, s.progress.epoch, s.controller.snapshot)
+
+
 def finish_round(s: Run) -> None:
     """Leaves the round's ticket, its report and its row."""
-    report, scores = s.controller.end_round(), s.evaluate("val")
+    if s.best.weights is not None:
+        s.controller.restore_(s.best.weights)
+    report = s.controller.end_round()
+    with s.controller.as_deployed():
+        scores = s.evaluate("val")
+        leave_ticket(s, report, scores)
+    s.watch("round ended", s.progress, s.controller)
+    s.accelerator.wait_for_everyone()
+
+
+def leave_ticket(s: Run, report: RoundReport, scores: dict[str, float]) -> None:
+    """The ticket of the weights as they stand, its report and its row; on the main process."""
     if s.accelerator.is_main_process:
         path = results.ticket_path(s.folder.path, report.round)
         header = s.header | {"round": str(report.round), "density": repr(report.density)}
@@ -221,7 +260,7 @@ def finish_round(s: Run) -> None:
             test_top1=None,
             test_loss=None,
             what_if_gap=report.what_if_gap,
-            epochs=s.progress.round_epochs[report.round],
+            epochs=s.best.ended_after or s.progress.round_epochs[report.round],
             seconds=round(s.seconds + time.monotonic() - s.clock, 1),
             ticket_bytes=num_bytes,
         )
@@ -229,8 +268,6 @@ def finish_round(s: Run) -> None:
         if report.round + 1 < len(s.progress.round_epochs):  # the last table comes with the test scores
             s.console.rounds(results.load_rows(s.folder.path))
         s.tracker.log("round", s.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
-    s.watch("round ended", s.progress, s.controller)
-    s.accelerator.wait_for_everyone()
 
 
 def score_tickets(s: Run) -> None:

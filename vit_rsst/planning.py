@@ -208,10 +208,15 @@ def resource_lines(
     again = " and those within one block" if recipe.train.grad_checkpointing else ""
     ticket_bytes = sum(prunable * 4 * (d + 1 / 32) + (total - prunable) * 4 for d in densities)
     rewind = total * 4 if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
-    point = total * 4 * (1 + moments) + prunable // 4 + rewind
+    average = total * 4 if recipe.train.ema_decay else 0
+    best = total * 4 + average if recipe.train.keep_best else 0
+    teacher = total * 4 if recipe.train.distill.teacher else 0
+    point = total * 4 * (1 + moments) + prunable // 4 + rewind + average + best
+    beside = [("the average", average), ("the teacher", teacher), ("the best epoch, on the host", best)]
+    listed = "".join(f"{name} {size(num_bytes)}, " for name, num_bytes in beside if num_bytes)
     return [
-        f"memory     a process: weights, gradients and moments {size(state)}, masks {size(masks)}, activations about "
-        f"{size(activations)} at {dealing.batch_per_device} images{again}; images {images}",
+        f"memory     a process: weights, gradients and moments {size(state)}, masks {size(masks)}, {listed}activations "
+        f"about {size(activations)} at {dealing.batch_per_device} images{again}; images {images}",
         f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
         f"{size(point)}, one more while it is written",
     ]

@@ -39,6 +39,10 @@ class Progress:
         if self.step == self.steps_per_epoch:
             self.epoch, self.step = self.epoch + 1, 0
 
+    def end_round(self) -> None:
+        """Leaves out what remains of the round under way; its steps count as done."""
+        self.epoch, self.step = self.round_epochs[self.round], 0
+
     @property
     def round_steps(self) -> int:
         """Steps of the round under way."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
-from vit_rsst.data.options import MAX_PIXELS
+from vit_rsst.data.options import MAX_PIXELS, Imbalance
 from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.patterns import pattern
@@ -39,6 +39,12 @@ class Augment:
         hflip: probability of a mirror image; default: by the source.
         auto_augment: timm's configuration of RandAugment, AutoAugment or AugMix.
         color_jitter: strength of brightness, contrast and saturation.
+        aug_repeats: how often an image comes in a batch, varied anew each time; an epoch has as many fewer images.
+        reprob: probability of erasing a rectangle, `rearea` of the image's area and at least `reaspect` as wide as high
+            or as high as wide; filled with `const` zeros, with one normal colour (`rand`) or noise (`pixel`).
+        mixup, cutmix: α of the share that an image has in its mixture; 0: not mixed so.
+        mixup_prob: probability that a batch is mixed at all.
+        mixup_switch_prob: that it is by CutMix, where both are on.
     """
 
     crop: Literal["pad", "resized"] | None = None
@@ -48,6 +54,19 @@ class Augment:
     hflip: Annotated[float, Ge(0), Le(1)] | None = None
     auto_augment: str | None = None
     color_jitter: Annotated[float, Ge(0), Le(1)] = 0.0
+    aug_repeats: Annotated[int, Ge(1)] = 1
+    reprob: Annotated[float, Ge(0), Le(1)] = 0.0
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    rearea: tuple[Annotated[float, Gt(0), Lt(1)], Annotated[float, Gt(0), Lt(1)]] = (0.02, 1 / 3)
+    reaspect: Annotated[float, Gt(0), Le(1)] = 0.3
+    mixup: Annotated[float, Ge(0)] = 0.0
+    cutmix: Annotated[float, Ge(0)] = 0.0
+    mixup_prob: Annotated[float, Gt(0), Le(1)] = 1.0
+    mixup_switch_prob: Annotated[float, Ge(0), Le(1)] = 0.5
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @section
@@ -62,6 +81,7 @@ class Data:
         workers: processes that decode, for each training process; default: by the machine.
         max_corrupt: share of images that may be corrupt; they are left out and counted.
         max_pixels: an image of more is corrupt, whatever its file's size.
+        sampler: `class_balanced` draws with replacement, each class as often as any other.
     """
 
     source: str = "digits"
@@ -80,6 +100,8 @@ class Data:
     workers: Annotated[int, Ge(0)] | None = None
     max_corrupt: Annotated[float, Ge(0), Lt(1)] = 0.0
     max_pixels: Annotated[int, Ge(64)] = MAX_PIXELS
+    imbalance: Imbalance = field(default_factory=Imbalance)
+    sampler: Literal["shuffle", "class_balanced"] = "shuffle"
     augment: Augment = field(default_factory=Augment)
 
 
@@ -131,8 +153,31 @@ class Optim:
 
 
 @section
+class Distill:
+    """A teacher's answers as a second target (Hinton et al. 2015).
+
+    Attributes:
+        teacher: `dense`: the ticket of this run's round 0, for the later rounds; or a ticket, run or slim folder.
+        weight: share of the teacher in the loss.
+        temperature: that divides both logits; its square multiplies the teacher's part.
+    """
+
+    teacher: str | None = None
+    weight: Annotated[float, Gt(0), Le(1)] = 0.5
+    temperature: Annotated[float, Gt(0)] = 2.0
+
+
+@section
 class Train:
-    """How long, in which batches, in which precision."""
+    """How long, in which batches, in which precision, towards what.
+
+    Attributes:
+        loss: `class_weighted`: the rarer a class, the more its images count; `balanced_softmax`: the logarithm of each
+            class's number of images is added to its logit in training (Ren et al. 2020).
+        ema_decay: of the moving average of the weights, which is what is evaluated and what tickets hold.
+        patience: a round ends after so many epochs without a better val/top1, once nothing is to be removed any more.
+        keep_best: a round ends with the weights of its best epoch since the last removal.
+    """
 
     epochs: Annotated[int, Ge(1)] = 100
     round_epochs: Annotated[int, Ge(1)] | None = None
@@ -141,6 +186,11 @@ class Train:
     batch_per_device: Annotated[int, Ge(1)] | None = None
     precision: Literal["no", "bf16"] = "no"
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    loss: Literal["cross_entropy", "class_weighted", "balanced_softmax"] = "cross_entropy"
+    distill: Distill = field(default_factory=Distill)
+    ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
+    patience: Annotated[int, Ge(1)] | None = None
+    keep_best: bool = False
     compile: bool = False
     grad_checkpointing: bool = False
     steps_per_epoch: Annotated[int, Ge(1)] | None = None
@@ -161,7 +211,7 @@ class Schedule:
     """Sparsity over the rounds: a curve to a final sparsity, a rate of what remains, a list, or a budget.
 
     Attributes:
-        rounds: prune events, each followed by training; round 0, dense, comes on top.
+        rounds: prune events, each followed by training; round 0, dense, comes on top; 0 for dense alone.
         final_sparsity: of the prunable weights, after the last round; also by kind, `{head: 0.5, neuron: 0.7}`.
         rate: share of the remaining that each round removes; geometric only; also by kind.
         sparsities: of each round, rising; `explicit` only.
@@ -170,7 +220,7 @@ class Schedule:
     """
 
     name: Literal["geometric", "cubic", "linear", "explicit"] = "geometric"
-    rounds: Annotated[int, Ge(1)] | None = None
+    rounds: Annotated[int, Ge(0)] | None = None
     final_sparsity: Share | ByKind | None = None
     rate: Share | ByKind | None = None
     sparsities: tuple[Share, ...] | None = None
@@ -178,7 +228,7 @@ class Schedule:
 
     @property
     def num_rounds(self) -> int:
-        return len(self.sparsities) if self.sparsities else self.rounds or 10
+        return len(self.sparsities) if self.sparsities else 10 if self.rounds is None else self.rounds
 
     @property
     def final(self) -> float | dict[str, float]:

@@ -22,10 +22,15 @@ from vit_rsst.recipe import Recipe
 from vit_rsst.recipe_errors import Problem, sentences
 from vit_rsst.recipe_rules import broken_rules
 
-SHORTHANDS = (("pruning", "method"), ("pruning", "schedule"))
+SHORTHANDS = {("pruning", "method"): "name", ("pruning", "schedule"): "name", ("data", "augment"): "preset"}
 """Where `key: NAME` is short for `key: {name: NAME}`."""
 
-AUGMENT_PRESETS = {"none": {"crop": "pad", "padding": 0, "hflip": 0.0}, "plain": {}}
+AUGMENT_PRESETS = {
+    "none": {"crop": "pad", "padding": 0, "hflip": 0.0},
+    "plain": {},
+    "strong": {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "reprob": 0.25},
+}
+"""What `data.augment: NAME` stands for; `{preset: NAME, …}` changes fields of it. Strong is that of DeiT."""
 
 
 class Source:
@@ -61,7 +66,7 @@ class Source:
         for depth, parent in enumerate(parents):
             child = node.get(parent)
             if isinstance(child, str) and tuple(parents[: depth + 1]) in SHORTHANDS:
-                child = {"name": child}
+                child = {SHORTHANDS[tuple(parents[: depth + 1])]: child}
             node[parent] = child if isinstance(child, dict) else {}
             node = node[parent]
         node[last] = value
@@ -135,12 +140,14 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 def _spelled_out(tree: dict) -> dict:
     """Replaces shorthands by what they are short for."""
     tree = dict(tree)
-    for parent, key in SHORTHANDS:
+    for (parent, key), what in SHORTHANDS.items():
         if isinstance(tree.get(parent), dict) and isinstance(tree[parent].get(key), str):
-            tree[parent] = {**tree[parent], key: {"name": tree[parent][key]}}
+            tree[parent] = {**tree[parent], key: {what: tree[parent][key]}}
     data = tree.get("data")
-    if isinstance(data, dict) and isinstance(data.get("augment"), str) and data["augment"] in AUGMENT_PRESETS:
-        tree["data"] = {**data, "augment": AUGMENT_PRESETS[data["augment"]]}
+    augment = data.get("augment") if isinstance(data, dict) else None
+    if isinstance(augment, dict) and isinstance(augment.get("preset"), str) and augment["preset"] in AUGMENT_PRESETS:
+        changed = {key: value for key, value in augment.items() if key != "preset"}
+        tree["data"] = {**data, "augment": {**AUGMENT_PRESETS[augment["preset"]], **changed}}
     return tree
 
 
@@ -199,7 +206,7 @@ def _names(tree: dict) -> Iterable[tuple[str, Any, str, Iterable[str]]]:
 
     yield "data.source", get("data", "source"), "source", SOURCES
     yield "pruning.criterion", get("pruning", "criterion"), "criterion", CRITERIA
-    yield "data.augment", get("data", "augment"), "preset", AUGMENT_PRESETS
+    yield "data.augment", get("data", "augment", "preset"), "preset", AUGMENT_PRESETS
 
 
 def _take_method(tree: dict, problems: list[Problem]) -> Method | None:

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 
 from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.data.options import Imbalance
 from vit_rsst.errors import unknown
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.methods.constant import Constant
+from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.refill import Refill
@@ -14,7 +16,7 @@ from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.methods.rst import Rst
 from vit_rsst.pruning.methods.ste import StraightThrough
 from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
-from vit_rsst.recipe import Recipe, StepDecay
+from vit_rsst.recipe import Distill, Recipe, StepDecay
 from vit_rsst.recipe_errors import Problem
 
 YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
@@ -23,7 +25,20 @@ YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
-    rules = (_name, _schedule, _windows, _targets, _granularity, _allocation, _method, _data, _model, _optim, _epochs)
+    rules = (
+        _name,
+        _schedule,
+        _windows,
+        _targets,
+        _granularity,
+        _allocation,
+        _method,
+        _data,
+        _model,
+        _distill,
+        _optim,
+        _epochs,
+    )
     return [problem for rule in rules for problem in rule(recipe)]
 
 
@@ -37,6 +52,8 @@ def _name(recipe: Recipe) -> Iterator[Problem]:
 def _schedule(recipe: Recipe) -> Iterator[Problem]:
     schedule = recipe.pruning.schedule
     place = "pruning.schedule"
+    if schedule.rounds == 0 and not isinstance(recipe.pruning.method, Dense):
+        yield Problem(f"{place}.rounds", f"0 is for dense alone; {recipe.pruning.method_name} needs at least 1")
     if schedule.name == "explicit":
         if not schedule.sparsities:
             yield Problem(
@@ -227,6 +244,20 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "data.train_samples", "a stream has no first rows to keep; set train.steps_per_epoch, or streaming to false"
         )
+    if data.imbalance.kind is None and data.imbalance.ratio != Imbalance.ratio:
+        yield Problem("data.imbalance.ratio", "means nothing without data.imbalance.kind: long_tail or step")
+    by_class = {
+        "data.imbalance.kind": data.imbalance.kind is not None,
+        "data.sampler": data.sampler != "shuffle",
+        "train.loss": recipe.train.loss != "cross_entropy",
+    }
+    for place, is_set in by_class.items():
+        if data.streaming and is_set:
+            yield Problem(place, "needs the labels of all images, and a stream's are not known; set streaming to false")
+    if data.sampler != "shuffle" and recipe.train.loss != "cross_entropy":
+        yield Problem(
+            "train.loss", f"{recipe.train.loss} and data.sampler {data.sampler} correct the same imbalance; keep one"
+        )
     if data.streaming and data.in_memory:
         yield Problem("data.in_memory", "and streaming exclude each other; keep one of the two")
     yield from _augment(recipe)
@@ -234,7 +265,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
 
 def _augment(recipe: Recipe) -> Iterator[Problem]:
     data, augment = recipe.data, recipe.data.augment
-    for name in ("scale", "ratio"):
+    for name in ("scale", "ratio", "rearea"):
         low, high = getattr(augment, name)
         if low > high:
             yield Problem(f"data.augment.{name}", f"[{low}, {high}] begins above its end; the smaller comes first")
@@ -247,6 +278,8 @@ def _augment(recipe: Recipe) -> Iterator[Problem]:
         )
         if is_set
     ]
+    if augment.mixes and 1 in (recipe.train.global_batch, recipe.train.batch_per_device):
+        yield Problem("data.augment", "MixUp and CutMix mix the images of a device's batch, and it has one; take more")
     if data.in_memory and varied:
         yield Problem("data.in_memory", f"{varied[0]} makes another image in each epoch; leave in_memory out")
     if data.in_memory and data.max_corrupt:
@@ -276,6 +309,19 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         )
     if "num_classes" in model.args:
         yield Problem("model.args.num_classes", "follows from the data; leave it out")
+
+
+def _distill(recipe: Recipe) -> Iterator[Problem]:
+    distill, place = recipe.train.distill, "train.distill"
+    if distill.teacher is None:
+        for name in ("weight", "temperature"):
+            if getattr(distill, name) != getattr(Distill, name):
+                yield Problem(f"{place}.{name}", f"means nothing without {place}.teacher: dense, a ticket or a run")
+    elif distill.teacher == "dense" and len(recipe.round_epochs) == 1:
+        yield Problem(
+            f"{place}.teacher",
+            f"dense is the model of round 0, and {recipe.pruning.method_name} trains one round; name a ticket or a run",
+        )
 
 
 def _optim(recipe: Recipe) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -27,6 +28,9 @@ class RoundRow:
     seconds: float
     ticket_bytes: int
 
+
+NOISE = 1.0
+"""Points of top-1 below which a difference of single seeds says nothing."""
 
 COLUMNS = tuple(f.name for f in fields(RoundRow))
 
@@ -72,6 +76,15 @@ def forget_from(folder: Path, round: int) -> None:
 
 def load_report(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def noise(spreads: Sequence[float], seeds: int) -> float:
+    """Points up to which a difference is noise: three standard deviations of three seeds or more, else at least one.
+
+    Args:
+        spreads: standard deviations over seeds.
+    """
+    return max(3 * spread for spread in spreads) if seeds >= 3 else max([NOISE, *(3 * spread for spread in spreads)])
 
 
 def table(rows: list[RoundRow]) -> str:

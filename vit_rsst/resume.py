@@ -21,15 +21,18 @@ def save(s: Run) -> None:
     if not s.accelerator.is_main_process:
         return
     masks, controller = s.controller.state_dict()
+    best, best_numbers = s.best.state_dict()
     names = {id(parameter): name for name, parameter in s.net.named_parameters()}
     tensors = {
         "model": s.net.state_dict(),
         "optimizer": optim.state_tensors(s.optimizer, names),
         "controller": masks,
+        **({"best": best} if best else {}),
     }
     numbers = {
         "progress": s.progress.state_dict(),
         "controller": controller,
+        "best": best_numbers,
         "meter": meter,
         "skipped_steps": s.skipped_steps,
         "seconds": s.seconds,
@@ -52,6 +55,7 @@ def restore_(s: Run, point: ResumePoint) -> None:
     optim.load_state_tensors_(s.optimizer, point.tensors["optimizer"], dict(s.net.named_parameters()))
     s.controller.load_state_dict(point.tensors["controller"], point.numbers["controller"])
     s.progress.load_state_dict(point.numbers["progress"])
+    s.best.load_state_dict(point.tensors.get("best", {}), point.numbers["best"])
     s.meter.load(point.numbers["meter"], s.accelerator.is_main_process)
     s.skipped_steps, s.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
     s.epoch_is_open = point.numbers.get("epoch_is_open", False)
@@ -60,7 +64,7 @@ def restore_(s: Run, point: ResumePoint) -> None:
 
 
 def check_fits(s: Run, point: ResumePoint) -> None:
-    """Compares weights, masks, rewind point and moments with the model, before any of them is loaded.
+    """Compares weights, masks, averages and moments with the model, before any of them is loaded.
 
     Raises:
         Damaged: names or shapes differ.
@@ -72,14 +76,20 @@ def check_fits(s: Run, point: ResumePoint) -> None:
         "rewind": model,
     }
     parts["condemned"] = parts["mask"]
+    parts["ema"] = {} if s.controller.ema is None else tickets.shapes(s.controller.ema.tensors)
     expected = dict(model)
     for part, shapes in parts.items():
-        if part == "mask" or any(path.startswith(f"{part}/") for path in controller):
+        if part in ("mask", "ema") or any(path.startswith(f"{part}/") for path in controller):
             expected |= {f"{part}/{name}": shape for name, shape in shapes.items()}
     for path, shape in moments.items():  # the counter of steps is one number
         owner = path.rpartition("/")[0]
         if owner in model:
             expected[f"optimizer/{path}"] = shape and model[owner]
+    best = tickets.shapes(point.tensors.get("best", {}))
+    for path in best:
+        part, name = path.split("/", 1)
+        expected[f"best/{path}"] = (model if part == "model" else parts["ema"]).get(name, ())
     found = tickets.shapes(point.tensors["model"]) | controller
+    found |= {f"best/{path}": shape for path, shape in best.items()}
     found |= {f"optimizer/{path}": shape for path, shape in moments.items()}
     tickets.check_shapes(expected, found, f"resume point {point.step}")

@@ -174,7 +174,8 @@ def explained(error: BaseException, s: "Run", recipe: "Recipe") -> BaseException
         return LostRank(
             f"another process of this job died or did not answer for {recipe.train.rank_timeout:g} s "
             f"(train.rank_timeout), at step {s.progress.global_step}; its own message and {s.watchdog.path.parent} may "
-            "say why. The same command goes on from the last resume point."
+            "say why. The same command goes on from the last resume point; where disks are slow, with a larger "
+            "train.rank_timeout."
         )
     if isinstance(error, OSError) and error.errno in DISK:
         where = f" {error.filename}" if error.filename else ""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vit_rsst import tickets
-from vit_rsst.data.options import DataOptions
+from vit_rsst.data.options import DataOptions, Imbalance
 from vit_rsst.errors import Damaged
 from vit_rsst.export.source import open_ticket
 from vit_rsst.models import zoo
@@ -61,6 +61,7 @@ def open_trained(what: Path) -> Trained:
             raise Damaged(f"{path}: the header has no {name!r}; the ticket does not come from a run of this version.")
     info = json.loads(ticket.metadata["data"])
     mean, std, classes = tuple(info.pop("mean")), tuple(info.pop("std")), info.pop("classes")
+    info["imbalance"] = Imbalance(**info.get("imbalance", {}))
     net = zoo.described(ticket.metadata, str(path))
     tickets.load_into_(net, ticket, str(path))
     net.eval()

@@ -19,7 +19,6 @@ from torch.nn.utils import clip_grad_norm_, parametrize, prune
 
 from vit_rsst import assembly
 from vit_rsst.data.loaders import InMemoryLoader
-from vit_rsst.data.transforms import normalize
 from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.recipe import Recipe
@@ -73,9 +72,9 @@ class PlainLoop:
         self.net.train()
         order = torch.randperm(len(split), device=split.images.device)
         for rows in order[: train.steps_per_epoch * train.global_batch].split(train.global_batch):
-            offsets, flips = self.data.augmentation.draw(len(rows), seed=self.step)
-            images = self.data.augmentation.apply(split.images[rows], offsets, flips)
-            images, labels = normalize(images, self.data.mean, self.data.std), split.labels[rows]
+            drawn = self.data.augmentation.draw(len(rows), seed=self.step)
+            images = self.data.augmentation.apply(split.images[rows], drawn, self.data.mean, self.data.std)
+            labels = split.labels[rows]
             lr = self.recipe.optim.lr * (1 + math.cos(math.pi * self.step / num_steps)) / 2
             for group in self.optimizer.param_groups:
                 group["lr"] = lr

@@ -1,9 +1,10 @@
 """Interrupts runs at every kind of moment, really, and compares what they end with to the undisturbed run, bit for bit.
 
 Every cell of {in memory, map-style, stream} × {1, 2 ranks} × {0, 2 workers} × {six moments} × {SIGKILL, SIGTERM} that
-means something trains, is interrupted once and goes on. Batches, tickets, accuracies, epoch metrics and the last resume
-point (weights, optimizer, masks) must then equal those of the undisturbed run. `_accelerate_canary.py`, which resumes
-as Accelerate documents it, goes through the one-rank cells beside it.
+means something trains, is interrupted once and goes on; so does a run of 2 ranks with mixtures, erasing, a balanced
+sampler, an averaged model, a teacher and the best epoch. Batches, tickets, accuracies, epoch metrics and the last
+resume point (weights, optimizer, masks) must then equal those of the undisturbed run. `_accelerate_canary.py`, which
+resumes as Accelerate documents it, goes through the one-rank cells beside it.
 """
 
 import csv
@@ -48,7 +49,8 @@ model:
   name: vit_tiny
   args: {{img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3, mlp_ratio: 1.0, drop_rate: 0.1}}
 optim: {{lr: 3e-3}}
-train: {{epochs: 2, round_epochs: 3, global_batch: 32, batch_per_device: 8, steps_per_epoch: 4, save_every_steps: 2}}
+train:
+  {{epochs: 2, round_epochs: 3, global_batch: 32, batch_per_device: 8, steps_per_epoch: 4, save_every_steps: 2{more}}}
 pruning: {{method: {{name: rsst, remove_at: 0.5}}, schedule: {{rounds: 2, final_sparsity: 0.9}}}}
 output_dir: {folder}
 plugins: [_interrupt]
@@ -57,7 +59,10 @@ ACCESS = {
     "in memory": "in_memory: true",
     "map-style": "in_memory: false, augment: {{crop: resized}}, workers: {workers}",
     "stream": "streaming: true, shuffle_buffer: 100, augment: {{crop: resized}}, workers: {workers}",
+    "techniques": "in_memory: false, augment: {{preset: strong, aug_repeats: 2}}, imbalance: {{kind: step, ratio: 3}}, "
+    "sampler: class_balanced, workers: {workers}",
 }
+TECHNIQUES = ", ema_decay: 0.9, keep_best: true, label_smoothing: 0.1, distill: {teacher: dense}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ SETTINGS = [
     Setting(kind, ranks, workers)
     for kind, ranks, workers in product(ACCESS, (1, 2), (0, 2))
     if kind != "in memory" or not workers  # nothing is left to decode
+    if kind != "techniques" or ranks == workers == 2
 ]
 
 
@@ -134,7 +140,8 @@ class Bench:
         folder.mkdir(exist_ok=True)
         access = ACCESS[setting.kind].format(workers=setting.workers)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(RECIPE.format(data=self.data, folder=folder, access=access), encoding="utf-8")
+        more = TECHNIQUES if setting.kind == "techniques" else ""
+        recipe.write_text(RECIPE.format(data=self.data, folder=folder, access=access, more=more), encoding="utf-8")
         common = {"INTERRUPT": interrupt, "STEP": str(step), "BATCHES": f"{folder}/batches-"}
         processes = []
         port = free_port()

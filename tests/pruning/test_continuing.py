@@ -1,11 +1,12 @@
 """A run put together again from its state goes on bit for bit: within a window, after a removal, between epochs."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from toys import Toy, batchnorm_mlp, bits, copied
+from toys import Toy, batchnorm_mlp, bits, copied, mlp
 
 from vit_rsst import loop, optim, resume, tickets
 from vit_rsst.checkpoint import ResumePoint
@@ -32,6 +33,10 @@ TOYS = {
     "imp, random": Toy(Imp(), criterion="random", accumulation=2, round_epochs=(2, 2, 2)),
     "gmp": Toy(Gmp((0.1, 0.9), 5), network=batchnorm_mlp, curve="cubic", round_epochs=(6,)),
     "dense": Toy(Dense(), network=batchnorm_mlp, round_epochs=(6,)),
+    "rsst, averaged": Toy(RSST, network=batchnorm_mlp, round_epochs=(2, 2, 2), ema_decay=0.9),
+    "rsst, mixed and erased": Toy(RSST, round_epochs=(2, 2, 2), mixes=True, erases=True),
+    "imp, best averaged epoch": Toy(Imp(), round_epochs=(2, 2, 2), ema_decay=0.9, keep_best=True),
+    "rsst, taught": Toy(RSST, round_epochs=(2, 2, 2), teacher=functools.cache(lambda: mlp().eval())),
 }
 
 

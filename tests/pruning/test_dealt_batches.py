@@ -151,8 +151,9 @@ def by_pixel(image: np.ndarray, top: int, left: int, flip: bool, padding: int) -
 def test_crops_and_flips_are_those_of_a_loop_over_pixels(padding, hflip, size):
     originals = torch.randint(0, 256, (16, 3, *size), generator=torch.Generator().manual_seed(3)).byte()
     augmentation = Augmentation(padding, hflip)
-    offsets, flips = augmentation.draw(16, seed=7)
-    found = augmentation.apply(originals, offsets, flips)
+    drawn = augmentation.draw(16, seed=7)
+    offsets, flips, _ = drawn
+    found = augmentation.moved(originals, drawn)
     assert found.dtype == torch.uint8
     for i in range(16):
         expected = by_pixel(originals[i].numpy(), int(offsets[i, 0]), int(offsets[i, 1]), bool(flips[i]), padding)
@@ -164,7 +165,7 @@ def test_crops_and_flips_are_those_of_a_loop_over_pixels(padding, hflip, size):
 
 
 def test_offsets_cover_every_shift_and_flips_come_as_often_as_asked():
-    offsets, flips = Augmentation(2, 0.25).draw(20_000, seed=0)
+    offsets, flips, _ = Augmentation(2, 0.25).draw(20_000, seed=0)
     counts = torch.zeros(5, 5).index_put((offsets[:, 0], offsets[:, 1]), torch.ones(20_000), accumulate=True)
     assert counts.min() > 600  # 800 each on average
     assert counts.max() < 1000
@@ -173,7 +174,7 @@ def test_offsets_cover_every_shift_and_flips_come_as_often_as_asked():
 
 def test_without_padding_and_flips_images_pass_untouched():
     originals = images(8, seed=1).images
-    assert torch.equal(PLAIN.apply(originals, *PLAIN.draw(8, seed=0)), originals)
+    assert torch.equal(PLAIN.moved(originals, PLAIN.draw(8, seed=0)), originals)
 
 
 def test_normalisation_is_the_formula_in_float64():

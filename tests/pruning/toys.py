@@ -5,6 +5,7 @@ and the arithmetic that it checks.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vit_rsst import loop, optim
+from vit_rsst.best import Best
 from vit_rsst.checkpoint import Checkpointer
 from vit_rsst.console import Console
 from vit_rsst.data.loaders import Dealing, InMemoryLoader, evaluation_batches
+from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.tables import Split
-from vit_rsst.data.transforms import Augmentation
+from vit_rsst.data.transforms import Augmentation, Erasing
+from vit_rsst.distill import Distillation
+from vit_rsst.ema import Ema
 from vit_rsst.loop import Run
 from vit_rsst.metrics.counters import RunningLoss, score
 from vit_rsst.models.anatomy import prunable_parts
@@ -95,6 +100,12 @@ class Toy:
     rewind_epoch: int | None = None
     max_skipped_steps: int = 0
     seed: int = 0
+    ema_decay: float | None = None
+    mixes: bool = False
+    erases: bool = False
+    patience: int | None = None
+    keep_best: bool = False
+    teacher: Callable[[], nn.Module] | None = None
 
     def make(self, folder: Path) -> Run:
         for name in ("checkpoints", "tickets", "logs"):
@@ -131,7 +142,9 @@ class Toy:
             seed=self.seed,
             evaluate=lambda: evaluate("val"),
             mask=MaskSet.full(weights),
+            ema=Ema(net, self.ema_decay) if self.ema_decay else None,
         )
+        erasing = Erasing(0.5, "pixel") if self.erases else None
         return Run(
             accelerator=accelerator,
             model=model,
@@ -139,9 +152,12 @@ class Toy:
             optimizer=prepared,
             loader=InMemoryLoader(
                 images(8 * self.steps_per_epoch + 3, seed=1), Dealing.of(8, 8 // self.accumulation, 1),
-                0, CPU, self.seed, Augmentation(1, 0.5), MEAN, STD,
+                0, CPU, self.seed, Augmentation(1, 0.5, erasing), MEAN, STD,
             ),
             loss=nn.CrossEntropyLoss(),
+            mixing=Mixing(CLASSES, 0.8, 1.0, 1.0, 0.5) if self.mixes else None,
+            distillation=Distillation(self.teacher, 0.5, 2.0, nullcontext) if self.teacher else None,
+            best=Best(self.patience, self.keep_best),
             lr=self.rate,
             controller=controller,
             progress=progress,

@@ -144,5 +144,4 @@ def decode_file(path: Path, options: DataOptions) -> np.ndarray:
 
     # The digits are enlarged more softly than photographs.
     resampling = Image.Resampling.BILINEAR if options.source == "digits" else Image.Resampling.BICUBIC
-    picture = decode({"bytes": None, "path": str(path)}, options.size, str(path), options.max_pixels, None, resampling)
-    return np.asarray(picture).transpose(2, 0, 1)
+    return decode({"bytes": None, "path": str(path)}, options.size, str(path), options.max_pixels, None, resampling)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vit_rsst.data.decoding import Decoded, Decoder, Sample
 from vit_rsst.data.streams import Stream
-from vit_rsst.data.tables import Rows, Split
-from vit_rsst.data.transforms import Augmentation, normalize
+from vit_rsst.data.tables import Rows, Split, shuffled
+from vit_rsst.data.transforms import Augmentation, Drawn, normalize
 from vit_rsst.errors import InputError
 from vit_rsst.progress import Progress
 from vit_rsst.seeds import derived_seed
@@ -115,6 +115,8 @@ class InMemoryLoader:
         dealing: how a global batch is divided.
         rank: of this process.
         device: where the batches go.
+        repeats: how often an image comes, one time after the other (Hoffer et al. 2020).
+        weights: how often each image is drawn, relative to the others; None: once an epoch.
     """
 
     split: Split
@@ -125,24 +127,25 @@ class InMemoryLoader:
     augmentation: Augmentation
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    repeats: int = 1
+    weights: Tensor | None = None
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """From the step at which `progress` stands to the end of its epoch: this rank's micro-batches of each step."""
         size = self.dealing.global_batch
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", progress.global_epoch))
-        order = torch.randperm(len(self.split), generator=generator)
+        seed = derived_seed(self.seed, "order", progress.global_epoch)
+        order = shuffled(len(self.split), seed, self.weights).repeat_interleave(self.repeats)
         first = progress.global_step - progress.step
         for step in range(progress.step, progress.steps_per_epoch):
             rows = order[step * size : (step + 1) * size]
             drawn = self.augmentation.draw(size, derived_seed(self.seed, "augmentation", first + step))
-            yield [self._batch(rows[part], drawn, part) for part in self.dealing.slices(self.rank)]
+            yield [self._batch(rows[part], drawn.of(part)) for part in self.dealing.slices(self.rank)]
 
-    def _batch(self, rows: Tensor, drawn: tuple[Tensor, Tensor], part: slice) -> Batch:
+    def _batch(self, rows: Tensor, drawn: Drawn) -> Batch:
         index = rows.to(self.split.images.device)
-        images = self.augmentation.apply(self.split.images[index], *(draw[part] for draw in drawn))
-        labels = self.split.labels[index]
+        images, labels = self.split.images[index], self.split.labels[index]
         images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
-        return normalize(images, self.mean, self.std), labels
+        return self.augmentation.apply(images, drawn, self.mean, self.std), labels
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         return {}, []
@@ -195,6 +198,7 @@ class DecodingLoader:
         decoder: from encoded rows to pixels.
         workers: processes that decode; 0: this one does.
         max_corrupt: share of an epoch's images that may be corrupt; they are left out and counted.
+        repeats: how often an image comes, one time after the other, with a crop of its own each time.
     """
 
     rows: Rows | Stream
@@ -208,6 +212,7 @@ class DecodingLoader:
     std: tuple[float, ...]
     workers: int = 0
     max_corrupt: float = 0.0
+    repeats: int = 1
     _clock: Clock = field(default_factory=Clock, repr=False)
     _corrupt: list[str] = field(default_factory=list, repr=False)
 
@@ -229,12 +234,12 @@ class DecodingLoader:
                 check_corrupt(self._corrupt, batch, tolerated)
                 if not len(batch.labels):
                     raise InputError(f"{batch.problems[0]} So are all images of its batch; nothing is learnt from it.")
-            yield [self._batch(batch, drawn, part) for batch, part in zip(found, parts, strict=True)]
+            yield [self._batch(batch, drawn.of(part)) for batch, part in zip(found, parts, strict=True)]
 
     def _samples(self, progress: Progress) -> Iterator[list[Sample]]:
         """The samples of each micro-batch of this rank, each with the seed of its own crop."""
         size, first = self.dealing.global_batch, progress.global_step - progress.step
-        walk = self.rows.walk(derived_seed(self.seed, "order", progress.global_epoch), progress.step * size)
+        walk = self._walk(derived_seed(self.seed, "order", progress.global_epoch), progress.step * size)
         for step in range(progress.step, progress.steps_per_epoch):
             batch = list(islice(walk, size))
             if len(batch) < size:
@@ -246,10 +251,15 @@ class DecodingLoader:
                 numbered = enumerate(batch[part], part.start)
                 yield [s._replace(seed=derived_seed(self.seed, "crop", first + step, i)) for i, s in numbered]
 
-    def _batch(self, batch: Decoded, drawn: tuple[Tensor, Tensor], part: slice) -> Batch:
+    def _walk(self, seed: int, start: int) -> Iterator[Sample]:
+        """The epoch from position `start` on, each sample as often as it comes."""
+        whole, rest = divmod(start, self.repeats)
+        each = (sample for sample in self.rows.walk(seed, whole) for _ in range(self.repeats))
+        return islice(each, rest, None)
+
+    def _batch(self, batch: Decoded, drawn: Drawn) -> Batch:
         images, labels = (t.to(self.device, non_blocking=True) for t in (batch.images, batch.labels))
-        images = self.augmentation.apply(images, *(draw[part][batch.kept] for draw in drawn))
-        return normalize(images, self.mean, self.std), labels
+        return self.augmentation.apply(images, drawn.of(batch.kept), self.mean, self.std), labels
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Share of the time spent waiting for images and what would shorten it; corrupt images left out."""

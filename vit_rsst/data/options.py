@@ -1,11 +1,41 @@
 """What to read and how to split it."""
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Gt
 
 from vit_rsst.data.catalog import CATALOG, SourceInfo
 
 MAX_PIXELS = 89_478_485
 """Above this Pillow suspects a decompression bomb: a small file that becomes gigabytes."""
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """A training split with fewer images of some classes; the other splits stay as they are.
+
+    Attributes:
+        kind: `long_tail`: fewer from class to class; `step`: the second half of the classes are minorities.
+        ratio: images of the largest class to those of the smallest.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
+
+    kind: Literal["long_tail", "step"] | None = None
+    ratio: Annotated[float, Gt(1)] = 50.0
+
+    def counts(self, largest: int, num_classes: int) -> list[int]:
+        """How many images each class keeps, by its number.
+
+        `long_tail`: largest · ratio^(−c / (C − 1)), Cui et al. 2019; `step`: the second half of the classes has
+        largest / ratio, Buda et al. 2018. At least one each.
+        """
+        if self.kind == "step":
+            shares = [1.0 if 2 * c < num_classes else 1.0 / self.ratio for c in range(num_classes)]
+        else:
+            shares = [self.ratio ** (-c / max(num_classes - 1, 1)) for c in range(num_classes)]
+        return [max(1, round(largest * share)) for share in shares]
 
 
 @dataclass(frozen=True)
@@ -25,6 +55,7 @@ class DataOptions:
     streaming: bool = False
     max_pixels: int = MAX_PIXELS
     max_corrupt: float = 0.0
+    imbalance: Imbalance = Imbalance()
 
     @property
     def info(self) -> SourceInfo:

@@ -7,7 +7,7 @@ import numpy as np
 
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.locate import Located, columns, identity, locate
-from vit_rsst.data.options import DataOptions
+from vit_rsst.data.options import DataOptions, Imbalance
 from vit_rsst.data.streams import Stream, open_stream
 from vit_rsst.data.tables import Rows, Table
 from vit_rsst.errors import InputError
@@ -78,11 +78,21 @@ def _split_tables(options: DataOptions, tables: dict[str, Table], seed: int) -> 
                 f"data.train_samples: {options.train_samples:,} asked, {len(kept):,} there after validation."
             )
         kept = kept[: options.train_samples]
+    kept = kept[_imbalanced(train.labels[rest[kept]], len(train.classes), options.imbalance)]
     rows = {"train": Rows("train", train, rest[np.sort(kept)]), "val": Rows("val", train, val), "test": test}
     for part in rows.values():
         _check_rows(part)
         _check_classes(train.classes, part.name, part.table.classes)
     return ImageData(options, rows, train.classes, train.identity)
+
+
+def _imbalanced(labels: np.ndarray, num_classes: int, imbalance: Imbalance) -> np.ndarray:
+    """Positions that stay, in order: of each class its first ones, as many as the imbalance leaves it."""
+    if imbalance.kind is None:
+        return np.arange(len(labels))
+    places = [np.flatnonzero(labels == c) for c in range(num_classes)]
+    counts = imbalance.counts(max(map(len, places)), num_classes)
+    return np.sort(np.concatenate([place[:count] for place, count in zip(places, counts, strict=True)]))
 
 
 def _split_streams(options: DataOptions, found: dict[str, Located], buffer: int) -> ImageData:

@@ -22,11 +22,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a table, read at random."""
+    """Some rows of a table, read at random.
+
+    Attributes:
+        weights: how often each row is drawn, relative to the others, float64 (rows,); None: each comes once.
+    """
 
     name: str
     table: Table
     index: np.ndarray
+    weights: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -42,8 +47,7 @@ class Rows:
         if seed is None:
             order = range(start, self.count)
         else:
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(self.count, generator=generator)[start:].tolist()
+            order = shuffled(self.count, seed, self.weights)[start:].tolist()
         for i in order:
             row = int(self.index[i])
             yield Sample(f"{self.name} row {row}", row, int(self.table.labels[row]))
@@ -58,6 +62,19 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def shuffled(count: int, seed: int, weights: Tensor | None = None) -> Tensor:
+    """The rows of an epoch in the order of a seed, int64 (count,): each once, or drawn with replacement by weight."""
+    generator = torch.Generator().manual_seed(seed)
+    if weights is None:
+        return torch.randperm(count, generator=generator)
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
+
+
+def class_balanced(labels: Tensor) -> Tensor:
+    """Weights of rows that draw each class as often as any other, float64 (rows,)."""
+    return 1.0 / torch.bincount(labels).double()[labels]
 
 
 def balanced_rows(labels: Tensor, number: int, seed: int) -> Tensor:

@@ -67,7 +67,11 @@ class RunningLoss:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # samples, top-1, loss
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        """Counts one micro-batch: logits (batch, classes), labels (batch,), its mean loss."""
+        """Counts one micro-batch: logits (batch, classes), labels (batch,) or shares (batch, classes), its mean loss.
+
+        Of a mixed image the class with the largest share is taken for its label.
+        """
+        labels = labels.argmax(1) if labels.ndim == 2 else labels
         hits = (logits.detach().argmax(1) == labels).sum()
         self._sums += torch.stack([loss.new_tensor(len(labels)), hits, loss.detach() * len(labels)]).double()
 

@@ -5,14 +5,16 @@ of recipes, loaders or trackers; weights keep their names and their storage, and
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from vit_rsst import optim
+from vit_rsst.ema import Ema
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.agreement import agreed, fingerprints
 from vit_rsst.pruning.criteria import Evidence, Statistics
@@ -83,6 +85,7 @@ class Controller:
         evaluate: scores the model around a removal.
         mask: what is alive now.
         condemned: alive now, leaving in this round; None when nobody is.
+        ema: the moving average that is evaluated and saved in the place of the weights; None: they are themselves.
     """
 
     model: nn.Module
@@ -96,6 +99,7 @@ class Controller:
     seed: int
     evaluate: Evaluate
     mask: MaskSet
+    ema: Ema | None = None
     calibrate: Calibrate | None = None
     condemned: MaskSet | None = None
     rewind_point: dict[str, Tensor] | None = None
@@ -109,7 +113,7 @@ class Controller:
         if self.state.round == round:
             return False
         if self.rewind_epoch == 0 and round == 0:
-            self.rewind_point = self._snapshot()
+            self.rewind_point = self._model_on_host()
         self.state = RoundState(round, density_asked=self.state.density_asked)
         plan = self.method.plan(round, self._view())
         if self.mask.minus(plan.mask).num_alive:
@@ -124,6 +128,8 @@ class Controller:
                 self.state, penalty=plan.penalty, remove_at=plan.remove_at, condemned_norm=self._norm(self.condemned)
             )
         fingerprints(self.mask if plan.target is None else plan.target)
+        if self.ema is not None:
+            self.ema.restart_()
         return True
 
     def before_forward(self) -> None:
@@ -174,6 +180,8 @@ class Controller:
             self._shrink_(penalty, progress, skipped)
         elif not self.mask.is_full and self.state.forward == "masked":
             self._enforce_()
+        if self.ema is not None and not skipped:
+            self._average_()
         done = progress.round_step + 1
         if self.condemned is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
             self._remove_(self.mask.minus(self.condemned))
@@ -183,17 +191,29 @@ class Controller:
 
     @contextmanager
     def as_deployed(self) -> Iterator[None]:
-        """The weights as the ticket will have them, for an evaluation in between."""
-        self.before_forward()
-        try:
-            yield
-        finally:
-            self._restore_()
+        """The weights as the ticket will have them: averaged where they are, masked."""
+        with nullcontext() if self.ema is None else self.ema.in_place():
+            self.before_forward()
+            try:
+                yield
+            finally:
+                self._restore_()
+
+    def is_settled(self, progress: Progress) -> bool:
+        """Whether nothing is removed any more in this round, and no rewind point is to come."""
+        if self.condemned is not None:
+            return False
+        if progress.round == 0 and progress.epoch < (self.rewind_epoch or 0):
+            return False
+        if not hasattr(self.method, "refresh"):
+            return True
+        _, end = getattr(self.method, "window", (0.0, 1.0))
+        return progress.round_step >= at_fraction(end, progress.round_steps)
 
     def after_epoch(self, progress: Progress) -> None:
         """Takes the rewind point when its epoch of round 0 has ended."""
         if progress.round == 0 and progress.epoch == self.rewind_epoch:
-            self.rewind_point = self._snapshot()
+            self.rewind_point = self._model_on_host()
 
     def end_round(self) -> RoundReport:
         """Makes the zeros of the mask final, checks them and that the ranks agree, and reports."""
@@ -241,15 +261,17 @@ class Controller:
             tensors |= {f"condemned/{name}": bits for name, bits in self.condemned.pack().items()}
         if self.rewind_point is not None:
             tensors |= {f"rewind/{name}": value for name, value in self.rewind_point.items()}
+        if self.ema is not None:
+            tensors |= {f"ema/{name}": value for name, value in self.ema.tensors.items()}
         numbers = {key: value for key, value in vars(self.state).items() if key != "penalty"}
-        return tensors, numbers | {"penalty": vars(self.state.penalty) if self.state.penalty else None}
+        numbers["penalty"] = vars(self.state.penalty) if self.state.penalty else None
+        return tensors, numbers if self.ema is None else numbers | {"ema_steps": self.ema.steps}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping) -> None:
         """Inverse of `state_dict`."""
-        parts: dict[str, dict[str, Tensor]] = {"mask": {}, "condemned": {}, "rewind": {}}
-        for path, value in tensors.items():
-            part, name = path.split("/", 1)
-            parts[part][name] = value
+        parts, numbers = _by_part(tensors), dict(numbers)
+        if self.ema is not None:
+            self.ema.load_(parts["ema"], numbers.pop("ema_steps"))
         self.mask = MaskSet.unpack(parts["mask"], self.weights)
         self.condemned = MaskSet.unpack(parts["condemned"], self.weights) if parts["condemned"] else None
         self.rewind_point = parts["rewind"] or None
@@ -257,6 +279,20 @@ class Controller:
         if penalty is not None:
             penalty = Penalty(**{**penalty, "window": tuple(penalty["window"])})
         self.state = RoundState(**{**numbers, "penalty": penalty})
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Weights and their average as they stand, on the host: what `restore_` brings back."""
+        averaged = self.ema.tensors if self.ema is not None else {}
+        return {f"model/{name}": value for name, value in self._model_on_host().items()} | {
+            f"ema/{name}": value.to("cpu", copy=True) for name, value in averaged.items()
+        }
+
+    def restore_(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Brings back weights that were held under the mask of now."""
+        parts = _by_part(snapshot)
+        self.model.load_state_dict(parts["model"])
+        if self.ema is not None:
+            self.ema.load_(parts["ema"], self.ema.steps)
 
     # -- in-place work on the weights
 
@@ -282,15 +318,25 @@ class Controller:
         for name, weight in self.weights.items():
             weight.masked_fill_(removed[name], 0.0)
         optim.clear_moments_(self.optimizer, self.weights, removed)
+        if self.ema is not None:
+            self.ema.zero_(removed)
         self.mask = mask
+
+    def _average_(self) -> None:
+        """Takes the step into the average; the dead and the condemned are not averaged but followed."""
+        if self.state.forward == "straight_through" or (self.mask.is_full and self.condemned is None):
+            self.ema.update_({})  # straight-through, the dead live on outside of the forward pass
+        else:
+            staying = self.mask if self.condemned is None else self.mask.minus(self.condemned)
+            self.ema.update_(staying.masks)
 
     def _remove_(self, mask: MaskSet) -> None:
         """Commits `mask` and measures what that costs."""
         leaving = self.mask.minus(mask)
-        ratio, before = self._condemned_ratio(leaving), self.evaluate()
+        ratio, before = self._condemned_ratio(leaving), self._deployed_scores()
         self._set_mask_(mask)
         self.condemned = None
-        after = self.evaluate()
+        after = self._deployed_scores()
         self.state = replace(
             self.state,
             condemned_ratio=ratio,
@@ -298,6 +344,10 @@ class Controller:
             what_if_loss_gap=after["loss"] - before["loss"],
         )
         fingerprints(mask)
+
+    def _deployed_scores(self) -> Mapping[str, float]:
+        with self.as_deployed():
+            return self.evaluate()
 
     def _shrink_(self, penalty: Penalty, progress: Progress, skipped: bool) -> None:
         sigma = penalty.shrink_at(progress.round_step, progress.round_steps, progress.steps_per_epoch)
@@ -315,7 +365,7 @@ class Controller:
         for name, value in self.model.state_dict().items():
             value.copy_(self.rewind_point[name])
 
-    def _snapshot(self) -> dict[str, Tensor]:
+    def _model_on_host(self) -> dict[str, Tensor]:
         return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
 
     # -- small answers
@@ -369,3 +419,12 @@ class Controller:
     @torch.no_grad()
     def _norm(self, part: MaskSet) -> float:
         return math.sqrt(sum(float((weight * part[name]).square().sum()) for name, weight in self.weights.items()))
+
+
+def _by_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`part/name` → part → name."""
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for path, value in tensors.items():
+        part, name = path.split("/", 1)
+        parts[part][name] = value
+    return parts

@@ -17,16 +17,13 @@ from vit_rsst.report import canvas
 from vit_rsst.report.document import Bullets, Code, Document, Gallery, Image, Section, Table
 from vit_rsst.report.history import History
 from vit_rsst.report.story import at, best_known, is_told, last_subject, measured, reproduction, state_text
-from vit_rsst.results import RoundRow, duration, size
+from vit_rsst.results import RoundRow, duration, noise, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
 """Fields in which runs of one experiment may differ."""
-
-NOISE = 1.0
-"""Points of top-1 below which a difference of single seeds says nothing."""
 
 SAME = 0.02
 """Relative difference up to which two densities or budgets are the same."""
@@ -183,9 +180,9 @@ def leader(groups: Sequence[Group]) -> Iterator[str]:
     lead = first.mean - second.mean
     seeds = min(len(first.scores), len(second.scores))
     spreads = [group.spread for group in (first, second) if group.spread is not None]
-    noise = max([NOISE, *(3 * spread for spread in spreads)]) if seeds < 3 else 3 * max(spreads)
+    bound = noise(spreads, seeds)
     verdict = (
-        f"more than noise ({noise:.2f} points)" if lead > noise else f"within noise ({noise:.2f} points): a tie so far"
+        f"more than noise ({bound:.2f} points)" if lead > bound else f"within noise ({bound:.2f} points): a tie so far"
     )
     seeds_text = "one seed" if seeds == 1 else f"{seeds} seeds"
     yield (

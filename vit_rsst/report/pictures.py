@@ -89,7 +89,7 @@ class Exhibit:
             walked = list(islice(samples.walk(None), int(positions.max()) + 1))
             found = [walked[position] for position in positions]
         decoder = self.data.decoder("test")
-        images = np.stack([decoder.picture(sample).transpose(2, 0, 1) for sample in decoder.fetched(found)])
+        images = np.stack([decoder.picture(sample) for sample in decoder.fetched(found)])
         return Split(torch.from_numpy(images), torch.tensor([sample.label for sample in found]))
 
     def save_scores(self, folder: Path) -> None:

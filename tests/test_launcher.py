@@ -1,0 +1,399 @@
+"""The launch script: old positionals and options become a recipe and overrides, said aloud, and a run as any other.
+
+Where nothing is trained, a stand-in for python writes down what would have been started.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from vit_rsst.recipe_file import load
+
+SCRIPT = tiny.REPOSITORY / "scripts" / "launch_experiment.sh"
+
+EXAMPLES = """\
+cifar10  vit_tiny 80 1.0 4 true 0.2 y rsst
+cifar10  vit_tiny 80 1.0 4 false 0.2 y rsst
+cifar10  vit_small 80 1.0 4 true 0.2 y rsst
+cifar10  vit_small 80 1.0 4 false 0.2 y rsst
+cifar10  vit_base 80 1.0 4 true 0.2 y rsst
+cifar100 vit_base 80 1.0 4 true 0.2 y rsst
+cifar100 vit_small 80 1.0 4 true 0.2 y rsst
+cifar100 vit_small 80 1.0 4 true 0.2 y refill 0.2
+imagenet vit_small_imagenet 100 1.0 4 true 0.2 y rsst
+imagenet vit_base_imagenet 100 1.0 4 true 0.2 y rsst
+imagenet vit_large_imagenet 100 1.0 4 true 0.2 y rsst
+""".splitlines()
+TINY = EXAMPLES[1].split()
+
+STAND_IN = """\
+#!/usr/bin/env bash
+case $1 in
+    -) echo "$RUN" ;;     # asked for the run folder
+    -c) ;;                # asked what there is
+    -m) printf '%s\\n' "$@" >>"$STARTED"; cat; eval "${DO-}" ;;
+esac
+"""
+
+SHORT = [
+    "train.steps_per_epoch=1",
+    "train.global_batch=8",
+    "train.batch_per_device=null",
+    "pruning.schedule.rounds=1",
+    "pruning.min_neurons=1",
+    "data.image_size=16",
+    "data.val_fraction=0.2",
+    "data.workers=0",
+    "model.args={img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 6}",
+    "tracking={figures: false}",
+]
+
+
+class Place:
+    """A folder with spaces in its name, to launch from."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "a folder"
+        self.folder.mkdir()
+        self.python, self.started, self.run = (self.folder / name for name in ("stand in", "started", "run"))
+        self.python.write_text(STAND_IN)
+        self.python.chmod(0o755)
+
+    def start(self, words: list[str], python: Path | str = "", **variables: str) -> subprocess.Popen:
+        more = {"PYTHON": str(python or self.python), "STARTED": str(self.started), "RUN": str(self.run)}
+        return subprocess.Popen(
+            [str(SCRIPT), *words], cwd=self.folder, env=tiny.environment(PROCESSES="1") | more | variables, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def launch(self, words: list[str], answer: str = "", **more: str) -> subprocess.CompletedProcess:
+        with self.start(words, **more) as process:
+            out, err = process.communicate(answer, timeout=100)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def train(self, words: list[str], answer: str = "", **more: str) -> subprocess.CompletedProcess:
+        """For real, by this python."""
+        return self.launch(words, answer, python=sys.executable, **more)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Recipe and overrides of what was started."""
+        words = self.started.read_text().splitlines()
+        return words[words.index("vit_rsst.train") + 1 :]
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    return Place(tmp_path)
+
+
+def shortened(line: str, data: Path) -> list[str]:
+    """The words of an example with EPOCHS 1 and what makes it a matter of seconds."""
+    words = line.split()
+    words[2] = "1"
+    source = words[0].replace("imagenet", "imagenet1k")
+    if not data.exists():
+        tiny.write_images(data, source)
+    return [*words, f"data.path={data}", *SHORT]
+
+
+def own_weights(folder: Path) -> str:
+    """Of a model of the shortened shape, as timm saves them."""
+    import timm
+    from timm.models import save_for_hf
+
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 6, "num_classes": 3}
+    save_for_hf(timm.create_model("vit_small_patch16_224", **shape), folder, safe_serialization=True, model_args=shape)
+    return f"model.pretrained={folder}"
+
+
+# -- what the words become
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_an_example_becomes_a_recipe_that_has_a_plan(line, place, capsys):
+    done = place.launch(line.split())
+    assert done.returncode == 0, done.stderr
+    recipe, *overrides = place.arguments
+    assert tiny.command("train", recipe, *overrides, "--dry-run") == 0
+    assert f"plan of {overrides[-1].removeprefix('name=')}" in capsys.readouterr().out
+    dataset, model, epochs, _, _, pretrained, _, _, algorithm, *fill = line.split()
+    made = load(Path(recipe), overrides)
+    assert Path(recipe).is_relative_to(tiny.REPOSITORY / "recipes")
+    assert made.data.source == dataset.replace("imagenet", "imagenet1k")
+    assert made.model.name == model
+    assert set(made.round_epochs) == {int(epochs)}
+    assert made.model.pretrained == (pretrained == "true" and model != "vit_tiny")
+    assert (made.pruning.method_name, made.pruning.schedule.rate) == (algorithm, 0.2)
+    assert len(made.round_epochs) == 1 + (12 if fill else 20)
+    if fill:
+        assert made.pruning.granularity == "head+neuron"
+        assert made.pruning.method.refill_ratio == 0.2
+        assert "REG 1.0 and EXP 4 are ignored" in done.stdout
+    else:
+        penalty = made.pruning.method.penalty
+        assert (penalty.strength, penalty.exponent, penalty.ramp) == (1.0, 4.0, "exp_custom_exponents")
+    assert ("PRETRAINED true became false" in done.stdout) == (line == EXAMPLES[0])
+
+
+OPTIONS = {
+    "--criteria remain --vit_structured": {"criterion": "survivors", "granularity": "head"},
+    "--criteria l1": {"criterion": "activation_l1"},
+    "--criteria l2": {"criterion": "activation_l2"},
+    "--criteria saliency": {"criterion": "saliency"},
+    "--pick_pruned rand": {"criterion": "random"},
+    "--sorting_mode layer-wise": {"scope": "layer"},
+    "--vit_prune_target mlp": {"granularity": "neuron"},
+    "--vit_structured true --vit_prune_target both --mlp_prune_ratio 0.4": {
+        "granularity": "head+neuron", "schedule.rate": {"head": 0.2, "neuron": 0.4}, "schedule.rounds": 4},
+    "--prune_type lt": {"rewind": "init"},
+    "--prune_type rewind_lt": {"rewind": "epoch:24"},
+    "--rewind_epoch 8": {"rewind": "epoch:8"},
+    "--prune_type pt": {"rewind": "lr"},
+    "--RST_schedule exp": {"method.penalty.ramp": "exp_custom"},
+    "--RST_schedule x^2 --reg_upper_limit 1.5": {"method.penalty.ramp": "x^2", "method.penalty.strength": 1.5},
+    "--reg_granularity_prune 0.5 --exponents=3": {"method.penalty.strength": 0.5, "method.penalty.exponent": 3.0},
+    "--block_loss_grad": {"method.penalty.condemned_gradient": False},
+    "--block_loss_grad false": {"method.penalty.condemned_gradient": True},
+    "--stabilize_reg_interval 2812.5": {"method.remove_at": 0.5},
+    "--stabilize_reg_interval 40000": {"method.remove_at": 1.0, "train.recovery_epochs": 80},
+    "--pruning_times 15 --px 0.12": {"schedule.rounds": 15, "schedule.rate": 0.12},
+    "--struct rst --num_cycles 3": {"method_name": "rst", "schedule.rounds": 3},
+    "--struct refill --fillback-rate 0.1": {"method.refill_ratio": 0.1, "schedule.rounds": 7},
+    "--conv1 --fc": {"include": ("patch_embed.*", "head.*")},
+    "--conv1 false": {"protect": ("patch_embed.*",)},
+    "--decreasing_lr 40,60 --warmup 9": {"optim.schedule.steps": (40.0, 60.0), "optim.warmup_epochs": 9.0},
+    "--batch_size 64 --lr 5e-4 --weight_decay 1e-4 --momentum 0.8": {
+        "train.global_batch": 64, "optim.lr": 5e-4, "optim.weight_decay": 1e-4, "optim.momentum": 0.8},
+    "--seed 42 --workers 3 --print_freq 7": {"seed": 42, "data.workers": 3, "train.log_every_steps": 7},
+    "--save_dir 'my runs' --exp_name 007 --data ~/images": {
+        "output_dir": "my runs", "name": "007", "data.path": "~/images"},
+    "--dataset cifar100 --arch vit_small --epochs 3 --vit_pretrained_21k": {
+        "data.source": "cifar100", "model.name": "vit_small", "train.epochs": 3, "optim.warmup_epochs": 0.75,
+        "model.pretrained": "augreg_in21k"},
+    "--arch res20s --struct refill": {"model.name": "resnet20", "granularity": "channel", "schedule.rounds": 17},
+    "--lr 0.1 optim.lr=0.2 train.epochs=9": {"optim.lr": 0.2, "train.epochs": 9},
+}  # fmt: skip
+"""Old options after the positionals → fields of the recipe; those without a section are pruning's."""
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_old_option_becomes_a_field(options, place):
+    done = place.launch([*TINY, *shlex.split(options)])
+    assert done.returncode == 0, done.stderr
+    file, *overrides = place.arguments
+    recipe = load(Path(file), overrides)
+    for field, expected in OPTIONS[options].items():
+        value = recipe
+        if not hasattr(recipe, field.split(".")[0]):
+            value = recipe.pruning
+        for key in field.split("."):
+            value = getattr(value, key)
+        assert value == expected, f"{field} of {overrides}"
+
+
+def test_every_old_name_of_an_option_is_in_the_usage_and_in_these_tests():
+    usage = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    options = re.search(r"--OLD-NAME  (.*?)KEY=VALUE", usage, re.DOTALL)[1]
+    names = set(re.findall(r"\w+", options)) - {"the", "positionals", "are", "also", "or", "and"}
+    tested = {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", " ".join(OPTIONS))}
+    assert names == tested | {"vit_pretrained", "rate"}
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("cifar10 vit_small 80 1.0 4 true 0.2 y rsst", "began with random weights even so"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst", "the old λ never rose above 0.003"),
+        ("cifar10 vit_tiny 80 0.5 4 false 0.2 y rsst", "0.0316228 of their size"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst", "the old RSST trained dense"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --RST_schedule x", "EXP 4 is ignored"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --RST_schedule x", "REG was what each update added"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y imp", "REG 1.0 and EXP 4 are ignored"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y dense", "RATE 0.2 is ignored"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y gmp", "as many epochs as the others"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --criteria l1", "it was from rewound ones"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --pruning_times 5", "never trained its last one"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y refill", "ONLY 7 ROUNDS INSTEAD OF 20"),
+    ],
+)
+def test_a_broken_old_meaning_is_warned_of(words, told, place):
+    assert told in place.launch(words.split()).stdout
+
+
+def test_the_printed_command_is_the_one_that_is_started(place):
+    done = place.launch([*TINY, "--exp_name", "it's mine", "data.path=/some where"])
+    command = done.stdout.split("the same without this script:\n")[1].splitlines()[0]
+    words = shlex.split(command)
+    assert words[words.index("vit_rsst.train") + 1 :] == place.arguments
+    assert load(Path(place.arguments[0]), place.arguments[1:]).name == "it's mine"
+
+
+# -- what is wrong
+
+
+WRONG = {
+    "cifar1 vit_tiny 80 1.0 4 false 0.2 y rsst": "DATASET: unknown value 'cifar1'; expected one of: cifar10 cifar100",
+    "cifar10 vit_huge 80 1.0 4 false 0.2 y rsst": "MODEL: unknown value 'vit_huge'; expected one of: vit_tiny",
+    "imagenet vit_tiny 80 1.0 4 false 0.2 y rsst": "MODEL: unknown value 'vit_tiny'; expected one of: vit_small_",
+    "cifar10 vit_tiny 0 1.0 4 false 0.2 y rsst": "EPOCHS: '0' is not a whole number from 1 to 99999",
+    "cifar10 vit_tiny 1.5 1.0 4 false 0.2 y rsst": "EPOCHS: '1.5'",
+    "cifar10 vit_tiny 80 -1 4 false 0.2 y rsst": "REG: '-1' is not a number above 0",
+    "cifar10 vit_tiny 80 1.0 zero false 0.2 y rsst": "EXP: 'zero' is not a number above 0",
+    "cifar10 vit_tiny 80 1.0 4 yes 0.2 y rsst": "PRETRAINED: unknown value 'yes'; expected one of: true false",
+    "cifar10 vit_tiny 80 1.0 4 false 1 y rsst": "RATE: '1' is not a number above 0 and below 1",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 maybe rsst": "AUTO: unknown value 'maybe'; expected one of: y n",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rst2": "ALGORITHM: unknown value 'rst2'; expected one of: rsst refill dense",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y refill 1.1": "FILLBACK: '1.1' is not a number from 0 to 1",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst 0.2": "FILLBACK: '0.2' is not a number but 0, and rsst",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst 0 more": "'more' is one word too many",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y": "ALGORITHM: missing",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --lr": "--lr: its value is missing",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --learning 1": "--learning: no option",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y imp --RST_schedule x": "--RST_schedule: no option",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --criteria l3": "criteria: unknown value 'l3'; expected one of: remain",
+    "": "usage",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_word_is_named_with_its_choices_before_anything_is_started(words, place):
+    done = place.launch(words.split())
+    assert done.returncode == 2
+    assert WRONG[words] in done.stderr
+    assert "usage: launch_experiment.sh DATASET MODEL" in done.stderr
+    assert "ALGORITHM   rsst | refill" in done.stderr
+    assert sorted(path.name for path in place.folder.iterdir()) == ["stand in"]
+
+
+def test_a_field_that_the_recipe_refuses_ends_it_before_anything_is_started(place):
+    done = place.train([*TINY, "--lr", "fast", "train.epoch=3", "output_dir=runs"])
+    assert done.returncode == 2
+    assert "optim.lr: 'fast' is not a number" in done.stderr
+    assert "train.epoch: unknown key" in done.stderr
+    assert not (place.folder / "runs").exists()
+
+
+def test_an_interpreter_without_the_packages_is_said(place):
+    place.python.write_text("#!/bin/sh\nexit 1\n")
+    done = place.launch(TINY)
+    assert done.returncode == 3
+    assert "run scripts/quickstart, or set PYTHON" in done.stderr
+
+
+# -- asking, starting, ending
+
+
+@pytest.mark.parametrize("answer, starts", [("y\n", True), ("n\n", False), ("\n", False), ("", False)])
+def test_without_auto_the_plan_is_shown_and_only_a_yes_starts(answer, starts, place):
+    words = [*TINY[:7], "n", "rsst"]
+    done = place.launch(words, answer)
+    assert done.returncode == 0
+    assert "Start it? [y/N]" in done.stdout
+    assert ("nothing was started" in done.stdout) != starts
+    assert place.started.read_text().count("vit_rsst.train") == 1 + starts
+    assert place.started.read_text().count("--dry-run") == 1
+    assert place.run.exists() == starts
+
+
+@pytest.mark.parametrize("auto, more, times", [("y", [], 1), ("n", ["--yes"], 2), ("y", ["--dry-run"], 1)])
+def test_auto_and_yes_ask_nothing(auto, more, times, place):
+    done = place.launch([*TINY[:7], auto, "rsst", *more])
+    assert done.returncode == 0
+    assert "[y/N]" not in done.stdout
+    assert place.started.read_text().count("vit_rsst.train") == times
+    assert place.run.exists() == (more != ["--dry-run"])
+
+
+def test_the_exit_code_of_the_training_is_that_of_the_script_and_its_output_is_kept(place):
+    done = place.launch(TINY, DO="echo said; echo complained >&2; exit 75")
+    assert done.returncode == 75
+    [log] = (place.run / "logs").glob("launch-*.log")
+    told = log.read_text()
+    assert "pruning.schedule={rounds: 20, rate: 0.2}" in told
+    assert told.endswith("said\ncomplained\n")
+    assert "said\ncomplained\n" in done.stdout
+    assert str(log) in done.stdout
+
+
+def test_several_processes_are_launched_and_the_exit_code_read_from_the_status(place):
+    wrote = """echo '{"state": "stopped", "exit_code": 75}' >"$RUN/status.json"; exit 1"""
+    done = place.launch(TINY, PROCESSES="2", DO=wrote)
+    assert done.returncode == 75
+    started = place.started.read_text().split("\n")
+    assert started[:2] == ["-m", "accelerate.commands.launch"]
+    assert started[started.index("--num_processes") + 1] == "2"
+    assert place.launch(TINY, PROCESSES="2", DO="exit 1").returncode == 1  # what an earlier run said is not its own
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_the_training_once_and_its_end_is_waited_for(number, place):
+    do = "trap 'echo caught; sleep 0.2; exit 75' TERM INT USR1; touch \"$RUN/ready\"; while :; do sleep 0.05; done"
+    with place.start(TINY, DO=do) as process:
+        while not (place.run / "ready").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, number)
+        out, _ = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert out.count("caught") == 1
+
+
+def test_a_launched_experiment_is_a_run_as_any_other(place, capsys):
+    done = place.train(shortened(EXAMPLES[0], place.folder / "some images"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[y/N]" not in done.stdout
+    assert "THERE ARE NO PRETRAINED WEIGHTS OF vit_tiny" in done.stdout
+    run = place.folder / "runs" / "cifar10-vit_tiny-rsst-1-1.0-4-false-0.2-0"
+    assert tiny.status(run)["state"] == "finished"
+    [log] = (run / "logs").glob("launch-*.log")
+    assert "The last ticket holds" in log.read_text()
+    assert tiny.command("runs", place.folder / "runs") == 0
+    assert re.search(rf"{run.name}.*finished", capsys.readouterr().out)
+
+
+def test_a_refill_begins_with_weights_of_ones_own(place):
+    words = shortened(EXAMPLES[7], place.folder / "images")
+    done = place.train([*words, own_weights(place.folder / "weights"), "name=mine"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "round_01.safetensors" in done.stdout
+    assert json.loads((place.folder / "runs" / "mine" / "environment.json").read_text())["weights"]
+
+
+def test_published_weights_that_cannot_be_had_stop_the_run_with_one_sentence(place, capfd):
+    assert place.launch(shortened(EXAMPLES[2], place.folder / "images")).returncode == 0
+    recipe, *overrides = place.arguments
+    assert tiny.command("train", recipe, *overrides, f"output_dir={place.folder}/runs") == 3
+    told = capfd.readouterr().err
+    assert len(re.findall("error:", told)) == 1
+    assert "model.pretrained" in told
+    assert not (place.folder / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_every_example_trains(line, place):
+    own = [] if "true" not in line or "vit_tiny" in line else [own_weights(place.folder / "weights")]
+    done = place.train([*shortened(line, place.folder / "images"), *own])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_and_their_exit_code_is_passed_on(place):
+    words = [*shortened(EXAMPLES[1], place.folder / "images"), "name=two"]
+    done = place.train(words, PROCESSES="2", ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"processes": 2' in (place.folder / "runs" / "two" / "environment.json").read_text()
+    again = place.train([*words, "seed=5"], PROCESSES="2", ACCELERATE_USE_CPU="true")
+    assert again.returncode != 0
+    assert "holds a run of another recipe" in again.stdout

@@ -1,0 +1,301 @@
+"""What a training step can add, number by number: losses, mixtures, erasing, sampling, averages, the best epoch."""
+
+import copy
+import json
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from torch import nn
+
+from vit_rsst import results
+from vit_rsst.best import Best
+from vit_rsst.data.loaders import Dealing, InMemoryLoader
+from vit_rsst.data.mixing import Mixing
+from vit_rsst.data.options import Imbalance
+from vit_rsst.data.tables import Split, class_balanced, shuffled
+from vit_rsst.data.transforms import Augmentation, Erasing
+from vit_rsst.distill import Distillation, divergence
+from vit_rsst.ema import Ema
+from vit_rsst.losses import make_loss
+from vit_rsst.metrics.counters import RunningLoss
+from vit_rsst.progress import Progress
+from vit_rsst.tickets import load
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+# -- losses
+
+
+COUNTS = torch.tensor([6, 3, 1])
+LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3], [-0.4, 1.1, 0.0], [0.0, 0.0, 2.0]])
+LABELS = torch.tensor([0, 2, 1, 2])
+
+
+def by_hand(kind: str, smoothing: float, shares: np.ndarray) -> float:
+    """The loss in float64, from shares of classes (batch, classes)."""
+    logits, counts = LOGITS.double().numpy(), COUNTS.double().numpy()
+    if kind == "balanced_softmax":
+        logits = logits + np.log(counts)
+    weights = 10 / (3 * counts) if kind == "class_weighted" else np.ones(3)
+    shares = shares * (1 - smoothing) + smoothing / 3
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return float(-(weights * shares * log_p).sum() / len(logits))
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "class_weighted", "balanced_softmax"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_labels_and_of_mixtures_are_those_of_float64(kind, smoothing):
+    loss = make_loss(kind, smoothing, COUNTS)
+    shares = np.eye(3)[LABELS.numpy()]
+    assert float(loss(LOGITS, LABELS)) == pytest.approx(by_hand(kind, smoothing, shares), rel=1e-5)
+    mixed = 0.7 * shares + 0.3 * shares[::-1]
+    assert float(loss(LOGITS, torch.tensor(mixed).float())) == pytest.approx(by_hand(kind, smoothing, mixed), rel=1e-5)
+
+
+def test_weights_of_classes_leave_the_mean_image_at_one_and_a_missing_class_does_no_harm():
+    loss = make_loss("class_weighted", 0.0, torch.tensor([30, 10, 0]))
+    zeros = torch.zeros(40, 3)
+    labels = torch.tensor([0] * 30 + [1] * 10)
+    assert float(loss(zeros, labels)) == pytest.approx(math.log(3), rel=1e-6)
+    for kind in ("class_weighted", "balanced_softmax"):
+        assert make_loss(kind, 0.0, torch.tensor([30, 10, 0]))(LOGITS, LABELS).isfinite()
+
+
+def test_equal_parts_of_a_batch_have_the_mean_of_their_weighted_losses():
+    loss = make_loss("class_weighted", 0.1, COUNTS)
+    halves = (loss(LOGITS[:2], LABELS[:2]) + loss(LOGITS[2:], LABELS[2:])) / 2
+    assert float(halves) == pytest.approx(float(loss(LOGITS, LABELS)), rel=1e-6)
+
+
+def test_the_divergence_from_a_teacher_is_that_of_float64_and_none_from_oneself():
+    teacher, t = torch.tensor([[1.0, 0.0, -2.0], [0.3, 0.1, 0.0], [0.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), 3.0
+    p = np.exp(teacher.double().numpy() / t)
+    p /= p.sum(1, keepdims=True)
+    q = np.exp(LOGITS.double().numpy() / t)
+    q /= q.sum(1, keepdims=True)
+    expected = t * t * (p * np.log(p / q)).sum() / 4
+    assert float(divergence(LOGITS, teacher, t)) == pytest.approx(expected, rel=1e-5)
+    assert float(divergence(LOGITS, LOGITS, t)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_distillation_blends_by_its_weight_and_steps_aside_without_a_teacher():
+    net, images = nn.Linear(3, 3).requires_grad_(False), torch.randn(4, 3)
+    loss = F.cross_entropy(LOGITS, LABELS)
+    found = Distillation(lambda: net, 0.25, 2.0, torch.no_grad)(loss, LOGITS, images)
+    assert float(found) == pytest.approx(float(0.75 * loss + 0.25 * divergence(LOGITS, net(images), 2.0)), rel=1e-6)
+    assert Distillation(lambda: None, 0.25, 2.0, torch.no_grad)(loss, LOGITS, images) is loss
+
+
+# -- mixtures and erasing
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixtures_are_those_of_timm_for_the_same_draw(alphas):
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    np.random.seed(5)
+    expected = Mixup(*alphas, label_smoothing=0.0, num_classes=3)(images.clone(), labels)
+    np.random.seed(5)
+    found = Mixing(3, *alphas, 1.0, 0.5)(images.clone(), labels)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert torch.allclose(found[1].sum(1), torch.ones(6))
+    assert not torch.equal(found[0], images)
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_an_image_without_a_partner_stays_as_it_is(number):
+    images, labels = torch.randn(number, 3, 8, 8), torch.arange(number) % 3
+    mixed, shares = Mixing(3, 0.8, 0.0, 1.0, 0.5)(images.clone(), labels)
+    assert torch.equal(mixed[-1], images[-1])
+    assert shares[-1].tolist() == F.one_hot(labels[-1], 3).tolist()
+    assert len(mixed) == len(shares) == number
+
+
+def test_the_top1_of_a_mixture_counts_the_larger_share():
+    meter = RunningLoss(CPU)
+    meter.add(LOGITS, torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.9, 0.1], [0.2, 0.8, 0.0], [0.0, 0.3, 0.7]]), LOGITS.sum())
+    assert meter.compute_and_reset()["top1"] == 75.0
+
+
+def test_cutout_is_erasing_of_one_square_of_the_share_asked():
+    drawn = Augmentation(0, 0.0, Erasing(1.0, "const", (0.25, 0.25), 1.0)).draw(64, seed=3)
+    erased = Erasing(1.0, "const", (0.25, 0.25), 1.0).apply_(torch.ones(64, 3, 16, 16), drawn.seeds)
+    places = Counter()
+    for image in erased:
+        rows, columns = (image[0] == 0).nonzero(as_tuple=True)
+        assert len(rows) == 64
+        assert (rows.max() - rows.min(), columns.max() - columns.min()) == (7, 7)
+        places[int(rows.min()), int(columns.min())] += 1
+    assert len(places) > 30
+
+
+def test_what_is_erased_in_an_image_follows_from_its_own_seed():
+    erasing, images = Erasing(0.5, "pixel"), torch.ones(32, 3, 16, 16)
+    seeds = torch.arange(32)
+    together = erasing.apply_(images.clone(), seeds)
+    random.seed(99)
+    apart = torch.cat([erasing.apply_(images[i : i + 1].clone(), seeds[i : i + 1]) for i in reversed(range(32))])
+    assert torch.equal(together, apart.flip(0))
+    share = ((together != 1).flatten(1).any(1)).float().mean()
+    assert 0.2 < share < 0.8
+    assert together[together != 1].std() == pytest.approx(1.0, abs=0.1)
+
+
+# -- which images come
+
+
+def numbered(count: int) -> Split:
+    return Split(torch.arange(count).byte().view(-1, 1, 1, 1).expand(-1, 3, 8, 8).clone(), torch.arange(count) % 10)
+
+
+def seen(ranks: int, accumulation: int, repeats: int, weights: torch.Tensor | None = None) -> list[list[int]]:
+    """Global batch of every step of an epoch, in the order of the whole batch."""
+    dealing = Dealing.of(24, 24 // ranks // accumulation, ranks)
+    split, plain = numbered(200), Augmentation()
+    loaders = [
+        InMemoryLoader(split, dealing, r, CPU, 0, plain, (0.0,) * 3, (1 / 255,) * 3, repeats, weights)
+        for r in range(ranks)
+    ]
+    steps = zip(*(loader.steps(Progress(8, (1,))) for loader in loaders), strict=True)
+    batches = []
+    for parts in steps:
+        numbers = [[int(n) for n in images[:, 0, 0, 0].round()] for rank in parts for images, _ in rank]
+        order = [
+            n for micro in range(accumulation) for rank in range(ranks) for n in numbers[rank * accumulation + micro]
+        ]
+        batches.append(order)
+    return batches
+
+
+def test_repeated_images_come_one_after_the_other_whatever_the_dealing():
+    once = seen(1, 1, 3)
+    flat = [n for batch in once for n in batch]
+    assert all(flat[i] == flat[i + 1] == flat[i + 2] for i in range(0, len(flat), 3))
+    assert len(set(flat)) == len(flat) // 3 == 64
+    assert seen(2, 1, 3) == seen(1, 2, 3) == seen(2, 2, 3) == once
+
+
+def test_a_balanced_sampler_draws_each_class_as_often_and_the_same_on_any_number_of_ranks():
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    drawn = labels[shuffled(3000, 4, class_balanced(labels).repeat(3))[:1000] % 1000]
+    counts = torch.bincount(drawn, minlength=3)
+    assert counts.min() > 270  # 333 each on average, deviation 15
+    assert torch.equal(shuffled(1000, 4, class_balanced(labels)), shuffled(1000, 4, class_balanced(labels)))
+    weights = class_balanced(numbered(200).labels)
+    assert seen(1, 1, 1, weights) == seen(2, 2, 1, weights)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "expected"),
+    [
+        ("long_tail", 100, [500, 300, 180, 108, 65, 39, 23, 14, 8, 5]),  # 500 · 100^(−c/9)
+        ("step", 10, [500] * 5 + [50] * 5),
+        ("long_tail", 1e6, [500, 108, 23, 5, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_an_imbalance_leaves_each_class_what_the_formula_says(kind, ratio, expected):
+    assert Imbalance(kind, ratio).counts(500, 10) == expected
+
+
+# -- averages
+
+
+def test_the_average_is_that_of_float64_and_follows_what_is_not_averaged():
+    net = nn.Linear(3, 2)
+    ema, reference = Ema(net, 0.95), copy.deepcopy(net.weight.detach().double())
+    staying = torch.tensor([[True, True, False], [True, False, True]])
+    for step in range(1, 60):
+        with torch.no_grad():
+            net.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(step)))
+        ema.update_({"weight": staying})
+        decay = min(0.95, (1 + step) / (10 + step))
+        reference = torch.where(staying, decay * reference + (1 - decay) * net.weight.detach().double(), net.weight)
+    assert torch.allclose(ema.tensors["weight"].double(), reference, atol=1e-6)
+    assert torch.equal(ema.tensors["weight"][~staying], net.weight.detach()[~staying])
+
+
+def test_the_average_takes_the_place_of_the_weights_and_gives_it_back():
+    net = nn.BatchNorm1d(4)
+    ema = Ema(net, 0.5)
+    net(torch.randn(16, 4))
+    ema.update_({})
+    live, averaged = copy.deepcopy(net.state_dict()), {name: t.clone() for name, t in ema.tensors.items()}
+    with ema.in_place():
+        assert all(torch.equal(net.state_dict()[name], t) for name, t in averaged.items())
+        assert not torch.equal(net.running_mean, live["running_mean"])
+    assert all(torch.equal(net.state_dict()[name], t) for name, t in live.items())
+    assert all(torch.equal(ema.tensors[name], t) for name, t in averaged.items())
+
+
+# -- the best epoch
+
+
+def test_patience_counts_from_the_best_epoch_and_equals_are_no_better():
+    best = Best(patience=2, keeps=True)
+    ends = [
+        best.note(top1, epoch, lambda e=epoch: {"w": torch.tensor(e)}) for epoch, top1 in enumerate([5, 7, 7, 6], 1)
+    ]
+    assert ends == [False, False, False, True]
+    assert (best.top1, best.ended_after, int(best.weights["w"])) == (7, 4, 2)
+    again = Best(patience=2, keeps=True)
+    again.load_state_dict(*best.state_dict())
+    assert again == best
+    best.restart()
+    assert best == Best(patience=2, keeps=True)
+
+
+def test_without_patience_a_round_never_ends_early():
+    best = Best()
+    assert not any(best.note(1.0, epoch, dict) for epoch in range(50))
+    assert best.weights is None
+
+
+def scores(run) -> list[tuple[int, float]]:
+    return [(e["round"], e["val/top1"]) for e in tiny.events(run) if e["event"] == "epoch"]
+
+
+def test_a_round_ends_with_its_best_epoch_and_early_where_patience_runs_out(tmp_path):
+    recipe = tiny.write_recipe(tmp_path)
+    options = ("pruning.method=imp", "train.epochs=6", "train.round_epochs=6", "optim.lr=0.02")
+    assert tiny.command("train", recipe, *options, "train.keep_best=true", "train.patience=2") == 0
+    [run] = (tmp_path / "runs").iterdir()
+    rows, found = results.load_rows(run), scores(run)
+    for row in rows:
+        of_round = [top1 for number, top1 in found if number == row.round]
+        assert row.epochs == len(of_round)
+        assert row.val_top1 == pytest.approx(max(of_round))
+    assert min(row.epochs for row in rows) < 6
+
+
+def test_the_teacher_of_the_later_rounds_is_the_model_of_round_0(tmp_path, monkeypatch):
+    asked = []
+    plain = Distillation.__call__
+    monkeypatch.setattr(Distillation, "__call__", lambda s, *a: asked.append(s.teacher()) or plain(s, *a))
+    assert tiny.command("train", tiny.write_recipe(tmp_path), "train.distill.teacher=dense") == 0
+    [run] = (tmp_path / "runs").iterdir()
+    assert asked[0] is None
+    dense = load(results.ticket_path(run, 0)).state
+    assert all(torch.equal(value, dense[name]) for name, value in asked[-1].state_dict().items())
+    assert not asked[-1].training
+    other = ("name=other", f"train.distill.teacher={run}")
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *other, "pruning.method=dense") == 0
+
+
+def test_a_teacher_of_other_data_is_refused_before_anything_is_written(tmp_path, capsys):
+    recipe = tiny.write_recipe(tmp_path)
+    assert tiny.command("train", recipe, "name=teacher", "pruning.method=dense", "train.epochs=1") == 0
+    args = json.dumps(tiny.MODEL_ARGS | {"img_size": 64})
+    other = ("data.image_size=64", f"model.args={args}", f"train.distill.teacher={tmp_path}/runs/teacher")
+    assert tiny.command("train", recipe, "name=student", *other) == 2
+    assert "64 px" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "student").exists()
+    assert tiny.command("train", recipe, "name=student", "train.distill.teacher=nowhere") == 5

@@ -1,0 +1,70 @@
+"""A moving average of the weights, which is what is evaluated and saved; it holds the zeros that the weights hold."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Exponential moving average of all floating-point parameters and buffers of a model.
+
+    The decay begins small and grows to the one asked, as (1 + t) / (10 + t) of the steps t since the last restart, so
+    that a short round is not an average over its own start.
+
+    Attributes:
+        tensors: the average by name, on the weights' device.
+        steps: since the last restart.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.steps = decay, 0
+        self._live = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+        self.tensors = {name: value.detach().clone() for name, value in self._live.items()}
+
+    def restart_(self) -> None:
+        """Begins anew with the weights as they are."""
+        self.steps = 0
+        torch._foreach_copy_(list(self.tensors.values()), list(self._live.values()))
+
+    @torch.no_grad()
+    def update_(self, averaged: Mapping[str, Tensor]) -> None:
+        """Takes one step in.
+
+        Args:
+            averaged: name of a weight → bool of its shape: which elements are averaged. The others are taken as they
+                are: the removed, which are zero, and the condemned, which are on their way there.
+        """
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1.0 - decay)
+        for name, elements in averaged.items():
+            torch.where(elements, self.tensors[name], self._live[name], out=self.tensors[name])
+
+    def zero_(self, removed: Mapping[str, Tensor]) -> None:
+        """Zeroes the removed elements (bool, by name)."""
+        for name, elements in removed.items():
+            self.tensors[name].masked_fill_(elements, 0.0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the average in the place of the weights meanwhile."""
+        self._swap_()
+        try:
+            yield
+        finally:
+            self._swap_()
+
+    @torch.no_grad()
+    def _swap_(self) -> None:
+        for name, value in self._live.items():
+            kept = value.clone()
+            value.copy_(self.tensors[name])
+            self.tensors[name].copy_(kept)
+
+    def load_(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Goes on from an earlier state."""
+        self.steps = steps
+        for name, value in self.tensors.items():
+            value.copy_(tensors[name])

@@ -1,0 +1,83 @@
+"""What a run learns from: the loss of the labels, mixtures of images, a teacher. From the recipe to these parts."""
+
+import functools
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vit_rsst import results
+from vit_rsst.data.images import ImageData
+from vit_rsst.data.mixing import Mixing
+from vit_rsst.distill import Distillation
+from vit_rsst.errors import InputError
+from vit_rsst.losses import Loss, make_loss, with_own
+from vit_rsst.progress import Progress
+from vit_rsst.recipe import Recipe
+from vit_rsst.trained import Trained, open_trained
+
+
+def build_loss(net: nn.Module, recipe: Recipe, data: ImageData, device: torch.device) -> Loss:
+    """The recipe's loss."""
+    counts = None
+    if recipe.train.loss != "cross_entropy":
+        counts = torch.bincount(data.rows["train"].labels, minlength=len(data.classes)).to(device)
+    return with_own(make_loss(recipe.train.loss, recipe.train.label_smoothing, counts), net)
+
+
+def build_mixing(recipe: Recipe, data: ImageData) -> Mixing | None:
+    augment = recipe.data.augment
+    if not augment.mixes:
+        return None
+    return Mixing(len(data.classes), augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
+
+
+def build_distillation(
+    recipe: Recipe, data: ImageData, progress: Progress, accelerator: Accelerator
+) -> Distillation | None:
+    """The teacher of the recipe; that of another run is opened now, one's own when its round is over.
+
+    Raises:
+        InputError: it knows other classes, or images of another size.
+        Damaged: it cannot be read.
+    """
+    options = recipe.train.distill
+    if options.teacher is None:
+        return None
+    own = results.ticket_path(recipe.run_folder, 0)
+
+    @functools.cache
+    def opened(path: Path) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):  # built within a step, it must not draw what the step would draw
+            found = open_trained(path)
+        check_teacher(path, found, data)
+        net = found.net.to(accelerator.device).eval().requires_grad_(False)
+        if recipe.train.compile:
+            net.compile()
+        return net
+
+    def teacher() -> nn.Module | None:
+        if options.teacher != "dense":
+            return opened(Path(options.teacher).expanduser())
+        return opened(own) if progress.round > 0 else None
+
+    if options.teacher != "dense":
+        teacher()
+    return Distillation(teacher, options.weight, options.temperature, accelerator.autocast)
+
+
+def check_teacher(path: Path, teacher: Trained, data: ImageData) -> None:
+    """Refuses a teacher whose answers mean something else here.
+
+    Raises:
+        InputError: it knows other classes, or takes images of another size.
+    """
+    theirs = f"{len(teacher.classes)} classes at {teacher.data.size} px"
+    ours = f"{len(data.classes)} classes at {data.options.size} px"
+    if theirs != ours or list(teacher.classes) != list(data.classes):
+        same = "of other names" if theirs == ours else ""
+        raise InputError(
+            f"train.distill.teacher: {path} was trained for {theirs} and this recipe has {ours} {same}".rstrip()
+            + "; name a teacher of the same data."
+        )
