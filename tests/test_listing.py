@@ -54,6 +54,24 @@ def test_no_line_is_wider_than_the_terminal(width, is_colored):
     assert "best val" in lines[0]
 
 
+def test_a_narrow_terminal_keeps_state_progress_best_and_size():
+    text = listing.table(items(), NOW, 60, False)
+    assert text.splitlines()[0].split() == ["run", "state", "progress", "best", "val", "size"]
+    assert [" ".join(line.split()[-5:]) for line in text.splitlines()[1:]] == [
+        "finished 50% 91.25 4.8 MiB",
+        "failed 50% 91.25 4.8 MiB",
+        "running 50% 91.25 4.8 MiB",
+    ]
+    assert "a-run-…e-that-goes-on" in text, "names differ at their ends"
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(99, "剪枝 abcdefgh"), (9, "剪…cdefgh"), (8, "剪…defgh"), (2, "…h"), (1, "…")]
+)
+def test_a_name_is_cut_in_its_middle(width, expected):
+    assert listing.clipped("剪枝 abcdefgh", width) == expected
+
+
 def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
     text = listing.table(items(), NOW, None, False)
     head, first, *_ = text.splitlines()
