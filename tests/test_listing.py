@@ -143,6 +143,17 @@ def test_runs_are_found_in_a_folder_of_folders_and_written_as_json(tmp_path, cap
     assert tiny.command("runs", tmp_path / "all" / "c") == 0
 
 
+def test_a_folder_that_was_edited_by_hand_does_not_hide_the_others(tmp_path, capsys):
+    path = run_folder(tmp_path, "odd", round="two", epoch=None)
+    run_folder(tmp_path, "sound", state="finished")
+    (path / "tickets").mkdir()
+    (path / "tickets" / "round_00.json").write_text('{"row": {"round": 0, "val_top1": null}}')
+    (path / "recipe.yaml").write_text("name: [")
+    assert tiny.command("runs", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["odd", "running"], ["sound", "finished"]]
+
+
 def test_a_name_cannot_steer_the_terminal():
     [item] = items(1)
     evil = Listed(**{**vars(item), "run": "a\x1b[2Jb\nc"})
