@@ -12,6 +12,7 @@ import torch
 from vit_rsst.errors import Damaged
 from vit_rsst.models import published
 
+TARGETS = ["slim", "timm", "transformers", "dense"]
 EXACT = ("top1", "top5", "loss", "ece", "calibration", "precision", "recall", "f1", "support", "confusion", "macro_f1")
 
 
@@ -23,7 +24,7 @@ def run(tmp_path_factory) -> Path:
         "pruning:\n", "pruning:\n  granularity: head+neuron\n"
     )
     assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
-    for target in ("slim", "timm", "transformers"):
+    for target in TARGETS:
         assert tiny.command("export", folder / "runs" / "tiny", "--to", target, folder / target) == 0
     return folder / "runs" / "tiny"
 
@@ -33,15 +34,23 @@ def evaluated(output: Path, *argv: object) -> dict:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("target", ["slim", "timm", "transformers"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_export_has_the_scores_of_its_ticket(run, tmp_path, target):
     expected = evaluated(tmp_path / "ticket.json", run)
     folder = run.parent.parent / target
-    found = evaluated(tmp_path / "export.json", folder, *(() if target == "slim" else ("--source", "digits")))
+    found = evaluated(
+        tmp_path / "export.json", folder, *(() if target in ("slim", "dense") else ("--source", "digits"))
+    )
     assert found["confusion"] == expected["confusion"]
     for name in ("top1", "top5", "loss", "ece", "macro_f1"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
     assert found["density"] == pytest.approx(1.0 if target == "slim" else expected["density"])
+
+
+def test_a_split_that_the_model_does_not_know_is_warned_of(run, tmp_path, capsys):
+    for target, split, warned in (("timm", "val", True), ("timm", "test", False), ("dense", "val", False)):
+        evaluated(tmp_path / "s.json", run.parent.parent / target, "--source", "digits", "--split", split)
+        assert ("does not say how its data were divided" in capsys.readouterr().err) == warned
 
 
 def test_any_ticket_and_any_split_can_be_scored(run, tmp_path):
