@@ -105,12 +105,20 @@ def check_classes(trained: Trained, data: ImageData) -> list[str]:
 
     Raises:
         Damaged: the data have other classes than the model was trained on.
+        InputError: the model does not say which, and has another number of them.
     """
     theirs = list(data.classes)
     if trained.classes and trained.classes != theirs:
         raise Damaged(
             f"{trained.path}: trained on {len(trained.classes)} classes, {trained.classes[:3]} …, and the data have "
             f"{len(theirs)}, {theirs[:3]} …."
+        )
+    with torch.no_grad():
+        logits = trained.net(torch.zeros(1, 3, trained.data.size, trained.data.size))
+    if logits.shape[1] != len(theirs):
+        raise InputError(
+            f"{trained.path}: it tells {logits.shape[1]} classes apart, and the data have {len(theirs)}; name the data "
+            "that it was trained on with --source and --data."
         )
     return theirs
 
