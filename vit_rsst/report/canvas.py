@@ -26,6 +26,16 @@ CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, "#b08a1e", "#2aa5b5", GREY)
 INK, GROUND = "#1f2328", "#fffffe"
 """Of text and of the ground: no drawing uses these two for anything else, so that a page can replace them."""
 
+SCRIPTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+)
+"""Fonts of more scripts than matplotlib's own, for images; the reader of an SVG has others."""
+
 ELEMENTS = {
     *("svg", "g", "defs", "style", "path", "text", "tspan", "use", "image", "clippath", "rect", "metadata"),
     *("rdf:rdf", "cc:work", "dc:type", "dc:date", "dc:format", "dc:creator", "cc:agent", "dc:title"),
@@ -52,7 +62,11 @@ def drawing() -> Iterator[None]:
         import matplotlib
     except ImportError as error:
         raise EnvironmentLacks("figures need matplotlib: pip install 'vit_rsst[report]'.") from error
+    from matplotlib.font_manager import get_font_names
+
+    installed = get_font_names()
     style = {
+        "font.family": ["DejaVu Sans", *(font for font in SCRIPTS if font in installed)],
         "font.size": 10,
         "axes.titlesize": 10,
         "axes.spines.top": False,

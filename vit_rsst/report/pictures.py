@@ -119,8 +119,9 @@ def confusion(exhibit: Exhibit) -> "Figure":
                           color="#fffffd" if shares[i, j] < 0.6 else "#000001")  # fmt: skip
     every = -(-number // 20)
     ticks = range(0, number, every)
-    axes.set_xticks(ticks, [classes[i] for i in ticks], rotation=90 if max(map(len, classes)) > 2 else 0)
-    axes.set_yticks(ticks, [classes[i] for i in ticks])
+    names = [_short(classes[i], 16) for i in ticks]
+    axes.set_xticks(ticks, names, rotation=90 if max(map(len, classes)) > 2 else 0)
+    axes.set_yticks(ticks, names)
     axes.set(xlabel="predicted", ylabel="true")
     axes.grid(visible=False)
     figure.colorbar(mesh, ax=axes, label="share of the true class", shrink=0.8).outline.set_visible(False)
@@ -143,7 +144,8 @@ def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
             _show(axes, picture)
         for axes in row:
             axes.set_axis_off()
-        names = f"{exhibit.classes[true]} taken for {exhibit.classes[predicted]} ({wrong[true, predicted]})"
+        meant, said = (_short(exhibit.classes[i], 24) for i in (true, predicted))
+        names = f"{meant} taken for {said} ({wrong[true, predicted]})"
         row[-1].set_title(" ", fontsize=9)  # keeps the height; as a title, the names would widen the first column
         above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 9}
         row[0].annotate(names, (0, 1), xycoords="axes fraction", **above).set_in_layout(False)
@@ -214,8 +216,8 @@ def _show(axes: "Axes", picture: Tensor, looked: Tensor | None = None) -> None:
         spine.set_visible(False)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 11 else f"{name[:10]}…"
+def _short(name: str, most: int = 11) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 @dataclass(frozen=True)
