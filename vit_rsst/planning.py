@@ -198,9 +198,10 @@ def resource_lines(
     state = total * 4 * (2 + moments)
     masks = prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
-    counts = (rows.train, rows.val, rows.test)
+    counts, augment = (rows.train, rows.val, rows.test), recipe.data.augment
     images = "decoded as they are read"
-    if recipe.data.in_memory is not False and assembly.crop(recipe) == "pad" and None not in counts:
+    is_varied = assembly.crop(recipe) == "resized" or augment.auto_augment or augment.color_jitter
+    if recipe.data.in_memory is not False and not is_varied and None not in counts:
         images = f"decoded {size(sum(counts) * 3 * image_size**2)} where they fit"
     activations = activation_bytes(net, image_size, dealing.batch_per_device)
     if recipe.train.precision == "bf16":
