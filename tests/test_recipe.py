@@ -336,6 +336,8 @@ EXPLICIT = "pruning.schedule={name: explicit, sparsities: [0.5, 0.8]}"
 UNITS = "pruning.granularity=head+neuron"
 
 RULES = {
+    "momentum without sgd": (["optim.momentum=0.8"], "optim.momentum", "means nothing to adamw"),
+    "betas of sgd": (["optim.name=sgd", "optim.betas=[0.8, 0.9]"], "optim.betas", "means nothing to sgd"),
     "weights that are neither a word nor a place": (
         ["model.name=vit_small", "model.pretrained=yes"], "model.pretrained", "is not true or false"),
     "a stream of the digits": (["data.streaming=true"], "data.streaming", "means nothing to the embedded digits"),

@@ -107,6 +107,8 @@ def count_rows(recipe: Recipe) -> Rows:
             raise
         val = round(info.rows[0] * assembly.data_options(recipe).val_share)
         train = min(info.rows[0] - val, recipe.data.train_samples or info.rows[0])
+        if recipe.data.imbalance.kind is not None:
+            train = sum(recipe.data.imbalance.counts(round(train / info.num_classes), info.num_classes))
         return Rows(train, val, info.rows[1], info.num_classes, False)
 
 

@@ -16,7 +16,7 @@ from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.methods.rst import Rst
 from vit_rsst.pruning.methods.ste import StraightThrough
 from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
-from vit_rsst.recipe import Distill, Recipe, StepDecay
+from vit_rsst.recipe import Distill, Optim, Recipe, StepDecay
 from vit_rsst.recipe_errors import Problem
 
 YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
@@ -334,6 +334,10 @@ def _optim(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("optim.schedule.steps", f"{list(optim.schedule.steps)} go past the {train.epochs} epochs")
     if optim.min_lr > optim.lr:
         yield Problem("optim.min_lr", f"{optim.min_lr} is more than lr {optim.lr}")
+    if optim.momentum != Optim.momentum and optim.name != "sgd":
+        yield Problem("optim.momentum", f"means nothing to {optim.name}; leave it out, or use optim.name=sgd")
+    if optim.betas != Optim.betas and optim.name == "sgd":
+        yield Problem("optim.betas", "means nothing to sgd, which has optim.momentum; leave it out")
     if recipe.pruning.rewind == "none" and optim.schedule == "cosine" and optim.min_lr == 0:
         yield Problem(
             "pruning.rewind",
