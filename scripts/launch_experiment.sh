@@ -89,7 +89,7 @@ parse() {
             --*=*) set -- "--$name" "${1#*=}" "${@:2}"; continue ;;
             --*)
                 [[ -n $name && $known == *" $name "* ]] ||
-                    fail "$1: unknown option; expected one of:$(printf ' --%s' yes dry-run restart $known)."
+                    fail "$1: unknown option; expected one of:$(printf ' --%s' yes dry-run restart allow-world-size-change allow-data-change $known)."
                 [[ ! " $flags " == *" $name "* || ${2-} == true || ${2-} == false ]] || set -- "$1" true "${@:2}"
                 [[ $# -gt 1 && $2 != --* ]] || fail "$1: its value is missing."
                 given[${labels[$name]-$name}]=$2
