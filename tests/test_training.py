@@ -341,6 +341,6 @@ def test_a_teacher_of_other_data_is_refused_before_anything_is_written(tmp_path,
     args = json.dumps(tiny.MODEL_ARGS | {"img_size": 64})
     other = ("data.image_size=64", f"model.args={args}", f"train.distill.teacher={tmp_path}/runs/teacher")
     assert tiny.command("train", recipe, "name=student", *other) == 2
-    assert "64 px" in capsys.readouterr().err
+    assert "px: 32 there, 64 here" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "student").exists()
     assert tiny.command("train", recipe, "name=student", "train.distill.teacher=nowhere") == 5
