@@ -351,6 +351,12 @@ RULES = {
     "a ratio of nothing": (["data.imbalance.ratio=10"], "data.imbalance.ratio", "means nothing without"),
     "an imbalance that is corrected twice": (
         ["data.sampler=class_balanced", "train.loss=class_weighted"], "train.loss", "correct the same imbalance"),
+    "erasing of nothing": (["data.augment.remode=const"], "data.augment.remode", "means nothing without reprob"),
+    "a switch between one kind": (
+        ["data.augment={mixup: 0.8, mixup_switch_prob: 0.3}"], "data.augment.mixup_switch_prob", "mixup and cutmix"),
+    "an image more often than a batch has places": (
+        ["data.augment.aug_repeats=300"], "data.augment.aug_repeats", "is more than a global batch of 256"),
+    "a teacher without a name": (["train.distill.teacher=''"], "train.distill.teacher", "is empty"),
     "a mixture of one image": (
         ["data.augment.mixup=0.8", "train.batch_per_device=1"], "data.augment", "mix the images of a device's batch"),
     "a temperature without a teacher": (

@@ -78,6 +78,7 @@ def _split_tables(options: DataOptions, tables: dict[str, Table], seed: int) -> 
                 f"data.train_samples: {options.train_samples:,} asked, {len(kept):,} there after validation."
             )
         kept = kept[: options.train_samples]
+    _check_rows(Rows("train", train, rest[kept]))
     kept = kept[_imbalanced(train.labels[rest[kept]], len(train.classes), options.imbalance)]
     rows = {"train": Rows("train", train, rest[np.sort(kept)]), "val": Rows("val", train, val), "test": test}
     for part in rows.values():
