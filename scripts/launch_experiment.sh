@@ -137,7 +137,7 @@ announce() {
 }
 
 start() {
-    local log=$run_folder/logs/launch-$(date +%Y%m%d-%H%M%S).log before after code=0 tee child set_aside
+    local log=$run_folder/logs/launch-$(date +%Y%m%d-%H%M%S).log before after code=0 tee child set_aside old
     mkdir -p -- "${log%/*}" || exit 3
     announce >"$log"
     before=$(cat -- "$run_folder/status.json" 2>/dev/null) || true
@@ -160,7 +160,8 @@ start() {
     set_aside=("$run_folder".old-*/"logs/${log##*/}") # --restart takes the log with the old run
     if [[ ! -e $log && -e ${set_aside[0]} ]]; then
         mkdir -p -- "${log%/*}" && mv -- "${set_aside[0]}" "$log"
-        rmdir -- "${set_aside[0]%/*}" "${set_aside[0]%/logs/*}" 2>/dev/null || true # where there was no old run
+        old=${set_aside[0]%/logs/*} # holds nothing but this log and a lock where there was no run before
+        [[ -e $old/recipe.yaml ]] || { rm -f -- "$old/.lock" && rmdir -- "$old/logs" "$old"; } 2>/dev/null || true
     fi
     printf '\nlog: %s\n' "$log"
     exit "$code"

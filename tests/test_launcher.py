@@ -373,6 +373,8 @@ def test_a_restart_is_passed_on_and_keeps_its_log(place):
     assert place.arguments[-2:] == ["--restart", "--allow-data-change"]
     assert len(list((place.run / "logs").glob("launch-*.log"))) == 1
     assert [path.name for path in place.folder.glob("run.old-1/*")] == ["old"]
+    assert place.launch([*TINY, "--restart"], RUN=f"{place.run}-new", DO='mv "$RUN" "$RUN.old-1"').returncode == 0
+    assert not list(place.folder.glob("run-new.old-1"))
 
 
 def test_several_processes_are_launched_and_the_exit_code_read_from_the_status(place):
