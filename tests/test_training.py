@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import nn
 
-from vit_rsst import results
+from vit_rsst import files, results
 from vit_rsst.best import Best
 from vit_rsst.data.loaders import Dealing, InMemoryLoader
 from vit_rsst.data.mixing import Mixing
@@ -331,8 +331,11 @@ def test_the_teacher_of_the_later_rounds_is_the_model_of_round_0(tmp_path, monke
     dense = load(results.ticket_path(run, 0)).state
     assert all(torch.equal(value, dense[name]) for name, value in asked[-1].state_dict().items())
     assert not asked[-1].training
-    other = ("name=other", f"train.distill.teacher={run}")
-    assert tiny.command("train", tiny.write_recipe(tmp_path), *other, "pruning.method=dense") == 0
+    other = ("name=other", f"train.distill.teacher={run}", "pruning.method=dense")
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *other, "--dry-run") == 0
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *other) == 0
+    record = json.loads((run.parent / "other" / "environment.json").read_text())
+    assert record["teacher"] == files.sha256(max((run / "tickets").glob("*.safetensors")))
 
 
 def test_a_teacher_of_other_data_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -343,4 +346,7 @@ def test_a_teacher_of_other_data_is_refused_before_anything_is_written(tmp_path,
     assert tiny.command("train", recipe, "name=student", *other) == 2
     assert "px: 32 there, 64 here" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "student").exists()
-    assert tiny.command("train", recipe, "name=student", "train.distill.teacher=nowhere") == 5
+    for flags in ((), ("--dry-run",)):
+        assert tiny.command("train", recipe, "name=student", "train.distill.teacher=nowhere", *flags) == 5
+    own = (f"train.distill.teacher={tmp_path}/runs/student", "name=student")
+    assert tiny.command("train", recipe, *own) == 2

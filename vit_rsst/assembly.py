@@ -106,6 +106,8 @@ def build(
     lock, record = None, run_folder.environment(accelerator.num_processes, str(device), data.identity)
     if hasattr(net, "loaded"):
         record["weights"] = net.loaded.record()
+    if distillation is not None and distillation.source:
+        record["teacher"] = distillation.source
     if is_main:
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")

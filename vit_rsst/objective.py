@@ -7,12 +7,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vit_rsst import results
+from vit_rsst import files, results
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.distill import Distillation
 from vit_rsst.errors import InputError
+from vit_rsst.export import slim_folder
+from vit_rsst.export.source import open_ticket
 from vit_rsst.losses import Loss, make_loss
 from vit_rsst.progress import Progress
 from vit_rsst.recipe import Recipe
@@ -46,7 +48,7 @@ def build_distillation(
     options = recipe.train.distill
     if options.teacher is None:
         return None
-    own = results.ticket_path(recipe.run_folder, 0)
+    own, source = results.ticket_path(recipe.run_folder, 0), None
 
     @functools.cache
     def opened(path: Path) -> nn.Module:
@@ -70,7 +72,9 @@ def build_distillation(
                 "meant by dense, another run needs another name (name=…)."
             )
         teacher()
-    return Distillation(teacher, options.weight, options.temperature, accelerator.autocast)
+        file, _ = open_ticket(Path(options.teacher).expanduser())
+        source = files.sha256(file if file.is_file() else file / slim_folder.WEIGHTS)
+    return Distillation(teacher, options.weight, options.temperature, accelerator.autocast, source)
 
 
 def check_teacher(path: Path, teacher: Trained, recipe: Recipe, data: ImageData) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -26,6 +27,7 @@ from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe import Recipe
 from vit_rsst.results import aligned, size
+from vit_rsst.trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,10 @@ def resource_lines(
     rewind = total * 4 if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
     average = total * 4 if recipe.train.ema_decay else 0
     best = total * 4 + average if recipe.train.keep_best else 0
-    teacher = total * 4 if recipe.train.distill.teacher else 0
+    teacher = {None: 0, "dense": total * 4}.get(recipe.train.distill.teacher)
+    if teacher is None:  # opened here, so that a plan tells what is wrong with it
+        found = open_trained(Path(recipe.train.distill.teacher).expanduser())
+        teacher = sum(parameter.numel() * 4 for parameter in found.net.parameters())
     point = total * 4 * (1 + moments) + prunable // 4 + rewind + average + best
     beside = [("the average", average), ("the teacher", teacher), ("the best epoch, on the host", best)]
     listed = "".join(f"{name} {size(num_bytes)}, " for name, num_bytes in beside if num_bytes)
