@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from vit_rsst.progress import Progress
-from vit_rsst.report import story, watching
+from vit_rsst.report import curves, pictures, story, watching
 from vit_rsst.report.diagnosis import PREFIX, RULES, diagnose
 from vit_rsst.report.history import History
 from vit_rsst.results import RoundRow
@@ -16,19 +16,33 @@ from vit_rsst.results import RoundRow
 RSST = {"pruning": {"method": {"name": "rsst", "penalty": {"residual": 1e-3}}}}
 
 
-def curve(train: list, val: list | None = None, top1: tuple = (90, 89), **more: float) -> list:
-    """Epoch events of one round: losses, and top-1 of training and validation at the end, a line from 10 on."""
+def curve(train: list, val: list | None = None, top1: tuple = (90, 89), start: float = 10, **more: object) -> list:
+    """Epoch events of one round: losses, and top-1 of training and validation at the end, a line from `start` on.
+
+    Args:
+        more: other metrics, the same in each epoch or a list over epochs.
+    """
     val, number, events = val or train, len(train), []
     for i in range(number):
         share = (i + 1) / number
         event = {"event": "epoch", "round": 0, "epoch": i + 1, "train/loss": train[i], "val/loss": val[i]}
-        event |= {"train/top1": 10 + share * (top1[0] - 10), "val/top1": 10 + share * (top1[1] - 10)}
-        events.append(event | more)
+        event |= {"train/top1": start + share * (top1[0] - start), "val/top1": start + share * (top1[1] - start)}
+        events.append(event | {key: value[i] if isinstance(value, list) else value for key, value in more.items()})
     return events
 
 
-def told(*of_rounds: list, rows: list = (), pruning: list = (), recipe: dict = RSST, state: str = "running") -> History:
+def told(
+    *of_rounds: list,
+    rows: list = (),
+    pruning: list = (),
+    recipe: dict = RSST,
+    state: str = "running",
+    shrinking: int = 0,
+) -> History:
+    """A run of these rounds, in whose last one there are condemned weights for so many epochs."""
     events = [event | {"round": round} for round, events in enumerate(of_rounds) for event in events]
+    for event in events[len(events) - len(of_rounds[-1]) :][:shrinking] if of_rounds else ():
+        event["prune/condemned_left"] = 0.5
     events = [event | {"step": 10 * (i + 1)} for i, event in enumerate(events)]
     return History(Path(), recipe, {}, {"state": state}, events, list(rows), list(pruning))
 
@@ -54,6 +68,24 @@ CURVES = {
     "healthy, one bad epoch of validation": (told(curve(down(20), [*down(18), 0.9, 0.34], top1=(99, 85))), []),
     "flat": (told(curve(FLAT, top1=(10, 10))), ["not learning"]),
     "flat loss, rising accuracy": (told(curve(FLAT, top1=(40, 40))), []),
+    "flat, with the noise of a few validation images": (
+        told(curve(FLAT, top1=(10, 10), **{"val/top1": [8.3, 14.6, 10.4, 6.3, 9.7, 11.1]})),
+        ["not learning"],
+    ),
+    "thrown to chance by the first steps": (
+        told(curve([13.8, 4.1, 2.57, 2.4, 2.34, 2.33, 2.32, 2.32, *[2.31] * 8], top1=(10, 10)), **ENDED),
+        ["not learning"],
+    ),
+    "flat from published weights": (told(curve([0.2] * 9, top1=(96, 95), start=95)), []),
+    "thrown to chance later": (told(curve([2.3, 1.5, 0.9, 2.3, 2.31, 2.3, 2.3])), ["diverging"]),
+    "climbing while weights leave": (
+        told(curve([*down(6), 0.5, 0.8, 1.2], **{"prune/density": [1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.2]})),
+        [],
+    ),
+    "climbing while the condemned shrink": (
+        told(curve(down(9)), curve([0.4, 0.7, 1.1, 0.5, 0.4], **{"prune/density": [1, 1, 1, 0.5, 0.5]}), shrinking=3),
+        [],
+    ),
     "not a number": (told(curve([2.3, 2.0, math.nan])), ["diverging"]),
     "infinite, as the log has it": (told(curve([2.3, 2.0, "inf"], [2.3, 2.0, 2.0])), ["diverging"]),
     "climbing": (told(curve([2.3, 1.8, 1.2, 1.6, 2.4, 3.9])), ["diverging"]),
@@ -66,6 +98,10 @@ CURVES = {
     "cut short": (told(curve([2.3 - 0.07 * i for i in range(16)], top1=(45, 46)), **ENDED), ["underfitting"]),
     "still in its round": (told(curve([2.3 - 0.07 * i for i in range(16)], top1=(45, 46))), []),
     "stuck": (told(curve([2.3, 2.0, *[1.8] * 14], top1=(32, 33)), **ENDED), ["underfitting"]),
+    "low in training alone, under strong augmentation": (
+        told(curve([6.0 - 0.1 * i for i in range(16)], [5 - 0.2 * i for i in range(16)], top1=(40, 72)), **ENDED),
+        [],
+    ),
     "waiting for images": (told(curve(down(6), **{"time/loader_wait": 0.6})), ["loader-bound"]),
     "waiting a little": (told(curve(down(6), **{"time/loader_wait": 0.1})), []),
     "penalty in vain": (
@@ -79,6 +115,10 @@ CURVES = {
     ),
     "an empty layer": (told(curve(down(6)), pruning=[{"round": 2, "layers": LAYERS}]), ["layer nearly empty"]),
     "a dear removal": (told(curve(down(6)), rows=[row(0, 90.0), row(1, 84.0, 12.0)]), ["removal costs accuracy"]),
+    "a dear removal of a few images": (
+        told(curve(down(6)), rows=[row(0, 17.4), row(1, 13.9, 2.8)], pruning=[{"round": 1, "what_if_loss_gap": 0.014}]),
+        [],
+    ),
     "a removal that was won back": (told(curve(down(6)), rows=[row(0, 90.0), row(1, 89.5, 12.0)]), []),
     "two at once": (
         told(curve(FLAT, top1=(10, 10), **{"time/loader_wait": 0.6})),
@@ -129,7 +169,9 @@ def test_a_healthy_real_run_has_no_diagnosis_at_any_time():
         assert diagnose(told_so_far) == [], number
 
 
-def test_the_log_says_it_once_and_the_report_too(tmp_path, capsys):
+def test_the_log_says_it_once_and_the_report_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "PICTURES", ())
+    monkeypatch.setattr(curves, "DRAWINGS", ())
     text = tiny.RECIPE.replace("figures: false", "figures: true").replace("lr: 3e-3", "lr: 1e-9")
     recipe = tiny.write_recipe(tmp_path, text)
     assert tiny.command("train", recipe, "train.epochs=12", "train.steps_per_epoch=1") == 0

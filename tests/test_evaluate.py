@@ -1,17 +1,22 @@
 """`vit-rsst evaluate`: everything that can be scored, on one process and on two, as table, JSON and CSV."""
 
 import csv
+import dataclasses
 import json
-import socket
 from pathlib import Path
 
+import faulty
 import pytest
 import tiny
 import torch
 
-from vit_rsst.errors import Damaged
-from vit_rsst.models import published
+from vit_rsst import evaluation
+from vit_rsst.data.sources import open_data
+from vit_rsst.errors import Damaged, InputError
+from vit_rsst.models import published, zoo
+from vit_rsst.trained import open_trained
 
+TARGETS = ["slim", "timm", "transformers", "dense"]
 EXACT = ("top1", "top5", "loss", "ece", "calibration", "precision", "recall", "f1", "support", "confusion", "macro_f1")
 
 
@@ -23,7 +28,7 @@ def run(tmp_path_factory) -> Path:
         "pruning:\n", "pruning:\n  granularity: head+neuron\n"
     )
     assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
-    for target in ("slim", "timm", "transformers"):
+    for target in TARGETS:
         assert tiny.command("export", folder / "runs" / "tiny", "--to", target, folder / target) == 0
     return folder / "runs" / "tiny"
 
@@ -33,15 +38,23 @@ def evaluated(output: Path, *argv: object) -> dict:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("target", ["slim", "timm", "transformers"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_export_has_the_scores_of_its_ticket(run, tmp_path, target):
     expected = evaluated(tmp_path / "ticket.json", run)
     folder = run.parent.parent / target
-    found = evaluated(tmp_path / "export.json", folder, *(() if target == "slim" else ("--source", "digits")))
+    found = evaluated(
+        tmp_path / "export.json", folder, *(() if target in ("slim", "dense") else ("--source", "digits"))
+    )
     assert found["confusion"] == expected["confusion"]
     for name in ("top1", "top5", "loss", "ece", "macro_f1"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
     assert found["density"] == pytest.approx(1.0 if target == "slim" else expected["density"])
+
+
+def test_a_split_that_the_model_does_not_know_is_warned_of(run, tmp_path, capsys):
+    for target, split, warned in (("timm", "val", True), ("timm", "test", False), ("dense", "val", False)):
+        evaluated(tmp_path / "s.json", run.parent.parent / target, "--source", "digits", "--split", split)
+        assert ("does not say how its data were divided" in capsys.readouterr().err) == warned
 
 
 def test_any_ticket_and_any_split_can_be_scored(run, tmp_path):
@@ -87,6 +100,16 @@ def test_what_cannot_be_scored_is_said_in_a_sentence(run, capsys, argv, code, me
     assert "Traceback" not in told
 
 
+def test_a_model_of_another_number_of_classes_that_does_not_name_them_is_refused(run):
+    trained = open_trained(run)
+    data = open_data(trained.data, trained.seed)
+    other = zoo.create("resnet20", {"num_classes": 7}).eval()
+    with pytest.raises(InputError, match="tells 7 classes apart, and the data have 10; name the data"):
+        evaluation.check_classes(dataclasses.replace(trained, net=other, classes=[]), data)
+    with pytest.raises(Damaged, match="trained on 7 classes"):
+        evaluation.check_classes(dataclasses.replace(trained, net=other, classes=[*"abcdefg"]), data)
+
+
 def test_a_model_whose_weights_diverged_is_refused(run, tmp_path, capsys):
     from vit_rsst import tickets
 
@@ -100,17 +123,10 @@ def test_a_model_whose_weights_diverged_is_refused(run, tmp_path, capsys):
 
 @pytest.mark.distributed
 def test_two_processes_give_exactly_the_scores_of_one(run, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    command = ["-m", "vit_rsst.cli", "evaluate", run, "--batch", 50]  # 8 batches, the last one of 10
-    done = tiny.python(
-        *launcher, *command, "--json", tmp_path / "two.json", timeout=120, ACCELERATE_USE_CPU="true"
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("macro mean") == 1, "rank 0 alone prints"
+    argv = ("evaluate", run, "--batch", 50, "--json", tmp_path / "two.json")  # 8 batches, the last one of 10
+    job = faulty.command(*argv, ranks=2)
+    assert job.codes == [0, 0], job.log[-3000:]
+    assert job.log.count("macro mean") == 1, "rank 0 alone prints"
     two = json.loads((tmp_path / "two.json").read_text())
     one = evaluated(tmp_path / "one.json", run, "--batch", 50)
     assert (one["processes"], two["processes"]) == (1, 2)

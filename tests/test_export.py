@@ -362,7 +362,12 @@ def test_a_slim_folder_is_exported_as_its_ticket_is(runs, tmp_path):
 # -- ONNX
 
 
-def test_the_onnx_file_takes_any_batch_and_says_how_to_prepare_images(runs, tmp_path):
+def scores(folder: Path, *argv: object) -> dict:
+    assert tiny.command("evaluate", *argv, "--json", folder / "scores.json") == 0
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+
+
+def test_the_onnx_file_takes_any_batch_says_how_to_prepare_images_and_scores_as_its_ticket(runs, tmp_path, capsys):
     need("onnx")
     import onnx
     import onnxruntime
@@ -382,6 +387,14 @@ def test_the_onnx_file_takes_any_batch_and_says_how_to_prepare_images(runs, tmp_
     assert b"onnx_file.py" not in (tmp_path / "out" / "model.onnx").read_bytes()
     stored = sum(np.prod(tensor.dims) for tensor in model.graph.initializer)
     assert stored < 1.05 * sum(p.numel() for p in Work.of(runs["units"]).slimmed.parameters()) + 100
+    expected = scores(tmp_path, runs["units"])
+    for path in (tmp_path / "out", tmp_path / "out" / "model.onnx"):
+        found = scores(tmp_path, path, "--source", "digits")
+        assert (found["confusion"], found["density"]) == (expected["confusion"], None)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    (tmp_path / "bad.onnx").write_bytes((tmp_path / "out" / "model.onnx").read_bytes()[:500])
+    assert tiny.command("evaluate", tmp_path / "bad.onnx", "--source", "digits") == 5
+    assert "bad.onnx: onnxruntime" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("opset", [5, 99])

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from vit_rsst import loop, results, tickets, train
+from vit_rsst import results, tickets, train
 from vit_rsst.errors import InputError
 from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
@@ -45,20 +45,13 @@ def test_a_run_leaves_its_figures_without_being_asked(run):
         assert "http" not in re.sub(r'(xmlns\S*|rdf:\w+)="[^"]*"|<!DOCTYPE[^>]*>', "", text), path
 
 
-def test_figures_follow_a_round_while_the_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "SHARE", 1e9)
-    seen, finish = [], loop.score_tickets
-    monkeypatch.setattr(loop, "score_tickets", lambda s: (seen.append(names(s.folder.path)), finish(s)))
-    trained(tmp_path)
-    assert seen == [TOLD]
-
-
-def test_the_time_of_figures_is_limited_while_the_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "SHARE", 0.0)
-    seen, finish = [], loop.score_tickets
-    monkeypatch.setattr(loop, "score_tickets", lambda s: (seen.append(names(s.folder.path)), finish(s)))
-    assert names(trained(tmp_path)) == TOLD | MODEL
-    assert seen == [set()]
+@pytest.mark.parametrize(("share", "expected"), [(1e9, TOLD), (0.0, set())])
+def test_figures_follow_a_round_while_the_run_goes_on_as_far_as_their_time_allows(
+    tmp_path, monkeypatch, share, expected
+):
+    monkeypatch.setattr(watching, "SHARE", share)
+    monkeypatch.setattr(watching.Watcher, "finish", lambda self: None)
+    assert names(trained(tmp_path)) == expected
 
 
 def test_a_figure_that_fails_is_one_warning_and_no_failure(tmp_path, monkeypatch, capsys):
@@ -66,14 +59,15 @@ def test_a_figure_that_fails_is_one_warning_and_no_failure(tmp_path, monkeypatch
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(watching, "SHARE", 1e9)
+    monkeypatch.setattr(pictures, "PICTURES", ())
     drawings = [dataclasses.replace(d, draw=broken) if d.name == "layers" else d for d in curves.DRAWINGS]
     monkeypatch.setattr(curves, "DRAWINGS", drawings)
-    run = trained(tmp_path)
+    run = trained(tmp_path, DRAWN, "pruning.schedule.rounds=1")
     assert tiny.status(run)["state"] == "finished"
     told = [event["text"] for event in tiny.events(run) if event["event"] == "warning"]
     assert told == ["figures: layers could not be made (no ink)"]
     assert capsys.readouterr().err.count("no ink") == 1
-    assert names(run) == TOLD - {"layers"} | MODEL
+    assert names(run) == TOLD - {"layers"}
 
 
 def test_figures_change_nothing_of_a_run(tmp_path, run):

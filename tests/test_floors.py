@@ -90,6 +90,7 @@ SIDEWAYS = {
     ("trained", "export.source"),
     ("assembly", "objective"),
     ("evaluation", "assembly"),
+    ("evaluation", "export.onnx_file"),
     ("analysis.subject", "planning"),
     ("analysis.counts", "analysis.subject"),
     ("analysis.probe", "analysis.measure"),

@@ -54,6 +54,24 @@ def test_no_line_is_wider_than_the_terminal(width, is_colored):
     assert "best val" in lines[0]
 
 
+def test_a_narrow_terminal_keeps_state_progress_best_and_size():
+    text = listing.table(items(), NOW, 60, False)
+    assert text.splitlines()[0].split() == ["run", "state", "progress", "best", "val", "size"]
+    assert [" ".join(line.split()[-5:]) for line in text.splitlines()[1:]] == [
+        "finished 50% 91.25 4.8 MiB",
+        "failed 50% 91.25 4.8 MiB",
+        "running 50% 91.25 4.8 MiB",
+    ]
+    assert "a-run-…e-that-goes-on" in text, "names differ at their ends"
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(99, "剪枝 abcdefgh"), (9, "剪…cdefgh"), (8, "剪…defgh"), (2, "…h"), (1, "…")]
+)
+def test_a_name_is_cut_in_its_middle(width, expected):
+    assert listing.clipped("剪枝 abcdefgh", width) == expected
+
+
 def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
     text = listing.table(items(), NOW, None, False)
     head, first, *_ = text.splitlines()
@@ -123,6 +141,17 @@ def test_runs_are_found_in_a_folder_of_folders_and_written_as_json(tmp_path, cap
     found = json.loads((tmp_path / "runs.json").read_text())["runs"]
     assert [(item["run"], item["progress"]) for item in found] == [("c", 0.5), ("study/a", 0.5), ("study/b", 0.5)]
     assert tiny.command("runs", tmp_path / "all" / "c") == 0
+
+
+def test_a_folder_that_was_edited_by_hand_does_not_hide_the_others(tmp_path, capsys):
+    path = run_folder(tmp_path, "odd", round="two", epoch=None)
+    run_folder(tmp_path, "sound", state="finished")
+    (path / "tickets").mkdir()
+    (path / "tickets" / "round_00.json").write_text('{"row": {"round": 0, "val_top1": null}}')
+    (path / "recipe.yaml").write_text("name: [")
+    assert tiny.command("runs", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["odd", "running"], ["sound", "finished"]]
 
 
 def test_a_name_cannot_steer_the_terminal():

@@ -1,10 +1,12 @@
 """Reports: of runs in every state, with any name, on one page that loads nothing, and of several runs compared."""
 
+import base64
 import html.parser
 import json
 import re
 from pathlib import Path
 
+import browser
 import pytest
 import tiny
 
@@ -200,11 +202,10 @@ def test_a_figure_that_is_more_than_a_drawing_is_shut_into_an_image(tmp_path):
         '<svg><style>@import "http://x"</style></svg>',
         "<svg><foreignObject><iframe src='http://x'/></foreignObject></svg>",
     ]
-    for evil in evils:
-        (path / "figures" / "confusion.svg").write_text(evil)
-        found = page(path)
-        assert found.tags.count("img") == 1, evil
-        assert not canvas.is_plain(evil)
+    assert not [evil for evil in evils if canvas.is_plain(evil)]
+    for name, evil in zip(story.PICTURES, evils, strict=False):
+        (path / "figures" / f"{name}.svg").write_text(evil)
+    assert page(path).tags.count("img") == len(story.PICTURES) == 4
 
 
 def test_every_figure_of_a_real_run_is_a_plain_drawing(run):
@@ -250,6 +251,54 @@ def test_pages_are_made_for_phones_paper_and_the_dark(run):
     assert canvas.INK not in text.split("</style>", 1)[1]
 
 
+# -- in a browser
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    strange = make_run(folder, "<b>剪枝 & x" + "x" * 100, state="failed", exit_code=4, reason="<script>x()</script>")
+    page(strange)
+    page(*make_many(folder), "--out", folder / "compared")
+    return {
+        "comparison": folder / "compared" / "report.html",
+        "failed run with a strange name": strange / "report.html",
+    }
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    if browser.executable() is None:
+        pytest.skip("Chromium is not installed")
+    with browser.opened(tmp_path_factory.mktemp("chromium")) as page:
+        yield page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("kind", ["run", "comparison", "failed run with a strange name"])
+def test_a_page_fits_the_window_and_loads_nothing(run, pages, tab, kind, width, scheme):
+    path = run / "report.html" if kind == "run" else pages[kind]
+    tab.open(path, width, scheme)
+    found = tab.value(browser.LAYOUT)
+    assert found.pop("wide") <= 0
+    assert not any(found.values()), found
+    assert (tab.said, tab.asked) == ([], [path.as_uri()])
+    ground = tab.value("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    ink = tab.value("getComputedStyle(document.querySelector('figure svg text')).fill")
+    assert sum(map(int, re.findall(r"\d+", ink)[:3])) > 600 or scheme == "light"
+
+
+def test_a_page_is_printed_in_black_on_white(run, tab):
+    tab.open(run / "report.html", 1280, "dark")
+    tab.call("Emulation.setEmulatedMedia", media="print")
+    assert tab.value("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    pdf = base64.b64decode(tab.call("Page.printToPDF", preferCSSPageSize=True)["data"])
+    assert pdf.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 6
+
+
 # -- sentences
 
 
@@ -277,12 +326,16 @@ def test_the_standard_error_is_that_of_a_share(tmp_path):
 # -- comparisons
 
 
+def make_many(folder: Path) -> list[Path]:
+    """Two experiments of three seeds, and a third that had half the budget."""
+    paths = [make_run(folder, f"exp-imp-s{i}", "imp", i, 80.0 + 0.1 * i) for i in range(3)]
+    paths += [make_run(folder, f"exp-rsst-s{i}", "rsst", i, 85.0 + 0.1 * i) for i in range(3)]
+    return [*paths, make_run(folder, "exp-half", "rst", rounds=2, density=0.9, state="running", step=30)]
+
+
 @pytest.fixture
 def many(tmp_path) -> list[Path]:
-    """Two experiments of three seeds, and a third that had half the budget."""
-    paths = [make_run(tmp_path, f"exp-imp-s{i}", "imp", i, 80.0 + 0.1 * i) for i in range(3)]
-    paths += [make_run(tmp_path, f"exp-rsst-s{i}", "rsst", i, 85.0 + 0.1 * i) for i in range(3)]
-    return [*paths, make_run(tmp_path, "exp-half", "rst", rounds=2, density=0.9, state="running", step=30)]
+    return make_many(tmp_path)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_experiment(many):

@@ -2,14 +2,18 @@
 
 import json
 import sys
+import textwrap
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from accelerate import PartialState
 from accelerate import tracking as accelerate_tracking
+from PIL import Image
 
 from vit_rsst import reach, tracking
 from vit_rsst.tracking import Tracker
@@ -37,6 +41,9 @@ class Fake:
 
     def log(self, values: dict, step: int) -> None:
         self.call("log", values, step)
+
+    def log_images(self, values: dict, step: int, **options: object) -> None:
+        self.call("log_images", values, step, options)
 
     def finish(self) -> None:
         self.call("finish")
@@ -182,14 +189,60 @@ def test_a_tracker_gets_the_configuration_and_the_numbers(tracker, fake):
     assert not warned
 
 
+PIXELS = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+
+
+@pytest.fixture
+def media(monkeypatch):
+    """Stands for wandb's and trackio's own modules: `Image` and `Html` become what they were made of."""
+    module = types.SimpleNamespace(Image=lambda pixels: ("image", pixels), Html=lambda page, inject: ("html", page))
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+def test_every_tracker_gets_figures_and_the_report(tracker, fake, media, tmp_path, monkeypatch):
+    tracker, warned = tracker
+    page = tmp_path / "report.html"
+    page.with_suffix(".md").write_text("# r\n\n**Curves.** c\n\n![Curves](figures/curves.svg)\n\nend\n")
+    classes = {name: fake(name) for name in ("tensorboard", "wandb", "trackio")}
+    monkeypatch.setattr(tracker, "_start_wandb", tracker._start)
+    start(tracker, *classes)
+    tracker.figure(7, "curves", lambda: PIXELS)
+    tracker.report(8, page)
+    assert not warned
+    shown = {name: cls.calls[-2:] for name, cls in classes.items()}
+    for name, order in (("tensorboard", {"dataformats": "NHWC"}), ("wandb", {})):
+        (what, values, step, options), _ = shown[name]
+        assert (what, list(values), step, options) == ("log_images", ["figures/curves"], 7, order)
+        assert np.array_equal(values["figures/curves"], PIXELS[None])
+    assert shown["trackio"][0] == ("log", {"figures/curves": ("image", PIXELS)}, 7)
+    assert shown["tensorboard"][1] == ("log", {"report": "# r\n\n**Curves.** c\n\n\nend\n"}, 8)
+    assert shown["wandb"][1] == shown["trackio"][1] == ("log", {"report": ("html", page)}, 8)
+
+
+def test_without_a_tracker_nothing_is_drawn_for_one(tracker):
+    tracker, _ = tracker
+    tracker.figure(1, "curves", lambda: pytest.fail("drawn for nobody"))
+    tracker.report(1, Path("nowhere.html"))
+
+
+def test_a_run_that_began_anew_is_no_resumed_one_for_trackio(tmp_path, fake):
+    (tmp_path / "logs").mkdir()
+    cls = fake("trackio")
+    for _ in range(2):
+        start(Tracker(tmp_path / "metrics.jsonl", True, pytest.fail), "trackio")
+    assert [call[1]["resume"] for call in cls.calls if call[0] == "init"] == ["never", "allow"]
+
+
 @pytest.mark.fault("F27")
-@pytest.mark.parametrize("fails_at", ["init", "start", "config", "log", "finish"])
-def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_others_go_on(tracker, fake, fails_at):
+@pytest.mark.parametrize("fails_at", ["init", "start", "config", "log", "log_images", "finish"])
+def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_others_go_on(tracker, fake, media, fails_at):
     tracker, warned = tracker
     bad, good = fake("tensorboard", fails_at), fake("trackio")
     start(tracker, "tensorboard", "trackio")
     for step in (1, 2, 3):
         tracker.log("step", step, {"train/loss": 1.0})
+    tracker.figure(3, "curves", lambda: PIXELS)
     tracker.finish()
 
     assert len(warned) == 1
@@ -197,8 +250,8 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_others_go_on(
     assert f"cannot {fails_at}" in warned[0]
     assert "\n" not in warned[0]
     assert "left out" in warned[0]
-    assert len(bad.calls) <= 6
-    assert [call[0] for call in good.calls] == ["init", "start", "config", "log", "log", "log", "finish"]
+    assert len(bad.calls) <= 7
+    assert [call[0] for call in good.calls] == ["init", "start", "config", *["log"] * 4, "finish"]
     assert [line["step"] for line in lines(tracker)] == [1, 2, 3]
 
 
@@ -293,13 +346,14 @@ def test_training_does_not_notice_a_tracker_that_fails(tmp_path, fake, capsys, f
 # -- the real ones
 
 
-def test_tensorboard_gets_event_files_with_the_curves(tmp_path):
+def test_tensorboard_gets_event_files_with_curves_figures_and_the_report(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recipe = tiny.write_recipe(tmp_path)
+    recipe = tiny.write_recipe(tmp_path, tiny.RECIPE.replace("figures: false", "figures: true"))
     assert tiny.command("train", recipe, "tracking.with=[tensorboard]", "train.steps_per_epoch=1") == 0
     run = tmp_path / "runs" / "tiny"
     found: dict[str, list[tuple[int, float]]] = {}
+    images, texts = {}, {}
     event_files = sorted(run.rglob("events.out.tfevents.*"))
     assert event_files
     assert all(path.is_relative_to(run / "logs") for path in event_files)
@@ -307,13 +361,20 @@ def test_tensorboard_gets_event_files_with_the_curves(tmp_path):
         accumulator = EventAccumulator(str(path)).Reload()
         for tag in accumulator.Tags()["scalars"]:
             found.setdefault(tag, []).extend((event.step, event.value) for event in accumulator.Scalars(tag))
+        images |= {tag: accumulator.Images(tag) for tag in accumulator.Tags()["images"]}
+        texts |= {tag: accumulator.Tensors(tag) for tag in accumulator.Tags()["tensors"]}
     epochs = [event for event in tiny.events(run) if event["event"] == "epoch"]
     assert [step for step, _ in found["val/top1"]] == [event["step"] for event in epochs] == [1, 2, 3, 4, 5, 6]
     assert [value for _, value in found["val/top1"]] == pytest.approx([event["val/top1"] for event in epochs])
-    assert found.keys() >= {"train/loss", "train/lr", "val/loss", "prune/density", "prune/what_if_gap"}
+    assert found.keys() >= {"train/loss", "train/lr", "val/loss", "prune/density", "prune/what_if_gap", "test/top1"}
+    assert set(images) == {f"figures/{path.stem}" for path in (run / "figures").glob("*.svg")}
+    assert {(of_tag[-1].step, of_tag[-1].width) for of_tag in images.values()} == {(6, 780)}
+    told = texts["report/text_summary"][-1].tensor_proto.string_val[0].decode("utf-8")
+    assert told.startswith("# tiny (finished)")
+    assert "![" not in told
 
 
-def test_wandb_offline_starts_logs_and_finishes_without_a_network(tmp_path, monkeypatch):
+def test_wandb_offline_keeps_numbers_figures_and_the_report_without_a_network(tmp_path, monkeypatch):
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -329,6 +390,9 @@ def test_wandb_offline_starts_logs_and_finishes_without_a_network(tmp_path, monk
         start(tracker, "wandb")
         for step in (1, 2):
             tracker.log("step", step, {"train/loss": 1.0 / step})
+        tracker.figure(2, "curves", lambda: PIXELS)
+        (tmp_path / "report.html").write_text("<p>the report</p>")
+        tracker.report(2, tmp_path / "report.html")
         tracker.finish()
     import wandb
 
@@ -337,4 +401,33 @@ def test_wandb_offline_starts_logs_and_finishes_without_a_network(tmp_path, monk
     [record] = Path(tmp_path / "logs").rglob("*.wandb")
     assert record.stat().st_size > 0
     assert (tmp_path / "logs" / "tracker_id").read_text() in record.name
+    media = record.parent / "files" / "media"
+    [image], [page] = media.glob("images/figures/curves_*.png"), media.glob("html/report_*.html")
+    assert np.array_equal(np.asarray(Image.open(image)), PIXELS)
+    assert page.read_text() == "<p>the report</p>"
     assert [path.name for path in tmp_path.glob("wandb")] == [], "nothing is left in the working folder"
+
+
+def test_trackio_keeps_numbers_figures_and_the_report_without_a_network(tmp_path):
+    pytest.importorskip("trackio")
+    code = """
+        import pathlib, sys, numpy
+        from accelerate import PartialState
+        from vit_rsst.tracking import Tracker
+        folder = pathlib.Path(sys.argv[1])
+        PartialState(cpu=True)
+        tracker = Tracker(folder / "metrics.jsonl", True, print)
+        tracker.start(("trackio",), "project", "run", {"seed": 0}, folder)
+        tracker.log("step", 1, {"train/loss": 1.0})
+        tracker.figure(1, "curves", lambda: numpy.zeros((2, 3, 3), numpy.uint8))
+        tracker.report(1, folder / "report.html")
+        tracker.finish()
+    """
+    (tmp_path / "report.html").write_text("<p>the report</p>")
+    done = tiny.python("-c", textwrap.dedent(code), tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
+    assert done.returncode == 0, done.stderr
+    assert "tracking:" not in done.stdout
+    media = tmp_path / "trackio" / "media" / "project" / "run" / "1"
+    assert sorted(path.suffix for path in media.iterdir()) == [".html", ".png"]
+    [page] = media.glob("*.html")
+    assert "the report" in page.read_text()

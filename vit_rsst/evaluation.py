@@ -17,11 +17,13 @@ from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
 from vit_rsst.errors import Damaged, InputError
+from vit_rsst.export import onnx_file
 from vit_rsst.metrics.outcomes import Outcomes, outcomes
 from vit_rsst.models import published
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.results import aligned
+from vit_rsst.tracking import to_stderr
 from vit_rsst.trained import Trained, open_trained
 
 
@@ -36,8 +38,8 @@ def evaluate(
     """Every score that is reported, the same on any number of ranks; collective.
 
     Args:
-        what: a ticket, a run folder, whose last ticket is meant, a slim folder, a folder of timm or transformers, or a
-            name of timm with published weights.
+        what: a ticket, a run folder, whose last ticket is meant, a folder or an ONNX file that export wrote, or a name
+            of timm with published weights.
         split: `test`, `val` or `train`, as the run divided them.
         state: processes and device.
         data_path: folder of the data when it has moved.
@@ -51,6 +53,10 @@ def evaluate(
     if batch is not None and batch < 1:
         raise InputError(f"--batch: {batch} images were asked; at least 1.")
     trained = open_model(what, source, data_path)
+    if split != "test" and "data" not in trained.header and state.is_main_process:
+        to_stderr(
+            f"{what} does not say how its data were divided: some images of {split} may be of another split there."
+        )
     with state.main_process_first():
         data = open_data(trained.data, trained.seed)
     classes = check_classes(trained, data)
@@ -67,7 +73,7 @@ def evaluate(
         "ticket": str(trained.path),
         "split": split,
         "samples": len(found),
-        "density": trained.mask.density,
+        "density": trained.mask.density if trained.mask.masks else None,
         "images_per_s": rate,
         "processes": state.num_processes,
         "device": str(state.device),
@@ -76,15 +82,19 @@ def evaluate(
 
 
 def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
-    """The model and the data that it is shown."""
-    if not published.kind(what):
+    """The model and the data that it is shown.
+
+    One that is neither ticket nor slim or dense folder has a header without `data`, and seed 0.
+    """
+    onnx = onnx_file.path_of(Path(what))
+    if onnx is None and not published.kind(what):
         trained = open_trained(Path(what))
         changed = {key: value for key, value in (("source", source), ("path", data_path)) if value}
         return replace(trained, data=replace(trained.data, **changed))
     if source is None:
         raise InputError(f"{what}: nothing there says what it was trained on; name the data with --source and --data.")
-    found = published.open_published(what)
-    weights = prunable_weights(found.net)
+    found = published.open_published(what) if onnx is None else onnx_file.opened(onnx)
+    weights = prunable_weights(found.net) if onnx is None else {}
     mask = MaskSet({name: weight.detach() != 0 for name, weight in weights.items()})
     options = DataOptions(source, data_path, image_size=found.image_size)
     return Trained(found.net, mask, Path(what), {"seed": "0"}, options, found.mean, found.std, found.classes)
@@ -95,12 +105,20 @@ def check_classes(trained: Trained, data: ImageData) -> list[str]:
 
     Raises:
         Damaged: the data have other classes than the model was trained on.
+        InputError: the model does not say which, and has another number of them.
     """
     theirs = list(data.classes)
     if trained.classes and trained.classes != theirs:
         raise Damaged(
             f"{trained.path}: trained on {len(trained.classes)} classes, {trained.classes[:3]} …, and the data have "
             f"{len(theirs)}, {theirs[:3]} …."
+        )
+    with torch.no_grad():
+        logits = trained.net(torch.zeros(1, 3, trained.data.size, trained.data.size))
+    if logits.shape[1] != len(theirs):
+        raise InputError(
+            f"{trained.path}: it tells {logits.shape[1]} classes apart, and the data have {len(theirs)}; name the data "
+            "that it was trained on with --source and --data."
         )
     return theirs
 
@@ -134,8 +152,9 @@ def report_text(result: dict, most_classes: int = 20) -> str:
         values = (f"{100 * result[f'{mean}_{key}']:.2f}" for key in names)
         lines.append((f"{mean} mean", *values, str(result["samples"])))
     lines = [(line[0].ljust(max(len(row[0]) for row in lines)), *line[1:]) for line in lines]
+    density = "" if result["density"] is None else f", density {result['density']:.4f}"
     head = (
-        f"{result['ticket']} on {result['split']} ({result['samples']:,} images), density {result['density']:.4f}\n"
+        f"{result['ticket']} on {result['split']} ({result['samples']:,} images){density}\n"
         f"top1 {result['top1']:.2f}  top5 {result['top5']:.2f}  loss {result['loss']:.4f}  "
         f"macro F1 {100 * result['macro_f1']:.2f}  calibration error {100 * result['ece']:.2f}\n"
         f"{result['images_per_s']:,.0f} images/s, {result['device']}, {result['processes']} process(es)\n"

@@ -287,6 +287,8 @@ def score_tickets(s: Run) -> None:
             report = results.load_report(path.with_suffix(".json"))["pruning"]
             scored = replace(row, test_top1=scores["top1"], test_loss=scores["loss"])
             results.save_row(s.folder.path, scored, report)
+            found = {"round": row.round, **{f"test/{key}": value for key, value in scores.items()}}
+            s.tracker.log("test", s.progress.global_step, found)
     s.accelerator.wait_for_everyone()
 
 

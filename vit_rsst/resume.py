@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vit_rsst import optim, tickets
 from vit_rsst.checkpoint import ResumePoint
+from vit_rsst.tracking import AGAIN
 
 if TYPE_CHECKING:
     from vit_rsst.loop import Run
@@ -59,8 +60,7 @@ def restore_(s: Run, point: ResumePoint) -> None:
     s.skipped_steps, s.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
     s.epoch_is_open = point.numbers.get("epoch_is_open", False)
     s.clock = time.monotonic()
-    again = ("epoch", "round") if s.epoch_is_open else ("round",)
-    s.tracker.truncate(s.progress.global_step, again)
+    s.tracker.truncate(s.progress.global_step, ("epoch", *AGAIN) if s.epoch_is_open else AGAIN)
 
 
 def check_fits(s: Run, point: ResumePoint) -> None:

@@ -1,23 +1,32 @@
 """Where metrics go: metrics.jsonl always; TensorBoard, wandb and trackio through Accelerate's trackers, never fatal.
 
-A tracker that fails is warned of once and left out from then on; training does not notice.
+Trackers get figures and the report too. One that fails is warned of once and left out from then on; training does not
+notice.
 """
 
+import importlib
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vit_rsst import files, reach
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FINISH_SECONDS = 90.0
 """What a tracker gets for its last words."""
 WANDB_PATIENCE = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "60"}
 """Seconds for its service, which by itself gets 90 and for ever."""
+AGAIN = ("round", "test")
+"""Events that are logged after the resume point of their step."""
 
 
 @dataclass
@@ -39,12 +48,16 @@ class Tracker:
 
     def start(self, names: tuple[str, ...], project: str, run: str, config: Mapping, logs: Path) -> None:
         """Starts the trackers asked for; wandb falls back to offline when its service cannot be had."""
+        if not (names and self.is_main):
+            return
+        is_new, run_id = _run_id(logs)
         options = {
             "tensorboard": {"run_name": run, "logging_dir": logs},
-            "wandb": {"run_name": project, "name": run, "resume": "allow", "dir": str(logs)},
-            "trackio": {"run_name": project, "name": run, "resume": "allow"},
+            "wandb": {"run_name": project, "name": run, "id": run_id, "resume": "allow", "dir": str(logs)},
+            # It knows a run by its name, and another one may have had the same.
+            "trackio": {"run_name": project, "name": run, "resume": "never" if is_new else "allow"},
         }
-        for name in names if self.is_main else ():
+        for name in names:
             begin = self._start_wandb if name == "wandb" else self._start
             self._guarded(name, "start", lambda name=name, begin=begin: begin(name, options[name], config))
 
@@ -64,8 +77,7 @@ class Tracker:
 
         for setting, seconds in WANDB_PATIENCE.items():
             os.environ.setdefault(setting, seconds)
-        # One id a run, so that a resumed run goes on as the same one.
-        options = {**options, "id": _run_id(Path(options["dir"])), "mode": os.environ.get("WANDB_MODE", "online")}
+        options = {**options, "mode": os.environ.get("WANDB_MODE", "online")}
         is_online = options["mode"] == "online"
         why = reach.unreachable(wandb.setup().settings.base_url) if is_online else ""
         if is_online and not why:
@@ -88,8 +100,39 @@ class Tracker:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, "step": step, **record}, ensure_ascii=False, allow_nan=False) + "\n")
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
-        for name, tracker in list(self.trackers.items()):
-            self._guarded(name, "log", lambda tracker=tracker: tracker.log(numbers, step=step))
+        self._each("log", lambda _, tracker: tracker.log(numbers, step=step))
+
+    def figure(self, step: int, name: str, draw: Callable[[], "np.ndarray"]) -> None:
+        """A figure for the trackers.
+
+        Args:
+            draw: its pixels, uint8 (height, width, 3); called where there is a tracker alone.
+        """
+        if not self.trackers:
+            return
+        tag, pixels = f"figures/{name}", draw()
+
+        def give(kind: str, tracker: object) -> None:
+            if kind == "trackio":  # Accelerate has no log_images for it
+                tracker.log({tag: importlib.import_module(kind).Image(pixels)}, step=step)
+            else:
+                order = {"dataformats": "NHWC"} if kind == "tensorboard" else {}
+                tracker.log_images({tag: pixels[None]}, step=step, **order)
+
+        self._each("show a figure", give)
+
+    def report(self, step: int, page: Path) -> None:
+        """The report for the trackers: the page, or its Markdown where a page cannot be shown."""
+
+        def give(kind: str, tracker: object) -> None:
+            if kind == "tensorboard":
+                text = page.with_suffix(".md").read_text(encoding="utf-8")
+                found = re.sub(r"^!\[.*\n", "", text, flags=re.MULTILINE)  # the figures are there as images
+            else:
+                found = importlib.import_module(kind).Html(page, inject=False)
+            tracker.log({"report": found}, step=step)
+
+        self._each("show the report", give)
 
     def warning(self, step: int, text: str) -> None:
         """A warning, for the person and for the record."""
@@ -97,11 +140,11 @@ class Tracker:
             self.warn(text)
             self.log("warning", step, {"text": text})
 
-    def truncate(self, step: int, again: Sequence[str] = ("round",)) -> None:
+    def truncate(self, step: int, again: Sequence[str] = AGAIN) -> None:
         """Drops lines after `step`, which a resumed run writes again; they are kept under logs/.
 
         Args:
-            again: events that it logs again at `step` itself: a round is logged after the point of its last step.
+            again: events that it logs again at `step` itself.
         """
         if not self.is_main or not self.path.exists():
             return
@@ -129,6 +172,11 @@ class Tracker:
             if thread.is_alive():
                 self._warn_once(name, f"{name} did not finish within {FINISH_SECONDS:g} s; it is left behind.")
 
+    def _each(self, what: str, call: Callable[[str, object], object]) -> None:
+        """Calls with the name and the tracker of each that still works."""
+        for name, tracker in list(self.trackers.items()):
+            self._guarded(name, what, lambda name=name, tracker=tracker: call(name, tracker))
+
     def _guarded(self, name: str, what: str, call: Callable[[], object]) -> None:
         try:
             call()
@@ -143,11 +191,12 @@ class Tracker:
             self.warn(f"tracking: {text}")
 
 
-def _run_id(logs: Path) -> str:
+def _run_id(logs: Path) -> tuple[bool, str]:
+    """Whether this run is tracked for the first time, and its one id, under which it goes on when it is resumed."""
     path = logs / "tracker_id"
-    if not path.exists():
+    if is_new := not path.exists():
         files.write_text(path, os.urandom(4).hex())
-    return path.read_text(encoding="utf-8")
+    return is_new, path.read_text(encoding="utf-8")
 
 
 def _short(error: BaseException) -> str:

@@ -104,7 +104,7 @@ def run_recipe(
     recipe: "Recipe", restart: bool = False, allow_world_size_change: bool = False, allow_data_change: bool = False
 ) -> None:
     """Trains by a recipe, going on where an earlier run of it stopped."""
-    from vit_rsst import assembly, loop, watchdog
+    from vit_rsst import assembly
     from vit_rsst.results import load_rows, table
     from vit_rsst.run_folder import RunFolder
     from vit_rsst.signals import StopFlag
@@ -123,11 +123,25 @@ def run_recipe(
             print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
         return
     s, lock = assembly.build(recipe, accelerator, folder, stop, restart)
-    watcher = make_watcher(s, recipe)
+    with contextlib.ExitStack() as ending:
+        if lock is not None:
+            ending.callback(lock.release)
+        ending.callback(s.tracker.finish)
+        watcher = make_watcher(s, recipe)
+        train_to_the_end(s, recipe, allow_world_size_change, allow_data_change)
+        accelerator.end_training()  # after an error, another rank may no longer be there to say goodbye to
+        if watcher is not None and (page := watcher.finish()) is not None:  # no rank waits for the last figures
+            print(f"  {page}      figures, and what the numbers say", flush=True)
+
+
+def train_to_the_end(s: "Run", recipe: "Recipe", allow_world_size_change: bool, allow_data_change: bool) -> None:
+    """Goes on from the newest resume point, trains and says how it went; leaves the reason where it fails."""
+    from vit_rsst import assembly, loop, watchdog
+
     try:
         assembly.resume_if_possible(s, allow_world_size_change, allow_data_change)
         watchdog.limit_waiting(recipe.train.rank_timeout)
-        stop.is_training = True
+        s.stop.is_training = True
         loop.run(s)
         finish(s, recipe)
     except BaseException as error:
@@ -137,14 +151,6 @@ def run_recipe(
     finally:
         s.watchdog.close()
         s.console.close()
-        s.tracker.finish()
-        if lock is not None:
-            lock.release()
-        if sys.exc_info()[0] is None:  # after an error, another rank may no longer be there to say goodbye to
-            accelerator.end_training()
-    page = None if watcher is None else watcher.finish()  # no rank waits for the last figures
-    if page is not None:
-        print(f"  {page}      figures, and what the numbers say", flush=True)
 
 
 def make_watcher(s: "Run", recipe: "Recipe") -> "Watcher | None":

@@ -43,7 +43,7 @@ def check(bench: Bench) -> Iterator[Verdict]:
 def line(verdict: Verdict) -> str:
     """State, name and text; the advice below."""
     text = f"{verdict.state:8} {verdict.name:14} {verdict.text}"
-    return f"{text}\n{'':8} {'':14} try: {verdict.advice}" if verdict.advice else text
+    return f"{text}\n{'':8} {'':14} advice: {verdict.advice}" if verdict.advice else text
 
 
 def conclude(verdicts: Sequence[Verdict]) -> str:
@@ -68,8 +68,8 @@ def draw_range_test(verdicts: Sequence[Verdict], lr: float, path: Path) -> bool:
         figure = canvas.figure()
         axes = figure.subplots()
         axes.plot(found["rates"], found["losses"], color=canvas.BLUE)
-        marks = (("lowest_at", "lowest", canvas.GREEN), ("diverges_at", "back at the start", canvas.RED))
-        for key, label, color in marks:
+        marks = (("falls_at", "has fallen", canvas.GREEN), ("diverges_at", "diverges", canvas.RED))
+        for key, label, color in (mark for mark in marks if found[mark[0]]):
             axes.axvline(found[key], color=color, linewidth=1, linestyle="--", label=f"{label}, {found[key]:.1e}")
         axes.axvline(lr, color=canvas.ORANGE, linewidth=1.6, label=f"the recipe's, {lr:g}")
         top = 1.6 * max(found["losses"][: max(len(found["losses"]) // 2, 1)])

@@ -1,6 +1,7 @@
 """Checks of model and optimizer: shapes, first loss, gradients, over-fitting, range of the learning rate."""
 
 import math
+import statistics
 from itertools import pairwise
 
 import torch
@@ -166,22 +167,26 @@ def _learn_by_heart(
 
 
 def learning_rate(bench: Bench) -> Verdict:
-    """Range test (Smith 2017): the rate rises from step to step; where the loss falls most, and where it climbs back.
+    """Range test (Smith 2017): the rate rises from step to step; where the loss has fallen, and where it diverges.
 
-    The recipe's rate is right between a thirtieth of the first and three times the second: warm-up and decay soften it.
+    The recipe's rate is right from a tenth of the first up to twice the second: a round has more than the test's
+    steps, warm-up and decay.
     """
     seconds = bench.estimate(SWEEP, len(bench.batch[1]))
     if seconds > LIMIT:
         return Verdict("learning rate", "skipped", f"the range test would take about {duration(seconds)} here")
     rates, losses = sweep(bench)
-    lowest, diverges = turning_points(rates, losses)
+    falls, diverges = turning_points(rates, losses)
     lr = bench.recipe.optim.lr
-    details = {"rates": rates, "losses": losses, "lowest_at": lowest, "diverges_at": diverges}
-    text = f"{lr:g}; in the range test the loss is lowest at {lowest:.1e} and is back at its start at {diverges:.1e}"
-    suggestion = f"try optim.lr={_rounded(min(lowest, diverges / 3))}"
-    if lr > 3 * diverges:
+    details = {"rates": rates, "losses": losses, "falls_at": falls, "diverges_at": diverges}
+    if falls is None:
+        text = f"{lr:g}; in the range test the loss never fell by more than its noise"
+        return Verdict("learning rate", "warning", f"{text}: it tells nothing", "look at the checks above", details)
+    text = f"{lr:g}; in the range test the loss has fallen at {falls:.1e} and diverges at {diverges:.1e}"
+    suggestion = f"optim.lr={_rounded(min(math.sqrt(falls * diverges), diverges / 10))}"
+    if lr > 2 * diverges:
         return Verdict("learning rate", "failed", f"{text}: the run would diverge", suggestion, details)
-    if lr < lowest / 30:
+    if lr < falls / 10:
         return Verdict("learning rate", "failed", f"{text}: the run would be too slow", suggestion, details)
     if lr > diverges and not bench.recipe.optim.warmup_epochs:
         return Verdict(
@@ -213,15 +218,24 @@ def sweep(bench: Bench) -> tuple[list[float], list[float]]:
     return rates, losses
 
 
-def turning_points(rates: list[float], losses: list[float]) -> tuple[float, float]:
-    """(rate of the lowest smoothed loss, rate after it at which that is back at its start; the last one if never)."""
-    if not losses:
-        return 0.0, 0.0
-    smooth = [sum(losses[max(0, i - 2) : i + 3]) / len(losses[max(0, i - 2) : i + 3]) for i in range(len(losses))]
-    start = sum(losses[:10]) / len(losses[:10])
-    lowest = min(range(len(smooth)), key=smooth.__getitem__)
-    back = next((i for i in range(lowest, len(smooth)) if smooth[i] >= start), len(smooth) - 1)
-    return rates[lowest], rates[back]
+def turning_points(rates: list[float], losses: list[float]) -> tuple[float | None, float]:
+    """Where the smoothed loss has fallen by three quarters of its way, and where, later, it is above its start.
+
+    The start are the first ten steps, at rates that move nothing; twice their deviation is noise.
+
+    Returns:
+        The two rates. None for the first where the loss falls by no more than noise; for the second, the last rate
+        where it stays below.
+    """
+    if len(losses) < 10:
+        return None, rates[-1] if rates else 0.0
+    parts = [losses[max(0, i - 2) : i + 3] for i in range(len(losses))]
+    smooth = [statistics.mean(part) for part in parts]
+    start, noise = statistics.mean(losses[:10]), 2 * statistics.stdev(losses[:10])
+    low = min(smooth)
+    diverges = next((i for i in range(smooth.index(low), len(smooth)) if smooth[i] > start + noise), len(smooth) - 1)
+    falls = next(i for i, loss in enumerate(smooth) if loss <= start - 0.75 * (start - low))
+    return (rates[falls] if low < start - noise else None), rates[diverges]
 
 
 def _rounded(value: float) -> str:

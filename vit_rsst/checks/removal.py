@@ -35,10 +35,9 @@ def removal(bench: Bench) -> Verdict:
         for name, weight in net.named_parameters():
             if name in mask.masks:
                 weight.masked_fill_(~mask[name], 0.0)
-    text = (
-        f"density {mask.density:.3f} ({asked:.3f} asked), {mask.num_alive:,} of {mask.num_elements:,} weights left; a "
-        f"toy that knows {known:.0%} of {FEW} images knows {accuracy(bench, net):.0%} after the removal"
-    )
+    text = f"density {mask.density:.3f} ({asked:.3f} asked), {mask.num_alive:,} of {mask.num_elements:,} weights left"
+    if bench.toy is not None:
+        text += f"; a toy that knows {known:.0%} of {FEW} images knows {accuracy(bench, net):.0%} after the removal"
     return _judged(net, mask, bench.batch[0][:2], asked, text)
 
 

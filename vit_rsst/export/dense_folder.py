@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from vit_rsst import files, tickets
-from vit_rsst.export.slim_folder import as_config, as_header
+from vit_rsst import tickets
+from vit_rsst.export import slim_folder
 from vit_rsst.export.work import Target, Work
 from vit_rsst.models import zoo
+from vit_rsst.tickets import Ticket
 
-FORMAT = "vit_rsst.dense/1"
 TIMM_USAGE = """\
 import json
 
@@ -42,17 +42,14 @@ def check(work: Work) -> None:
 
 def write(work: Work, folder: Path) -> None:
     """config.json and model.safetensors."""
-    state = {name: tensor.contiguous() for name, tensor in work.net.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    files.settle(folder / "model.safetensors")
-    files.write_json(folder / "config.json", {**as_config(work.header), "format": FORMAT})
+    slim_folder.write(folder, Ticket(work.net.state_dict(), work.trained.mask, work.header), slim_folder.DENSE)
 
 
 @torch.no_grad()
 def logits(folder: Path, images: Tensor) -> Tensor:
     """Logits of the folder, loaded as its reader loads it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    net = zoo.described(as_header(config), str(folder))
+    net = zoo.described(slim_folder.as_header(config), str(folder))
     tickets.load_state_(net, load_file(folder / "model.safetensors"), str(folder))
     return net.eval()(images)
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vit_rsst import files
-from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, first_line
 from vit_rsst.export.work import Target, Work
+from vit_rsst.models.published import Published
 
+FILE = "model.onnx"
 TOLERANCE = 1e-4  # the kernels of another runtime round otherwise
 INLINE_LIMIT = 2**31 - 2**24
 """Bytes above which protobuf cannot hold the weights, so that they lie in a file beside it."""
@@ -49,6 +51,12 @@ class Logits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
+
+
+def path_of(what: Path) -> Path | None:
+    """The file that a path means, itself or the one in an export folder; None where it means none."""
+    path = what / FILE if what.is_dir() else what
+    return path if path.suffix == ".onnx" and path.is_file() else None
 
 
 def check(work: Work) -> None:
@@ -89,7 +97,7 @@ def write(work: Work, folder: Path) -> None:
     about = {"mean": trained.mean, "std": trained.std, "classes": trained.classes, "image_size": trained.data.size}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     num_bytes = sum(t.numel() * t.element_size() for t in net.state_dict().values())
-    program.save(str(folder / "model.onnx"), external_data=num_bytes > INLINE_LIMIT)
+    program.save(str(folder / FILE), external_data=num_bytes > INLINE_LIMIT)
     for path in folder.iterdir():
         files.settle(path)
 
@@ -111,27 +119,66 @@ def _strip_(model: Any) -> None:
         part.metadata_props.clear()
 
 
+class Session(nn.Module):
+    """A file as a network: normalised images (batch, 3, size, size) to logits, by onnxruntime on the CPU.
+
+    Attributes:
+        about: the file's metadata.
+
+    Raises:
+        EnvironmentLacks: onnxruntime is not installed.
+        Damaged: it does not run the file.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise EnvironmentLacks(f"{path}: onnxruntime is not installed; pip install 'vit-rsst[onnx]'.")
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+        refusals = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NoSuchFile, errors.NotImplemented)
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        except refusals as error:
+            raise Damaged(
+                f"{path}: onnxruntime {onnxruntime.__version__} does not run it ({first_line(error)}); export it "
+                "again, with an older --opset."
+            ) from error
+        self.about = self._session.get_modelmeta().custom_metadata_map
+
+    def forward(self, images: Tensor) -> Tensor:
+        [found] = self._session.run(["logits"], {"images": images.float().cpu().numpy()})
+        return torch.from_numpy(found).to(images.device)
+
+
+def opened(path: Path) -> Published:
+    """A file with what it takes to show it images.
+
+    Raises:
+        EnvironmentLacks, Damaged: see `Session`; also where it has another's metadata.
+    """
+    net = Session(path)
+    try:
+        mean, std, classes, size = (json.loads(net.about[key]) for key in ("mean", "std", "classes", "image_size"))
+    except (KeyError, ValueError) as error:
+        raise Damaged(
+            f"{path}: its metadata do not say mean, std, classes and image_size; expected a file that `vit-rsst export "
+            "--to onnx` wrote."
+        ) from error
+    return Published(net.eval(), size, mean, std, classes)
+
+
 def logits(folder: Path, images: Tensor) -> Tensor | None:
     """Logits by onnxruntime; None where it is not installed.
 
     Raises:
-        InputError: this onnxruntime does not run the file.
+        Damaged: this onnxruntime does not run the file.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented
-
-    try:
-        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    except (Fail, InvalidGraph, NotImplemented) as error:
-        raise InputError(
-            f"--opset: onnxruntime {onnxruntime.__version__} does not run what torch wrote "
-            f"({str(error).strip().splitlines()[0]}); ask for an older opset."
-        ) from error
-    # One image as well as several: the batch has to be free.
-    parts = [session.run(["logits"], {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
-    return torch.cat([torch.from_numpy(part) for part in parts])
+    session = Session(folder / FILE)
+    return torch.cat([session(images[:1]), session(images[1:])])  # one as well as several: the batch has to be free
 
 
 @contextlib.contextmanager

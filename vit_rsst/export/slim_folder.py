@@ -1,7 +1,8 @@
 """Slim folders: a small model as plain tensors in `model.safetensors`, and in `config.json` what builds it again.
 
 The configuration holds the strings of the ticket's header, `model_args`, `data` and `widths` as objects, so that a slim
-folder stands wherever a ticket does: to be scored, to be trained further, to be exported again.
+folder stands wherever a ticket does: to be scored, to be trained further, to be exported again. So does a dense folder,
+which has no `widths`.
 """
 
 import json
@@ -17,16 +18,17 @@ from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.tickets import Ticket
 
-FORMAT = "vit_rsst.slim/1"
+SLIM, DENSE = "vit_rsst.slim/1", "vit_rsst.dense/2"
+"""Formats."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OBJECTS = ("model_args", "data", "widths")
 """Entries of a ticket's header that are JSON."""
 
 
-def write(folder: Path, ticket: Ticket) -> None:
-    """Writes a slim model, whose header has its `widths`, into an existing folder."""
+def write(folder: Path, ticket: Ticket, format: str = SLIM) -> None:
+    """Writes a model, whose header has its `widths` where it is slim, into an existing folder."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ticket.state.items()}
-    config = {**as_config(ticket.metadata), "format": FORMAT, "prunable": list(ticket.mask)}
+    config = {**as_config(ticket.metadata), "format": format, "prunable": list(ticket.mask)}
     config["sha256"] = tickets.digest(tensors, as_header(config))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     files.settle(folder / WEIGHTS)
@@ -34,10 +36,10 @@ def write(folder: Path, ticket: Ticket) -> None:
 
 
 def read(folder: Path) -> Ticket:
-    """A slim folder as a ticket: what is zero in its prunable weights is dead.
+    """A slim or dense folder as a ticket: what is zero in its prunable weights is dead.
 
     Raises:
-        Damaged: not a slim folder, another format, truncated, or not what its hash says.
+        Damaged: neither of the two, another format, truncated, or not what its hash says.
     """
     config = _config(folder)
     try:
@@ -54,10 +56,10 @@ def read(folder: Path) -> Ticket:
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The model of a slim folder, in evaluation mode: normalised images (batch, 3, size, size) to logits.
+    """The model of a slim or dense folder, in evaluation mode: normalised images (batch, 3, size, size) to logits.
 
     Raises:
-        Damaged: not a slim folder, another format, truncated, or not what its hash says.
+        Damaged: neither of the two, another format, truncated, or not what its hash says.
     """
     ticket = read(Path(folder))
     net = zoo.described(ticket.metadata, str(folder))
@@ -82,9 +84,9 @@ def _config(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise Damaged(f"{path}: not a readable configuration ({error}); export the ticket again.") from error
     found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
+    if found not in (SLIM, DENSE):
         raise Damaged(
-            f"{path}: the format is {'not given' if found is None else repr(found)}, not {FORMAT!r}; expected a folder "
-            "that `vit-rsst export --to slim` of this version wrote."
+            f"{path}: the format is {'not given' if found is None else repr(found)}, neither {SLIM!r} nor {DENSE!r}; "
+            "expected a folder that `vit-rsst export --to slim` or `--to dense` of this version wrote."
         )
     return config

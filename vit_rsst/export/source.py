@@ -1,4 +1,4 @@
-"""What can be scored, continued and exported: a ticket file, a run folder (its last ticket), a slim folder."""
+"""What can be scored, continued and exported: a ticket file, a run folder (its last ticket), a slim or dense folder."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def open_ticket(what: Path) -> tuple[Path, Ticket]:
 
     Raises:
         InputError: a run folder without a ticket.
-        Damaged: a ticket or slim folder that is not there, is damaged, or has another format.
+        Damaged: a ticket, slim or dense folder that is not there, is damaged, or has another format.
     """
     if (what / slim_folder.CONFIG).is_file():  # a run folder has none
         return what, slim_folder.read(what)

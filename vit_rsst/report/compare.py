@@ -1,6 +1,7 @@
 """The report of several runs side by side: means and spreads over seeds, fronts, budgets, and what may be concluded."""
 
 import itertools
+import json
 import math
 import re
 import statistics
@@ -162,7 +163,7 @@ def findings(groups: Sequence[Group]) -> Iterator[str]:
     if len(densities) > 1:
         listed = ", ".join(f"{density:.2f}" for density in sorted(densities, reverse=True))
         yield f"The last tickets differ in density ({listed}): compare along the front, not by their last number."
-    yield from budget_findings(known)
+    yield from budget_findings([group for group in groups if group.images])
     for group in known:
         gaps = [[row.what_if_gap for row in run.rows if row.what_if_gap is not None] for run in group.runs]
         sums = [sum(of_run) for of_run in gaps if of_run]
@@ -203,8 +204,8 @@ def budget_findings(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def result_blocks(groups: Sequence[Group], timed: Mapping) -> Iterator[object]:
-    heads = ["experiment", "method", "seeds", "density", "top-1", "±", "what-if gaps", "budget", "equal", "time"]
-    heads += ["ticket", "parameters", "MFLOPs", *(f"ms at batch {batch}" for batch in timed)]
+    heads = ["experiment", "method", "seeds", "density", "top-1", "what-if gaps", "budget", "time", "ticket"]
+    heads += ["parameters", "MFLOPs", *(f"ms at batch {batch}" for batch in timed)]
     most = max((group.images for group in groups), default=0)
     rows = []
     for i, group in enumerate(groups):
@@ -213,7 +214,8 @@ def result_blocks(groups: Sequence[Group], timed: Mapping) -> Iterator[object]:
     splits = " and ".join(dict.fromkeys(group.split for group in groups if group.split))
     note = (
         f"Of the last tickets; top-1 on {splits or 'no split yet'}, ± one standard deviation over seeds. Budget: the "
-        "images trained on; = the largest of them. Parameters, MFLOPs and ms: dead units cut out."
+        "images trained on; ≠ and the share of the largest where it is less. Parameters, MFLOPs and ms: dead units cut "
+        "out."
     )
     yield Table(heads, rows, note)
 
@@ -223,16 +225,21 @@ def score_cells(group: Group) -> Iterator[str]:
     yield str(at(group.runs[0].recipe, "pruning.method.name"))
     yield str(len(group.runs))
     yield f"{group.density:.3f}" if group.scores else "–"
-    yield f"{group.mean:.2f}" if group.scores else "–"
-    yield "–" if group.spread is None else f"{group.spread:.2f}"
+    yield mean_and_spread(group.scores)
     yield f"{sum(gaps) / len(group.runs):+.2f}" if gaps else "–"
 
 
+def mean_and_spread(scores: Sequence[float]) -> str:
+    """`83.10 ± 0.10`; of one seed without the latter."""
+    if not scores:
+        return "–"
+    return f"{statistics.mean(scores):.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else "")
+
+
 def cost_cells(group: Group, share: float) -> Iterator[str]:
-    """Budget, its share of the largest, time, size and complexity."""
+    """Budget with its share of the largest, time, size and complexity."""
     done = [run.rows for run in group.runs if run.rows]
-    yield f"{group.images:,}"
-    yield "=" if share >= 1 - SAME else f"≠ {share:.2f}"
+    yield f"{group.images:,}" if share >= 1 - SAME else f"{group.images:,} ≠ {share:.2f}"
     yield duration(statistics.mean(sum(row.seconds for row in rows) for rows in done)) if done else "–"
     yield size(statistics.mean(rows[-1].ticket_bytes for rows in done)) if done else "–"
     yield f"{group.counted['parameters']['slim']:,}" if group.counted else "–"
@@ -252,20 +259,24 @@ def ticket_blocks(groups: Sequence[Group]) -> Iterator[object]:
                     str(found[0].round),
                     f"{statistics.mean(row.density for row in found):.4f}",
                     f"{statistics.mean(row.val_top1 for row in found):.2f}",
-                    f"{statistics.mean(scores):.2f}",
-                    f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–",
+                    mean_and_spread(scores),
                     size(statistics.mean(row.ticket_bytes for row in found)),
                 )
             )
-    yield Table(("experiment", "round", "density", "val top-1", "top-1", "±", "ticket"), rows)
+    yield Table(("experiment", "round", "density", "val top-1", "top-1", "ticket"), rows)
 
 
 def difference_blocks(groups: Sequence[Group]) -> Iterator[object]:
     """Fields that are not the same in all recipes."""
     fields = [deciding(dict(group.runs[0].recipe)) for group in groups]
     names = [name for name in dict.fromkeys(itertools.chain(*fields)) if name not in NOT_OF_THE_EXPERIMENT]
-    rows = [(name, *(str(of.get(name, "–")) for of in fields)) for name in names]
+    rows = [(name, *(as_yaml(of[name]) if name in of else "–" for of in fields)) for name in names]
     yield Table(("field", *(group.label for group in groups)), [row for row in rows if len(set(row[1:])) > 1])
+
+
+def as_yaml(value: object) -> str:
+    """A value as a recipe has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -310,15 +321,22 @@ def curves(groups: Sequence[Group]) -> "Figure | None":
     for i, group in enumerate(groups):
         for j, run in enumerate(group.runs):
             x = [event["global_epoch"] for event in run.epochs]
-            look = {"color": canvas.CYCLE[i % len(canvas.CYCLE)], "alpha": 1.0 if j == 0 else 0.5}
+            color, style, _ = look(i)
+            line = {"color": color, "linestyle": style, "alpha": 1.0 if j == 0 else 0.5}
             label = group.label if j == 0 else None
-            accuracy.plot(x, [event.get("val/top1") for event in run.epochs], label=label, **look)
-            density.step(x, [event.get("prune/density", 1.0) for event in run.epochs], where="post", **look)
+            accuracy.plot(x, [event.get("val/top1") for event in run.epochs], label=label, **line)
+            density.step(x, [event.get("prune/density", 1.0) for event in run.epochs], where="post", **line)
     accuracy.set_ylabel("validation top-1, %")
     density.set(ylabel="density", xlabel="epoch", ylim=(0, 1.05))
     density.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside upper left", ncols=2)
     return figure
+
+
+def look(group: int) -> tuple[str, str, str]:
+    """Colour, line and marker of a group: another line and marker where the colours begin anew."""
+    turn = group // len(canvas.CYCLE)
+    return canvas.CYCLE[group % len(canvas.CYCLE)], ("-", "--", ":", "-.")[turn % 4], ("o", "s", "^", "D")[turn % 4]
 
 
 def costs(groups: Sequence[Group], timed: Mapping) -> dict[str, list[Point]]:
@@ -344,6 +362,7 @@ def fronts(groups: Sequence[Group], timed: Mapping) -> "Figure | None":
         return None
     rows = -(-len(panels) // 2)
     figure = canvas.figure(0.5 + 2.2 * rows)
+    figure.get_layout_engine().set(wspace=0.08)
     grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -352,10 +371,13 @@ def fronts(groups: Sequence[Group], timed: Mapping) -> "Figure | None":
         axes.plot([p.x for p in best], [p.y for p in best], color=canvas.GREY, linewidth=1, zorder=1)
         for i, group in enumerate(groups):
             own = [p for p in points if p.group == i]
-            label = group.label if axes is grid[0, 0] else None
-            color = canvas.CYCLE[i % len(canvas.CYCLE)]
-            axes.scatter([p.x for p in own], [p.y for p in own], s=22, color=color, label=label, zorder=2)
+            label = group.label if own and axes is grid[0, 0] else None
+            color, _, marker = look(i)
+            axes.scatter(
+                [p.x for p in own], [p.y for p in own], s=22, color=color, marker=marker, label=label, zorder=2
+            )
         axes.set(xlabel=name)
+        axes.locator_params(axis="x", nbins=4)
     for axes in grid[:, 0]:
         axes.set_ylabel("top-1, %")
     figure.legend(loc="outside upper left", ncols=2)

@@ -122,8 +122,8 @@ def layers(history: History) -> "Figure | None":
         _name_cells(axes.set_xticks, [str(i) for i in range(len(found))], 6)
     _name_cells(grid[0, 0].set_yticks, [block.split(".")[-1] or "–" for block in blocks], 12)
     grid[0, 0].invert_yaxis()
-    figure.supxlabel("round", fontsize=9)
-    figure.supylabel("block", fontsize=9)
+    figure.supxlabel("round", fontsize=10)
+    figure.supylabel("block", fontsize=10)
     figure.colorbar(mesh, ax=grid, label="sparsity", shrink=0.9).outline.set_visible(False)
     return figure
 
@@ -137,12 +137,13 @@ def units(history: History) -> "Figure | None":
 
     kinds = list(dict.fromkeys(group["kind"] for group in found[-1].values()))
     figure, last = canvas.figure(2.6), len(found) - 1
+    low, high = canvas.LINES
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         for i, report in enumerate(found):
             left = [group["alive"] for group in report.values() if group["kind"] == kind]
             is_named = axes is panels[0] and (i in (0, last) or last < 5)
-            shade = colormaps[canvas.HEAT](0.9 * i / max(last, 1))
+            shade = colormaps[canvas.HEAT](low + (high - low) * i / max(last, 1))
             label = f"round {i}" if is_named else None
             axes.step(range(len(left)), left, where="mid", color=shade, label=label)
         axes.set(title=f"{kind}s left", xlabel="block", ylim=(0, None))

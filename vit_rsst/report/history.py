@@ -89,10 +89,11 @@ def read(path: Path) -> History:
     with suppress(OSError):
         recipe = strict_yaml.parse((path / "recipe.yaml").read_text(encoding="utf-8")).tree
     status = RunFolder(path).status()
+    status |= {key: 0 for key in ("round", "epoch", "step") if not isinstance(status.get(key), int)} if status else {}
     if not recipe and not status:
         raise InputError(f"{path}: this is no run folder: it has neither recipe.yaml nor status.json.")
     reports = [read_json(file) for file in sorted((path / "tickets").glob("round_*.json"))]
-    reports = [report for report in reports if "row" in report]
+    reports = [report for report in reports if _is_row(report.get("row"))]
     return History(
         path,
         recipe,
@@ -102,6 +103,13 @@ def read(path: Path) -> History:
         [RoundRow(**{name: report["row"].get(name) for name in results.COLUMNS}) for report in reports],
         [report.get("pruning", {}) for report in reports],
     )
+
+
+def _is_row(row: object) -> bool:
+    """Whether it has a number in each column that is never empty."""
+    empty = ("test_top1", "test_loss", "what_if_gap")
+    needed = [name for name in results.COLUMNS if name not in empty]
+    return isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in needed)
 
 
 def read_json(path: Path) -> dict:

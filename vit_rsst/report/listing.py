@@ -21,8 +21,18 @@ from vit_rsst.run_folder import RunFolder
 COLORS = {"finished": "32", "running": "36", "stopped": "33", "failed": "31", "lost": "31"}
 BAR = 8
 COLUMNS = ("run", "state", "progress", "round", "density", "best val", "test", "method", "size", "updated")
-LEAST_NEEDED = ("size", "updated", "method", "round", "density", "test", "progress")
-"""What a narrow terminal does without, the first of them first."""
+LEAST_NEEDED = {
+    "updated": 28,
+    "method": 28,
+    "round": 28,
+    "density": 28,
+    "test": 28,
+    "bar": 20,
+    "size": 16,
+    "progress": 16,
+}
+"""What a narrow terminal does without, the first of them first, until the name has so many columns. The bar is that of
+the progress."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +153,15 @@ def width_of(text: str) -> int:
 
 
 def clipped(text: str, width: int) -> str:
-    """The text in at most so many columns, an ellipsis at its end where something is missing."""
+    """The text in at most so many columns; an ellipsis where something is missing: names often differ at their ends."""
     if width_of(text) <= width:
         return text
-    while text and width_of(text) > width - 1:
-        text = text[:-1]
-    return f"{text}…"
+    first, last = (width - 1) // 3, 0
+    while first and width_of(text[:first]) > (width - 1) // 3:
+        first -= 1
+    while width_of(text[:first]) + width_of(text[len(text) - last - 1 :]) < width:
+        last += 1
+    return f"{text[:first]}…{text[len(text) - last :]}"
 
 
 def padded(text: str, width: int, is_left: bool) -> str:
@@ -162,23 +175,30 @@ def table(items: Sequence[Listed], now: datetime.datetime, width: int | None, is
     Args:
         width: columns of the terminal; None: as wide as it takes.
     """
-    rows = [cells(item, now) for item in items]
-    columns = list(COLUMNS)
-
-    def needs(column: str) -> int:
-        return max(width_of(text) for text in (column, *(row[column] for row in rows)))
-
-    for column in LEAST_NEEDED:
-        if width is None or sum(needs(c) + 2 for c in columns) - 2 <= width:
-            break
-        columns.remove(column)
-    widths = {column: needs(column) for column in columns}
+    heads, rows = {column: column for column in COLUMNS}, [cells(item, now) for item in items]
+    widths = {column: max(width_of(row[column]) for row in (heads, *rows)) for column in COLUMNS}
     if width is not None:
-        others = sum(w + 2 for column, w in widths.items() if column != "run")
-        widths["run"] = max(min(widths["run"], width - others), 8)
-    heads = {column: column for column in columns}
+        fit(widths, width)
+    if widths.get("progress") == len("progress"):
+        rows = [row | {"progress": row["progress"].split()[-1]} for row in rows]
     lines = [_line(row, widths, is_colored and row is not heads) for row in (heads, *rows)]
     return "\n".join(lines)
+
+
+def fit(widths: dict[str, int], width: int) -> None:
+    """Leaves out columns and cuts the names, in place, until a line has at most `width` columns."""
+
+    def others() -> int:
+        return sum(w + 2 for column, w in widths.items() if column != "run")
+
+    for column, readable in LEAST_NEEDED.items():
+        if others() + min(widths["run"], readable) <= width:
+            break
+        if column == "bar":
+            widths["progress"] = len("progress")
+        else:
+            del widths[column]
+    widths["run"] = max(min(widths["run"], width - others()), 8)
 
 
 def _line(row: dict[str, str], widths: dict[str, int], is_colored: bool) -> str:

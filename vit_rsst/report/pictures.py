@@ -115,7 +115,7 @@ def confusion(exhibit: Exhibit) -> "Figure":
     if number <= 12:
         for (i, j), count in np.ndenumerate(counts):
             if count:
-                axes.text(j, i, str(count), ha="center", va="center", fontsize=7,
+                axes.text(j, i, str(count), ha="center", va="center", fontsize=8,
                           color="#fffffd" if shares[i, j] < 0.6 else "#000001")  # fmt: skip
     every = -(-number // 20)
     ticks = range(0, number, every)
@@ -144,7 +144,9 @@ def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
         for axes in row:
             axes.set_axis_off()
         names = f"{exhibit.classes[true]} taken for {exhibit.classes[predicted]} ({wrong[true, predicted]})"
-        row[0].set_title(names, loc="left", fontsize=8)
+        row[-1].set_title(" ", fontsize=9)  # keeps the height; as a title, the names would widen the first column
+        above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 9}
+        row[0].annotate(names, (0, 1), xycoords="axes fraction", **above).set_in_layout(False)
     return figure
 
 
@@ -175,17 +177,17 @@ def _maps(exhibit: Exhibit, rows: list[tuple[str, Trained, Callable]]) -> "Figur
     found = [(label, *_looked(trained, images, exhibit.device, way)) for label, trained, way in rows]
     if any(maps is None for _, maps, _ in found):
         return None
-    figure = canvas.figure(0.2 + 1.02 * (1 + len(rows)))
+    figure = canvas.figure(1.05 + 1.2 * len(rows))
     grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
     for axes, picture, label in zip(grid[0], images, exhibit.samples.labels.tolist(), strict=True):
         _show(axes, picture)
-        axes.set_title(_short(exhibit.classes[label]), fontsize=8)
+        axes.set_title(_short(exhibit.classes[label]), fontsize=9)
     for row, (label, maps, probabilities) in zip(grid[1:], found, strict=True):
         for axes, picture, looked, chances in zip(row, images, maps, probabilities, strict=True):
             _show(axes, picture, looked)
             best = int(chances.argmax())
-            axes.set_title(f"{_short(exhibit.classes[best])} · {100 * float(chances[best]):.0f} %", fontsize=8)
-        row[0].set_ylabel(label, fontsize=8)
+            axes.set_title(f"{_short(exhibit.classes[best])}\n{100 * float(chances[best]):.0f} %", fontsize=9)
+        row[0].set_ylabel(label, fontsize=9)
     return figure
 
 

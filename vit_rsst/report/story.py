@@ -113,7 +113,8 @@ def lead(history: History) -> str:
     r = history.recipe
     method = at(r, "pruning.method.name")
     updated = str(history.status.get("updated", "")).replace("T", " ").replace("+00:00", " UTC")
-    return f"{method} on {at(r, 'data.source')} with {at(r, 'model.name')}, seed {at(r, 'seed')}. {updated}".strip()
+    what = f"{method} on {at(r, 'data.source')} with {at(r, 'model.name')}, seed {at(r, 'seed')}."
+    return f"{what} Last written {updated}." if updated else what
 
 
 def question(history: History) -> str:
@@ -145,9 +146,10 @@ def findings(history: History, counted: Mapping) -> Iterator[str]:
     gaps = [(row.what_if_gap, row.round) for row in rows if row.what_if_gap is not None]
     if gaps:
         worst, round = max(gaps)
+        dearest = f"; the dearest was {worst:+.2f} in round {round}" if worst >= 0.005 else ""
         yield (
             f"The removals alone cost {sum(gap for gap, _ in gaps):.2f} points of validation top-1 in sum over "
-            f"{len(gaps)} rounds; the dearest was {worst:+.2f} in round {round}."
+            f"{len(gaps)} rounds{dearest}."
         )
     if len(rows) > 1 and rows[0].ticket_bytes:
         share = rows[-1].ticket_bytes / rows[0].ticket_bytes
@@ -231,7 +233,7 @@ def confusion_findings(scores: Mapping) -> Iterator[str]:
         (n, a, b)
         for a, row in enumerate(scores.get("confusion", ()))
         for b, n in enumerate(row)
-        if a != b and n
+        if a != b and n > 1
     ]  # fmt: skip
     if pairs:
         n, a, b = max(pairs)

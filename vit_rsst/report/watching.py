@@ -1,6 +1,6 @@
 """Figures while a run goes on and after it: on the hook of the loop, within a share of its time, never at its cost.
 
-What fails is warned of once and left out; the run does not notice.
+They go into the run folder, and to the trackers. What fails is warned of once and left out; the run does not notice.
 """
 
 import importlib.util
@@ -64,7 +64,12 @@ class Watcher:
     def finish(self) -> Path | None:
         """Draws everything and writes the report; where it lies, or None where it failed."""
         self._guarded("pictures", self._draw_pictures)
-        return self._guarded("the report", lambda: reporting.report([self._run], guard=self._guarded))
+        if self._tracker.trackers:  # the report draws these for itself
+            self._guarded("curves", self._draw_history)
+        page = self._guarded("the report", lambda: reporting.report([self._run], guard=self._guarded))
+        if page is not None:
+            self._tracker.report(self._step, page)
+        return page
 
     def _record(self, progress: Progress, controller: Controller) -> None:
         found = histogram(controller.weights, controller.mask, controller.condemned)
@@ -97,6 +102,7 @@ class Watcher:
     def _save(self, name: str, figure: object) -> None:
         if figure is not None:
             canvas.save(figure, self._run / "figures" / f"{name}.svg")
+            self._tracker.figure(self._step, name, lambda: canvas.pixels(figure))
 
     def _guarded(self, name: str, call: Callable[[], object]) -> object:
         try:
