@@ -346,6 +346,19 @@ def test_training_does_not_notice_a_tracker_that_fails(tmp_path, fake, capsys, f
 # -- the real ones
 
 
+def test_a_resumed_run_is_one_run_for_tensorboard(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with tiny.alone_on_cpu():
+        PartialState()
+        for step in (1, 2):
+            tracker = Tracker(tmp_path / "metrics.jsonl", True, pytest.fail)
+            start(tracker, "tensorboard")
+            tracker.log("step", step, {"train/loss": 1.0})
+            tracker.finish()
+    assert len(list((tmp_path / "logs" / "run").glob("events.out.tfevents.*"))) == 2
+    assert len(list((tmp_path / "logs").rglob("hparams.yml"))) == 1
+
+
 def test_tensorboard_gets_event_files_with_curves_figures_and_the_report(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -67,6 +67,9 @@ class Tracker:
         tracker = LOGGER_TYPE_TO_CLASS[name](**options)
         tracker.start()
         self.trackers[name] = tracker
+        # TensorBoard shows each configuration as one more run: once is enough.
+        if name == "tensorboard" and any((options["logging_dir"] / options["run_name"]).glob("*/hparams.yml")):
+            return
         tracker.store_init_configuration(
             {k: v if isinstance(v, bool | int | float) else str(v) for k, v in config.items()}
         )
