@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vit_rsst import __version__, cli, console, evaluation, planning, train
-from vit_rsst.data import loaders
+from vit_rsst.data import transforms
 from vit_rsst.errors import EnvironmentLacks
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.methods import __all__ as METHODS
@@ -506,14 +506,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, ca
 @pytest.fixture
 def one_bad_batch(monkeypatch):
     """The second training batch of this process is not a number."""
-    normalize, count = loaders.normalize, 0
+    normalize, count = transforms.normalize, 0
 
     def broken(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
         nonlocal count
         count += 1
         return normalize(images, mean, std) * (float("nan") if count == 2 else 1.0)
 
-    monkeypatch.setattr(loaders, "normalize", broken)
+    monkeypatch.setattr(transforms, "normalize", broken)
 
 
 def test_one_bad_step_stops_a_run_that_tolerates_none(tmp_path, one_bad_batch, capsys):
@@ -576,7 +576,7 @@ def outcome(run: Path) -> Iterator[object]:
 
 def is_as_undisturbed(run: Path, undisturbed: Path) -> None:
     found, expected = list(outcome(run)), list(outcome(undisturbed))
-    assert len(found) == len(expected) == 3 + 1 + TOTAL // 2 + 6 + 3
+    assert len(found) == len(expected) == 3 + 1 + TOTAL // 2 + 6 + 3 + 3
     for one, other in zip(found, expected, strict=True):
         assert one == other
 
