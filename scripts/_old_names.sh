@@ -6,7 +6,7 @@ made=() told=() warnings=()
 has() { [[ -n ${given[$1]-} ]]; }
 used() { unset "unused[$1]"; }
 warn() { warnings+=("$1"); }
-calculated() { awk "BEGIN { print ($1) }"; }
+calculated() { LC_ALL=C awk "BEGIN { print ($1) }"; }
 from_recipe() { sed -n "s/.*[{ ]$1: *\([0-9.]*\).*/\1/p" "$recipe" | head -n 1; }
 
 became() { # LABEL OVERRIDE...
@@ -33,14 +33,17 @@ renamed() { # LABEL FIELD OLD=NEW...
 
 translate() {
     source=${given[DATASET]/%imagenet/imagenet1k} model=${given[MODEL]/res20s/resnet20} algorithm=${given[ALGORITHM]}
-    epochs=${given[EPOCHS]} recipe=$root/recipes/$source/${model%_imagenet}_rsst.yaml
+    epochs=${given[EPOCHS]}
+    recipe=$root/recipes/$source/${model%_imagenet}_rsst.yaml
     [[ $model != resnet20 ]] || recipe=$root/recipes/$source/vit_tiny_rsst.yaml
+    warmup=$(from_recipe warmup_epochs)
     became DATASET "data.source=$source"
     became MODEL "model.name=$model"
-    [[ $model != resnet20 ]] || became "(no ViT)" model.args={}
+    [[ $model != resnet20 ]] || became "(no ViT)" \
+        model.args={} optim.name=sgd optim.lr=0.1 optim.weight_decay=5e-4 data.augment=plain train.label_smoothing=0
     translate_weights
     became EPOCHS "train.epochs=$epochs" train.round_epochs=null
-    if ! has warmup && ((epochs < 4 * $(from_recipe warmup_epochs))); then
+    if ! has warmup && ((epochs < 4 * warmup)); then
         became "(short rounds)" "optim.warmup_epochs=$(calculated "$epochs / 4")"
     fi
     became ALGORITHM "pruning.method=$algorithm"
@@ -56,16 +59,34 @@ translate() {
 }
 
 translate_weights() {
-    local weights=${given[PRETRAINED]}
-    if [[ $model == vit_tiny && $weights == true ]]; then
-        warn "THERE ARE NO PRETRAINED WEIGHTS OF vit_tiny: PRETRAINED true became false, and it starts from random weights."
+    local weights=${given[PRETRAINED]} asked=PRETRAINED
+    [[ $weights == true ]] || asked=vit_pretrained_21k
+    if [[ $model == vit_tiny && ${given[$asked]-} == true ]]; then
+        warn "THERE ARE NO PRETRAINED WEIGHTS OF vit_tiny: $asked true became false, and it starts from random weights."
         weights=false
+        ! has vit_pretrained_21k || given[vit_pretrained_21k]=false
     fi
     became PRETRAINED "model.pretrained=$weights"
     renamed vit_pretrained_21k model.pretrained true=augreg_in21k false="$weights"
     [[ ${made[-1]} == model.pretrained=false ]] ||
         warn "the old program began with random weights even so; here the published ones are loaded."
     given[PRETRAINED]=${made[-1]#*=} # for the name
+    translate_rate
+}
+
+translate_rate() { # the recipe's is that of the weights that the recipe begins with
+    local asked=random at_hand=random
+    [[ ${given[PRETRAINED]} == false && " ${overrides[*]} " != *" model."@(pretrained|start_from)=* ]] || asked=trained
+    ! grep -q 'pretrained: true' "$recipe" || at_hand=trained
+    [[ $model-$asked != vit_large_imagenet-random ]] ||
+        fail "PRETRAINED: false, but vit_large_imagenet needs weights to begin with; say true, or give your own: model.pretrained=FOLDER or model.start_from=RUN."
+    ! has lr && [[ $model != resnet20 ]] || return 0
+    case $asked-$at_hand in
+        trained-random) became "(to fine-tune)" optim.lr=1e-4 optim.layer_decay=0.75 ;;
+        random-trained)
+            became "(from random weights)" optim.lr=1e-3 optim.layer_decay=1.0 optim.warmup_epochs=5
+            warmup=5 ;;
+    esac
 }
 
 translate_penalty() {
@@ -185,14 +206,25 @@ translate_pruning() {
     [[ ! -v ends[false] ]] || became "(conv1, fc: false)" "pruning.protect=[${ends[false]%, }]"
 }
 
+translate_momentum() { # the old optimizer was SGD
+    if has momentum; then
+        became momentum "optim.momentum=${given[momentum]}" optim.name=sgd
+        has lr || [[ $model == resnet20 ]] || warn "the learning rate is the recipe's for AdamW; SGD needs a larger one: --lr."
+    elif { has lr || has weight_decay; } && [[ $model != resnet20 ]]; then
+        warn "lr and weight_decay were those of SGD, and here AdamW trains; --momentum 0.9 takes SGD."
+    fi
+}
+
 translate_training() {
     local name=$source-$model-$algorithm-$epochs-${given[REG]}-${given[EXP]}-${given[PRETRAINED]}-${given[RATE]}-${given[FILLBACK]}
+    [[ ${given[seed]:-0} == 0 ]] || name+=-s${given[seed]}
+    [[ ${given[criteria]:-magnitude} == magnitude ]] || name+=-${given[criteria]}
     ! has decreasing_lr || became decreasing_lr "optim.schedule={steps: [${given[decreasing_lr]//,/, }]}"
     same warmup optim.warmup_epochs
     same batch_size train.global_batch
     same lr optim.lr
     same weight_decay optim.weight_decay
-    same momentum optim.momentum
+    translate_momentum
     same seed seed
     same workers data.workers
     same print_freq train.log_every_steps

@@ -3,13 +3,22 @@
 # called here: a recipe and its overrides. The old names are known to this script alone.
 #   scripts/launch_experiment.sh cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
+    echo "error: this is bash $BASH_VERSION, and 4.4 or newer is needed. Nothing was started." >&2
+    exit 3
+}
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/_old_names.sh"
 
+old_names="criteria, pick_pruned, RST_schedule, reg_upper_limit, stabilize_reg_interval, block_loss_grad, pruning_times,
+              num_cycles, mlp_prune_ratio, vit_structured, vit_prune_target, sorting_mode, prune_type, rewind_epoch, conv1,
+              fc, vit_pretrained_21k, decreasing_lr, warmup, batch_size, lr, weight_decay, momentum, seed, workers, data,
+              print_freq, save_dir, exp_name"
+
 usage() {
-    cat <<'USAGE'
+    cat <<USAGE
 usage: launch_experiment.sh DATASET MODEL EPOCHS REG EXP PRETRAINED RATE AUTO ALGORITHM [FILLBACK]
-                            [--yes] [--dry-run] [--OLD-NAME VALUE ...] [KEY=VALUE ...]
+                            [--yes] [--dry-run] [--restart] [--OLD-NAME VALUE ...] [KEY=VALUE ...]
 
   DATASET     cifar10 | cifar100 | imagenet
   MODEL       CIFAR: vit_tiny | vit_small | vit_base | resnet20 (old: res20s)
@@ -25,12 +34,15 @@ usage: launch_experiment.sh DATASET MODEL EPOCHS REG EXP PRETRAINED RATE AUTO AL
 
   --yes       starts without a question, whatever AUTO says
   --dry-run   prints the plan and stops; nothing is created
-  --OLD-NAME  criteria, pick_pruned, RST_schedule, reg_upper_limit, stabilize_reg_interval, block_loss_grad, pruning_times,
-              num_cycles, mlp_prune_ratio, vit_structured, vit_prune_target, sorting_mode, prune_type, rewind_epoch, conv1,
-              fc, vit_pretrained_21k, decreasing_lr, warmup, batch_size, lr, weight_decay, momentum, seed, workers, data,
-              print_freq, save_dir, exp_name; the positionals are also dataset, arch, epochs, reg_granularity_prune,
+  --restart, --allow-world-size-change, --allow-data-change: as of vit-rsst train
+  --OLD-NAME  $old_names; the positionals are also dataset, arch, epochs, reg_granularity_prune,
               exponents, vit_pretrained, rate or px, struct, fillback_rate
   KEY=VALUE   any field of recipes/reference.yaml; rules over all the others
+
+The run is named after the words, --seed and --criteria; where it differs from another in anything else, --exp_name names it.
+A few images in place of ImageNet, to try it out:
+  launch_experiment.sh imagenet vit_small_imagenet 1 1.0 4 false 0.2 n rsst data.path=FOLDER data.val_fraction=0.2 \\
+      train.global_batch=8 train.batch_per_device=null pruning.schedule.rounds=1
 
 PYTHON is the interpreter (default: .venv of this checkout, else python3), PROCESSES the number of training processes
 (default: one for each GPU).
@@ -39,15 +51,19 @@ USAGE
 
 fail() { usage >&2; printf '\nerror: %s Nothing was started.\n' "$1" >&2; exit 2; }
 
+is_given() { [[ -v given[$1] ]] || fail "$1: missing."; }
+
 one_of() { # LABEL CHOICE...
     local choice
+    is_given "$1"
     for choice in "${@:2}"; do [[ ${given[$1]} != "$choice" ]] || return 0; done
     fail "$1: unknown value '${given[$1]}'; expected one of: ${*:2}."
 }
 
 number() { # LABEL BOUNDS-FOR-AWK BOUNDS-IN-WORDS
-    [[ ${given[$1]} =~ ^([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] && awk "BEGIN { x = ${given[$1]}; exit !($2) }" ||
-        fail "$1: '${given[$1]}' is not a number $3."
+    is_given "$1"
+    [[ ${given[$1]} =~ ^([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] &&
+        LC_ALL=C awk "BEGIN { x = ${given[$1]}; exit !($2) }" || fail "$1: '${given[$1]}' is not a number $3."
 }
 
 # -- what was given, under the labels of the positionals and the old names of the options
@@ -59,23 +75,27 @@ declare -A labels=(
 )
 declare -A given=() unused=()
 flags="block_loss_grad vit_structured vit_pretrained vit_pretrained_21k conv1 fc" # a value may follow
-overrides=() ask=yes plan_only=no
+overrides=() passed_on=() ask=yes plan_only=no
 
 parse() {
-    local words=0 name
+    local words=0 name known=" ${old_names//,/ } ${!labels[*]} "
     while (($#)); do
         name=${1#--} name=${name%%=*} name=${name//-/_}
         case $1 in
             -h | --help) usage; exit 0 ;;
             --yes) ask=no ;;
             --dry-run) plan_only=yes ;;
+            --restart | --allow-world-size-change | --allow-data-change) passed_on+=("$1") ;;
             --*=*) set -- "--$name" "${1#*=}" "${@:2}"; continue ;;
             --*)
+                [[ -n $name && $known == *" $name "* ]] ||
+                    fail "$1: unknown option; expected one of:$(printf ' --%s' yes dry-run restart allow-world-size-change allow-data-change $known)."
                 [[ ! " $flags " == *" $name "* || ${2-} == true || ${2-} == false ]] || set -- "$1" true "${@:2}"
-                (($# > 1)) || fail "$1: its value is missing."
+                [[ $# -gt 1 && $2 != --* ]] || fail "$1: its value is missing."
                 given[${labels[$name]-$name}]=$2
                 [[ -v labels[$name] ]] || unused[$name]=1
                 shift ;;
+            -[!0-9.]*) fail "$1: unknown option; options have two dashes." ;;
             [A-Za-z]*=*) overrides+=("$1") ;;
             *)
                 ((words < 10)) || fail "'$1' is one word too many."
@@ -83,14 +103,14 @@ parse() {
         esac
         shift
     done
-    ((words >= 9)) || fail "${positionals[words]}: missing."
 }
 
-check() {
+check() { # in the order of the words, so that the first that is wrong is named where one was forgotten
     local models=(vit_tiny vit_small vit_base resnet20 res20s)
     one_of DATASET cifar10 cifar100 imagenet
     [[ ${given[DATASET]} != imagenet ]] || models=(vit_small_imagenet vit_base_imagenet vit_large_imagenet)
     one_of MODEL "${models[@]}"
+    is_given EPOCHS
     [[ ${given[EPOCHS]} =~ ^[1-9][0-9]{0,4}$ ]] || fail "EPOCHS: '${given[EPOCHS]}' is not a whole number from 1 to 99999."
     number REG 'x > 0 && x <= 1000' 'above 0, at most 1000'
     number EXP 'x > 0 && x <= 100' 'above 0, at most 100'
@@ -100,7 +120,9 @@ check() {
     one_of ALGORITHM rsst refill dense imp rst gmp constant
     : "${given[FILLBACK]:=0}"
     number FILLBACK 'x >= 0 && x <= 1' 'from 0 to 1'
-    [[ ${given[ALGORITHM]} == refill ]] || number FILLBACK 'x == 0' "but 0, and ${given[ALGORITHM]} puts nothing back"
+    [[ ${given[ALGORITHM]} == refill || ! ${given[FILLBACK]} =~ [1-9] ]] ||
+        fail "FILLBACK: '${given[FILLBACK]}', but ${given[ALGORITHM]} puts nothing back; leave it out."
+    [[ ${PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES: '$PROCESSES' is not a number of processes."
 }
 
 # -- from the recipe to a run
@@ -115,7 +137,7 @@ announce() {
 }
 
 start() {
-    local log=$run_folder/logs/launch-$(date +%Y%m%d-%H%M%S).log before after code=0 tee child
+    local log=$run_folder/logs/launch-$(date +%Y%m%d-%H%M%S).log before after code=0 tee child set_aside old
     mkdir -p -- "${log%/*}" || exit 3
     announce >"$log"
     before=$(cat -- "$run_folder/status.json" 2>/dev/null) || true
@@ -135,15 +157,20 @@ start() {
     if ((processes > 1)) && [[ $after != "$before" && $after =~ \"exit_code\":\ ([0-9]+) ]]; then
         code=${BASH_REMATCH[1]} # accelerate's launcher turns every code into 1
     fi
+    set_aside=("$run_folder".old-*/"logs/${log##*/}") # --restart takes the log with the old run
+    if [[ ! -e $log && -e ${set_aside[0]} ]]; then
+        mkdir -p -- "${log%/*}" && mv -- "${set_aside[0]}" "$log"
+        old=${set_aside[0]%/logs/*} # holds nothing but this log and a lock where there was no run before
+        [[ -e $old/recipe.yaml ]] || { rm -f -- "$old/.lock" && rmdir -- "$old/logs" "$old"; } 2>/dev/null || true
+    fi
     printf '\nlog: %s\n' "$log"
     exit "$code"
 }
 
-(($#)) || { usage >&2; exit 2; }
 parse "$@"
 check
 translate
-((${#unused[@]} == 0)) || fail "--${!unused[*]}: no option, or one that means nothing beside the others."
+((${#unused[@]} == 0)) || fail "--${!unused[*]}: means nothing beside the others."
 made+=("${overrides[@]}")
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
@@ -162,7 +189,7 @@ sys.exit(guarded(lambda words: print(load(find(words[0]), words[1:]).run_folder)
 PYTHON
 )
 processes=${PROCESSES:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
-training=(-m vit_rsst.train "${recipe#"$PWD/"}" "${made[@]}")
+training=(-m vit_rsst.train "${recipe#"$PWD/"}" "${made[@]}" "${passed_on[@]}")
 command=("${environment[@]}" "$python")
 plan=(env WORLD_SIZE="$processes" "${command[@]}" "${training[@]}" --dry-run)
 if ((processes > 1)); then # the recipe decides on the precision
@@ -175,7 +202,7 @@ announce
 [[ $plan_only == no ]] || exit 0
 if [[ ${given[AUTO]} == n && $ask == yes ]]; then
     printf '\nStart it? [y/N] '
-    read -r answer || answer=""
+    read -r answer || true # the last line may lack its end
     [[ $answer == [yY]* ]] || { echo "nothing was started"; exit 0; }
 fi
 start

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vit_rsst import __version__, cli, console, evaluation, train
-from vit_rsst.data import loaders
+from vit_rsst import __version__, cli, console, evaluation, planning, train
+from vit_rsst.data import transforms
+from vit_rsst.errors import EnvironmentLacks
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.methods import __all__ as METHODS
-from vit_rsst.recipe_file import builtin_recipes
+from vit_rsst.recipe_file import builtin_recipes, load
 
 VERBS = [
     "train",
@@ -193,6 +194,16 @@ def test_every_recipe_of_the_package_has_a_plan(capsys, monkeypatch):
         assert "as published" in capsys.readouterr().out or "digits" in path.read_text(encoding="utf-8")
         seen += 1
     assert seen == len(builtin_recipes()) >= 3
+
+
+def test_the_plan_of_a_long_tail_counts_what_the_tail_leaves(tmp_path, monkeypatch):
+    def unreachable(*_):
+        raise EnvironmentLacks("no network")
+
+    monkeypatch.setattr(planning, "open_data", unreachable)
+    more = ["data={source: cifar10, val_fraction: 0.1, imbalance: {kind: step, ratio: 10}}"]
+    # 45,000 images, 4,500 of each of 10 classes; 5 of them keep a tenth.
+    assert planning.count_rows(load(tiny.write_recipe(tmp_path), more)).train == 5 * 4500 + 5 * 450
 
 
 # -- what is wrong is found before anything is created
@@ -495,14 +506,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, ca
 @pytest.fixture
 def one_bad_batch(monkeypatch):
     """The second training batch of this process is not a number."""
-    normalize, count = loaders.normalize, 0
+    normalize, count = transforms.normalize, 0
 
     def broken(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
         nonlocal count
         count += 1
         return normalize(images, mean, std) * (float("nan") if count == 2 else 1.0)
 
-    monkeypatch.setattr(loaders, "normalize", broken)
+    monkeypatch.setattr(transforms, "normalize", broken)
 
 
 def test_one_bad_step_stops_a_run_that_tolerates_none(tmp_path, one_bad_batch, capsys):
@@ -565,7 +576,7 @@ def outcome(run: Path) -> Iterator[object]:
 
 def is_as_undisturbed(run: Path, undisturbed: Path) -> None:
     found, expected = list(outcome(run)), list(outcome(undisturbed))
-    assert len(found) == len(expected) == 3 + 1 + TOTAL // 2 + 6 + 3
+    assert len(found) == len(expected) == 3 + 1 + TOTAL // 2 + 6 + 3 + 3
     for one, other in zip(found, expected, strict=True):
         assert one == other
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit_rsst import losses
 from vit_rsst.errors import InputError
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights, unit_groups
@@ -195,24 +194,15 @@ def test_the_ratio_loss_is_the_squared_distance_from_the_share_and_reaches_every
 
 def test_training_by_the_ratio_loss_moves_the_share_that_a_draw_keeps():
     net = build("dynamic_vit", **TINY, stages=[1], keep_ratio=0.25, ratio_weight=2.0).train()
-    loss = losses.with_own(losses.make_loss("cross_entropy", 0.0), net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     x, labels = images(16), torch.arange(16) % 10
     ratio_losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss(net(x), labels).backward()
+        (F.cross_entropy(net(x), labels) + net.auxiliary_loss()).backward()
         ratio_losses.append(float(net.auxiliary_loss()))
         optimizer.step()
     assert sum(ratio_losses[-10:]) < 0.3 * sum(ratio_losses[:10])
-
-
-def test_a_model_without_a_loss_of_its_own_is_trained_by_the_plain_one():
-    logits, labels = torch.randn(4, 10), torch.arange(4)
-    expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
-    assert torch.equal(
-        losses.with_own(losses.make_loss("cross_entropy", 0.1), build("vit_tiny", **TINY))(logits, labels), expected
-    )
 
 
 def test_checkpointed_gradients_of_the_dynamic_vit_are_the_same():

@@ -425,8 +425,11 @@ def test_names_of_tensors_are_never_paths(tmp_path, happened):
     ("option", "sentence"),
     [
         ("train.global_batch=2000", "2000 is more than the 1293 training images"),
-        ("data.train_samples=3", "32 is more than the 3 training images"),
-        ("data.val_fraction=0.0001", "the val split is empty"),
+        (
+            "data.train_samples=3",
+            "3 training images; set train.global_batch=2 train.batch_per_device=null",
+        ),
+        ("data.val_fraction=0.0001", "the val split is empty; hold out more of train, as with data.val_fraction=0.2"),
     ],
 )
 def test_too_little_data_is_refused_with_the_arithmetic(tmp_path, capsys, happened, option, sentence):

@@ -135,6 +135,9 @@ def test_an_example_becomes_a_recipe_that_has_a_plan(line, place, capsys):
     assert made.model.pretrained == (pretrained == "true" and model != "vit_tiny")
     assert (made.pruning.method_name, made.pruning.schedule.rate) == (algorithm, 0.2)
     assert len(made.round_epochs) == 1 + (12 if fill else 20)
+    if made.model.name != "vit_large_imagenet":
+        fine_tuned = made.model.pretrained
+        assert (made.optim.layer_decay == 0.75, made.optim.lr == 1e-4) == (fine_tuned, fine_tuned)
     if fill:
         assert made.pruning.granularity == "head+neuron"
         assert made.pruning.method.refill_ratio == 0.2
@@ -173,14 +176,26 @@ OPTIONS = {
     "--conv1 false": {"protect": ("patch_embed.*",)},
     "--decreasing_lr 40,60 --warmup 9": {"optim.schedule.steps": (40.0, 60.0), "optim.warmup_epochs": 9.0},
     "--batch_size 64 --lr 5e-4 --weight_decay 1e-4 --momentum 0.8": {
-        "train.global_batch": 64, "optim.lr": 5e-4, "optim.weight_decay": 1e-4, "optim.momentum": 0.8},
+        "train.global_batch": 64, "optim.lr": 5e-4, "optim.weight_decay": 1e-4, "optim.momentum": 0.8,
+        "optim.name": "sgd"},
     "--seed 42 --workers 3 --print_freq 7": {"seed": 42, "data.workers": 3, "train.log_every_steps": 7},
     "--save_dir 'my runs' --exp_name 007 --data ~/images": {
         "output_dir": "my runs", "name": "007", "data.path": "~/images"},
     "--dataset cifar100 --arch vit_small --epochs 3 --vit_pretrained_21k": {
         "data.source": "cifar100", "model.name": "vit_small", "train.epochs": 3, "optim.warmup_epochs": 0.75,
         "model.pretrained": "augreg_in21k"},
-    "--arch res20s --struct refill": {"model.name": "resnet20", "granularity": "channel", "schedule.rounds": 17},
+    "--vit_pretrained_21k": {"model.pretrained": False},
+    "--dataset imagenet --arch vit_base_imagenet": {
+        "model.pretrained": False, "optim.lr": 1e-3, "optim.layer_decay": 1.0, "optim.warmup_epochs": 5},
+    "--dataset imagenet --arch vit_base_imagenet --epochs 8 --lr 0.5": {
+        "optim.lr": 0.5, "optim.layer_decay": 0.75, "optim.warmup_epochs": 1},
+    "--dataset imagenet --arch vit_base_imagenet --epochs 8": {"optim.lr": 1e-3, "optim.warmup_epochs": 2},
+    "--dataset imagenet --arch vit_large_imagenet model.pretrained=FOLDER": {
+        "model.pretrained": "FOLDER", "optim.lr": 5e-5, "optim.layer_decay": 0.8},
+    "--arch res20s --struct refill": {
+        "model.name": "resnet20", "granularity": "channel", "schedule.rounds": 17, "optim.name": "sgd", "optim.lr": 0.1,
+        "optim.weight_decay": 5e-4, "data.augment.mixup": 0, "train.label_smoothing": 0},
+    "--seed 1 --criteria l1": {"name": "cifar10-vit_tiny-rsst-80-1.0-4-false-0.2-0-s1-l1"},
     "--lr 0.1 optim.lr=0.2 train.epochs=9": {"optim.lr": 0.2, "train.epochs": 9},
 }  # fmt: skip
 """Old options after the positionals → fields of the recipe; those without a section are pruning's."""
@@ -223,6 +238,9 @@ def test_every_old_name_of_an_option_is_in_the_usage_and_in_these_tests():
         ("cifar10 vit_tiny 80 1.0 4 false 0.2 y gmp", "as many epochs as the others"),
         ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --criteria l1", "it was from rewound ones"),
         ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --pruning_times 5", "never trained its last one"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --lr 0.1", "here AdamW trains; --momentum 0.9 takes SGD"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --momentum 0.9", "SGD needs a larger one: --lr"),
+        ("cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --vit_pretrained_21k", "vit_pretrained_21k true became false"),
         ("cifar10 vit_tiny 80 1.0 4 false 0.2 y refill", "ONLY 7 ROUNDS INSTEAD OF 20"),
     ],
 )
@@ -254,14 +272,22 @@ WRONG = {
     "cifar10 vit_tiny 80 1.0 4 false 0.2 maybe rsst": "AUTO: unknown value 'maybe'; expected one of: y n",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rst2": "ALGORITHM: unknown value 'rst2'; expected one of: rsst refill dense",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y refill 1.1": "FILLBACK: '1.1' is not a number from 0 to 1",
-    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst 0.2": "FILLBACK: '0.2' is not a number but 0, and rsst",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst 0.2": "FILLBACK: '0.2', but rsst puts nothing back; leave",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst 0 more": "'more' is one word too many",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y": "ALGORITHM: missing",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --lr": "--lr: its value is missing",
-    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --learning 1": "--learning: no option",
-    "cifar10 vit_tiny 80 1.0 4 false 0.2 y imp --RST_schedule x": "--RST_schedule: no option",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --lr --seed 1": "--lr: its value is missing",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --learning 1": "--learning: unknown option; expected one of: --yes",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --bogus": "--bogus: unknown option; expected one of: --yes",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --": "--: unknown option",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst -y": "-y: unknown option",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y imp --RST_schedule x": "--RST_schedule: means nothing beside",
+    "cifar10 vit_tiny 80 1.0 4 0.2 y rsst": "PRETRAINED: unknown value '0.2'",
+    "cifar10 vit_tiny 1.0 4 false 0.2 y rsst": "EPOCHS: '1.0' is not a whole number",
+    "imagenet vit_large_imagenet 9 1.0 4 false 0.2 y rsst": "PRETRAINED: false, but vit_large_imagenet needs weights",
+    "data.path=images": "DATASET: missing",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --criteria l3": "criteria: unknown value 'l3'; expected one of: remain",
-    "": "usage",
+    "": "DATASET: missing",
 }
 
 
@@ -273,6 +299,21 @@ def test_a_wrong_word_is_named_with_its_choices_before_anything_is_started(words
     assert "usage: launch_experiment.sh DATASET MODEL" in done.stderr
     assert "ALGORITHM   rsst | refill" in done.stderr
     assert sorted(path.name for path in place.folder.iterdir()) == ["stand in"]
+
+
+def test_a_number_of_processes_that_is_none_is_refused(place):
+    done = place.launch(TINY, PROCESSES="x")
+    assert done.returncode == 2
+    assert "PROCESSES: 'x' is not a number of processes" in done.stderr
+
+
+def test_an_old_bash_is_said_before_it_stumbles(tmp_path):
+    old = tmp_path / "old.sh"
+    old.write_text("VERSION=(3 2)\n" + SCRIPT.read_text(encoding="utf-8").replace("BASH_VERSINFO", "VERSION"))
+    done = subprocess.run(["bash", old], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "4.4 or newer is needed" in done.stderr
 
 
 def test_a_field_that_the_recipe_refuses_ends_it_before_anything_is_started(place):
@@ -293,7 +334,7 @@ def test_an_interpreter_without_the_packages_is_said(place):
 # -- asking, starting, ending
 
 
-@pytest.mark.parametrize("answer, starts", [("y\n", True), ("n\n", False), ("\n", False), ("", False)])
+@pytest.mark.parametrize("answer, starts", [("y\n", True), ("y", True), ("n\n", False), ("\n", False), ("", False)])
 def test_without_auto_the_plan_is_shown_and_only_a_yes_starts(answer, starts, place):
     words = [*TINY[:7], "n", "rsst"]
     done = place.launch(words, answer)
@@ -323,6 +364,17 @@ def test_the_exit_code_of_the_training_is_that_of_the_script_and_its_output_is_k
     assert told.endswith("said\ncomplained\n")
     assert "said\ncomplained\n" in done.stdout
     assert str(log) in done.stdout
+
+
+def test_a_restart_is_passed_on_and_keeps_its_log(place):
+    (place.run / "old").mkdir(parents=True)
+    done = place.launch([*TINY, "--restart", "--allow-data-change"], DO='mv "$RUN" "$RUN.old-1"; mkdir "$RUN"')
+    assert done.returncode == 0, done.stderr
+    assert place.arguments[-2:] == ["--restart", "--allow-data-change"]
+    assert len(list((place.run / "logs").glob("launch-*.log"))) == 1
+    assert [path.name for path in place.folder.glob("run.old-1/*")] == ["old"]
+    assert place.launch([*TINY, "--restart"], RUN=f"{place.run}-new", DO='mv "$RUN" "$RUN.old-1"').returncode == 0
+    assert not list(place.folder.glob("run-new.old-1"))
 
 
 def test_several_processes_are_launched_and_the_exit_code_read_from_the_status(place):
@@ -367,6 +419,14 @@ def test_a_refill_begins_with_weights_of_ones_own(place):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "round_01.safetensors" in done.stdout
     assert json.loads((place.folder / "runs" / "mine" / "environment.json").read_text())["weights"]
+
+
+def test_an_example_of_imagenet_trains_on_a_few_images(place):
+    words = [*shortened(EXAMPLES[9], place.folder / "images"), own_weights(place.folder / "weights"), "name=few"]
+    assert place.launch(words).returncode == 0
+    recipe, *overrides = place.arguments
+    assert tiny.command("train", recipe, *overrides, f"output_dir={place.folder}/runs") == 0
+    assert tiny.status(place.folder / "runs" / "few")["state"] == "finished"
 
 
 def test_published_weights_that_cannot_be_had_stop_the_run_with_one_sentence(place, capfd):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from test_slurm import Cluster
 
 README = tiny.REPOSITORY / "README.md"
 
@@ -81,7 +82,7 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
         return variables, words + [item for item in SHORT if not item.startswith("model.args")]
     if words[:2] == ["vit-rsst", "analyze"]:
         words.append("--no-latency")
-    if not any(word == "train" or word.endswith(".train") for word in words):
+    if words[0] != "sbatch" and not any(word == "train" or word.endswith(".train") for word in words):
         return variables, words
     words += [item for item in SHORT if not item.startswith("model.args")] if "model.args=" in command else SHORT
     if "recipes/cifar10" in command or "recipes/cifar100" in command:
@@ -101,6 +102,8 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
 def run(command: str, folder: Path) -> str:
     """Runs it in `folder`: the verbs within this process, what needs an environment of its own beside it."""
     variables, words = substituted(command)
+    if words[0] == "sbatch":
+        return run_job(words, folder)
     if words[0] == "vit-rsst" and not variables:
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
             assert tiny.command(*words[1:]) == 0, f"{command}\n{words}\n{out.getvalue()[-2000:]}"
@@ -115,6 +118,15 @@ def run(command: str, folder: Path) -> str:
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, f"{command}\n{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def run_job(words: list[str], folder: Path) -> str:
+    """`sbatch --nodes=N SCRIPT …` with stand-ins for SLURM's programs."""
+    nodes, script = int(words[1].removeprefix("--nodes=")), Path(words[2]).name
+    cluster = Cluster(folder)
+    code, told = cluster.end(cluster.start(script, *words[3:], nodes=nodes, SLURM_SUBMIT_DIR=str(folder)))
+    assert code == 0, told
+    return told
 
 
 def test_every_command_of_the_readme_runs(elsewhere):

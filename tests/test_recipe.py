@@ -336,6 +336,8 @@ EXPLICIT = "pruning.schedule={name: explicit, sparsities: [0.5, 0.8]}"
 UNITS = "pruning.granularity=head+neuron"
 
 RULES = {
+    "momentum without sgd": (["optim.momentum=0.8"], "optim.momentum", "means nothing to adamw"),
+    "betas of sgd": (["optim.name=sgd", "optim.betas=[0.8, 0.9]"], "optim.betas", "means nothing to sgd"),
     "weights that are neither a word nor a place": (
         ["model.name=vit_small", "model.pretrained=yes"], "model.pretrained", "is not true or false"),
     "a stream of the digits": (["data.streaming=true"], "data.streaming", "means nothing to the embedded digits"),
@@ -349,6 +351,12 @@ RULES = {
     "a ratio of nothing": (["data.imbalance.ratio=10"], "data.imbalance.ratio", "means nothing without"),
     "an imbalance that is corrected twice": (
         ["data.sampler=class_balanced", "train.loss=class_weighted"], "train.loss", "correct the same imbalance"),
+    "erasing of nothing": (["data.augment.remode=const"], "data.augment.remode", "means nothing without reprob"),
+    "a switch between one kind": (
+        ["data.augment={mixup: 0.8, mixup_switch_prob: 0.3}"], "data.augment.mixup_switch_prob", "mixup and cutmix"),
+    "an image more often than a batch has places": (
+        ["data.augment.aug_repeats=300"], "data.augment.aug_repeats", "is more than a global batch of 256"),
+    "a teacher without a name": (["train.distill.teacher=''"], "train.distill.teacher", "is empty"),
     "a mixture of one image": (
         ["data.augment.mixup=0.8", "train.batch_per_device=1"], "data.augment", "mix the images of a device's batch"),
     "a temperature without a teacher": (

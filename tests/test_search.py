@@ -88,7 +88,12 @@ def test_the_best_trial_comes_first_and_as_a_command_line(tmp_path, started, cap
     assert value == pytest.approx(80 - 10 * abs(math.log10(lr) + 2) - 50 * float(decay))
     best = told.strip().splitlines()[-1].split()
     assert best[:2] == ["vit-rsst", "train"]
-    assert best[3:] == ["train.label_smoothing=0.1", f"optim.lr={lr!r}", f"optim.weight_decay={decay}"]
+    assert best[3:] == [
+        "train.label_smoothing=0.1",
+        f"optim.lr={lr!r}",
+        f"optim.weight_decay={decay}",
+        "name=tiny-best",
+    ]
     values = [float(line.split()[1]) for line in told.splitlines() if line.lstrip().startswith("trial-")]
     assert len(values) == 6
     assert values == sorted(values, reverse=True)

@@ -78,7 +78,7 @@ class Cluster:
         }
         command = ["bash", str(tiny.REPOSITORY / "scripts" / "slurm" / script), *map(str, arguments)]
         return subprocess.Popen(
-            command, env=tiny.environment(PATH=path, **slurm, **variables), cwd=self.folder,
+            command, env=tiny.environment(PATH=path, **(slurm | variables)), cwd=self.folder,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 

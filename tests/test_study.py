@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -57,7 +58,9 @@ def test_a_study_trains_each_run_once_and_compares_the_arms(tmp_path, started, c
     file, study = write_study(tmp_path), tiny.script("study")
     assert study.main([str(file), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "arms.md")]) == 0
     assert started == ["dense-round-s0", "dense-round-s1", "imp-s0", "rsst-s0", "imp-s1", "rsst-s1"]
-    heads, _, imp, rsst = (line.split(" | ") for line in (tmp_path / "arms.md").read_text("utf-8").splitlines())
+    told, _, *table = (tmp_path / "arms.md").read_text("utf-8").splitlines()
+    assert told.startswith("Comparisons with imp, seed by seed: 1;")
+    heads, _, imp, rsst = (line.split(" | ") for line in table)
     assert (imp[0], rsst[0], imp[2], imp[7], rsst[7]) == ("| imp", "| rsst", "2", "3", "3")
     assert heads[-2:] == ["test − imp", "which is |"]
     assert "noise" in rsst[-1]
@@ -214,6 +217,13 @@ def test_a_signal_stops_all_trainers_cleanly(tmp_path, monkeypatch):
     assert len(told) == 4
 
 
+@pytest.mark.parametrize("name", ["study", "search"])
+def test_an_interpreter_without_the_package_is_one_sentence(name):
+    done = tiny.python("-I", "-S", tiny.SCRIPTS / name, "--help")
+    assert done.returncode == 3
+    assert re.fullmatch(r"error: .* make .venv with scripts/quickstart and activate it.\n", done.stderr)
+
+
 def result(arm: str, seed: int, test: float, gap: float | None = None) -> tables.Result:
     row = dict.fromkeys(results.COLUMNS, 0) | {"val_top1": test + 1, "test_top1": test, "density": 0.1, "seconds": 30}
     rows = [results.RoundRow(**row | {"what_if_gap": None}), results.RoundRow(**row | {"what_if_gap": gap})]
@@ -229,14 +239,15 @@ def test_means_spreads_and_paired_differences_are_those_worked_out_by_hand(monke
     _, imp, rsst, gmp = tables.cells(study)
     # Deviations of 50, 52, 54 from 52: √((4 + 0 + 4) / 2) = 2.
     assert imp[:9] == ("imp", "default", "3", "0.100", "53.00 ± 2.00", "52.00 ± 2.00", "5.00 ± 1.00", "3", "1.0")
-    # Pairs 1, 1.5, 1: mean 3.5 / 3, deviation √((2 · (1/6)² + (1/3)²) / 2) = √(1/12) = 0.2887, three of them 0.87.
-    assert rsst[-2:] == ("+1.17 ± 0.29", "more than noise (0.87)")
+    # Pairs 1, 1.5, 1: mean 3.5 / 3, deviation √((2 · (1/6)² + (1/3)²) / 2) = √(1/12) = 0.2887, three of them 0.87: less
+    # than the point that it takes at least.
+    assert rsst[-2:] == ("+1.17 ± 0.29", "more than noise (1.00)")
     # Pairs 0, 3, −3: mean 0, deviation √(18 / 2) = 3.
     assert gmp[-2:] == ("+0.00 ± 3.00", "within noise (9.00)")
     assert (gmp[6], rsst[6]) == ("–", "0.50 ± 0.00")
 
 
-def test_one_or_two_seeds_need_a_point_at_least():
+def test_a_difference_below_a_point_is_noise_however_alike_the_seeds_are():
     imp, rsst = ([result(arm, s, t) for s, t in pairs] for arm, pairs in (
         ("imp", [(0, 50.0), (1, 50.0), (3, 10.0)]), ("rsst", [(0, 50.8), (1, 51.0), (2, 90.0)])
     ))  # fmt: skip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import nn
 
-from vit_rsst import results
+from vit_rsst import files, results
 from vit_rsst.best import Best
 from vit_rsst.data.loaders import Dealing, InMemoryLoader
 from vit_rsst.data.mixing import Mixing
@@ -25,6 +25,7 @@ from vit_rsst.distill import Distillation, divergence
 from vit_rsst.ema import Ema
 from vit_rsst.losses import make_loss
 from vit_rsst.metrics.counters import RunningLoss
+from vit_rsst.models.dynamic_vit import DynamicVit
 from vit_rsst.progress import Progress
 from vit_rsst.tickets import load
 
@@ -66,8 +67,10 @@ def test_weights_of_classes_leave_the_mean_image_at_one_and_a_missing_class_does
     zeros = torch.zeros(40, 3)
     labels = torch.tensor([0] * 30 + [1] * 10)
     assert float(loss(zeros, labels)) == pytest.approx(math.log(3), rel=1e-6)
-    for kind in ("class_weighted", "balanced_softmax"):
-        assert make_loss(kind, 0.0, torch.tensor([30, 10, 0]))(LOGITS, LABELS).isfinite()
+    smoothed = make_loss("class_weighted", 0.1, torch.tensor([30, 10, 0]))
+    far = zeros + torch.tensor([0.0, 0.0, -50.0])
+    assert float(smoothed(far, labels)) < 1.0
+    assert make_loss("balanced_softmax", 0.1, torch.tensor([30, 10, 0]))(LOGITS, LABELS).isfinite()
 
 
 def test_equal_parts_of_a_batch_have_the_mean_of_their_weighted_losses():
@@ -103,8 +106,7 @@ def test_mixtures_are_those_of_timm_for_the_same_draw(alphas):
     images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     np.random.seed(5)
     expected = Mixup(*alphas, label_smoothing=0.0, num_classes=3)(images.clone(), labels)
-    np.random.seed(5)
-    found = Mixing(3, *alphas, 1.0, 0.5)(images.clone(), labels)
+    found = Mixing(3, *alphas, 1.0, 0.5)(images.clone(), labels, 5)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert torch.allclose(found[1].sum(1), torch.ones(6))
@@ -114,7 +116,7 @@ def test_mixtures_are_those_of_timm_for_the_same_draw(alphas):
 @pytest.mark.parametrize("number", [1, 5])
 def test_an_image_without_a_partner_stays_as_it_is(number):
     images, labels = torch.randn(number, 3, 8, 8), torch.arange(number) % 3
-    mixed, shares = Mixing(3, 0.8, 0.0, 1.0, 0.5)(images.clone(), labels)
+    mixed, shares = Mixing(3, 0.8, 0.0, 1.0, 0.5)(images.clone(), labels, 0)
     assert torch.equal(mixed[-1], images[-1])
     assert shares[-1].tolist() == F.one_hot(labels[-1], 3).tolist()
     assert len(mixed) == len(shares) == number
@@ -236,6 +238,18 @@ def test_the_average_takes_the_place_of_the_weights_and_gives_it_back():
     assert all(torch.equal(ema.tensors[name], t) for name, t in averaged.items())
 
 
+def test_weights_that_are_tied_come_back_as_they_were():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    net[1].weight = net[0].weight
+    ema, live = Ema(net, 0.5), net[0].weight.detach().clone()
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    ema.update_({})
+    with ema.in_place():
+        assert not torch.equal(net[1].weight, live + 1.0)
+    assert torch.equal(net[1].weight, live + 1.0)
+
+
 # -- the best epoch
 
 
@@ -276,6 +290,37 @@ def test_a_round_ends_with_its_best_epoch_and_early_where_patience_runs_out(tmp_
     assert min(row.epochs for row in rows) < 6
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "{name: gmp, window: [0.5, 0.5]}",
+        "{name: ste, window: [0.0, 0.5], interval: 2}",
+        "{name: rsst, remove_at: 1.0}",
+        "rst",
+        "{name: refill}",
+    ],
+)
+def test_the_best_epoch_of_any_method_is_one_after_its_last_removal(tmp_path, method):
+    recipe = tiny.write_recipe(tmp_path)
+    options = ("train.epochs=2", "train.round_epochs=3", "train.keep_best=true", "train.patience=1", "optim.lr=0.02")
+    units = ("pruning.granularity=neuron", "pruning.schedule.final_sparsity=0.5") if "refill" in method else ()
+    assert tiny.command("train", recipe, *options, *units, f"pruning.method={method}") == 0
+    [run] = (tmp_path / "runs").iterdir()
+    assert results.load_rows(run)[-1].density < 0.6
+
+
+def test_a_models_own_loss_is_not_the_teachers_to_weigh(tmp_path, monkeypatch):
+    seen = []
+    plain = DynamicVit.auxiliary_loss
+    monkeypatch.setattr(DynamicVit, "auxiliary_loss", lambda s: seen.append(plain(s)) or 1000.0 * seen[-1])
+    args = json.dumps({"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "stages": [1]})
+    options = ("model.name=dynamic_vit", f"model.args={args}", "train.distill={teacher: dense, weight: 1.0}")
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *options, "train.log_every_steps=1") == 0
+    [run] = (tmp_path / "runs").iterdir()
+    told = [event["train/loss"] for event in tiny.events(run) if event["event"] == "step"]
+    assert all(loss >= 1000.0 * float(own) for loss, own in zip(told, seen, strict=True))
+
+
 def test_the_teacher_of_the_later_rounds_is_the_model_of_round_0(tmp_path, monkeypatch):
     asked = []
     plain = Distillation.__call__
@@ -286,8 +331,11 @@ def test_the_teacher_of_the_later_rounds_is_the_model_of_round_0(tmp_path, monke
     dense = load(results.ticket_path(run, 0)).state
     assert all(torch.equal(value, dense[name]) for name, value in asked[-1].state_dict().items())
     assert not asked[-1].training
-    other = ("name=other", f"train.distill.teacher={run}")
-    assert tiny.command("train", tiny.write_recipe(tmp_path), *other, "pruning.method=dense") == 0
+    other = ("name=other", f"train.distill.teacher={run}", "pruning.method=dense")
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *other, "--dry-run") == 0
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *other) == 0
+    record = json.loads((run.parent / "other" / "environment.json").read_text())
+    assert record["teacher"] == files.sha256(max((run / "tickets").glob("*.safetensors")))
 
 
 def test_a_teacher_of_other_data_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -296,6 +344,9 @@ def test_a_teacher_of_other_data_is_refused_before_anything_is_written(tmp_path,
     args = json.dumps(tiny.MODEL_ARGS | {"img_size": 64})
     other = ("data.image_size=64", f"model.args={args}", f"train.distill.teacher={tmp_path}/runs/teacher")
     assert tiny.command("train", recipe, "name=student", *other) == 2
-    assert "64 px" in capsys.readouterr().err
+    assert "px: 32 there, 64 here" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "student").exists()
-    assert tiny.command("train", recipe, "name=student", "train.distill.teacher=nowhere") == 5
+    for flags in ((), ("--dry-run",)):
+        assert tiny.command("train", recipe, "name=student", "train.distill.teacher=nowhere", *flags) == 5
+    own = (f"train.distill.teacher={tmp_path}/runs/student", "name=student")
+    assert tiny.command("train", recipe, *own) == 2

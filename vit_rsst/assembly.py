@@ -91,6 +91,11 @@ def build(
     optimizer = build_optimizer(net, recipe.optim)
     loader = build_loader(recipe, data, dealing, accelerator)
     distillation = build_distillation(recipe, data, progress, accelerator)
+    if recipe.data.augment.mixes and dealing.batch_per_device == 1:
+        raise InputError(
+            f"data.augment: MixUp and CutMix mix the images of a device's batch, and of a global batch of {dealing} it "
+            "has one; take a larger train.global_batch."
+        )
     watchdog = Watchdog(folder.logs / f"stacks-{accelerator.process_index}.txt", train.rank_timeout)
 
     def give_up() -> bool:
@@ -101,6 +106,8 @@ def build(
     lock, record = None, run_folder.environment(accelerator.num_processes, str(device), data.identity)
     if hasattr(net, "loaded"):
         record["weights"] = net.loaded.record()
+    if distillation is not None and distillation.source:
+        record["teacher"] = distillation.source
     if is_main:
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")
@@ -120,7 +127,8 @@ def build(
         net=net,
         optimizer=optimizer,
         loader=loader,
-        loss=build_loss(net, recipe, data, device),
+        loss=build_loss(recipe, data, device),
+        own_loss=getattr(net, "auxiliary_loss", None),
         mixing=build_mixing(recipe, data),
         distillation=distillation,
         best=Best(train.patience, train.keep_best),

@@ -26,7 +26,7 @@ class Console:
     images_per_step: int
     _bar: tqdm | None = None
     _began: float = field(default_factory=time.monotonic)
-    _first_step: int | None = None
+    _steps: int = 0
     _last_line: float = 0.0
 
     def line(self, text: str) -> None:
@@ -40,15 +40,16 @@ class Console:
         if not self.is_main:
             return
         p = self.progress
-        if self._first_step is None:
-            self._first_step, self._began = p.global_step - 1, time.monotonic()
+        if self._bar is None:
+            self._began = time.monotonic()
             hidden = not sys.stderr.isatty()
             self._bar = tqdm(total=p.total_steps, initial=p.global_step - 1, unit="step", leave=False, disable=hidden)
+        self._steps += 1
         rate = self.images_per_second
         if not self._bar.disable:
             self._bar.set_description(f"round {p.round}/{len(p.round_epochs) - 1} epoch {p.epoch}", refresh=False)
             self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} images/s", refresh=False)
-            self._bar.update()
+            self._bar.update(p.global_step - self._bar.n)  # a round that ends early leaves steps out
         elif time.monotonic() - max(self._last_line, self._began) > 60:
             self._last_line = time.monotonic()
             left = (p.total_steps - p.global_step) * self.images_per_step / max(rate, 1e-9)
@@ -59,8 +60,7 @@ class Console:
     @property
     def images_per_second(self) -> float:
         """Mean since this process began to train, evaluation included."""
-        done = self.progress.global_step - (self._first_step or 0)
-        return done * self.images_per_step / max(time.monotonic() - self._began, 1e-9)
+        return self._steps * self.images_per_step / max(time.monotonic() - self._began, 1e-9)
 
     def epoch(self, metrics: Mapping[str, float]) -> None:
         """The line of an epoch."""

@@ -18,12 +18,14 @@ class Distillation:
         weight: α, the share of the teacher.
         temperature: T.
         autocast: the precision in which it is asked.
+        source: sha256 of the file of a teacher that another run left; None: it is this run's own.
     """
 
     teacher: Callable[[], nn.Module | None]
     weight: float
     temperature: float
     autocast: Callable[[], AbstractContextManager]
+    source: str | None = None
 
     def __call__(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
         """(1 − α) · loss + α · T² · KL(teacher ‖ student), both softened by T; the loss as it is without a teacher."""

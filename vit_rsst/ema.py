@@ -20,7 +20,9 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.steps = decay, 0
-        self._live = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+        live = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+        # Weights that are tied are one weight.
+        self._live = {name: value for name, value in live.items() if name == _first_name(live, value)}
         self.tensors = {name: value.detach().clone() for name, value in self._live.items()}
 
     def restart_(self) -> None:
@@ -68,3 +70,7 @@ class Ema:
         self.steps = steps
         for name, value in self.tensors.items():
             value.copy_(tensors[name])
+
+
+def _first_name(tensors: Mapping[str, Tensor], wanted: Tensor) -> str:
+    return next(name for name, tensor in tensors.items() if tensor.data_ptr() == wanted.data_ptr())

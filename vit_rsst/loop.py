@@ -41,6 +41,7 @@ class Run:
     Attributes:
         model: as Accelerate prepared it; `net` is the same network without wrappers.
         loss: (logits, labels) → mean loss.
+        own_loss: what the model asks of itself after a forward pass in training; None: nothing.
         mixing: MixUp or CutMix; None: images stay apart.
         distillation: joins a teacher to the loss; None: there is none.
         best: the best epoch of the round under way.
@@ -80,6 +81,7 @@ class Run:
     header: dict[str, str]
     environment: dict[str, object]
     watchdog: Watchdog
+    own_loss: Callable[[], Tensor] | None = None
     mixing: Mixing | None = None
     distillation: Distillation | None = None
     best: Best = field(default_factory=Best)
@@ -141,14 +143,18 @@ def train_step(s: Run, micro_batches: list[Batch]) -> tuple[float, float]:
     """One optimizer step over all micro-batches of this rank; mean loss of this rank and gradient norm of all."""
     total = 0.0
     s.controller.before_forward()
-    for images, labels in micro_batches:
+    for micro, (images, labels) in enumerate(micro_batches):
         if s.mixing is not None:
-            images, labels = s.mixing(images, labels)
+            place = micro * s.accelerator.num_processes + s.accelerator.process_index  # in the global batch
+            seed = derived_seed(s.seed, "mixing", s.progress.global_step, place)
+            images, labels = s.mixing(images, labels, seed)
         with s.accelerator.accumulate(s.model):
             logits = s.model(images)
             loss = s.loss(logits, labels)
             if s.distillation is not None:
                 loss = s.distillation(loss, logits, images)
+            if s.own_loss is not None:
+                loss = loss + s.own_loss()
             s.accelerator.backward(loss)  # divides by the accumulation
         s.meter.add(logits, labels, loss)
         total = total + loss.detach()
@@ -206,7 +212,7 @@ def finish_epoch(s: Run) -> None:
     metrics |= {f"val/{key}": value for key, value in scores.items()}
     metrics |= s.controller.metrics(last) | {"time/images_per_s": s.console.images_per_second}
     has_ended = note_best(s, scores["top1"])
-    if s.best.weights is not None or s.best.patience is not None:
+    if math.isfinite(s.best.top1):
         metrics["val/top1_best"] = s.best.top1
     read, warnings = s.loader.report()
     for warning in warnings:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ def make_loss(kind: str, label_smoothing: float, class_counts: Tensor | None = N
     if kind == "balanced_softmax":
         prior = counts.log()
         return lambda logits, labels: F.cross_entropy(logits + prior, labels, label_smoothing=label_smoothing)
-    weights = class_counts.sum() / ((class_counts > 0).sum() * counts)
+    present = class_counts > 0  # a class without images has no say, also where labels are smoothed
+    weights = torch.where(present, class_counts.sum() / (present.sum() * counts), 0.0)
 
     def class_weighted(logits: Tensor, labels: Tensor) -> Tensor:
         # Over the number of images and not the sum of their weights: equal parts of a batch stay equal parts.
@@ -32,9 +34,3 @@ def make_loss(kind: str, label_smoothing: float, class_counts: Tensor | None = N
         return total / len(logits)
 
     return class_weighted
-
-
-def with_own(loss: Loss, net: nn.Module) -> Loss:
-    """The loss, and what the model asks of itself in training by `auxiliary_loss`, where it has that."""
-    own = getattr(net, "auxiliary_loss", None)
-    return loss if own is None else lambda logits, labels: loss(logits, labels) + own()

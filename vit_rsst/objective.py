@@ -7,23 +7,26 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vit_rsst import results
+from vit_rsst import files, results
+from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.distill import Distillation
 from vit_rsst.errors import InputError
-from vit_rsst.losses import Loss, make_loss, with_own
+from vit_rsst.export import slim_folder
+from vit_rsst.export.source import open_ticket
+from vit_rsst.losses import Loss, make_loss
 from vit_rsst.progress import Progress
 from vit_rsst.recipe import Recipe
 from vit_rsst.trained import Trained, open_trained
 
 
-def build_loss(net: nn.Module, recipe: Recipe, data: ImageData, device: torch.device) -> Loss:
+def build_loss(recipe: Recipe, data: ImageData, device: torch.device) -> Loss:
     """The recipe's loss."""
     counts = None
     if recipe.train.loss != "cross_entropy":
         counts = torch.bincount(data.rows["train"].labels, minlength=len(data.classes)).to(device)
-    return with_own(make_loss(recipe.train.loss, recipe.train.label_smoothing, counts), net)
+    return make_loss(recipe.train.loss, recipe.train.label_smoothing, counts)
 
 
 def build_mixing(recipe: Recipe, data: ImageData) -> Mixing | None:
@@ -45,13 +48,13 @@ def build_distillation(
     options = recipe.train.distill
     if options.teacher is None:
         return None
-    own = results.ticket_path(recipe.run_folder, 0)
+    own, source = results.ticket_path(recipe.run_folder, 0), None
 
     @functools.cache
     def opened(path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # built within a step, it must not draw what the step would draw
             found = open_trained(path)
-        check_teacher(path, found, data)
+        check_teacher(path, found, recipe, data)
         net = found.net.to(accelerator.device).eval().requires_grad_(False)
         if recipe.train.compile:
             net.compile()
@@ -63,21 +66,33 @@ def build_distillation(
         return opened(own) if progress.round > 0 else None
 
     if options.teacher != "dense":
+        if Path(options.teacher).expanduser().resolve().is_relative_to(recipe.run_folder.resolve()):
+            raise InputError(
+                f"train.distill.teacher: {options.teacher} lies in this run's own folder; the model of its round 0 is "
+                "meant by dense, another run needs another name (name=…)."
+            )
         teacher()
-    return Distillation(teacher, options.weight, options.temperature, accelerator.autocast)
+        file, _ = open_ticket(Path(options.teacher).expanduser())
+        source = files.sha256(file if file.is_file() else file / slim_folder.WEIGHTS)
+    return Distillation(teacher, options.weight, options.temperature, accelerator.autocast, source)
 
 
-def check_teacher(path: Path, teacher: Trained, data: ImageData) -> None:
+def check_teacher(path: Path, teacher: Trained, recipe: Recipe, data: ImageData) -> None:
     """Refuses a teacher whose answers mean something else here.
 
     Raises:
-        InputError: it knows other classes, or takes images of another size.
+        InputError: it knows other classes, or takes images of another size or normalisation.
     """
-    theirs = f"{len(teacher.classes)} classes at {teacher.data.size} px"
-    ours = f"{len(data.classes)} classes at {data.options.size} px"
-    if theirs != ours or list(teacher.classes) != list(data.classes):
-        same = "of other names" if theirs == ours else ""
-        raise InputError(
-            f"train.distill.teacher: {path} was trained for {theirs} and this recipe has {ours} {same}".rstrip()
-            + "; name a teacher of the same data."
-        )
+    info = SOURCES[recipe.data.source]
+    pairs = {
+        "classes": (len(teacher.classes), len(data.classes)),
+        "names of classes": (list(teacher.classes), list(data.classes)),
+        "px": (teacher.data.size, data.options.size),
+        "mean and deviation of the channels": ((teacher.mean, teacher.std), (info.mean, info.std)),
+    }
+    for what, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            told = f"{theirs} there, {ours} here" if isinstance(theirs, int) else "others there than here"
+            raise InputError(
+                f"train.distill.teacher: {path} was trained on other data ({what}: {told}); name a teacher of the same."
+            )

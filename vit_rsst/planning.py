@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -26,6 +27,7 @@ from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe import Recipe
 from vit_rsst.results import aligned, size
+from vit_rsst.trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def count_rows(recipe: Recipe) -> Rows:
             raise
         val = round(info.rows[0] * assembly.data_options(recipe).val_share)
         train = min(info.rows[0] - val, recipe.data.train_samples or info.rows[0])
+        if recipe.data.imbalance.kind is not None:
+            train = sum(recipe.data.imbalance.counts(round(train / info.num_classes), info.num_classes))
         return Rows(train, val, info.rows[1], info.num_classes, False)
 
 
@@ -198,9 +202,10 @@ def resource_lines(
     state = total * 4 * (2 + moments)
     masks = prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
-    counts = (rows.train, rows.val, rows.test)
+    counts, augment = (rows.train, rows.val, rows.test), recipe.data.augment
     images = "decoded as they are read"
-    if recipe.data.in_memory is not False and assembly.crop(recipe) == "pad" and None not in counts:
+    is_varied = assembly.crop(recipe) == "resized" or augment.auto_augment or augment.color_jitter
+    if recipe.data.in_memory is not False and not is_varied and None not in counts:
         images = f"decoded {size(sum(counts) * 3 * image_size**2)} where they fit"
     activations = activation_bytes(net, image_size, dealing.batch_per_device)
     if recipe.train.precision == "bf16":
@@ -210,7 +215,10 @@ def resource_lines(
     rewind = total * 4 if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
     average = total * 4 if recipe.train.ema_decay else 0
     best = total * 4 + average if recipe.train.keep_best else 0
-    teacher = total * 4 if recipe.train.distill.teacher else 0
+    teacher = {None: 0, "dense": total * 4}.get(recipe.train.distill.teacher)
+    if teacher is None:  # opened here, so that a plan tells what is wrong with it
+        found = open_trained(Path(recipe.train.distill.teacher).expanduser())
+        teacher = sum(parameter.numel() * 4 for parameter in found.net.parameters())
     point = total * 4 * (1 + moments) + prunable // 4 + rewind + average + best
     beside = [("the average", average), ("the teacher", teacher), ("the best epoch, on the host", best)]
     listed = "".join(f"{name} {size(num_bytes)}, " for name, num_bytes in beside if num_bytes)

@@ -57,8 +57,8 @@ class Augment:
     aug_repeats: Annotated[int, Ge(1)] = 1
     reprob: Annotated[float, Ge(0), Le(1)] = 0.0
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    rearea: tuple[Annotated[float, Gt(0), Lt(1)], Annotated[float, Gt(0), Lt(1)]] = (0.02, 1 / 3)
-    reaspect: Annotated[float, Gt(0), Le(1)] = 0.3
+    rearea: tuple[Annotated[float, Gt(0), Le(0.8)], Annotated[float, Gt(0), Le(0.8)]] = (0.02, 1 / 3)
+    reaspect: Annotated[float, Ge(0.05), Le(1)] = 0.3
     mixup: Annotated[float, Ge(0)] = 0.0
     cutmix: Annotated[float, Ge(0)] = 0.0
     mixup_prob: Annotated[float, Gt(0), Le(1)] = 1.0
@@ -315,7 +315,9 @@ def _window_schedule(schedule: Schedule, kept: int, window: int) -> Schedule:
         return schedule
     name = "linear" if schedule.name == "geometric" else schedule.name
     final = 1.0 - kept / window if schedule.final_sparsity is None else schedule.final_sparsity
-    return replace(schedule, name=name, rounds=schedule.rounds or window - kept, final_sparsity=final)
+    return replace(
+        schedule, name=name, rounds=window - kept if schedule.rounds is None else schedule.rounds, final_sparsity=final
+    )
 
 
 @section

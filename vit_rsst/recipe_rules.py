@@ -16,7 +16,7 @@ from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.methods.rst import Rst
 from vit_rsst.pruning.methods.ste import StraightThrough
 from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
-from vit_rsst.recipe import Distill, Recipe, StepDecay
+from vit_rsst.recipe import Augment, Distill, Optim, Recipe, StepDecay
 from vit_rsst.recipe_errors import Problem
 
 YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
@@ -25,20 +25,8 @@ YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
-    rules = (
-        _name,
-        _schedule,
-        _windows,
-        _targets,
-        _granularity,
-        _allocation,
-        _method,
-        _data,
-        _model,
-        _distill,
-        _optim,
-        _epochs,
-    )
+    pruning = (_schedule, _windows, _targets, _granularity, _allocation, _method)
+    rules = (_name, *pruning, _data, _model, _distill, _optim, _epochs)
     return [problem for rule in rules for problem in rule(recipe)]
 
 
@@ -63,7 +51,7 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 f"{place}.sparsities", f"{list(schedule.sparsities)} does not rise; a removed weight stays removed"
             )
-        if schedule.rounds and schedule.sparsities and schedule.rounds != len(schedule.sparsities):
+        if schedule.rounds is not None and schedule.sparsities and schedule.rounds != len(schedule.sparsities):
             yield Problem(
                 f"{place}.rounds", f"{schedule.rounds} and {len(schedule.sparsities)} sparsities; leave rounds out"
             )
@@ -278,6 +266,20 @@ def _augment(recipe: Recipe) -> Iterator[Problem]:
         )
         if is_set
     ]
+    unused = {
+        "reprob": not augment.reprob and ("remode", "rearea", "reaspect"),
+        "mixup or cutmix": not augment.mixes and ("mixup_prob",),
+        "mixup and cutmix": not (augment.mixup and augment.cutmix) and ("mixup_switch_prob",),
+    }
+    for what, names in unused.items():
+        for name in names or ():
+            if getattr(augment, name) != getattr(Augment, name):
+                yield Problem(f"data.augment.{name}", f"means nothing without {what}; set that, or leave it out")
+    if augment.aug_repeats > recipe.train.global_batch:
+        yield Problem(
+            "data.augment.aug_repeats",
+            f"{augment.aug_repeats} times an image is more than a global batch of {recipe.train.global_batch}",
+        )
     if augment.mixes and 1 in (recipe.train.global_batch, recipe.train.batch_per_device):
         yield Problem("data.augment", "MixUp and CutMix mix the images of a device's batch, and it has one; take more")
     if data.in_memory and varied:
@@ -313,7 +315,9 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
 
 def _distill(recipe: Recipe) -> Iterator[Problem]:
     distill, place = recipe.train.distill, "train.distill"
-    if distill.teacher is None:
+    if distill.teacher == "":
+        yield Problem(f"{place}.teacher", "is empty; expected dense, a ticket, a run or a slim folder")
+    elif distill.teacher is None:
         for name in ("weight", "temperature"):
             if getattr(distill, name) != getattr(Distill, name):
                 yield Problem(f"{place}.{name}", f"means nothing without {place}.teacher: dense, a ticket or a run")
@@ -334,6 +338,10 @@ def _optim(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("optim.schedule.steps", f"{list(optim.schedule.steps)} go past the {train.epochs} epochs")
     if optim.min_lr > optim.lr:
         yield Problem("optim.min_lr", f"{optim.min_lr} is more than lr {optim.lr}")
+    if optim.momentum != Optim.momentum and optim.name != "sgd":
+        yield Problem("optim.momentum", f"means nothing to {optim.name}; leave it out, or use optim.name=sgd")
+    if optim.betas != Optim.betas and optim.name == "sgd":
+        yield Problem("optim.betas", "means nothing to sgd, which has optim.momentum; leave it out")
     if recipe.pruning.rewind == "none" and optim.schedule == "cosine" and optim.min_lr == 0:
         yield Problem(
             "pruning.rewind",

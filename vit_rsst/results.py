@@ -30,7 +30,7 @@ class RoundRow:
 
 
 NOISE = 1.0
-"""Points of top-1 below which a difference of single seeds says nothing."""
+"""Points of top-1 below which a difference says nothing, however alike the seeds are."""
 
 COLUMNS = tuple(f.name for f in fields(RoundRow))
 
@@ -78,13 +78,13 @@ def load_report(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def noise(spreads: Sequence[float], seeds: int) -> float:
-    """Points up to which a difference is noise: three standard deviations of three seeds or more, else at least one.
+def noise(spreads: Sequence[float]) -> float:
+    """Points up to which a difference is noise: three standard deviations over seeds, and a point at least.
 
     Args:
-        spreads: standard deviations over seeds.
+        spreads: standard deviations over seeds; none where there is one seed.
     """
-    return max(3 * spread for spread in spreads) if seeds >= 3 else max([NOISE, *(3 * spread for spread in spreads)])
+    return max([NOISE, *(3 * spread for spread in spreads)])
 
 
 def table(rows: list[RoundRow]) -> str:

@@ -201,7 +201,7 @@ def drift(then: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
         {
             **{f"versions.{name}": version for name, version in part.get("versions", {}).items()},
             **{f"data.{name}": value for name, value in part.get("data", {}).items()},
-            **{name: part.get(name) for name in ("commit", "device", "processes", "threads")},
+            **{name: part.get(name) for name in ("commit", "device", "processes", "threads", "teacher")},
         }
         for part in (then, now)
     ]

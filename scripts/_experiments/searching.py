@@ -198,9 +198,10 @@ class Search:
         return lines
 
     def best_overrides(self) -> list[str] | None:
-        """The overrides of the best trial; None where none has finished."""
+        """The overrides of the best trial, with a name of its own; None where none has finished."""
         best = next((trial for trial in self.ended() if trial.state.name == "COMPLETE"), None)
-        return None if best is None else [*self.overrides, *self.chosen(best.params)]
+        name = f"name={value_text(f'{self.recipe.name}-best')}"
+        return None if best is None else [*self.overrides, *self.chosen(best.params), name]
 
 
 @dataclass

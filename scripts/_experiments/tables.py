@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from _experiments.study_file import PlannedRun, Study
-from vit_rsst.results import RoundRow, load_rows, noise
+from vit_rsst.results import NOISE, RoundRow, load_rows, noise
 
 HEADS = ("arm", "point", "n", "density", "val top-1", "test top-1", "what-if gaps", "epochs", "minutes")
 
@@ -78,7 +78,7 @@ def difference_text(group: Sequence[Result], reference: Sequence[Result]) -> tup
     pairs = [result.test - scores[result.run.seed] for result in group if result.run.seed in scores]
     if not pairs:
         return "–", "–"
-    bound = noise([statistics.stdev(pairs)] if len(pairs) > 1 else [], len(pairs))
+    bound = noise([statistics.stdev(pairs)] if len(pairs) > 1 else [])
     mean = statistics.mean(pairs)
     verdict = f"within noise ({bound:.2f})" if abs(mean) <= bound else f"more than noise ({bound:.2f})"
     return spread_text(pairs, "+"), verdict
@@ -115,11 +115,26 @@ def _numbers(group: Sequence[Result]) -> tuple[str, ...]:
     )
 
 
+def told(study: Study) -> str:
+    """The table as Markdown, below how many comparisons it holds; a sentence while nothing is finished."""
+    lines = cells(study)
+    if not lines:
+        return "no arm has a finished run yet"
+    if not study.reference:
+        return markdown(lines)
+    compared = sum(line[-1] != "–" for line in lines[1:])
+    head = (
+        f"Comparisons with {study.reference}, seed by seed: {compared}; the more there are, the more pass by chance. "
+        f"Noise is three standard deviations of the differences, and {NOISE:g} point at least."
+    )
+    return f"{head}\n\n{markdown(lines)}"
+
+
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first line is the head."""
-    told = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    told.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in told)
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    escaped.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def rows(study: Study, reasons: Mapping[str, str]) -> list[dict[str, object]]:

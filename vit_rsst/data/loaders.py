@@ -92,7 +92,11 @@ def steps_per_epoch(num_samples: int | None, global_batch: int, limit: int | Non
         return limit
     steps = num_samples // global_batch
     if steps == 0:
-        raise InputError(f"train.global_batch: {global_batch} is more than the {num_samples} training images.")
+        fitting = 1 << max(num_samples.bit_length() - 1, 0)
+        raise InputError(
+            f"train.global_batch: {global_batch} is more than the {num_samples} training images; set "
+            f"train.global_batch={fitting} train.batch_per_device=null, or bring more images."
+        )
     return min(steps, limit or steps)
 
 

@@ -1,5 +1,6 @@
 """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a micro-batch, as timm does them."""
 
+import numpy as np
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -21,14 +22,15 @@ class Mixing:
             mixup, cutmix, prob=prob, switch_prob=switch_prob, label_smoothing=0.0, num_classes=num_classes
         )
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixes images (batch, channels, height, width) in place, by numpy's generator.
+    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Mixes images (batch, channels, height, width) in place; seeds numpy's generator.
 
         Where corrupt images leave an odd number, the last has no partner and stays as it is.
 
         Returns:
             The images, and the shares of the classes in each, float (batch, classes).
         """
+        np.random.seed(seed % 2**32)
         even = len(labels) // 2 * 2
         shares = one_hot(labels, self.num_classes).to(images.dtype)
         if even:

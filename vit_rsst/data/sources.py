@@ -78,6 +78,7 @@ def _split_tables(options: DataOptions, tables: dict[str, Table], seed: int) -> 
                 f"data.train_samples: {options.train_samples:,} asked, {len(kept):,} there after validation."
             )
         kept = kept[: options.train_samples]
+    _check_rows(Rows("train", train, rest[kept]))
     kept = kept[_imbalanced(train.labels[rest[kept]], len(train.classes), options.imbalance)]
     rows = {"train": Rows("train", train, rest[np.sort(kept)]), "val": Rows("val", train, val), "test": test}
     for part in rows.values():
@@ -111,7 +112,7 @@ def _split_streams(options: DataOptions, found: dict[str, Located], buffer: int)
     rows["val"] = _held_out("val", open_stream(train, meant, root, (begin, end), buffer), train, options)
     rows["train"] = open_stream(train, meant, root, (end, 1.0), buffer)
     if rows["train"].count == 0:
-        raise InputError("data: the train split is empty; check data.val_fraction and data.test_fraction.")
+        raise _empty("train")
     return ImageData(options, rows, meant.classes, identity(train, options))
 
 
@@ -183,9 +184,18 @@ def _check_classes(train: tuple[str, ...], name: str, theirs: tuple[str, ...]) -
         )
 
 
+def _empty(name: str) -> InputError:
+    ways_out = {
+        "train": "hold out less with data.val_fraction or data.test_fraction",
+        "val": "hold out more of train, as with data.val_fraction=0.2",
+        "test": "hold out a part of train instead, as with data.test_fraction=0.2",
+    }
+    return InputError(f"data: the {name} split is empty; {ways_out[name]}, or bring more images.")
+
+
 def _check_rows(rows: Rows) -> None:
     if not rows.count:
-        raise InputError(f"data: the {rows.name} split is empty; check data.val_fraction and data.test_fraction.")
+        raise _empty(rows.name)
     labels = rows.table.labels[rows.index]
     wrong = rows.index[(labels < 0) | (labels >= len(rows.table.classes))]
     if len(wrong):

@@ -1,10 +1,10 @@
-"""Ranks agree on masks: rank 0 selects, the bits are broadcast, every rank compares fingerprints."""
+"""Ranks agree: rank 0 selects masks, the bits are broadcast, fingerprints are compared; buffers are those of rank 0."""
 
 from collections.abc import Callable
 
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit_rsst.pruning.masks import MaskSet
 
@@ -33,3 +33,11 @@ def fingerprints(mask: MaskSet) -> list[str]:
     if len(set(found)) > 1:
         raise RuntimeError(f"the masks differ between ranks: {found}")
     return found
+
+
+def share_buffers_(model: nn.Module) -> None:
+    """Gives every rank the statistics of rank 0, as DDP does before the next forward pass; collective."""
+    if PartialState().num_processes > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(broadcast(buffer))

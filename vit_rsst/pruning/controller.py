@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from vit_rsst import optim
 from vit_rsst.ema import Ema
 from vit_rsst.progress import Progress, at_fraction
-from vit_rsst.pruning.agreement import agreed, fingerprints
+from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
 from vit_rsst.pruning.granularity import alive_units
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.plan import Density, Method, Penalty, PruningView
+from vit_rsst.pruning.plan import Density, Gradual, Method, Penalty, PruningView
 from vit_rsst.pruning.selector import Selector
 
 Evaluate = Callable[[], Mapping[str, float]]
@@ -207,11 +207,12 @@ class Controller:
             return False
         if not hasattr(self.method, "refresh"):
             return True
-        _, end = getattr(self.method, "window", (0.0, 1.0))
-        return progress.round_step >= at_fraction(end, progress.round_steps)
+        window = getattr(self.method, "window", (0.0, 1.0))
+        return progress.round_step >= Gradual(window, 1).steps(progress.round_steps).stop
 
     def after_epoch(self, progress: Progress) -> None:
         """Takes the rewind point when its epoch of round 0 has ended."""
+        share_buffers_(self.model)
         if progress.round == 0 and progress.epoch == self.rewind_epoch:
             self.rewind_point = self._model_on_host()
 
@@ -324,6 +325,7 @@ class Controller:
 
     def _average_(self) -> None:
         """Takes the step into the average; the dead and the condemned are not averaged but followed."""
+        share_buffers_(self.model)
         if self.state.forward == "straight_through" or (self.mask.is_full and self.condemned is None):
             self.ema.update_({})  # straight-through, the dead live on outside of the forward pass
         else:
@@ -346,6 +348,7 @@ class Controller:
         fingerprints(mask)
 
     def _deployed_scores(self) -> Mapping[str, float]:
+        share_buffers_(self.model)
         with self.as_deployed():
             return self.evaluate()
 

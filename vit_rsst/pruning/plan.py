@@ -159,14 +159,18 @@ class Gradual:
     window: tuple[float, float]
     interval: int
 
+    def steps(self, round_steps: int) -> range:
+        """The steps of a round in which it grows; a window that holds none still removes, at once."""
+        start, end = (at_fraction(x, round_steps) for x in self.window)
+        return range(start, max(end, start + 1))
+
     def fraction_at(self, progress: Progress) -> float | None:
         """Fraction of the schedule to reach after the step at which `progress` stands; None: nothing is due."""
-        start, end = (at_fraction(x, progress.round_steps) for x in self.window)
-        end = max(end, start + 1)  # a window that holds no step still removes, at once
-        step = progress.round_step + 1  # counting the one under way
-        if not start < step <= end or ((step - start) % self.interval and step != end):
+        steps = self.steps(progress.round_steps)
+        done = progress.round_step + 1 - steps.start  # counting the step under way
+        if not 0 < done <= len(steps) or (done % self.interval and done != len(steps)):
             return None
-        return (step - start) / (end - start)
+        return done / len(steps)
 
 
 METHODS: Registry[type[Method]] = Registry("method")

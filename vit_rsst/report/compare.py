@@ -180,7 +180,7 @@ def leader(groups: Sequence[Group]) -> Iterator[str]:
     lead = first.mean - second.mean
     seeds = min(len(first.scores), len(second.scores))
     spreads = [group.spread for group in (first, second) if group.spread is not None]
-    bound = noise(spreads, seeds)
+    bound = noise(spreads)
     verdict = (
         f"more than noise ({bound:.2f} points)" if lead > bound else f"within noise ({bound:.2f} points): a tie so far"
     )

@@ -1,0 +1,71 @@
+"""What figures and the report add to the time of the quick start: within the run and after it.
+
+One run of digits/quickstart is trained here with its figures; the time within the hook that draws and within the last
+drawing is set against all the other time of the same run. With --quick it trains two rounds of two epochs, which says
+nothing about the share.
+"""
+
+import contextlib
+import io
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from _common import environment, parse_args, report
+
+from vit_rsst import train
+from vit_rsst.report import watching
+
+SHARE_BOUND = 0.05
+"""Time of figures and report, relative to the time of the run without them."""
+
+SHORT = ("train.epochs=2", "train.round_epochs=2", "pruning.schedule.rounds=1", "optim.warmup_epochs=0")
+
+
+class Timed(watching.Watcher):
+    """Counts the seconds of each of its parts."""
+
+    seconds: ClassVar = {"while it trains": 0.0, "last figures and report": 0.0}
+
+    def __call__(self, *arguments: object) -> None:
+        self._count("while it trains", lambda: super(Timed, self).__call__(*arguments))
+
+    def finish(self) -> object:
+        return self._count("last figures and report", super().finish)
+
+    def _count(self, part: str, call: Callable[[], object]) -> object:
+        start = time.perf_counter()
+        try:
+            return call()
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+
+def main() -> int:
+    args = parse_args(__doc__)
+    watching.Watcher = Timed
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
+        start = time.perf_counter()
+        code = train.main(["digits/quickstart", f"output_dir={folder}", *(SHORT if args.quick else ())])
+        total = time.perf_counter() - start
+    if code:
+        sys.exit(f"the quick start ended with {code}:\n{out.getvalue()}")
+    drawing = sum(Timed.seconds.values())
+    share = drawing / (total - drawing)
+    missed = [] if share <= SHARE_BOUND else [f"figures and report add {share:.1%}, bound {SHARE_BOUND:.0%}"]
+    result = {
+        "environment": environment(torch.device("cpu"), args.quick),
+        "seconds": {"all": round(total, 2)} | {part: round(value, 2) for part, value in Timed.seconds.items()},
+        "share": round(share, 4),
+        "missed": missed,
+    }
+    rows = [(part, f"{value:.1f}", f"{value / (total - drawing):.1%}") for part, value in Timed.seconds.items()]
+    rows.append(("both", f"{drawing:.1f}", f"{share:.1%}, bound {SHARE_BOUND:.0%}"))
+    return report(args, result, ("quick start", "seconds", "of the rest of the run"), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
