@@ -96,7 +96,7 @@ def test_only_the_main_process_draws(tmp_path):
 
 
 def test_the_histogram_counts_living_weights_by_size():
-    weights = {"w": torch.tensor([[1.0, -0.1, 0.01], [1e-12, 0.3, 5.0]])}  # straight-through: 0.3 is masked and not zero
+    weights = {"w": torch.tensor([[1.0, -0.1, 0.01], [1e-12, 0.3, 5.0]])}  # straight-through: 0.3 lives on
     mask = MaskSet({"w": torch.tensor([[True, True, True], [True, False, True]])})
     condemned = MaskSet({"w": torch.tensor([[False, False, True], [True, False, False]])})
     found = watching.histogram(weights, mask, condemned)
