@@ -74,6 +74,6 @@ def draw_range_test(verdicts: Sequence[Verdict], lr: float, path: Path) -> bool:
         axes.axvline(lr, color=canvas.ORANGE, linewidth=1.6, label=f"the recipe's, {lr:g}")
         top = 1.6 * max(found["losses"][: max(len(found["losses"]) // 2, 1)])
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(None, top if math.isfinite(top) else None))
-        axes.legend(loc="lower left")
+        figure.legend(loc="outside upper left", ncols=3)
         canvas.save(figure, path)
     return True
