@@ -406,7 +406,8 @@ def test_methods_criteria_and_sources_are_listed_with_a_line_each(capsys):
     assert all(len(line.split(maxsplit=2)[2]) > 10 for line in told)
 
 
-def test_runs_are_listed_with_state_and_result(finished, tmp_path, capsys):
+def test_runs_are_listed_with_state_and_result(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     shutil.copytree(finished / "runs", tmp_path / "runs")
     (tmp_path / "runs" / "no run").mkdir()
     (tmp_path / "runs" / "young").mkdir()

@@ -58,6 +58,11 @@ SHORT = [
 ]
 
 
+def heeds_interrupts() -> None:
+    """What was started in the background of a shell ignores SIGINT, and bash lets its children do the same."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Place:
     """A folder with spaces in its name, to launch from."""
 
@@ -73,6 +78,7 @@ class Place:
         return subprocess.Popen(
             [str(SCRIPT), *words], cwd=self.folder, env=tiny.environment(PROCESSES="1") | more | variables, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=heeds_interrupts,
         )  # fmt: skip
 
     def launch(self, words: list[str], answer: str = "", **more: str) -> subprocess.CompletedProcess:
@@ -395,12 +401,16 @@ def test_a_signal_reaches_the_training_once_and_its_end_is_waited_for(number, pl
             assert process.poll() is None
             time.sleep(0.02)
         os.kill(process.pid, number)
-        out, _ = process.communicate(timeout=20)
+        try:
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 75
     assert out.count("caught") == 1
 
 
-def test_a_launched_experiment_is_a_run_as_any_other(place, capsys):
+def test_a_launched_experiment_is_a_run_as_any_other(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     done = place.train(shortened(EXAMPLES[0], place.folder / "some images"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[y/N]" not in done.stdout
