@@ -275,7 +275,6 @@ def methods_verb(arguments: argparse.Namespace) -> None:
 def runs_verb(arguments: argparse.Namespace) -> None:
     import datetime
     import shutil
-    import sys
     from pathlib import Path
 
     from vit_rsst import files
