@@ -19,12 +19,13 @@ pytestmark = pytest.mark.distributed
 PLUGIN = """\
 import os, signal, time
 import torch
-from vit_rsst import assembly, console, loop
+from vit_rsst import console, loop
+from vit_rsst.assembly import build, data
 
-assembly.EVALUATION_BATCH = 20
+data.EVALUATION_BATCH = 20
 what, _, where = os.environ.get("FAULT", "").partition("@")
 place, _, rank = where.partition("/")
-step_of, evaluation_batches, score_tickets = console.Console.step, assembly.evaluation_batches, loop.score_tickets
+step_of, evaluation_batches, score_tickets = console.Console.step, data.evaluation_batches, loop.score_tickets
 
 
 def strike():
@@ -56,10 +57,10 @@ def score(s):
 
 
 scoring = False
-console.Console.step, assembly.evaluation_batches, loop.score_tickets = step, batches, score
+console.Console.step, data.evaluation_batches, loop.score_tickets = step, batches, score
 if what == "term" and place == "start":
-    build = assembly.build_model
-    assembly.build_model = lambda *a: (strike(), time.sleep(5), build(*a))[2]
+    build_model = build.build_model
+    build.build_model = lambda *a: (strike(), time.sleep(5), build_model(*a))[2]
 """
 
 

@@ -512,8 +512,9 @@ def loader(rank: int, world: int, accumulation: int, augmentation: Augmentation 
     dealing = Dealing.of(24, 24 // world // accumulation, world)
     assert dealing.accumulation == accumulation
     return InMemoryLoader(
-        numbered(100), dealing, rank, torch.device("cpu"), 0, augmentation or Augmentation(), (0.0,) * 3, (1.0,) * 3
-    )
+        dealing, rank, torch.device("cpu"), 0, augmentation or Augmentation(), (0.0,) * 3, (1.0,) * 3,
+        split=numbered(100),
+    )  # fmt: skip
 
 
 def dealt(world: int, accumulation: int, epoch: int = 0, **more: object) -> list[torch.Tensor]:

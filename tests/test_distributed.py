@@ -15,7 +15,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from vit_rsst import assembly
+from vit_rsst.assembly import data, pruning
 
 pytestmark = pytest.mark.distributed
 
@@ -28,10 +28,11 @@ TOTAL = 3 * 2 * STEPS
 
 STOPPER = """\
 import os, signal
-from vit_rsst import assembly, console
+from vit_rsst import console
+from vit_rsst.assembly import data, pruning
 
-assembly.EVALUATION_BATCH = 50  # so that both ranks have some of the 144 and 360 images
-assembly.CALIBRATION_BATCH = 32  # 150 images: three batches for one rank, and a whole and a ragged one for the other
+data.EVALUATION_BATCH = 50  # so that both ranks have some of the 144 and 360 images
+pruning.CALIBRATION_BATCH = 32  # 150 images: three batches for one rank, and a whole and a ragged one for the other
 
 step_of = console.Console.step
 
@@ -112,8 +113,8 @@ def alone(folder: Path, text: str = RECIPE) -> Path:
     (folder / "stopper.py").write_text(STOPPER, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        for name in ("EVALUATION_BATCH", "CALIBRATION_BATCH"):  # which the plugin changes
-            patch.setattr(assembly, name, getattr(assembly, name))
+        for module, name in ((data, "EVALUATION_BATCH"), (pruning, "CALIBRATION_BATCH")):  # which the plugin changes
+            patch.setattr(module, name, getattr(module, name))
         assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
     sys.modules.pop("stopper")
     return folder / "runs" / "tiny"

@@ -32,7 +32,8 @@ FLOORS = [
     # 4 run: one experiment
     "resume loop export export.slim_folder export.source trained",
     # 5 assemble: from a recipe to a run, a plan or scores; from a ticket to what others load
-    "assembly objective evaluation predict planning export.work export.card export.slim_target export.timm_folder "
+    "assembly.data assembly.model assembly.optim assembly.pruning assembly.objective assembly.build assembly.resuming "
+    "evaluation predict planning export.work export.card export.slim_target export.timm_folder "
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
     # 6 tell: what a person sees of a run
@@ -88,15 +89,17 @@ SIDEWAYS = {
     ("run_folder", "recipe"),
     ("loop", "resume"),
     ("trained", "export.source"),
-    ("assembly", "objective"),
-    ("evaluation", "assembly"),
+    *(("assembly.build", f"assembly.{name}") for name in ("data", "model", "objective", "optim", "pruning")),
+    ("assembly.model", "assembly.data"),
+    ("assembly.pruning", "assembly.data"),
+    ("evaluation", "assembly.data"),
     ("evaluation", "export.onnx_file"),
     ("analysis.subject", "planning"),
     ("analysis.counts", "analysis.subject"),
     ("analysis.probe", "analysis.measure"),
     *(("analysis.analyze", f"analysis.{name}") for name in ("subject", "counts", "measure")),
     ("analysis.tables", "analysis.counts"),
-    ("planning", "assembly"),
+    *(("planning", f"assembly.{name}") for name in ("build", "data", "model", "optim", "pruning")),
     *(("report.curves", f"report.{name}") for name in ("canvas", "history")),
     *(("report.pictures", f"report.{name}") for name in ("attention", "canvas", "history")),
     ("report.document", "report.canvas"),
@@ -118,7 +121,7 @@ SIDEWAYS = {
 FOR_TYPES_ALONE = {("resume", "loop")}
 """Under `if TYPE_CHECKING`, against the direction."""
 
-EMPTY = {"", "analysis", "data", "models", "metrics", "pruning", "report", "checks"}
+EMPTY = {"", "analysis", "assembly", "data", "models", "metrics", "pruning", "report", "checks"}
 """Packages whose `__init__` holds no code: whoever imports a module below passes them."""
 
 METHODS_SEE = {"pruning.plan", "pruning.masks", "schedules", "progress", "pruning.methods.rsst"}
@@ -272,8 +275,12 @@ def test_recipe_objects_stop_above_what_they_describe():
         "recipe_rules",
         "recipe_file",
         "run_folder",
-        "assembly",
-        "objective",
+        "assembly.build",
+        "assembly.data",
+        "assembly.model",
+        "assembly.objective",
+        "assembly.optim",
+        "assembly.pruning",
         "planning",
         "analysis.subject",
         "report.compare",

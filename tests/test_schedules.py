@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from vit_rsst.assembly import make_lr
+from vit_rsst.assembly.optim import make_lr
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.methods.gmp import Gmp

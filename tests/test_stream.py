@@ -76,10 +76,8 @@ def numbers(images: torch.Tensor) -> list[int]:
 
 def loader(data: object, rank: int, world: int, workers: int = 0, batch: int = 8, **more: object) -> DecodingLoader:
     dealing = Dealing.of(batch, batch // world // more.pop("accumulation", 1), world)
-    decoder = data.decoder("train")
-    return DecodingLoader(
-        data.rows["train"], decoder, dealing, rank, CPU, 0, Augmentation(), MEAN, STD, workers=workers, **more
-    )
+    more |= {"rows": data.rows["train"], "decoder": data.decoder("train"), "workers": workers}
+    return DecodingLoader(dealing, rank, CPU, 0, Augmentation(), MEAN, STD, **more)
 
 
 def flat(steps: list[list[int]]) -> list[int]:
@@ -214,9 +212,9 @@ def test_the_parts_of_a_stream_are_disjoint_and_follow_from_the_ids(folder):
 
 def test_decoded_as_read_equals_decoded_in_memory(folder):
     data = open_data(options(folder, streaming=False), 0)
-    dealing, augmentation = Dealing.of(8, None, 1), Augmentation(2, 0.5)
-    memory = InMemoryLoader(data.train, dealing, 0, CPU, 0, augmentation, MEAN, STD)
-    read = DecodingLoader(data.rows["train"], data.decoder("train"), dealing, 0, CPU, 0, augmentation, MEAN, STD)
+    common = (Dealing.of(8, None, 1), 0, CPU, 0, Augmentation(2, 0.5), MEAN, STD)
+    memory = InMemoryLoader(*common, split=data.train)
+    read = DecodingLoader(*common, rows=data.rows["train"], decoder=data.decoder("train"))
     progress = Progress(data.count("train") // 8, (2,), 0, 1, 2)
     for [(images, labels)], [(others, their)] in zip(memory.steps(progress), read.steps(progress), strict=True):
         assert torch.equal(images, others)

@@ -164,7 +164,7 @@ def seen(ranks: int, accumulation: int, repeats: int, weights: torch.Tensor | No
     dealing = Dealing.of(24, 24 // ranks // accumulation, ranks)
     split, plain = numbered(200), Augmentation()
     loaders = [
-        InMemoryLoader(split, dealing, r, CPU, 0, plain, (0.0,) * 3, (1 / 255,) * 3, repeats, weights)
+        InMemoryLoader(dealing, r, CPU, 0, plain, (0.0,) * 3, (1 / 255,) * 3, repeats, split=split, weights=weights)
         for r in range(ranks)
     ]
     steps = zip(*(loader.steps(Progress(8, (1,))) for loader in loaders), strict=True)
@@ -318,7 +318,7 @@ def test_a_models_own_loss_is_not_the_teachers_to_weigh(tmp_path, monkeypatch):
     assert tiny.command("train", tiny.write_recipe(tmp_path), *options, "train.log_every_steps=1") == 0
     [run] = (tmp_path / "runs").iterdir()
     told = [event["train/loss"] for event in tiny.events(run) if event["event"] == "step"]
-    assert all(loss >= 1000.0 * float(own) for loss, own in zip(told, seen, strict=True))
+    assert all(loss >= 1000.0 * own.item() for loss, own in zip(told, seen, strict=True))
 
 
 def test_the_teacher_of_the_later_rounds_is_the_model_of_round_0(tmp_path, monkeypatch):

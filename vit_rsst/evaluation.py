@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 
 from vit_rsst import files
-from vit_rsst.assembly import EVALUATION_BATCH
+from vit_rsst.assembly.data import EVALUATION_BATCH
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.options import DataOptions

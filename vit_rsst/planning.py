@@ -7,7 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from vit_rsst import assembly
+from vit_rsst.assembly.build import count_text
+from vit_rsst.assembly.data import data_options
+from vit_rsst.assembly.model import reshape_
+from vit_rsst.assembly.optim import lr_scales, make_lr
+from vit_rsst.assembly.pruning import build_selection
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.loaders import Dealing, steps_per_epoch
 from vit_rsst.data.sources import open_data
@@ -56,17 +60,15 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     net = zoo.create(architecture, args, recipe.model.pretrained if local else False, device="meta")
     if recipe.train.grad_checkpointing:
         zoo.checkpoint_gradients_(net)
-    assembly.lr_scales(net, recipe.optim)  # refuses a model without layers
-    assembly.reshape_(net, recipe, architecture, args)
+    lr_scales(net, recipe.optim)  # refuses a model without layers
+    reshape_(net, recipe, architecture, args)
     pruning = recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
-    selector, density = assembly.build_selection(recipe, net, weights, groups, image_size)
+    selector, density = build_selection(recipe, net, weights, groups, image_size)
     densities = [selector.mean_density(weights, asked) for asked in round_densities(recipe, density)]
     total, prunable = sum(p.numel() for p in net.parameters()), sum(w.numel() for w in weights.values())
-    used = steps * recipe.train.global_batch
-    dropped = "all" if rows.train is None else f"{rows.train - used:,}"
-    counts = ", ".join(f"{assembly.count_text(getattr(rows, split))} {split}" for split in ("train", "val", "test"))
+    counts = ", ".join(f"{count_text(getattr(rows, split))} {split}" for split in ("train", "val", "test"))
     parts = [
         f"plan of {recipe.name}: {recipe.pruning.method_name}, seed {recipe.seed}; nothing is created",
         f"data       {recipe.data.source}: {counts}, "
@@ -75,7 +77,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"{len(weights)} weights ({prunable / total:.1%})",
         *weights_lines(recipe, net),
         f"batch      {dealing} with {num_processes} process(es); the same on any number that divides it",
-        f"epoch      {steps:,} optimizer steps, {dropped} images of the tail dropped",
+        f"epoch      {steps:,} optimizer steps, {images_text(recipe, steps * recipe.train.global_batch, rows.train)}",
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
         f"{progress.total_steps * recipe.train.global_batch:,} images",
         "",
@@ -87,6 +89,16 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"run folder {recipe.run_folder}",
     ]
     return "\n".join(parts)
+
+
+def images_text(recipe: Recipe, taken: int, there: int | None) -> str:
+    """What an epoch of so many images sees of those that are there."""
+    repeats = recipe.data.augment.aug_repeats
+    if recipe.data.sampler == "class_balanced":
+        return f"{taken:,} images drawn with replacement, each class as often"
+    if repeats > 1:
+        return f"{taken // repeats:,} images, each {repeats} times"
+    return f"{'all' if there is None else f'{there - taken:,}'} images of the tail dropped"
 
 
 def weights_lines(recipe: Recipe, net: nn.Module) -> list[str]:
@@ -102,12 +114,12 @@ def count_rows(recipe: Recipe) -> Rows:
     """Rows of each split: counted, or the published numbers where the Hub cannot be reached."""
     info = SOURCES[recipe.data.source]
     try:
-        data = open_data(assembly.data_options(recipe), recipe.seed)
+        data = open_data(data_options(recipe), recipe.seed)
         return Rows(data.count("train"), data.count("val"), data.count("test"), len(data.classes), True)
     except EnvironmentLacks:
         if info.rows is None or recipe.data.path:
             raise
-        val = round(info.rows[0] * assembly.data_options(recipe).val_share)
+        val = round(info.rows[0] * data_options(recipe).val_share)
         train = min(info.rows[0] - val, recipe.data.train_samples or info.rows[0])
         if recipe.data.imbalance.kind is not None:
             train = sum(recipe.data.imbalance.counts(round(train / info.num_classes), info.num_classes))
@@ -174,7 +186,7 @@ def penalty_lines(recipe: Recipe, progress: Progress) -> list[str]:
         return [
             f"penalty    {shape}; decoupled: leaves the condemned {math.exp(-total):.2e} of their size, whatever the lr"
         ]
-    lr = assembly.make_lr(recipe)
+    lr = make_lr(recipe)
     momentum = recipe.optim.momentum
     total = math.fsum(
         lr(Progress(progress.steps_per_epoch, progress.round_epochs, 1, *divmod(t, progress.steps_per_epoch)))
@@ -202,10 +214,9 @@ def resource_lines(
     state = total * 4 * (2 + moments)
     masks = prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
-    counts, augment = (rows.train, rows.val, rows.test), recipe.data.augment
+    counts = (rows.train, rows.val, rows.test)
     images = "decoded as they are read"
-    is_varied = assembly.crop(recipe) == "resized" or augment.auto_augment or augment.color_jitter
-    if recipe.data.in_memory is not False and not is_varied and None not in counts:
+    if recipe.data.in_memory is not False and not recipe.data.redrawn and None not in counts:
         images = f"decoded {size(sum(counts) * 3 * image_size**2)} where they fit"
     activations = activation_bytes(net, image_size, dealing.batch_per_device)
     if recipe.train.precision == "bf16":

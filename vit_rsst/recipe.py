@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
+from vit_rsst.data.catalog import CATALOG
 from vit_rsst.data.options import MAX_PIXELS, Imbalance
 from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.rsst import Rsst
@@ -103,6 +104,21 @@ class Data:
     imbalance: Imbalance = field(default_factory=Imbalance)
     sampler: Literal["shuffle", "class_balanced"] = "shuffle"
     augment: Augment = field(default_factory=Augment)
+
+    @property
+    def crop(self) -> str:
+        """How training images are cropped, here or by the source's habit."""
+        return self.augment.crop or CATALOG[self.source].crop
+
+    @property
+    def redrawn(self) -> list[str]:
+        """What makes each look at an image another one while it is decoded, so that decoded images cannot be kept."""
+        settings = {
+            "crop: resized": self.crop == "resized",
+            "auto_augment": self.augment.auto_augment is not None,
+            "color_jitter": self.augment.color_jitter > 0,
+        }
+        return [name for name, is_set in settings.items() if is_set]
 
 
 @section

@@ -257,15 +257,6 @@ def _augment(recipe: Recipe) -> Iterator[Problem]:
         low, high = getattr(augment, name)
         if low > high:
             yield Problem(f"data.augment.{name}", f"[{low}, {high}] begins above its end; the smaller comes first")
-    varied = [
-        name
-        for name, is_set in (
-            ("crop: resized", (augment.crop or SOURCES[data.source].crop) == "resized"),
-            ("auto_augment", augment.auto_augment),
-            ("color_jitter", augment.color_jitter),
-        )
-        if is_set
-    ]
     unused = {
         "reprob": not augment.reprob and ("remode", "rearea", "reaspect"),
         "mixup or cutmix": not augment.mixes and ("mixup_prob",),
@@ -282,8 +273,8 @@ def _augment(recipe: Recipe) -> Iterator[Problem]:
         )
     if augment.mixes and 1 in (recipe.train.global_batch, recipe.train.batch_per_device):
         yield Problem("data.augment", "MixUp and CutMix mix the images of a device's batch, and it has one; take more")
-    if data.in_memory and varied:
-        yield Problem("data.in_memory", f"{varied[0]} makes another image in each epoch; leave in_memory out")
+    if data.in_memory and data.redrawn:
+        yield Problem("data.in_memory", f"{data.redrawn[0]} makes another image in each epoch; leave in_memory out")
     if data.in_memory and data.max_corrupt:
         yield Problem("data.in_memory", "and max_corrupt exclude each other: corrupt images are counted while read")
 

@@ -104,7 +104,7 @@ def run_recipe(
     recipe: "Recipe", restart: bool = False, allow_world_size_change: bool = False, allow_data_change: bool = False
 ) -> None:
     """Trains by a recipe, going on where an earlier run of it stopped."""
-    from vit_rsst import assembly
+    from vit_rsst.assembly.build import build
     from vit_rsst.results import load_rows, table
     from vit_rsst.run_folder import RunFolder
     from vit_rsst.signals import StopFlag
@@ -122,7 +122,7 @@ def run_recipe(
         if accelerator.is_main_process:
             print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
         return
-    s, lock = assembly.build(recipe, accelerator, folder, stop, restart)
+    s, lock = build(recipe, accelerator, folder, stop, restart)
     with contextlib.ExitStack() as ending:
         if lock is not None:
             ending.callback(lock.release)
@@ -136,10 +136,11 @@ def run_recipe(
 
 def train_to_the_end(s: "Run", recipe: "Recipe", allow_world_size_change: bool, allow_data_change: bool) -> None:
     """Goes on from the newest resume point, trains and says how it went; leaves the reason where it fails."""
-    from vit_rsst import assembly, loop, watchdog
+    from vit_rsst import loop, watchdog
+    from vit_rsst.assembly.resuming import resume_if_possible
 
     try:
-        assembly.resume_if_possible(s, allow_world_size_change, allow_data_change)
+        resume_if_possible(s, allow_world_size_change, allow_data_change)
         watchdog.limit_waiting(recipe.train.rank_timeout)
         s.stop.is_training = True
         loop.run(s)

@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vit_rsst import assembly, console, loop
+from vit_rsst import console, loop
+from vit_rsst.assembly import data
 
 moment, _, rest = os.environ.get("INTERRUPT", "").partition(":")
 name, _, rank = rest.partition(":")
@@ -20,9 +21,9 @@ is_target = os.environ.get("RANK", "0") == rank
 step = int(os.environ.get("STEP", "-1"))
 log = Path(os.environ["BATCHES"] + os.environ.get("RANK", "0"))
 
-train_step, evaluation_batches, step_of = loop.train_step, assembly.evaluation_batches, console.Console.step
+train_step, evaluation_batches, step_of = loop.train_step, data.evaluation_batches, console.Console.step
 log_of = loop.Tracker.log
-assembly.EVALUATION_BATCH = 10  # so that every rank has some
+data.EVALUATION_BATCH = 10  # so that every rank has some
 
 
 def send() -> None:
@@ -58,5 +59,5 @@ def after_log(self: loop.Tracker, event: str, at: int, metrics: dict) -> None:
 
 
 evaluating.here = False
-loop.train_step, assembly.evaluation_batches, console.Console.step = noted, evaluating, after_step
+loop.train_step, data.evaluation_batches, console.Console.step = noted, evaluating, after_step
 loop.Tracker.log = after_log

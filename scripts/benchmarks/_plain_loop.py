@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parametrize, prune
 
-from vit_rsst import assembly
+from vit_rsst.assembly.optim import build_optimizer
 from vit_rsst.data.loaders import InMemoryLoader
 from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
@@ -111,13 +111,13 @@ class PlainLoop:
 def plain_loop(recipe: Recipe, data: InMemoryLoader, log: Path) -> PlainLoop:
     """The bare loop."""
     net = _net(recipe, data)
-    return PlainLoop(recipe, data, net, assembly.build_optimizer(net, recipe.optim), log)
+    return PlainLoop(recipe, data, net, build_optimizer(net, recipe.optim), log)
 
 
 def accelerated_loop(recipe: Recipe, data: InMemoryLoader, log: Path) -> PlainLoop:
     """The plain Accelerate loop, as its documentation writes it."""
     net, accelerator = _net(recipe, data), make_accelerator(recipe)
-    prepared = accelerator.prepare(net, assembly.build_optimizer(net, recipe.optim))
+    prepared = accelerator.prepare(net, build_optimizer(net, recipe.optim))
     return PlainLoop(recipe, data, *prepared, log, accelerator)
 
 
@@ -126,7 +126,7 @@ def masked_loop(peer: str, mask: MaskSet, recipe: Recipe, data: InMemoryLoader, 
     net = _net(recipe, data)
     for weight in mask:
         MASKINGS[peer](net.get_submodule(weight.removesuffix(".weight")), mask[weight])
-    return PlainLoop(recipe, data, net, assembly.build_optimizer(net, recipe.optim), log)
+    return PlainLoop(recipe, data, net, build_optimizer(net, recipe.optim), log)
 
 
 def _net(recipe: Recipe, data: InMemoryLoader) -> nn.Module:

@@ -102,12 +102,12 @@ def ours(folder: Path, size: int, source: str, streaming: bool = True, in_memory
     dealing, crop = Dealing.of(BATCH, None, 1), Augmentation(4 if size == 32 else 0, 0.5)
     common = (dealing, 0, torch.device("cpu"), 0, crop, info.mean, info.std)
     if in_memory:
-        loader = InMemoryLoader(data.train, *common)
+        loader = InMemoryLoader(*common, split=data.train)
     else:
         decoder = data.decoder("train")
         if size > 32:
             decoder = replace(decoder, window=Window())
-        loader = DecodingLoader(data.rows["train"], decoder, *common)
+        loader = DecodingLoader(*common, rows=data.rows["train"], decoder=decoder)
     progress = Progress(data.count("train") // BATCH, (1_000_000,))
     while True:
         for [batch] in loader.steps(progress):
@@ -119,8 +119,8 @@ def first_and_last(folder: Path, workers: int) -> tuple[float, float]:
     """Seconds from iter() to the first batch, and from giving a shuffled stream up to being free of it."""
     data = open_data(DataOptions("cifar10", str(folder), streaming=True), 0)
     loader = DecodingLoader(
-        data.rows["train"], data.decoder("train"), Dealing.of(BATCH, None, 1), 0, torch.device("cpu"), 0,
-        Augmentation(4, 0.5), (0.5,) * 3, (0.5,) * 3, workers=workers,
+        Dealing.of(BATCH, None, 1), 0, torch.device("cpu"), 0, Augmentation(4, 0.5), (0.5,) * 3, (0.5,) * 3,
+        rows=data.rows["train"], decoder=data.decoder("train"), workers=workers,
     )  # fmt: skip
     began = time.perf_counter()
     steps = loader.steps(Progress(data.count("train") // BATCH, (1,)))

@@ -107,7 +107,7 @@ class Bench:
         self._undisturbed: dict[Setting, dict] = {}
         # Processes are forked from one that has imported everything, in a second instead of eight.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["vit_rsst.assembly", "vit_rsst.loop", *WORKERS_IMPORT])
+        self.context.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", *WORKERS_IMPORT])
 
     def undisturbed(self, setting: Setting) -> dict:
         if setting not in self._undisturbed:

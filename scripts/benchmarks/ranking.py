@@ -22,7 +22,8 @@ from _common import environment, report
 from torch import nn
 
 from vit_rsst import cli, tickets
-from vit_rsst.assembly import CALIBRATION_BATCH, EVALUATION_BATCH
+from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.assembly.pruning import CALIBRATION_BATCH
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data

@@ -27,7 +27,8 @@ from _plain_loop import MASKINGS, accelerated_loop, masked_loop, plain_loop
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from vit_rsst import assembly, loop
+from vit_rsst import loop
+from vit_rsst.assembly.build import build
 from vit_rsst.data.loaders import placed
 from vit_rsst.data.tables import Split
 from vit_rsst.pruning.controller import Controller
@@ -87,7 +88,7 @@ def begin_run(case: Case, folder: Path, phase: str, split: Split) -> loop.Run:
     """The project's run, assembled from its recipe, at the start of the round with this phase."""
     recipe = case.recipe(folder, phase)
     with redirect_stdout(io.StringIO()):
-        s, lock = assembly.build(recipe, make_accelerator(recipe), RunFolder(recipe.run_folder), StopFlag())
+        s, lock = build(recipe, make_accelerator(recipe), RunFolder(recipe.run_folder), StopFlag())
     lock.release()
     s.loader.split = split
     s.progress.round = 0 if phase == "dense round" else 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vit_rsst import assembly
+from vit_rsst.assembly.pruning import build_selection
 from vit_rsst.errors import InputError
 from vit_rsst.models import complexity, slim, zoo
 from vit_rsst.models.anatomy import prunable_parts
@@ -121,7 +121,7 @@ def test_a_budget_is_met_by_the_model_that_is_really_made(scope, budget):
     net = zoo.create(*zoo.describe("vit_tiny", args, 10)).eval()
     weights, groups = prunable_parts(net, "head+neuron")
     recipe = Recipe(name="r", pruning=Pruning(granularity="head+neuron", scope=scope, schedule=Schedule(budget=budget)))
-    selector, density = assembly.build_selection(recipe, net, weights, groups, 32)
+    selector, density = build_selection(recipe, net, weights, groups, 32)
     mask = selector.units(Evidence(weights, MaskSet.full(weights), 0), density(1.0))
 
     def size() -> float:

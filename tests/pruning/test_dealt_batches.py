@@ -27,7 +27,7 @@ def loader(
     split: Split | None = None,
 ) -> InMemoryLoader:
     dealing = Dealing.of(8, per_device, num_processes)
-    return InMemoryLoader(split or images(43, seed=5), dealing, rank, CPU, seed, augmentation, MEAN, STD)
+    return InMemoryLoader(dealing, rank, CPU, seed, augmentation, MEAN, STD, split=split or images(43, seed=5))
 
 
 def epoch(of: InMemoryLoader, number: int = 0, step: int = 0, round: int = 0) -> list[list[Batch]]:

@@ -151,8 +151,8 @@ class Toy:
             net=net,
             optimizer=prepared,
             loader=InMemoryLoader(
-                images(8 * self.steps_per_epoch + 3, seed=1), Dealing.of(8, 8 // self.accumulation, 1),
-                0, CPU, self.seed, Augmentation(1, 0.5, erasing), MEAN, STD,
+                Dealing.of(8, 8 // self.accumulation, 1), 0, CPU, self.seed, Augmentation(1, 0.5, erasing), MEAN, STD,
+                split=images(8 * self.steps_per_epoch + 3, seed=1),
             ),
             loss=nn.CrossEntropyLoss(),
             mixing=Mixing(CLASSES, 0.8, 1.0, 1.0, 0.5) if self.mixes else None,

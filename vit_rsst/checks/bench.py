@@ -10,7 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vit_rsst import assembly
+from vit_rsst.assembly.data import build_loader, channels, data_options
+from vit_rsst.assembly.model import build_model
+from vit_rsst.assembly.optim import build_optimizer
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import Batch, Dealing, Loader, steps_per_epoch
 from vit_rsst.data.sources import open_data
@@ -72,10 +74,10 @@ class Bench:
         Raises:
             RunError: what a run of the recipe would stop at before its first step.
         """
-        data = open_data(assembly.data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
+        data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
         dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, accelerator.num_processes)
         steps = steps_per_epoch(data.count("train"), recipe.train.global_batch, recipe.train.steps_per_epoch)
-        mean, std = assembly.channels(recipe)
+        mean, std = channels(recipe)
 
         def draw(split: str, number: int, seed: int) -> Batch:
             found = data.balanced(split, number, derived_seed(recipe.seed, "check", seed))
@@ -87,9 +89,9 @@ class Bench:
             accelerator=accelerator,
             dealing=dealing,
             progress=Progress(steps, recipe.round_epochs),
-            make_net=lambda: assembly.build_model(recipe, data)[0].to(accelerator.device),
+            make_net=lambda: build_model(recipe, data)[0].to(accelerator.device),
             draw=draw,
-            loader=assembly.build_loader(recipe, data, dealing, accelerator),
+            loader=build_loader(recipe, data, dealing, accelerator),
         )
 
     @property
@@ -123,7 +125,7 @@ class Bench:
         return nn.functional.cross_entropy(logits.float(), batch[1])
 
     def optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
-        return assembly.build_optimizer(net, self.recipe.optim)
+        return build_optimizer(net, self.recipe.optim)
 
     def estimate(self, steps: float, images: int) -> float:
         """Seconds of as many training steps on so many images each."""

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vit_rsst import assembly
 from vit_rsst.analysis.counts import block_of
+from vit_rsst.assembly.pruning import build_selection, make_calibrate
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict
 from vit_rsst.checks.learning import FEW
 from vit_rsst.models import slim
@@ -45,8 +45,8 @@ def final_mask(bench: Bench, net: nn.Module) -> tuple[MaskSet, float]:
     """What the recipe's selection keeps of a network at its last density, and that density."""
     pruning = bench.recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
-    selector, density = assembly.build_selection(bench.recipe, net, weights, groups, bench.data.options.size)
-    calibrate = assembly.make_calibrate(bench.recipe, net, weights, groups, bench.data, bench.accelerator)
+    selector, density = build_selection(bench.recipe, net, weights, groups, bench.data.options.size)
+    calibrate = make_calibrate(bench.recipe, net, weights, groups, bench.data, bench.accelerator)
     statistics = calibrate() if calibrate is not None else None
     evidence = Evidence(weights, MaskSet.full(weights), bench.recipe.seed, statistics)
     return selector.units(evidence, density(1.0)), selector.mean_density(weights, density(1.0))

@@ -111,19 +111,16 @@ class Loader(Protocol):
 
 
 @dataclass
-class InMemoryLoader:
-    """Training batches from memory; order and augmentation are pure functions of seed and progress.
+class TrainingBatches:
+    """What every loader of training batches knows; order and augmentation are pure functions of seed and progress.
 
     Attributes:
-        split: the training images, on the device that should gather and augment them.
         dealing: how a global batch is divided.
         rank: of this process.
         device: where the batches go.
-        repeats: how often an image comes, one time after the other (Hoffer et al. 2020).
-        weights: how often each image is drawn, relative to the others; None: once an epoch.
+        repeats: how often an image comes, one time after the other, varied anew each time (Hoffer et al. 2020).
     """
 
-    split: Split
     dealing: Dealing
     rank: int
     device: torch.device
@@ -132,6 +129,18 @@ class InMemoryLoader:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     repeats: int = 1
+
+
+@dataclass(kw_only=True)
+class InMemoryLoader(TrainingBatches):
+    """Training batches from memory.
+
+    Attributes:
+        split: the training images, on the device that should gather and augment them.
+        weights: how often each image is drawn, relative to the others; None: once an epoch.
+    """
+
+    split: Split
     weights: Tensor | None = None
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
@@ -193,8 +202,8 @@ class Clock:
         )
 
 
-@dataclass
-class DecodingLoader:
+@dataclass(kw_only=True)
+class DecodingLoader(TrainingBatches):
     """Training batches that are decoded as they are needed, in worker processes or here.
 
     Attributes:
@@ -202,21 +211,12 @@ class DecodingLoader:
         decoder: from encoded rows to pixels.
         workers: processes that decode; 0: this one does.
         max_corrupt: share of an epoch's images that may be corrupt; they are left out and counted.
-        repeats: how often an image comes, one time after the other, with a crop of its own each time.
     """
 
     rows: Rows | Stream
     decoder: Decoder
-    dealing: Dealing
-    rank: int
-    device: torch.device
-    seed: int
-    augmentation: Augmentation
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     workers: int = 0
     max_corrupt: float = 0.0
-    repeats: int = 1
     _clock: Clock = field(default_factory=Clock, repr=False)
     _corrupt: list[str] = field(default_factory=list, repr=False)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vit_rsst import files, results
-from vit_rsst.assembly import EVALUATION_BATCH
+from vit_rsst.assembly.data import EVALUATION_BATCH
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.tables import Rows, Split

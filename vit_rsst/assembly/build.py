@@ -1,0 +1,174 @@
+"""From a recipe to a run at its first step."""
+
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from filelock import FileLock
+from torch import nn
+
+from vit_rsst import run_folder
+from vit_rsst.assembly.data import build_loader, data_options, make_evaluate
+from vit_rsst.assembly.model import build_model, ticket_header
+from vit_rsst.assembly.objective import build_distillation, build_loss, build_mixing
+from vit_rsst.assembly.optim import build_optimizer, make_lr
+from vit_rsst.assembly.pruning import build_selection, make_calibrate, starting_mask
+from vit_rsst.best import Best
+from vit_rsst.checkpoint import Checkpointer
+from vit_rsst.console import Console
+from vit_rsst.data.images import ImageData
+from vit_rsst.data.loaders import Dealing, steps_per_epoch
+from vit_rsst.data.sources import open_data
+from vit_rsst.ema import Ema
+from vit_rsst.errors import InputError
+from vit_rsst.loop import Run
+from vit_rsst.metrics.counters import RunningLoss
+from vit_rsst.models.anatomy import prunable_parts
+from vit_rsst.progress import Progress
+from vit_rsst.pruning.controller import Controller
+from vit_rsst.pruning.methods.constant import Constant
+from vit_rsst.pruning.methods.dense import Dense
+from vit_rsst.pruning.plan import Density
+from vit_rsst.recipe import Recipe
+from vit_rsst.run_folder import RunFolder
+from vit_rsst.signals import StopFlag
+from vit_rsst.tracking import Tracker, to_stderr
+from vit_rsst.watchdog import Watchdog
+
+
+def build(
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, stop: StopFlag, restart: bool = False
+) -> tuple[Run, FileLock | None]:
+    """Everything of a run at its first step. The folder is created once nothing can be wrong any more.
+
+    Args:
+        stop: installed, so that a signal ends the preparations.
+        restart: keep an earlier run of this folder beside it and begin anew.
+    """
+    train, device, is_main = recipe.train, accelerator.device, accelerator.is_main_process
+    with accelerator.main_process_first():  # one process makes the cache, the others read it
+        data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
+    dealing = Dealing.of(train.global_batch, train.batch_per_device, accelerator.num_processes)
+    steps = steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch)
+    progress = Progress(steps, recipe.round_epochs)
+    net, start_mask = build_model(recipe, data)
+    net.to(device)
+    weights, groups = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
+    selector, density = build_selection(recipe, net, weights, groups, data.options.size)
+    mask = starting_mask(weights, start_mask, recipe.pruning.method)
+    optimizer = build_optimizer(net, recipe.optim)
+    loader = build_loader(recipe, data, dealing, accelerator)
+    distillation = build_distillation(recipe, data, progress, accelerator)
+    if recipe.data.augment.mixes and dealing.batch_per_device == 1:
+        raise InputError(
+            f"data.augment: MixUp and CutMix mix the images of a device's batch, and of a global batch of {dealing} it "
+            "has one; take a larger train.global_batch."
+        )
+    watchdog = Watchdog(folder.logs / f"stacks-{accelerator.process_index}.txt", train.rank_timeout)
+
+    def give_up() -> bool:
+        watchdog.beat()
+        return stop.is_asked()
+
+    evaluate = make_evaluate(net, data, accelerator, recipe, give_up)
+    lock, record = None, run_folder.environment(accelerator.num_processes, str(device), data.identity)
+    if hasattr(net, "loaded"):
+        record["weights"] = net.loaded.record()
+    if distillation is not None and distillation.source:
+        record["teacher"] = distillation.source
+    if is_main:
+        if restart and (old := folder.set_aside()):
+            print(f"kept the earlier run as {old}")
+        lock = folder.open(recipe, record)
+        folder.write_status("running")
+    if train.compile:
+        net.compile()  # in place: names stay, and masks written outside of it never recompile
+    model, optimizer = accelerator.prepare(net, optimizer)
+    console = Console(is_main, progress, train.global_batch)
+    asked = mask.density if isinstance(recipe.pruning.method, Dense | Constant) else density(1.0)
+    console.line(summary(recipe, data, net, weights, asked, dealing, progress, str(device)))
+    tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
+    tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
+    run = Run(
+        accelerator=accelerator,
+        model=model,
+        net=net,
+        optimizer=optimizer,
+        loader=loader,
+        loss=build_loss(recipe, data, device),
+        own_loss=getattr(net, "auxiliary_loss", None),
+        mixing=build_mixing(recipe, data),
+        distillation=distillation,
+        best=Best(train.patience, train.keep_best),
+        lr=make_lr(recipe),
+        controller=Controller(
+            model=net,
+            weights=weights,
+            optimizer=optimizer,
+            method=recipe.pruning.method,
+            rounds=recipe.pruning.schedule.num_rounds,
+            density=density,
+            selector=selector,
+            rewind_epoch=recipe.pruning.rewind_epoch,
+            seed=recipe.seed,
+            evaluate=lambda: evaluate("val"),
+            mask=mask,
+            ema=Ema(net, train.ema_decay) if train.ema_decay else None,
+            calibrate=make_calibrate(recipe, net, weights, groups, data, accelerator),
+        ),
+        progress=progress,
+        evaluate=evaluate,
+        folder=folder,
+        checkpointer=Checkpointer(
+            folder.checkpoints, train.keep_resume_points, lambda text: tracker.warning(progress.global_step, text)
+        ),
+        tracker=tracker,
+        console=console,
+        stop=stop,
+        meter=RunningLoss(device),
+        watchdog=watchdog,
+        clip_grad_norm=recipe.optim.clip_grad_norm,
+        max_skipped_steps=train.max_skipped_steps,
+        log_every_steps=train.log_every_steps,
+        save_every_steps=train.save_every_steps,
+        seed=recipe.seed,
+        recipe_fingerprint=recipe.fingerprint,
+        header=ticket_header(recipe, data, net),
+        environment=record,
+    )
+    return run, lock
+
+
+def summary(
+    recipe: Recipe,
+    data: ImageData,
+    net: nn.Module,
+    weights: dict,
+    density: Density,
+    dealing: Dealing,
+    progress: Progress,
+    device: str,
+) -> str:
+    """What is about to happen, in a few lines."""
+    begins = f"  begins with {net.loaded.text()}\n" if hasattr(net, "loaded") else ""
+    total = sum(p.numel() for p in net.parameters())
+    prunable = sum(w.numel() for w in weights.values())
+    rows = ", ".join(f"{count_text(data.count(split))} {split}" for split in ("train", "val", "test"))
+    return (
+        f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({rows})\n"
+        f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "
+        f"final density {density_text(density)}\n{begins}"
+        f"  {len(progress.round_epochs)} round(s), {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "
+        f"global batch {dealing}; {device}, precision {recipe.train.precision}\n"
+        f"  run folder {recipe.run_folder}"
+    )
+
+
+def density_text(density: Density) -> str:
+    """`0.100`, or `head 0.500, neuron 0.300`."""
+    if isinstance(density, Mapping):
+        return ", ".join(f"{kind} {share:.3f}" for kind, share in density.items())
+    return f"{density:.3f}"
+
+
+def count_text(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"

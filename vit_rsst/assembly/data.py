@@ -1,0 +1,128 @@
+"""The data of a recipe: where they are, how they are varied, in which batches they come."""
+
+import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+from accelerate import Accelerator
+from torch import nn
+
+from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.data.decoding import Decoder, Window, auto_augment
+from vit_rsst.data.images import ImageData
+from vit_rsst.data.loaders import Dealing, DecodingLoader, InMemoryLoader, Loader, evaluation_batches, placed
+from vit_rsst.data.options import DataOptions
+from vit_rsst.data.tables import Split, class_balanced
+from vit_rsst.data.transforms import Augmentation, Erasing
+from vit_rsst.metrics.counters import score
+from vit_rsst.recipe import Recipe
+
+EVALUATION_BATCH = 500
+
+
+def data_options(recipe: Recipe) -> DataOptions:
+    data = recipe.data
+    return DataOptions(**{field.name: getattr(data, field.name) for field in fields(DataOptions)})
+
+
+def channels(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the source's channels."""
+    info = SOURCES[recipe.data.source]
+    return info.mean, info.std
+
+
+def augmentation(recipe: Recipe) -> Augmentation:
+    """What is done to whole batches on the device."""
+    augment = recipe.data.augment
+    hflip = 0.5 * SOURCES[recipe.data.source].hflip if augment.hflip is None else augment.hflip
+    erasing = None
+    if augment.reprob:
+        erasing = Erasing(augment.reprob, augment.remode, augment.rearea, augment.reaspect)
+    return Augmentation(augment.padding if recipe.data.crop == "pad" else 0, hflip, erasing)
+
+
+def training_decoder(recipe: Recipe, data: ImageData) -> Decoder:
+    """What is done to each training image while it is decoded.
+
+    Raises:
+        InputError: timm knows no such augmentation.
+    """
+    augment, mean = recipe.data.augment, channels(recipe)[0]
+    if augment.auto_augment is not None:
+        auto_augment(augment.auto_augment, data.options.size, mean)
+    return replace(
+        data.decoder("train"),
+        window=Window(augment.scale, augment.ratio) if recipe.data.crop == "resized" else None,
+        auto_augment=augment.auto_augment,
+        color_jitter=augment.color_jitter,
+        mean=mean,
+    )
+
+
+def num_workers(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Processes that decode for this one; without a GPU the model needs the cores itself."""
+    if recipe.data.workers is not None:
+        return recipe.data.workers
+    if accelerator.device.type == "cpu":
+        return 0
+    return min(8, (os.cpu_count() or 1) // local_processes(accelerator))
+
+
+def local_processes(accelerator: Accelerator) -> int:
+    """Training processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+
+
+def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator: Accelerator) -> Loader:
+    """This rank's training batches, from decoded images or decoded as they are needed."""
+    mean, std = channels(recipe)
+    decoder, device = training_decoder(recipe, data), accelerator.device
+    common = {
+        "dealing": dealing,
+        "rank": accelerator.process_index,
+        "device": device,
+        "seed": recipe.seed,
+        "augmentation": augmentation(recipe),
+        "mean": mean,
+        "std": std,
+        "repeats": recipe.data.augment.aug_repeats,
+    }
+    samples, weights = data.rows["train"], None
+    if recipe.data.sampler == "class_balanced":
+        weights = class_balanced(samples.labels)
+    if not recipe.data.redrawn:
+        samples = data.samples("train", recipe.data.in_memory, 0.4 / local_processes(accelerator))
+    if isinstance(samples, Split):
+        return InMemoryLoader(split=placed(samples, device), weights=weights, **common)
+    return DecodingLoader(
+        rows=samples if weights is None else replace(samples, weights=weights),
+        decoder=decoder,
+        workers=num_workers(recipe, accelerator),
+        max_corrupt=recipe.data.max_corrupt,
+        **common,
+    )
+
+
+def make_evaluate(
+    net: nn.Module, data: ImageData, accelerator: Accelerator, recipe: Recipe, give_up: Callable[[], bool]
+) -> Callable[[str], dict[str, float]]:
+    """Scores a split of the data with the network as it stands, over all ranks.
+
+    Args:
+        give_up: asked before every batch.
+    """
+    mean, std = channels(recipe)
+    # What fits is decoded now: an image that cannot be is found before the first step, not after the last.
+    share = 0.4 / local_processes(accelerator)
+    splits = {name: data.samples(name, recipe.data.in_memory, share) for name in ("val", "test")}
+    splits |= {name: placed(split, accelerator.device) for name, split in splits.items() if isinstance(split, Split)}
+    workers = num_workers(recipe, accelerator)
+
+    def evaluate(split: str) -> dict[str, float]:
+        batches = evaluation_batches(
+            splits[split], EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes,
+            accelerator.device, mean, std, data.decoder(split), workers, recipe.data.max_corrupt,
+        )  # fmt: skip
+        return score(net, batches, accelerator.device, give_up)
+
+    return evaluate

@@ -1,0 +1,100 @@
+"""The model of a recipe, with what it starts from, and what its tickets say of it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vit_rsst import tickets
+from vit_rsst.assembly.data import channels
+from vit_rsst.data.images import ImageData
+from vit_rsst.errors import Damaged, InputError
+from vit_rsst.export.source import open_ticket
+from vit_rsst.models import slim, zoo
+from vit_rsst.models.hub import PLACE
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.recipe import Recipe
+from vit_rsst.seeds import derived_seed
+from vit_rsst.tickets import Ticket
+
+
+def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | None]:
+    """The network, seeded; with the weights and the mask of `model.start_from` where it is given.
+
+    Raises:
+        InputError: the model does not take images of this size.
+    """
+    architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
+    torch.manual_seed(derived_seed(recipe.seed, "model"))
+    net = zoo.create(architecture, args, recipe.model.pretrained)
+    if recipe.train.grad_checkpointing:
+        zoo.checkpoint_gradients_(net)
+    expected = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    size = data.options.size
+    if expected is not None and tuple(expected) != (size, size):
+        raise InputError(
+            f"data.image_size: {recipe.model.name} takes images of {expected[0]} px and the data have {size} px; set "
+            f"data.image_size={expected[0]}, or model.args.img_size={size}."
+        )
+    opened = reshape_(net, recipe, architecture, args)
+    if opened is None or not recipe.model.start_from:
+        return net, None
+    path, ticket = opened
+    tickets.load_into_(net, ticket, str(path))
+    return net, ticket.mask
+
+
+def reshape_(net: nn.Module, recipe: Recipe, architecture: str, args: dict) -> tuple[Path, Ticket] | None:
+    """Gives the network the shape of what it starts from, or of what its shape is taken from, and names that.
+
+    Raises:
+        Damaged: it cannot be read, or is of another model.
+    """
+    source = recipe.model.start_from or recipe.model.shape_from
+    if not source:
+        return None
+    path, ticket = open_ticket(Path(source).expanduser())
+    check_same_model(path, ticket, architecture, args)
+    if recipe.model.shape_from or "widths" in ticket.metadata:
+        slim.shape_like_(net, slim.shape_of(net, ticket.mask, ticket.metadata), str(path))
+    return path, ticket
+
+
+def check_same_model(path: Path, ticket: Ticket, architecture: str, args: dict) -> None:
+    """Refuses a ticket of another model even where all shapes fit: as many rows may be other heads.
+
+    Raises:
+        Damaged: architecture or arguments differ, but for dropout and the place of published weights.
+    """
+    their_architecture, their_args = zoo.description(ticket.metadata, str(path))
+    theirs = {"architecture": their_architecture, **their_args}
+    ours = json.loads(json.dumps({"architecture": architecture, **args}))
+    for key in sorted(theirs.keys() | ours.keys()):
+        if "drop" not in key and key != PLACE and theirs.get(key) != ours.get(key):
+            raise Damaged(
+                f"{path}: it is of another model: {key} is {theirs.get(key, 'not given')} there and "
+                f"{ours.get(key, 'not given')} in this recipe; name the same model in model.name and model.args."
+            )
+
+
+def ticket_header(recipe: Recipe, data: ImageData, net: nn.Module) -> dict[str, str]:
+    """What every ticket of the run says of itself: enough to build the model and to prepare its images."""
+    architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
+    widths = slim.narrowed(net, zoo.create(architecture, args, device="meta"))
+    mean, std = channels(recipe)
+    info = {"image_size": data.options.size, "mean": mean, "std": std, "classes": data.classes}
+    return {
+        "model": recipe.model.name,
+        "architecture": architecture,
+        "model_args": json.dumps(args),
+        "data": json.dumps({**asdict(data.options), **info}),
+        "seed": str(recipe.seed),
+        "method": recipe.pruning.method_name,
+        "precision": recipe.train.precision,
+        "ema": str(recipe.train.ema_decay or "false"),
+        "recipe": recipe.fingerprint,
+        **({"widths": json.dumps(widths)} if widths else {}),
+        **({"pretrained": net.loaded.sha256} if hasattr(net, "loaded") else {}),
+    }

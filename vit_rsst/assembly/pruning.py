@@ -1,0 +1,131 @@
+"""What a recipe prunes: who chooses, how much, from which mask on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from accelerate import Accelerator
+from torch import nn
+
+from vit_rsst.assembly.data import channels
+from vit_rsst.data.images import ImageData
+from vit_rsst.data.loaders import evaluation_batches, placed
+from vit_rsst.errors import InputError
+from vit_rsst.models.complexity import flops as model_flops
+from vit_rsst.models.complexity import unit_costs
+from vit_rsst.pruning.allocation import Allocation
+from vit_rsst.pruning.calibration import collect
+from vit_rsst.pruning.controller import Calibrate
+from vit_rsst.pruning.criteria import CRITERIA, Statistics
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.methods.constant import Constant
+from vit_rsst.pruning.methods.dense import Dense
+from vit_rsst.pruning.plan import Density, Method
+from vit_rsst.pruning.selector import Floors, Selector
+from vit_rsst.pruning.units import UnitGroup
+from vit_rsst.recipe import Recipe
+from vit_rsst.seeds import derived_seed
+
+CALIBRATION_BATCH = 128
+
+
+def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None, method: Method) -> MaskSet:
+    """Everything alive, less the zeros of the ticket that the run starts from.
+
+    Raises:
+        InputError: the ticket has zeros in a weight that this recipe does not prune, which would grow back; or the
+            method is constant and it has none.
+    """
+    mask = MaskSet.full(weights)
+    if found is None:
+        return mask
+    if isinstance(method, Constant) and found.is_full:
+        raise InputError("model.start_from: it has no zeros, and constant keeps those; start from a sparse ticket.")
+    freed = [name for name in found if name not in weights and not found[name].all()]
+    if freed:
+        raise InputError(
+            f"pruning.protect: model.start_from has zeros in {freed[0]} and {len(freed) - 1} more weights that this "
+            "recipe does not prune, so that they would grow back; prune the same weights as the run it comes from."
+        )
+    # A weight that was not prunable there is alive here.
+    return MaskSet({n: found[n].to(w.device) if n in found.masks else mask[n] for n, w in weights.items()})
+
+
+def build_selection(
+    recipe: Recipe, net: nn.Module, weights: dict[str, nn.Parameter], groups: list[UnitGroup], image_size: int
+) -> tuple[Selector, Callable[[float], Density]]:
+    """Who chooses what stays, and the density that the schedule asks for at a fraction of it.
+
+    Raises:
+        InputError: the schedule cannot be reached, or a glob names no layer.
+    """
+    pruning = recipe.pruning
+    schedule, costs = pruning.schedule, {}
+    if schedule.budget is not None:
+        costs, final = spend(schedule.budget, net, groups, image_size)
+        schedule = replace(schedule, budget=None, final_sparsity=final)
+    allocation = Allocation(
+        pruning.scope or "global",
+        pruning.depth_ramp,
+        pruning.layer_sparsity,
+        schedule.density(1.0),
+        never_above=bool(costs),
+    )
+    floors = Floors(pruning.min_neurons, pruning.max_layer_sparsity)
+    criterion = CRITERIA[pruning.criterion]
+    selector = Selector(criterion, pruning.granularity, groups, allocation, floors, costs)
+    if not isinstance(pruning.method, Dense | Constant):
+        selector.check(weights)
+    return selector, schedule.density
+
+
+def spend(
+    budget: Mapping[str, float], net: nn.Module, groups: list[UnitGroup], image_size: int
+) -> tuple[dict[str, float], float]:
+    """Cost of a unit of each group, and the share of all units' cost that must go to meet the budget.
+
+    Raises:
+        InputError: what cannot be pruned is more than the budget already.
+    """
+    [(what, share)] = budget.items()
+    flops, params = unit_costs(net, groups, image_size)
+    costs = flops if what == "flops" else params
+    total = model_flops(net, image_size) if what == "flops" else sum(p.numel() for p in net.parameters())
+    prunable = sum(costs[group.name] * group.units for group in groups)
+    final = (1.0 - share) * total / prunable
+    if final >= 1.0:
+        raise InputError(
+            f"pruning.schedule.budget.{what}: {share} of the model cannot be reached, since what is not prunable "
+            f"takes {1 - prunable / total:.3f} of it; ask for more than that, or prune more kinds of units."
+        )
+    return costs, final
+
+
+def make_calibrate(
+    recipe: Recipe,
+    net: nn.Module,
+    weights: dict[str, nn.Parameter],
+    groups: list[UnitGroup],
+    data: ImageData,
+    accelerator: Accelerator,
+) -> Calibrate | None:
+    """Statistics over calibration images of the training split, the same ones in every round; None: not needed."""
+    needs = CRITERIA[recipe.pruning.criterion].needs
+    if needs not in ("activations", "gradients") or isinstance(recipe.pruning.method, Dense | Constant):
+        return None
+    images = data.balanced("train", recipe.pruning.calibration_images, derived_seed(recipe.seed, "calibration"))
+    split = placed(images, accelerator.device)
+    mean, std = channels(recipe)
+
+    def calibrate() -> Statistics:
+        batches = evaluation_batches(
+            split,
+            CALIBRATION_BATCH,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+            mean,
+            std,
+        )
+        return collect(net, batches, weights, groups, needs == "gradients")
+
+    return calibrate
