@@ -27,6 +27,7 @@ def run(tmp_path_factory) -> Path:
     text = tiny.RECIPE.replace("final_sparsity: 0.9", "final_sparsity: 0.4").replace(
         "pruning:\n", "pruning:\n  granularity: head+neuron\n"
     )
+    text = text.replace("source: digits", "source: digits, crop_pct: 0.9, interpolation: bicubic")  # exports say both
     assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
     for target in TARGETS:
         assert tiny.command("export", folder / "runs" / "tiny", "--to", target, folder / target) == 0

@@ -413,6 +413,17 @@ def test_a_random_part_equals_torchvisions_crop():
     assert max(largest) < 16
 
 
+@pytest.mark.parametrize("crop_pct, interpolation", [(1.0, "bicubic"), (0.875, "bicubic"), (0.9, "bilinear")])
+@pytest.mark.parametrize("width, height", [(90, 61), (61, 90), (64, 64), (37, 30)])
+def test_the_middle_of_an_image_is_that_of_timms_evaluation(crop_pct, interpolation, width, height):
+    from timm.data import create_transform
+
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    theirs = create_transform(32, False, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
+    found = decode({"bytes": png(noise), "path": None}, 32, "x", interpolation=interpolation, crop_pct=crop_pct)
+    assert (found == theirs(noise).numpy()).all()
+
+
 def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size_when_enough_is_left():
     x = np.linspace(0, 255, 1024)
     smooth = Image.fromarray(np.stack([np.add.outer(x, x) / 2] * 3, -1).astype(np.uint8))

@@ -75,6 +75,8 @@ class Data:
     """What to train on, and how it is read.
 
     Attributes:
+        crop_pct: share of the shorter side that validation and test see, the middle; default: by the source.
+        interpolation: how images are resized; default: by the source.
         num_classes: where labels are plain numbers, as in tars.
         streaming: read shards row after row, without a copy in the cache.
         shuffle_buffer: images that a stream is mixed with; encoded, in the memory of each process.
@@ -91,6 +93,8 @@ class Data:
     image_column: str | None = None
     label_column: str | None = None
     image_size: Annotated[int, Ge(8)] | None = None
+    crop_pct: Annotated[float, Ge(0.1), Le(1)] | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
     val_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
     test_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
     train_samples: Annotated[int, Ge(1)] | None = None

@@ -84,12 +84,14 @@ def ticket_header(recipe: Recipe, data: ImageData, net: nn.Module) -> dict[str, 
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
     widths = slim.narrowed(net, zoo.create(architecture, args, device="meta"))
     mean, std = channels(recipe)
-    info = {"image_size": data.options.size, "mean": mean, "std": std, "classes": data.classes}
+    options = data.options
+    shown = {"image_size": options.size, "crop_pct": options.crop_share, "interpolation": options.resampling}
+    info = {**shown, "mean": mean, "std": std, "classes": data.classes}
     return {
         "model": recipe.model.name,
         "architecture": architecture,
         "model_args": json.dumps(args),
-        "data": json.dumps({**asdict(data.options), **info}),
+        "data": json.dumps({**asdict(options), **info}),
         "seed": str(recipe.seed),
         "method": recipe.pruning.method_name,
         "precision": recipe.train.precision,

@@ -21,6 +21,8 @@ class SourceInfo:
         rows: published rows of train and test, for plans made without the data.
         num_classes: likewise.
         hflip: whether a mirrored image still shows its class.
+        crop_pct: share of the shorter side that validation and test see, the middle; timm's word for it.
+        interpolation: how images are resized.
     """
 
     about: str
@@ -35,6 +37,8 @@ class SourceInfo:
     rows: tuple[int, int] | None = None
     num_classes: int | None = None
     hflip: bool = True
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
 
 
 CATALOG: dict[str, SourceInfo] = {
@@ -46,6 +50,7 @@ CATALOG: dict[str, SourceInfo] = {
         rows=(1797, 0),
         num_classes=10,
         hflip=False,
+        interpolation="bilinear",
     ),
     "cifar10": SourceInfo(
         "CIFAR-10, 50,000 + 10,000 images of 32 × 32 px",
@@ -70,6 +75,7 @@ CATALOG: dict[str, SourceInfo] = {
         test_split="validation",
         val_fraction=0.01,
         crop="resized",
+        crop_pct=0.875,
         rows=(1_281_167, 50_000),
         num_classes=1000,
     ),

@@ -1,6 +1,7 @@
 """From the bytes of an image file to pixels: any mode, upright, within a size limit read from the header."""
 
 import io
+import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -80,7 +81,8 @@ class Decoder:
         size: side of the square in px.
         images: the table that samples name rows of.
         max_pixels: an image of more is corrupt.
-        resampling: Pillow's.
+        interpolation: `bicubic` or `bilinear`.
+        crop_pct: share of the shorter side that the middle has.
         window: a random part of each image; None: its middle.
         auto_augment: timm's configuration of RandAugment, AutoAugment or AugMix, such as `rand-m9-mstd0.5-inc1`.
         color_jitter: strength of brightness, contrast and saturation.
@@ -90,7 +92,8 @@ class Decoder:
     size: int
     images: Sequence[Encoded] | None = None
     max_pixels: int = MAX_PIXELS
-    resampling: int = Image.Resampling.BICUBIC
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
     window: Window | None = None
     auto_augment: str | None = None
     color_jitter: float | None = None
@@ -124,7 +127,9 @@ class Decoder:
         """
         if self.is_random:
             _seed(sample.seed)
-        pixels = decode(sample.image, self.size, sample.place, self.max_pixels, self.window, self.resampling)
+        pixels = decode(
+            sample.image, self.size, sample.place, self.max_pixels, self.window, self.interpolation, self.crop_pct
+        )
         if not self._transforms:
             return pixels
         picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
@@ -189,7 +194,8 @@ def decode(
     place: str,
     max_pixels: int = MAX_PIXELS,
     window: Window | None = None,
-    resampling: int = Image.Resampling.BICUBIC,
+    interpolation: str = "bicubic",
+    crop_pct: float = 1.0,
 ) -> np.ndarray:
     """One image as uint8 (3, size, size), red, green and blue.
 
@@ -197,13 +203,20 @@ def decode(
         place: names the image in an error.
         max_pixels: an image of more is corrupt; checked before decoding.
         window: a random part, drawn from torch's generator; None: the shorter side is resized and the middle kept.
+        interpolation: `bicubic` or `bilinear`.
+        crop_pct: share of the shorter side that the middle has.
 
     Raises:
         Corrupt: no image, truncated, or too large.
     """
-    cut = _middle if window is None else _random_part
+
+    def cut(picture: Image.Image) -> np.ndarray:
+        if window is None:
+            return _middle(picture, size, interpolation, crop_pct)
+        return _random_part(picture, size, interpolation, window)
+
     if isinstance(image, np.ndarray):
-        return cut(Image.fromarray(image.transpose(1, 2, 0)), size, resampling, window)
+        return cut(Image.fromarray(image.transpose(1, 2, 0)))
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
             if opened.width * opened.height > max_pixels:
@@ -211,7 +224,7 @@ def decode(
                     f"data: the image in {place} cannot be decoded: it has {opened.width:,} × {opened.height:,} px, "
                     f"more than data.max_pixels={max_pixels:,}; raise that if the image is meant."
                 )
-            return cut(opened, size, resampling, window)
+            return cut(opened)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, TypeError, ValueError, SyntaxError) as error:
         raise Corrupt(f"data: the image in {place} cannot be decoded ({first_line(error)}).") from error
 
@@ -221,18 +234,24 @@ def _pixels(picture: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def _middle(opened: Image.Image, size: int, resampling: int, _: None) -> np.ndarray:
-    """The shorter side resized to `size`, the middle kept."""
+def resized_side(size: int, crop_pct: float) -> int:
+    """px of the shorter side of which `size` are kept; timm rounds it down too, and 247.9999999 is 248."""
+    return math.floor(round(size / crop_pct, 6))
+
+
+def _middle(opened: Image.Image, size: int, interpolation: str, crop_pct: float) -> np.ndarray:
+    """The shorter side resized to `size / crop_pct`, the middle kept; rounded as torchvision does."""
     picture = _upright(opened, _rgb(opened))
-    if picture.size == (size, size):
+    shorter = resized_side(size, crop_pct)
+    if picture.size == (size, size) == (shorter, shorter):
         return _pixels(picture)
-    scale = size / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return _pixels(picture.resize((width, height), resampling).crop((left, top, left + size, top + size)))
+    width, height = (shorter * side // min(picture.size) for side in picture.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = picture.resize((width, height), Image.Resampling[interpolation.upper()])
+    return _pixels(resized.crop((left, top, left + size, top + size)))
 
 
-def _random_part(opened: Image.Image, size: int, resampling: int, window: Window) -> np.ndarray:
+def _random_part(opened: Image.Image, size: int, interpolation: str, window: Window) -> np.ndarray:
     from torchvision.transforms import RandomResizedCrop
 
     full = opened.size
@@ -244,8 +263,8 @@ def _random_part(opened: Image.Image, size: int, resampling: int, window: Window
     box = (round(left * x), round(top * y), round((left + width) * x), round((top + height) * y))
     part = _pixels(_upright(opened, _rgb(opened.crop(box))))
     # As Pillow resizes, in a third of the time.
-    mode = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}[resampling]
-    return F.interpolate(torch.from_numpy(part)[None], size=(size, size), mode=mode, antialias=True)[0].numpy()
+    part = torch.from_numpy(part)[None]
+    return F.interpolate(part, size=(size, size), mode=interpolation, antialias=True)[0].numpy()
 
 
 def _rgb(opened: Image.Image) -> Image.Image:

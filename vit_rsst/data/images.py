@@ -45,7 +45,8 @@ class ImageData:
         """Decodes the samples of a split, the middle of each image."""
         rows = self.rows[split]
         images = rows.table.images if isinstance(rows, Rows) else None
-        return Decoder(self.options.size, images, self.options.max_pixels)
+        options = self.options
+        return Decoder(options.size, images, options.max_pixels, options.resampling, options.crop_share)
 
     def samples(self, split: str, in_memory: bool | None = None, share: float = 0.4) -> Split | Rows | Stream:
         """A split decoded into memory, or as it is read.
@@ -140,8 +141,5 @@ def decode_file(path: Path, options: DataOptions) -> np.ndarray:
     Raises:
         Corrupt: the file cannot be read as an image.
     """
-    from PIL import Image
-
-    # The digits are enlarged more softly than photographs.
-    resampling = Image.Resampling.BILINEAR if options.source == "digits" else Image.Resampling.BICUBIC
-    return decode({"bytes": None, "path": str(path)}, options.size, str(path), options.max_pixels, None, resampling)
+    image = {"bytes": None, "path": str(path)}
+    return decode(image, options.size, str(path), options.max_pixels, None, options.resampling, options.crop_share)

@@ -48,6 +48,8 @@ class DataOptions:
     image_column: str | None = None
     label_column: str | None = None
     image_size: int | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
     val_fraction: float | None = None
     test_fraction: float | None = None
     train_samples: int | None = None
@@ -65,6 +67,16 @@ class DataOptions:
     def size(self) -> int:
         """Side of the images in px."""
         return self.image_size or self.info.image_size
+
+    @property
+    def crop_share(self) -> float:
+        """Share of the shorter side that the middle of an image has."""
+        return self.crop_pct or self.info.crop_pct
+
+    @property
+    def resampling(self) -> str:
+        """Pillow's word in lower case."""
+        return self.interpolation or self.info.interpolation
 
     @property
     def val_share(self) -> float:

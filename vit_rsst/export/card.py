@@ -11,6 +11,7 @@ from torch import nn
 import vit_rsst
 from vit_rsst import strict_yaml
 from vit_rsst.data.catalog import CATALOG
+from vit_rsst.data.decoding import resized_side
 from vit_rsst.export.work import Work
 from vit_rsst.models.anatomy import unit_groups
 from vit_rsst.results import size
@@ -130,12 +131,14 @@ def _units(work: Work) -> str:
 def _data(work: Work) -> str:
     trained = work.trained
     classes, side = trained.classes, trained.data.size
+    shorter, kernel = resized_side(side, trained.data.crop_share), trained.data.resampling
+    mean, std = _numbers(trained.mean), _numbers(trained.std)
     more = f" … ({len(classes)} in all)" if len(classes) > MOST_CLASSES else ""
     return (
         "## Data\n\n"
         f"Source: `{trained.data.source}`. {len(classes)} classes: {', '.join(classes[:MOST_CLASSES])}{more}.\n\n"
-        f"Images: RGB, the shorter side resized to {side} px (bicubic), the {side} × {side} px centre cropped, divided "
-        f"by 255, less the mean {_numbers(trained.mean)}, divided by the standard deviation {_numbers(trained.std)}."
+        f"Images: RGB, the shorter side resized to {shorter} px ({kernel}), the {side} × {side} px centre cropped, "
+        f"divided by 255, less the mean {mean}, divided by the standard deviation {std}."
     )
 
 

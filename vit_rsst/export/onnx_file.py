@@ -25,6 +25,8 @@ FILE = "model.onnx"
 TOLERANCE = 1e-4  # the kernels of another runtime round otherwise
 INLINE_LIMIT = 2**31 - 2**24
 """Bytes above which protobuf cannot hold the weights, so that they lie in a file beside it."""
+METADATA = ("mean", "std", "classes", "image_size", "crop_pct", "interpolation")
+"""What the file says of how images are shown to it."""
 USAGE = """\
 import json
 
@@ -34,8 +36,11 @@ from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx")
 about = session.get_modelmeta().custom_metadata_map
-mean, std, classes, size = (json.loads(about[key]) for key in ("mean", "std", "classes", "image_size"))
-image = ImageOps.fit(Image.open("image.png").convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+mean, std, classes, size, crop_pct, interpolation = (
+    json.loads(about[key]) for key in ("mean", "std", "classes", "image_size", "crop_pct", "interpolation")
+)
+image = Image.open("image.png").convert("RGB")
+image = ImageOps.fit(image, (size, size), Image.Resampling[interpolation.upper()], bleed=(1 - crop_pct) / 2)
 pixels = (np.asarray(image, dtype=np.float32) / 255 - mean) / std
 [logits] = session.run(["logits"], {"images": pixels.transpose(2, 0, 1)[None].astype(np.float32)})
 print(classes[int(logits[0].argmax())])
@@ -94,7 +99,8 @@ def write(work: Work, folder: Path) -> None:
     _check_opset(work, program.model.opset_imports[""])
     _strip_(program.model)
     trained = work.trained
-    about = {"mean": trained.mean, "std": trained.std, "classes": trained.classes, "image_size": trained.data.size}
+    values = (trained.mean, trained.std, trained.classes, trained.data.size)
+    about = dict(zip(METADATA, (*values, trained.data.crop_share, trained.data.resampling), strict=True))
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     num_bytes = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     program.save(str(folder / FILE), external_data=num_bytes > INLINE_LIMIT)
@@ -160,13 +166,13 @@ def opened(path: Path) -> Published:
     """
     net = Session(path)
     try:
-        mean, std, classes, size = (json.loads(net.about[key]) for key in ("mean", "std", "classes", "image_size"))
+        mean, std, classes, *shown = (json.loads(net.about[key]) for key in METADATA)
     except (KeyError, ValueError) as error:
         raise Damaged(
-            f"{path}: its metadata do not say mean, std, classes and image_size; expected a file that `vit-rsst export "
+            f"{path}: its metadata do not say {', '.join(METADATA)}; expected a file that `vit-rsst export "
             "--to onnx` wrote."
         ) from error
-    return Published(net.eval(), size, mean, std, classes)
+    return Published(net.eval(), *shown, mean, std, classes)
 
 
 def logits(folder: Path, images: Tensor) -> Tensor | None:

@@ -22,8 +22,9 @@ from PIL import Image, ImageOps
 
 model = vit_rsst.export.load(".")  # "." is this folder
 data = json.load(open("config.json"))["data"]
-size = data["image_size"]
-image = ImageOps.fit(Image.open("image.png").convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+size, kernel = data["image_size"], Image.Resampling[data["interpolation"].upper()]
+image = Image.open("image.png").convert("RGB")
+image = ImageOps.fit(image, (size, size), kernel, bleed=(1 - data["crop_pct"]) / 2)
 pixels = (torch.tensor(np.asarray(image)) / 255 - torch.tensor(data["mean"])) / torch.tensor(data["std"])
 with torch.no_grad():
     logits = model(pixels.permute(2, 0, 1)[None])

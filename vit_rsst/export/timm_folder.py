@@ -45,8 +45,8 @@ def write(work: Work, folder: Path) -> None:
         "input_size": [3, size, size],
         "fixed_input_size": own.get("fixed_input_size", False),
         # As the images of the run were decoded: the shorter side resized, the centre cropped.
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
+        "interpolation": trained.data.resampling,
+        "crop_pct": trained.data.crop_share,
         "crop_mode": "center",
         "mean": trained.mean,
         "std": trained.std,

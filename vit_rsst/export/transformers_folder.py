@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vit_rsst import files
+from vit_rsst.data.decoding import resized_side
 from vit_rsst.errors import InputError
 from vit_rsst.export.work import Target, Work
 from vit_rsst.models import hub
@@ -54,8 +56,8 @@ def write(work: Work, folder: Path) -> None:
     processor = ViTImageProcessor(
         # As the images of the run were decoded: the shorter side resized, the centre cropped.
         do_resize=True,
-        size={"shortest_edge": size},
-        resample=3,  # bicubic
+        size={"shortest_edge": resized_side(size, trained.data.crop_share)},
+        resample=Image.Resampling[trained.data.resampling.upper()],
         do_center_crop=True,
         crop_size={"height": size, "width": size},
         do_rescale=True,

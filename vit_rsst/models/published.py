@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
+from PIL import Image
 from torch import nn
 
 from vit_rsst.errors import Damaged, InputError, first_line
@@ -23,12 +24,16 @@ class Published:
     Attributes:
         net: on the CPU, in evaluation mode; its forward pass gives logits.
         image_size: side in px.
+        crop_pct: share of the shorter side that the middle of an image has.
+        interpolation: how images are resized.
         mean, std: of the channels.
         classes: names by label; empty where they are not said.
     """
 
     net: nn.Module
     image_size: int
+    crop_pct: float
+    interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: list[str]
@@ -65,8 +70,10 @@ def open_published(what: str) -> Published:
     else:
         net = zoo.create(what, {}, pretrained=True)
     config = net.pretrained_cfg
-    size, classes = config["input_size"][-1], list(config.get("label_names") or [])
-    return Published(net.eval(), size, tuple(config["mean"]), tuple(config["std"]), classes)
+    shown = (config["input_size"][-1], config["crop_pct"], config["interpolation"])
+    return Published(
+        net.eval(), *shown, tuple(config["mean"]), tuple(config["std"]), list(config.get("label_names") or [])
+    )
 
 
 def _of_transformers(folder: Path) -> Published:
@@ -78,10 +85,13 @@ def _of_transformers(folder: Path) -> Published:
     net = hub.create(architecture, args, pretrained=True)
     prepared = next(filter(None, (_read(folder / name) for name in PROCESSORS)), {})
     prepared = prepared.get("image_processor", prepared)
-    size = prepared.get("crop_size") or prepared.get("size") or {}
-    side = size.get("height") or size.get("shortest_edge") or config.get("image_size", 224)
+    resized = prepared.get("size") or {}
+    cropped = (prepared.get("do_center_crop") and prepared.get("crop_size")) or resized
+    side = cropped.get("height") or cropped.get("shortest_edge") or config.get("image_size", 224)
+    interpolation = Image.Resampling(prepared.get("resample", Image.Resampling.BICUBIC)).name.lower()
+    shown = (side, min(side / resized.get("shortest_edge", side), 1.0), interpolation)
     mean, std = (tuple(prepared.get(f"image_{name}", (0.5, 0.5, 0.5))) for name in ("mean", "std"))
-    return Published(net.eval(), side, mean, std, classes)
+    return Published(net.eval(), *shown, mean, std, classes)
 
 
 def _read(path: Path) -> dict:
