@@ -32,7 +32,8 @@ FLOORS = [
     # 4 run: one experiment
     "resume loop export export.slim_folder export.source trained",
     # 5 assemble: from a recipe to a run, a plan or scores; from a ticket to what others load
-    "assembly.data assembly.model assembly.optim assembly.pruning assembly.objective assembly.build assembly.resuming "
+    "assembly.data assembly.model assembly.optim assembly.pruning assembly.objective assembly.needs "
+    "assembly.build assembly.resuming "
     "evaluation predict planning export.work export.card export.slim_target export.timm_folder "
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
@@ -99,7 +100,7 @@ SIDEWAYS = {
     ("analysis.probe", "analysis.measure"),
     *(("analysis.analyze", f"analysis.{name}") for name in ("subject", "counts", "measure")),
     ("analysis.tables", "analysis.counts"),
-    *(("planning", f"assembly.{name}") for name in ("build", "data", "model", "optim", "pruning")),
+    *(("planning", f"assembly.{name}") for name in ("build", "data", "model", "needs", "optim", "pruning")),
     *(("report.curves", f"report.{name}") for name in ("canvas", "history")),
     *(("report.pictures", f"report.{name}") for name in ("attention", "canvas", "history")),
     ("report.document", "report.canvas"),
@@ -278,6 +279,7 @@ def test_recipe_objects_stop_above_what_they_describe():
         "assembly.build",
         "assembly.data",
         "assembly.model",
+        "assembly.needs",
         "assembly.objective",
         "assembly.optim",
         "assembly.pruning",

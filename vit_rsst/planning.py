@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from vit_rsst.assembly.build import count_text
 from vit_rsst.assembly.data import data_options
 from vit_rsst.assembly.model import reshape_
+from vit_rsst.assembly.needs import needs
 from vit_rsst.assembly.optim import lr_scales, make_lr
 from vit_rsst.assembly.pruning import build_selection
 from vit_rsst.data.catalog import CATALOG as SOURCES
@@ -18,7 +18,6 @@ from vit_rsst.data.sources import open_data
 from vit_rsst.errors import EnvironmentLacks
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts
-from vit_rsst.models.complexity import activation_bytes
 from vit_rsst.models.weights import is_path
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.methods.constant import Constant
@@ -31,7 +30,6 @@ from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe import Recipe
 from vit_rsst.results import aligned, size
-from vit_rsst.trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -210,32 +208,22 @@ def resource_lines(
     densities: list[float],
 ) -> list[str]:
     """Memory of a process and disk of the run."""
-    moments = 2 if recipe.optim.name != "sgd" else 1 if recipe.optim.momentum else 0
-    state = total * 4 * (2 + moments)
-    masks = prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
     counts = (rows.train, rows.val, rows.test)
     images = "decoded as they are read"
     if recipe.data.in_memory is not False and not recipe.data.redrawn and None not in counts:
         images = f"decoded {size(sum(counts) * 3 * image_size**2)} where they fit"
-    activations = activation_bytes(net, image_size, dealing.batch_per_device)
-    if recipe.train.precision == "bf16":
-        activations //= 2
+    found = needs(recipe, net, prunable, image_size, dealing.batch_per_device)
+    memory = ", ".join(
+        f"{name} {'about ' if name == 'activations' else ''}{size(num_bytes)}"
+        for name, num_bytes in found.device.items()
+        if num_bytes
+    )
     again = " and those within one block" if recipe.train.grad_checkpointing else ""
+    best = f"; the best epoch, on the host, {size(found.best)}" if found.best else ""
     ticket_bytes = sum(prunable * 4 * (d + 1 / 32) + (total - prunable) * 4 for d in densities)
-    rewind = total * 4 if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
-    average = total * 4 if recipe.train.ema_decay else 0
-    best = total * 4 + average if recipe.train.keep_best else 0
-    teacher = {None: 0, "dense": total * 4}.get(recipe.train.distill.teacher)
-    if teacher is None:  # opened here, so that a plan tells what is wrong with it
-        found = open_trained(Path(recipe.train.distill.teacher).expanduser())
-        teacher = sum(parameter.numel() * 4 for parameter in found.net.parameters())
-    point = total * 4 * (1 + moments) + prunable // 4 + rewind + average + best
-    beside = [("the average", average), ("the teacher", teacher), ("the best epoch, on the host", best)]
-    listed = "".join(f"{name} {size(num_bytes)}, " for name, num_bytes in beside if num_bytes)
     return [
-        f"memory     a process: weights, gradients and moments {size(state)}, masks {size(masks)}, {listed}activations "
-        f"about {size(activations)} at {dealing.batch_per_device} images{again}; images {images}",
+        f"memory     a process: {memory} at {dealing.batch_per_device} images{again}{best}; images {images}",
         f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
-        f"{size(point)}, one more while it is written",
+        f"{size(found.resume_point)}, one more while it is written",
     ]

@@ -25,7 +25,7 @@ def sentences(error: ValidationError, root: type, tree: dict, prefix: tuple[str,
         is_new_key = item["type"] in ("unexpected_keyword_argument", "missing")
         path = _real_path(tuple(str(part) for part in item["loc"]), tree, is_new_key)
         dotted = ".".join((*prefix, *path))
-        if path == ("data", "augment", "preset") and isinstance(item["input"], str):
+        if path == ("data", "augment", "preset"):
             continue  # said as an unknown preset
         found.setdefault(dotted, Problem(dotted, _sentence(item, _siblings(root, path), root)))
     # A mapping that fails one branch of a union by its keys fails the others as a whole: the keys say more.

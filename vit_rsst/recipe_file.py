@@ -206,7 +206,10 @@ def _names(tree: dict) -> Iterable[tuple[str, Any, str, Iterable[str]]]:
 
     yield "data.source", get("data", "source"), "source", SOURCES
     yield "pruning.criterion", get("pruning", "criterion"), "criterion", CRITERIA
-    yield "data.augment", get("data", "augment", "preset"), "preset", AUGMENT_PRESETS
+    augment = get("data", "augment")
+    if isinstance(augment, dict) and "preset" in augment:
+        preset = augment["preset"]
+        yield "data.augment", preset if isinstance(preset, str) else json.dumps(preset), "preset", AUGMENT_PRESETS
 
 
 def _take_method(tree: dict, problems: list[Problem]) -> Method | None:

@@ -6,22 +6,21 @@ import psutil
 import torch
 
 from vit_rsst import optim
+from vit_rsst.assembly.needs import needs
 from vit_rsst.checks.bench import Bench, Verdict, timed
-from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
 from vit_rsst.results import duration, size
 
 
 def memory(bench: Bench) -> Verdict:
-    """Weights, gradients, moments, masks and what the backward pass keeps fit what is free."""
+    """Weights, gradients, moments, masks, average, teacher and what the backward pass keeps fit what is free."""
     recipe, net = bench.recipe, bench.make_net()
-    moments = 2 if recipe.optim.name != "sgd" else 1 if recipe.optim.momentum else 0
-    parameters = sum(parameter.numel() for parameter in net.parameters())
     images = bench.dealing.batch_per_device
-    activations = activation_bytes(net, bench.data.options.size, images)
-    if recipe.train.precision == "bf16":
-        activations //= 2
-    needed = parameters * (4 * (2 + moments) + 2) + activations
+    weights, _ = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
+    prunable = sum(weight.numel() for weight in weights.values())
+    found = needs(recipe, net, prunable, bench.data.options.size, images)
+    needed = sum(found.device.values()) + (found.best if bench.device.type == "cpu" else 0)
     free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else psutil.virtual_memory().available
     text = f"about {size(needed)} for {images} images a device, {size(free)} free"
     details = {"needed": needed, "free": free}

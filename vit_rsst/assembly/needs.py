@@ -1,0 +1,62 @@
+"""What a run of a recipe needs, from shapes alone: memory of a process, size of a resume point."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.pruning.methods.rst import Rst
+from vit_rsst.recipe import Recipe
+from vit_rsst.trained import open_trained
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes; the images of a data set that lie on the device come on top.
+
+    Attributes:
+        device: of a process, by what takes them.
+        best: of the epoch that is kept for the end of a round, in the memory of the host.
+        resume_point: on disk.
+    """
+
+    device: dict[str, int]
+    best: int
+    resume_point: int
+
+
+def needs(recipe: Recipe, net: nn.Module, prunable: int, image_size: int, images: int) -> Needs:
+    """The needs of a process.
+
+    Args:
+        net: on any device, `meta` too.
+        prunable: weights that have a mask.
+        image_size: px.
+        images: of a micro-batch.
+
+    Raises:
+        InputError, Damaged: the teacher cannot be opened.
+    """
+    train, total = recipe.train, 4 * sum(parameter.numel() for parameter in net.parameters())
+    moments = 2 if recipe.optim.name != "sgd" else 1 if recipe.optim.momentum else 0
+    activations = activation_bytes(net, image_size, images)
+    average = total if train.ema_decay else 0
+    device = {
+        "weights, gradients and moments": total * (2 + moments),
+        "masks": prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1),
+        "the average": average,
+        "the teacher": _teacher_bytes(train.distill.teacher, total),
+        "activations": activations // 2 if train.precision == "bf16" else activations,
+    }
+    rewind = total if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
+    best = total + average if train.keep_best else 0
+    return Needs(device, best, total * (1 + moments) + prunable // 4 + rewind + average + best)
+
+
+def _teacher_bytes(teacher: str | None, own: int) -> int:
+    if teacher in (None, "dense"):
+        return own if teacher else 0
+    found = open_trained(Path(teacher).expanduser())
+    return sum(parameter.numel() * 4 for parameter in found.net.parameters())
