@@ -110,7 +110,10 @@ SIDEWAYS = {
     ("checks.checking", "report.canvas"),
     ("report.diagnosis", "report.history"),
     ("report.listing", "report.history"),
-    *(("report.story", f"report.{name}") for name in ("canvas", "curves", "diagnosis", "document", "history")),
+    *(
+        ("report.story", f"report.{name}")
+        for name in ("canvas", "curves", "diagnosis", "document", "history", "pictures")
+    ),
     *(("report.compare", f"report.{name}") for name in ("canvas", "document", "history", "story")),
     *(("report.reporting", f"report.{name}") for name in ("compare", "document", "history", "story")),
     *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "diagnosis", "history", "pictures")),

@@ -14,6 +14,7 @@ from vit_rsst import recipe_file, strict_yaml
 from vit_rsst.report import canvas, compare, curves, document, history, story
 from vit_rsst.report.compare import Point, front, grouped, leader
 from vit_rsst.report.document import Bullets, Document, Section, Table
+from vit_rsst.report.pictures import PICTURES
 
 STEPS = 10
 
@@ -203,9 +204,9 @@ def test_a_figure_that_is_more_than_a_drawing_is_shut_into_an_image(tmp_path):
         "<svg><foreignObject><iframe src='http://x'/></foreignObject></svg>",
     ]
     assert not [evil for evil in evils if canvas.is_plain(evil)]
-    for name, evil in zip(story.PICTURES, evils, strict=False):
-        (path / "figures" / f"{name}.svg").write_text(evil)
-    assert page(path).tags.count("img") == len(story.PICTURES) == 4
+    for picture, evil in zip(PICTURES, evils, strict=False):
+        (path / "figures" / f"{picture.name}.svg").write_text(evil)
+    assert page(path).tags.count("img") == len(PICTURES) == 4
 
 
 def test_every_figure_of_a_real_run_is_a_plain_drawing(run):

@@ -28,19 +28,9 @@ from vit_rsst.report.document import (
     shown_path,
 )
 from vit_rsst.report.history import History, number
+from vit_rsst.report.pictures import PICTURES
 from vit_rsst.results import RoundRow, duration, size
 from vit_rsst.trained import default_device
-
-PICTURES = {
-    "confusion": ("Confusion matrix", "Test images under the last ticket."),
-    "confused": ("Most confused", "The most frequent confusions of the last ticket, with images."),
-    "attention": (
-        "Where it looks",
-        "Attention of the last layer, and through all layers by rollout, in the last ticket.",
-    ),
-    "dense_beside_pruned": ("Dense beside pruned", "Rollout in the ticket of round 0 above that in the last one."),
-}
-"""Figures that the run itself left, since they need the model: name → title and caption."""
 
 BATCHES = (1, 32)
 """At which latency is measured."""
@@ -279,10 +269,11 @@ def images(history: History, guard: Guard = plainly) -> list[Image]:
 
             if (svg := guard(drawing.name, as_svg)) is not None:
                 found.append(Image(drawing.name, drawing.title, drawing.caption, svg))
-    for name, (title, caption) in PICTURES.items():
-        path = history.path / "figures" / f"{name}.svg"
+    for picture in PICTURES:
+        path = history.path / "figures" / f"{picture.name}.svg"
         if path.is_file():
-            found.append(Image(name, title, caption, path.read_text(encoding="utf-8", errors="replace")))
+            svg = path.read_text(encoding="utf-8", errors="replace")
+            found.append(Image(picture.name, picture.title, picture.caption, svg))
     return found
 
 

@@ -15,7 +15,7 @@ from vit_rsst.errors import first_line
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.report import canvas, curves, diagnosis, history, reporting
+from vit_rsst.report import canvas, curves, diagnosis, history, pictures, reporting
 from vit_rsst.tracking import Tracker
 
 SHARE = 0.01
@@ -91,8 +91,6 @@ class Watcher:
                 self._guarded(drawing.name, lambda drawing=drawing: self._save(drawing.name, drawing.draw(told)))
 
     def _draw_pictures(self) -> None:
-        from vit_rsst.report import pictures
-
         exhibit = pictures.Exhibit.of(self._run, self._device)
         exhibit.save_scores(self._run / "figures")
         with canvas.drawing():
