@@ -55,14 +55,12 @@ def alternate(
     num_alternations: int,
     num_warmups: int,
     device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
     """Times every contender once per alternation, in an order drawn anew each time.
 
     Args:
         contenders: name → a short block of work, the same amount for each.
         num_warmups: alternations that go before and are not counted.
-        clock: seconds; on one thread of a machine that others use too, `time.process_time`.
 
     Returns:
         name → seconds, shape (num_alternations,); equal positions were measured next to each other.
@@ -73,10 +71,10 @@ def alternate(
     for i in range(num_warmups + num_alternations):
         for name in rng.permutation(names):
             synchronize()
-            start = clock()
+            start = time.perf_counter()
             contenders[name]()
             synchronize()
-            seconds[name][i] = clock() - start
+            seconds[name][i] = time.perf_counter() - start
         show_progress(f"{i + 1}/{num_warmups + num_alternations} alternations")
     return {name: values[num_warmups:] for name, values in seconds.items()}
 

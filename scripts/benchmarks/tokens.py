@@ -3,14 +3,12 @@
 DynamicViT promises speed at the price of its predictors. Both networks hold the same weights; the one with a keep ratio
 of 1 is the plain ViT, and it must give the plain ViT's logits to the last bit before anything is timed. The tokens that
 enter each block are counted as they pass. The two alternate in one process, in an order drawn anew each time, on 64
-images of 32 px (patch 4) in fp32 on one thread. Processor time is counted, which does not depend on who else uses the
-machine; a ratio compares two runs of one alternation, so that 2 is twice as fast. The bound is missed when the 95 %
-interval's upper end lies below it. The cost of `lightweight_vit` must grow with its tokens and no faster: a bound on
-its FLOPs, which are exact.
+images of 32 px (patch 4) in fp32 on one thread. A ratio compares two runs of one alternation, so that 2 is twice as
+fast. The bound is missed when the 95 % interval's upper end lies below it. The cost of `lightweight_vit` must grow with
+its tokens and no faster: a bound on its FLOPs, which are exact.
 """
 
 import sys
-import time
 
 import torch
 from _common import alternate, environment, interval, parse_args, report
@@ -73,7 +71,7 @@ def main() -> int:
     passed = {name: tokens(net, images[:1]) for name, net in nets.items()}
     seconds = alternate(
         {name: lambda net=net: net(images) for name, net in nets.items()},
-        QUICK_ALTERNATIONS if args.quick else ALTERNATIONS, WARMUPS, cpu, time.process_time,
+        QUICK_ALTERNATIONS if args.quick else ALTERNATIONS, WARMUPS, cpu,
     )  # fmt: skip
     ratios = {name: interval(seconds[FULL] / seconds[name]) for name in nets}
     if ratios[DROPPING].high < SPEED_BOUND:
