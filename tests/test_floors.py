@@ -39,7 +39,8 @@ FLOORS = [
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
     # 6 tell: what a person sees of a run
     "report.history report.canvas report.diagnosis report.attention report.curves report.pictures report.document "
-    "report.story report.compare report.reporting report.watching report.listing "
+    "report.findings report.story report.groups report.fronts report.compare report.reporting report.watching "
+    "report.listing "
     "checks.bench checks.inputs checks.learning checks.removal checks.costs checks.checking",
     # 7 enter
     "train cli",
@@ -112,9 +113,12 @@ SIDEWAYS = {
     ("report.listing", "report.history"),
     *(
         ("report.story", f"report.{name}")
-        for name in ("canvas", "curves", "diagnosis", "document", "history", "pictures")
+        for name in ("canvas", "curves", "diagnosis", "document", "findings", "history", "pictures")
     ),
-    *(("report.compare", f"report.{name}") for name in ("canvas", "document", "history", "story")),
+    ("report.findings", "report.history"),
+    *(("report.groups", f"report.{name}") for name in ("history", "story")),
+    *(("report.fronts", f"report.{name}") for name in ("canvas", "document", "groups", "history")),
+    *(("report.compare", f"report.{name}") for name in ("document", "fronts", "groups", "history", "story")),
     *(("report.reporting", f"report.{name}") for name in ("compare", "document", "history", "story")),
     *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "diagnosis", "history", "pictures")),
     ("report.watching", "report.reporting"),
@@ -157,7 +161,7 @@ DOORS = {
     },
     "onnxruntime": {"export.onnx_file"},
     "jinja2": {"report.document"},
-    "matplotlib": {"report.canvas", "report.compare", "report.curves", "report.pictures"},
+    "matplotlib": {"report.canvas", "report.curves", "report.fronts", "report.pictures"},
     "huggingface_hub": {"export.push", "models.weights", "reach"},
     "wandb": {"tracking"},
     "tensorboard": set(),
@@ -289,6 +293,7 @@ def test_recipe_objects_stop_above_what_they_describe():
         "planning",
         "analysis.subject",
         "report.compare",
+        "report.groups",
         "checks.bench",
         "train",
         "cli",

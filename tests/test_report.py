@@ -11,9 +11,12 @@ import pytest
 import tiny
 
 from vit_rsst import recipe_file, strict_yaml
-from vit_rsst.report import canvas, compare, curves, document, history, story
-from vit_rsst.report.compare import Point, front, grouped, leader
+from vit_rsst.report import canvas, curves, document, history, story
+from vit_rsst.report.compare import leader
 from vit_rsst.report.document import Bullets, Document, Section, Table
+from vit_rsst.report.findings import findings
+from vit_rsst.report.fronts import Point, front
+from vit_rsst.report.groups import grouped, shortened
 from vit_rsst.report.pictures import PICTURES
 
 STEPS = 10
@@ -304,7 +307,7 @@ def test_a_page_is_printed_in_black_on_white(run, tab):
 
 
 def said(path: Path) -> str:
-    return "\n".join(story.findings(history.read(path), {}))
+    return "\n".join(findings(history.read(path), {}))
 
 
 def test_the_sentences_are_those_of_the_numbers(tmp_path):
@@ -392,7 +395,7 @@ def test_the_front_is_what_no_other_beats():
     ],
 )
 def test_labels_leave_out_what_all_begin_with(labels, expected):
-    assert compare.shortened(labels) == expected
+    assert shortened(labels) == expected
 
 
 # -- the two forms

@@ -2,112 +2,20 @@
 
 import itertools
 import json
-import math
-import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
 
-from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject
 from vit_rsst.recipe import deciding
-from vit_rsst.report import canvas
-from vit_rsst.report.document import Bullets, Code, Document, Gallery, Image, Section, Table
-from vit_rsst.report.history import History
-from vit_rsst.report.story import at, best_known, is_told, last_subject, measured, reproduction, state_text
+from vit_rsst.report.document import Bullets, Code, Document, Gallery, Section, Table
+from vit_rsst.report.fronts import images
+from vit_rsst.report.groups import NOT_OF_THE_EXPERIMENT, Group, grouped
+from vit_rsst.report.history import History, at, best_known
+from vit_rsst.report.story import is_told, measured, reproduction, state_text
 from vit_rsst.results import RoundRow, duration, noise, size
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
-"""Fields in which runs of one experiment may differ."""
 
 SAME = 0.02
 """Relative difference up to which two densities or budgets are the same."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs of one experiment, over seeds, with the network of each one's last ticket.
-
-    Attributes:
-        label: what tells the experiment from the others.
-    """
-
-    label: str
-    runs: Sequence[History]
-    subjects: Sequence[Subject | str]
-
-    @cached_property
-    def scores(self) -> list[float]:
-        """Top-1 of the last ticket of each run that has one."""
-        return [best_known(run.rows[-1])[0] for run in self.runs if run.rows]
-
-    @property
-    def split(self) -> str:
-        rows = [run.rows[-1] for run in self.runs if run.rows]
-        return best_known(rows[0])[1] if rows else ""
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.scores) if self.scores else math.nan
-
-    @property
-    def spread(self) -> float | None:
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
-
-    @property
-    def density(self) -> float:
-        found = [run.rows[-1].density for run in self.runs if run.rows]
-        return statistics.mean(found) if found else math.nan
-
-    @property
-    def images(self) -> int:
-        """Images trained on, over all rounds: the budget."""
-        steps = max((int(run.status.get("step", 0)) for run in self.runs), default=0)
-        return steps * int(at(self.runs[0].recipe, "train.global_batch", 0))
-
-    @cached_property
-    def counted(self) -> Mapping:
-        subject = next((subject for subject in self.subjects if isinstance(subject, Subject)), None)
-        return count(subject) if subject is not None else {}
-
-
-def grouped(histories: Sequence[History]) -> list[Group]:
-    """Runs whose recipes differ in the seed alone, together; in the order in which they were named."""
-    found: dict[tuple, list[History]] = {}
-    for history in histories:
-        fields = {k: v for k, v in deciding(dict(history.recipe)).items() if k not in NOT_OF_THE_EXPERIMENT}
-        found.setdefault(tuple(sorted((k, repr(v)) for k, v in fields.items())), []).append(history)
-    labels = shortened([_common([run.name for run in runs]) for runs in found.values()])
-    return [
-        Group(label, runs, [last_subject(run) for run in runs])
-        for label, runs in zip(labels, found.values(), strict=True)
-    ]
-
-
-def _beginning(names: Sequence[str]) -> str:
-    """What all names begin with."""
-    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return "".join(letters[0] for letters in alike)
-
-
-def _common(names: Sequence[str]) -> str:
-    """The name of one run; of several, what they begin with, without the word before the seed."""
-    if len(names) == 1:
-        return names[0]
-    found = _beginning(names).rstrip(" -_.0123456789")
-    return re.sub(r"[ \-_.]+(seed|s)$", "", found) or names[0]
-
-
-def shortened(labels: Sequence[str]) -> list[str]:
-    """Labels without the words that all begin with; with numbers where two would be the same."""
-    shared = re.search(r".*[ \-_/]", _beginning(labels)) if len(labels) > 1 else None
-    short = [label[shared.end() :] if shared and len(label) > shared.end() else label for label in labels]
-    return [label if short.count(label) == 1 else f"{label} ({i})" for i, label in enumerate(short, 1)]
 
 
 def compare(histories: Sequence[History], is_timed: bool = False) -> Document:
@@ -277,108 +185,3 @@ def difference_blocks(groups: Sequence[Group]) -> Iterator[object]:
 def as_yaml(value: object) -> str:
     """A value as a recipe has it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One ticket, or the mean of the same round over seeds."""
-
-    x: float
-    y: float
-    group: int
-
-
-def front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats: none costs at most as much and scores more, or costs less and scores as much."""
-    best, found = -math.inf, []
-    for point in sorted(points, key=lambda p: (p.x, -p.y)):
-        if point.y > best:
-            found.append(point)
-            best = point.y
-    return found
-
-
-def images(groups: Sequence[Group], timed: Mapping) -> list[Image]:
-    with canvas.drawing():
-        drawn = [
-            ("compared_curves", "Accuracy over epochs", "Validation top-1, a line a run.", curves(groups)),
-            (
-                "fronts",
-                "Fronts",
-                "Top-1 against what a ticket costs. The grey line joins the tickets that no other beats.",
-                fronts(groups, timed),
-            ),
-        ]
-        return [Image(name, title, about, canvas.svg(f, name)) for name, title, about, f in drawn if f is not None]
-
-
-def curves(groups: Sequence[Group]) -> "Figure | None":
-    """Validation accuracy and density over epochs, as far as each run went."""
-    if not any(run.epochs for group in groups for run in group.runs):
-        return None
-    figure = canvas.figure(4.0)
-    accuracy, density = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for i, group in enumerate(groups):
-        for j, run in enumerate(group.runs):
-            x = [event["global_epoch"] for event in run.epochs]
-            color, style, _ = look(i)
-            line = {"color": color, "linestyle": style, "alpha": 1.0 if j == 0 else 0.5}
-            label = group.label if j == 0 else None
-            accuracy.plot(x, [event.get("val/top1") for event in run.epochs], label=label, **line)
-            density.step(x, [event.get("prune/density", 1.0) for event in run.epochs], where="post", **line)
-    accuracy.set_ylabel("validation top-1, %")
-    density.set(ylabel="density", xlabel="epoch", ylim=(0, 1.05))
-    density.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside upper left", ncols=2)
-    return figure
-
-
-def look(group: int) -> tuple[str, str, str]:
-    """Colour, line and marker of a group: another line and marker where the colours begin anew."""
-    turn = group // len(canvas.CYCLE)
-    return canvas.CYCLE[group % len(canvas.CYCLE)], ("-", "--", ":", "-.")[turn % 4], ("o", "s", "^", "D")[turn % 4]
-
-
-def costs(groups: Sequence[Group], timed: Mapping) -> dict[str, list[Point]]:
-    """Points by what the x axis says; FLOPs and latency are known of last tickets alone."""
-    found: dict[str, list[Point]] = {"density": [], "ticket, MiB": [], "MFLOPs, slim": [], "ms at batch 1, slim": []}
-    for i, group in enumerate(groups):
-        for run in group.runs:
-            for row in run.rows:
-                score = best_known(row)[0]
-                found["density"].append(Point(row.density, score, i))
-                found["ticket, MiB"].append(Point(row.ticket_bytes / 2**20, score, i))
-        if group.scores and group.counted:
-            found["MFLOPs, slim"].append(Point(group.counted["flops"]["slim"] / 1e6, group.mean, i))
-        if group.scores and timed and timed[min(timed)][i]:
-            found["ms at batch 1, slim"].append(Point(1000 * timed[min(timed)][i]["median"], group.mean, i))
-    return {name: points for name, points in found.items() if len(points) > 1}
-
-
-def fronts(groups: Sequence[Group], timed: Mapping) -> "Figure | None":
-    """Top-1 against density, size, FLOPs and latency."""
-    panels = costs(groups, timed)
-    if not panels:
-        return None
-    rows = -(-len(panels) // 2)
-    figure = canvas.figure(0.5 + 2.2 * rows)
-    figure.get_layout_engine().set(wspace=0.08)
-    grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
-        best = front(points)
-        axes.plot([p.x for p in best], [p.y for p in best], color=canvas.GREY, linewidth=1, zorder=1)
-        for i, group in enumerate(groups):
-            own = [p for p in points if p.group == i]
-            label = group.label if own and axes is grid[0, 0] else None
-            color, _, marker = look(i)
-            axes.scatter(
-                [p.x for p in own], [p.y for p in own], s=22, color=color, marker=marker, label=label, zorder=2
-            )
-        axes.set(xlabel=name)
-        axes.locator_params(axis="x", nbins=4)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("top-1, %")
-    figure.legend(loc="outside upper left", ncols=2)
-    return figure

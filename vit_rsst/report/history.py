@@ -136,3 +136,15 @@ def _events(path: Path) -> list[dict]:
                 if isinstance(event, dict) and isinstance(event.get("step"), int):
                     found.append(event)
     return found
+
+
+def at(tree: Mapping, path: str, default: object = "?") -> object:
+    """`at(recipe, "model.name")`; the default where there is none, as in older runs."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return default if tree is None else tree
+
+
+def best_known(row: RoundRow) -> tuple[float, str]:
+    """Top-1 of a ticket, and on which split."""
+    return (row.val_top1, "validation") if row.test_top1 is None else (row.test_top1, "test")

@@ -1,9 +1,9 @@
 """The report of one run: question, what the numbers say, rounds, figures, complexity, recipe, how to reproduce it."""
 
 import itertools
-import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,22 +15,15 @@ from vit_rsst.analysis.tables import spread
 from vit_rsst.errors import RunError
 from vit_rsst.report import canvas, curves
 from vit_rsst.report.diagnosis import PREFIX, diagnose
-from vit_rsst.report.document import (
-    Bullets,
-    Code,
-    Document,
-    Facts,
-    Gallery,
-    Image,
-    Section,
-    Table,
-    Text,
-    shown_path,
-)
-from vit_rsst.report.history import History, number
+from vit_rsst.report.document import Bullets, Code, Document, Facts, Gallery, Image, Section, Table, Text, shown_path
+from vit_rsst.report.findings import findings
+from vit_rsst.report.history import History, at
 from vit_rsst.report.pictures import PICTURES
-from vit_rsst.results import RoundRow, duration, size
+from vit_rsst.results import duration, size
 from vit_rsst.trained import default_device
+
+if TYPE_CHECKING:
+    pass
 
 BATCHES = (1, 32)
 """At which latency is measured."""
@@ -92,13 +85,6 @@ def state_text(history: History) -> str:
     return f"failed ({code})" if history.state == "failed" else history.state
 
 
-def at(tree: Mapping, path: str, default: object = "?") -> object:
-    """`at(recipe, "model.name")`; the default where there is none, as in older runs."""
-    for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return default if tree is None else tree
-
-
 def lead(history: History) -> str:
     r = history.recipe
     method = at(r, "pruning.method.name")
@@ -120,115 +106,6 @@ def question(history: History) -> str:
     goal = f"{asked:.0%} of its prunable weights are removed" if isinstance(asked, float) else "it is pruned"
     chosen = f"units of kind {at(r, 'pruning.granularity')}, chosen by {at(r, 'pruning.criterion')}"
     return f"How accurate does {model} stay on {data} when {goal} by {method}, over {chosen}?"
-
-
-def best_known(row: RoundRow) -> tuple[float, str]:
-    """Top-1 of a ticket, and on which split."""
-    return (row.val_top1, "validation") if row.test_top1 is None else (row.test_top1, "test")
-
-
-def findings(history: History, counted: Mapping) -> Iterator[str]:
-    """Sentences computed from the numbers."""
-    yield from state_findings(history)
-    rows = history.rows
-    if rows:
-        yield from accuracy_findings(history)
-    gaps = [(row.what_if_gap, row.round) for row in rows if row.what_if_gap is not None]
-    if gaps:
-        worst, round = max(gaps)
-        dearest = f"; the dearest was {worst:+.2f} in round {round}" if worst >= 0.005 else ""
-        yield (
-            f"The removals alone cost {sum(gap for gap, _ in gaps):.2f} points of validation top-1 in sum over "
-            f"{len(gaps)} rounds{dearest}."
-        )
-    if len(rows) > 1 and rows[0].ticket_bytes:
-        share = rows[-1].ticket_bytes / rows[0].ticket_bytes
-        yield f"The last ticket takes {size(rows[-1].ticket_bytes)}, {share:.2f} of the one of round {rows[0].round}."
-    if counted:
-        yield complexity_finding(counted)
-    if history.pruning and (layers := history.pruning[-1].get("layers")) and rows[-1].density < 1:
-        name = min(layers, key=lambda layer: layers[layer]["density"])
-        yield f"The emptiest layer is {name.removesuffix('.weight')}: {layers[name]['density']:.1%} of it is left."
-    yield from confusion_findings(history.scores)
-
-
-def state_findings(history: History) -> Iterator[str]:
-    status, epochs = history.status, history.epochs
-    where = f"round {status.get('round', 0)}, epoch {status.get('epoch', 0)}, step {status.get('step', 0):,}"
-    if history.state == "failed":
-        yield f"The run failed at {where}: {status.get('reason') or 'without a reason that it could write'}"
-    if history.state == "stopped":
-        yield f"The run stopped cleanly at {where} and goes on with the same command."
-    if history.state == "running":
-        yield f"The run was last heard of at {where}; the numbers are those so far."
-    if epochs and not history.rows:
-        last = epochs[-1]
-        yield (
-            f"No round has ended yet. After {len(epochs)} epochs validation top-1 is {number(last, 'val/top1'):.2f} "
-            f"and the loss {number(last, 'val/loss'):.4f}."
-        )
-    if not epochs and not history.rows:
-        yield "No epoch has ended yet: there is nothing to say of the accuracy."
-
-
-def accuracy_findings(history: History) -> Iterator[str]:
-    rows = history.rows
-    last, first = rows[-1], rows[0]
-    score, split = best_known(last)
-    text = (
-        f"The last ticket holds {last.density:.1%} of the prunable weights and scores {score:.2f} % on {split} images"
-    )
-    if len(rows) > 1:
-        dense, _ = best_known(first)
-        against = f"the ticket of round {first.round}, of density {first.density:.2f} ({dense:.2f} %)"
-        text += f", {points(score - dense)} {against}"
-    yield text + "."
-    best = max(rows, key=lambda row: row.val_top1)
-    if best is not last:
-        yield (
-            f"By validation the best ticket is that of round {best.round}, of density {best.density:.2f}: "
-            f"{best.val_top1:.2f} % there, {best_known(best)[0]:.2f} % on the {best_known(best)[1]} split."
-        )
-    tested = sum(map(sum, history.scores.get("confusion", ())))
-    if tested and last.test_top1 is not None:
-        error = math.sqrt(max(score * (100 - score), 0.0) / tested)
-        yield f"On {tested:,} test images one standard error is {error:.2f} points; smaller differences say nothing."
-
-
-def points(difference: float) -> str:
-    if abs(difference) < 0.005:
-        return "the same as"
-    return f"{abs(difference):.2f} points {'above' if difference > 0 else 'below'}"
-
-
-def complexity_finding(counted: Mapping) -> str:
-    dense, slim = counted["flops"]["dense"], counted["flops"]["slim"]
-    if slim < dense:
-        parameters = counted["parameters"]
-        return (
-            f"With its dead units cut out it has {parameters['slim'] / parameters['total']:.0%} of the parameters and "
-            f"{slim / dense:.0%} of the FLOPs: {slim / 1e6:,.1f} of {dense / 1e6:,.1f} million an image."
-        )
-    if counted["parameters"]["density"] < 1:
-        share = counted["flops"]["effective"] / dense
-        return (
-            f"No whole unit is dead, so that a usual machine computes all {dense / 1e6:,.1f} million FLOPs; one that "
-            f"skips every zero would compute {share:.0%} of them."
-        )
-    return f"One image costs {dense / 1e6:,.1f} million FLOPs."
-
-
-def confusion_findings(scores: Mapping) -> Iterator[str]:
-    pairs = [
-        (n, a, b)
-        for a, row in enumerate(scores.get("confusion", ()))
-        for b, n in enumerate(row)
-        if a != b and n > 1
-    ]  # fmt: skip
-    if pairs:
-        n, a, b = max(pairs)
-        names = scores["classes"]
-        yield f"Most often {names[a]} is taken for {names[b]}: {n} of {sum(scores['confusion'][a])} images."
 
 
 def round_blocks(history: History) -> Iterator[object]:

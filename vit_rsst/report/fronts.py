@@ -1,0 +1,119 @@
+"""Figures of several experiments: accuracy over epochs, and against what a ticket costs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vit_rsst.report import canvas
+from vit_rsst.report.document import Image
+from vit_rsst.report.groups import Group
+from vit_rsst.report.history import best_known
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """One ticket, or the mean of the same round over seeds."""
+
+    x: float
+    y: float
+    group: int
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats: none costs at most as much and scores more, or costs less and scores as much."""
+    best, found = -math.inf, []
+    for point in sorted(points, key=lambda p: (p.x, -p.y)):
+        if point.y > best:
+            found.append(point)
+            best = point.y
+    return found
+
+
+def images(groups: Sequence[Group], timed: Mapping) -> list[Image]:
+    with canvas.drawing():
+        drawn = [
+            ("compared_curves", "Accuracy over epochs", "Validation top-1, a line a run.", curves(groups)),
+            (
+                "fronts",
+                "Fronts",
+                "Top-1 against what a ticket costs. The grey line joins the tickets that no other beats.",
+                fronts(groups, timed),
+            ),
+        ]
+        return [Image(name, title, about, canvas.svg(f, name)) for name, title, about, f in drawn if f is not None]
+
+
+def curves(groups: Sequence[Group]) -> "Figure | None":
+    """Validation accuracy and density over epochs, as far as each run went."""
+    if not any(run.epochs for group in groups for run in group.runs):
+        return None
+    figure = canvas.figure(4.0)
+    accuracy, density = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for i, group in enumerate(groups):
+        for j, run in enumerate(group.runs):
+            x = [event["global_epoch"] for event in run.epochs]
+            color, style, _ = look(i)
+            line = {"color": color, "linestyle": style, "alpha": 1.0 if j == 0 else 0.5}
+            label = group.label if j == 0 else None
+            accuracy.plot(x, [event.get("val/top1") for event in run.epochs], label=label, **line)
+            density.step(x, [event.get("prune/density", 1.0) for event in run.epochs], where="post", **line)
+    accuracy.set_ylabel("validation top-1, %")
+    density.set(ylabel="density", xlabel="epoch", ylim=(0, 1.05))
+    density.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure
+
+
+def look(group: int) -> tuple[str, str, str]:
+    """Colour, line and marker of a group: another line and marker where the colours begin anew."""
+    turn = group // len(canvas.CYCLE)
+    return canvas.CYCLE[group % len(canvas.CYCLE)], ("-", "--", ":", "-.")[turn % 4], ("o", "s", "^", "D")[turn % 4]
+
+
+def costs(groups: Sequence[Group], timed: Mapping) -> dict[str, list[Point]]:
+    """Points by what the x axis says; FLOPs and latency are known of last tickets alone."""
+    found: dict[str, list[Point]] = {"density": [], "ticket, MiB": [], "MFLOPs, slim": [], "ms at batch 1, slim": []}
+    for i, group in enumerate(groups):
+        for run in group.runs:
+            for row in run.rows:
+                score = best_known(row)[0]
+                found["density"].append(Point(row.density, score, i))
+                found["ticket, MiB"].append(Point(row.ticket_bytes / 2**20, score, i))
+        if group.scores and group.counted:
+            found["MFLOPs, slim"].append(Point(group.counted["flops"]["slim"] / 1e6, group.mean, i))
+        if group.scores and timed and timed[min(timed)][i]:
+            found["ms at batch 1, slim"].append(Point(1000 * timed[min(timed)][i]["median"], group.mean, i))
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+def fronts(groups: Sequence[Group], timed: Mapping) -> "Figure | None":
+    """Top-1 against density, size, FLOPs and latency."""
+    panels = costs(groups, timed)
+    if not panels:
+        return None
+    rows = -(-len(panels) // 2)
+    figure = canvas.figure(0.5 + 2.2 * rows)
+    figure.get_layout_engine().set(wspace=0.08)
+    grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
+        best = front(points)
+        axes.plot([p.x for p in best], [p.y for p in best], color=canvas.GREY, linewidth=1, zorder=1)
+        for i, group in enumerate(groups):
+            own = [p for p in points if p.group == i]
+            label = group.label if own and axes is grid[0, 0] else None
+            color, _, marker = look(i)
+            axes.scatter(
+                [p.x for p in own], [p.y for p in own], s=22, color=color, marker=marker, label=label, zorder=2
+            )
+        axes.set(xlabel=name)
+        axes.locator_params(axis="x", nbins=4)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("top-1, %")
+    figure.legend(loc="outside upper left", ncols=2)
+    return figure

@@ -1,0 +1,99 @@
+"""Runs of one experiment over several seeds, together, with a label that tells it from the others."""
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from vit_rsst.analysis.counts import count
+from vit_rsst.analysis.subject import Subject
+from vit_rsst.recipe import deciding
+from vit_rsst.report.history import History, at, best_known
+from vit_rsst.report.story import last_subject
+
+NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
+"""Fields in which runs of one experiment may differ."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment, over seeds, with the network of each one's last ticket.
+
+    Attributes:
+        label: what tells the experiment from the others.
+    """
+
+    label: str
+    runs: Sequence[History]
+    subjects: Sequence[Subject | str]
+
+    @cached_property
+    def scores(self) -> list[float]:
+        """Top-1 of the last ticket of each run that has one."""
+        return [best_known(run.rows[-1])[0] for run in self.runs if run.rows]
+
+    @property
+    def split(self) -> str:
+        rows = [run.rows[-1] for run in self.runs if run.rows]
+        return best_known(rows[0])[1] if rows else ""
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores) if self.scores else math.nan
+
+    @property
+    def spread(self) -> float | None:
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def density(self) -> float:
+        found = [run.rows[-1].density for run in self.runs if run.rows]
+        return statistics.mean(found) if found else math.nan
+
+    @property
+    def images(self) -> int:
+        """Images trained on, over all rounds: the budget."""
+        steps = max((int(run.status.get("step", 0)) for run in self.runs), default=0)
+        return steps * int(at(self.runs[0].recipe, "train.global_batch", 0))
+
+    @cached_property
+    def counted(self) -> Mapping:
+        subject = next((subject for subject in self.subjects if isinstance(subject, Subject)), None)
+        return count(subject) if subject is not None else {}
+
+
+def grouped(histories: Sequence[History]) -> list[Group]:
+    """Runs whose recipes differ in the seed alone, together; in the order in which they were named."""
+    found: dict[tuple, list[History]] = {}
+    for history in histories:
+        fields = {k: v for k, v in deciding(dict(history.recipe)).items() if k not in NOT_OF_THE_EXPERIMENT}
+        found.setdefault(tuple(sorted((k, repr(v)) for k, v in fields.items())), []).append(history)
+    labels = shortened([_common([run.name for run in runs]) for runs in found.values()])
+    return [
+        Group(label, runs, [last_subject(run) for run in runs])
+        for label, runs in zip(labels, found.values(), strict=True)
+    ]
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """What all names begin with."""
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in alike)
+
+
+def _common(names: Sequence[str]) -> str:
+    """The name of one run; of several, what they begin with, without the word before the seed."""
+    if len(names) == 1:
+        return names[0]
+    found = _beginning(names).rstrip(" -_.0123456789")
+    return re.sub(r"[ \-_.]+(seed|s)$", "", found) or names[0]
+
+
+def shortened(labels: Sequence[str]) -> list[str]:
+    """Labels without the words that all begin with; with numbers where two would be the same."""
+    shared = re.search(r".*[ \-_/]", _beginning(labels)) if len(labels) > 1 else None
+    short = [label[shared.end() :] if shared and len(label) > shared.end() else label for label in labels]
+    return [label if short.count(label) == 1 else f"{label} ({i})" for i, label in enumerate(short, 1)]
