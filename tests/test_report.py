@@ -13,7 +13,7 @@ import tiny
 from vit_rsst import recipe_file, strict_yaml
 from vit_rsst.report import canvas, curves, document, history, story
 from vit_rsst.report.compare import leader
-from vit_rsst.report.document import Bullets, Document, Section, Table
+from vit_rsst.report.document import Bullets, Document, Section, Table, breakable
 from vit_rsst.report.findings import findings
 from vit_rsst.report.fronts import Point, front
 from vit_rsst.report.groups import grouped, shortened
@@ -67,7 +67,7 @@ def make_run(
 class Page(html.parser.HTMLParser):
     """What a browser would see of a page."""
 
-    VOID = ("meta", "br", "img", "link", "input")
+    VOID = ("meta", "br", "img", "link", "input", "wbr")
 
     def __init__(self, path: Path):
         super().__init__()
@@ -349,6 +349,29 @@ def test_runs_that_differ_in_the_seed_alone_are_one_experiment(many):
     assert groups[0].spread == pytest.approx(0.1)
     assert groups[2].spread is None
     assert groups[0].images == 60 * 32
+
+
+def test_runs_that_go_on_from_rounds_of_several_seeds_are_one_experiment(tmp_path):
+    paths = []
+    for seed in range(3):
+        dense = make_run(tmp_path, f"dense-s{seed}", "dense", seed, rounds=1)
+        ticket = dense / "tickets" / "round_00.safetensors"
+        ticket.touch()
+        for name, start in (("run", dense), ("ticket", ticket), ("other", f"/nowhere/{seed}")):
+            path = make_run(tmp_path, f"{name}-s{seed}", "imp", seed)
+            overrides = [f"model.start_from={start}"]
+            (path / "recipe.yaml").write_text(
+                strict_yaml.dump(recipe_file.load(path / "recipe.yaml", overrides).tree()), encoding="utf-8"
+            )
+            paths.append(path)
+    groups = grouped([history.read(path) for path in paths])
+    assert [(group.label, len(group.runs)) for group in groups] == [
+        ("run", 3), ("ticket", 3), ("other-s0", 1), ("other-s1", 1), ("other-s2", 1),
+    ]  # fmt: skip
+
+
+def test_a_page_breaks_fields_and_paths_at_their_parts():
+    assert breakable("a.b_c/d <e>. 0.5") == "a.<wbr>b_<wbr>c/<wbr>d &lt;e&gt;. 0.<wbr>5"
 
 
 def test_a_comparison_says_what_may_be_concluded(many, tmp_path):

@@ -144,6 +144,11 @@ def markdown(value: object) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
 
 
+def breakable(text: object) -> str:
+    """For a page: a path or a field of a recipe, which may go on in another line after each of its parts."""
+    return re.sub(r"([/._])(?=\w)", r"\1<wbr>", html.escape(str(text)))
+
+
 def drawn(image: Image) -> str:
     """The drawing for a page: inline where it is nothing but a drawing, else shut into an image."""
     return canvas.inline(image.svg, html.escape(image.title))
@@ -162,7 +167,7 @@ def _environment() -> object:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"md": markdown, "drawn": drawn, "quote": quote, "fence": _fence}
+    environment.filters |= {"md": markdown, "drawn": drawn, "breakable": breakable, "quote": quote, "fence": _fence}
     return environment
 
 

@@ -5,17 +5,23 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject
+from vit_rsst.errors import InputError
 from vit_rsst.recipe import deciding
-from vit_rsst.report.history import History, at, best_known
+from vit_rsst.report.history import History, at, best_known, read
 from vit_rsst.report.story import last_subject
 
 NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
 """Fields in which runs of one experiment may differ."""
+
+OTHER_RUNS = ("model.start_from", "model.shape_from", "train.distill.teacher")
+"""Fields that name another run, which may differ in the same."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,23 @@ def grouped(histories: Sequence[History]) -> list[Group]:
     """Runs whose recipes differ in the seed alone, together; in the order in which they were named."""
     found: dict[tuple, list[History]] = {}
     for history in histories:
-        fields = {k: v for k, v in deciding(dict(history.recipe)).items() if k not in NOT_OF_THE_EXPERIMENT}
-        found.setdefault(tuple(sorted((k, repr(v)) for k, v in fields.items())), []).append(history)
+        found.setdefault(experiment(history.recipe), []).append(history)
     labels = shortened([_common([run.name for run in runs]) for runs in found.values()])
     return [
         Group(label, runs, [last_subject(run) for run in runs])
         for label, runs in zip(labels, found.values(), strict=True)
     ]
+
+
+def experiment(recipe: Mapping) -> tuple:
+    """What runs of one experiment have in common: all that decides, but for the seed, of the runs that it names too."""
+    fields = {k: v for k, v in deciding(dict(recipe)).items() if k not in NOT_OF_THE_EXPERIMENT}
+    for key in OTHER_RUNS:
+        path = Path(str(fields.get(key))).expanduser()
+        folder = path.parent.parent if path.is_file() else path  # a ticket lies in a folder of its run
+        with suppress(InputError):
+            fields[key] = (path.name if path.is_file() else "", experiment(read(folder).recipe))
+    return tuple(sorted((k, repr(v)) for k, v in fields.items()))
 
 
 def _beginning(names: Sequence[str]) -> str:
