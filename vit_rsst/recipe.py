@@ -393,8 +393,12 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over all that decides the result; not where it is written or tracked."""
-        return hashlib.sha256(json.dumps(deciding(self.tree()), sort_keys=True).encode()).hexdigest()[:16]
+        """16 hexadecimal digits over all that decides the result; not where it is written or tracked.
+
+        What is null is left out: an optional field of a later version changes no fingerprint.
+        """
+        given = {key: value for key, value in deciding(self.tree()).items() if value is not None}
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 
 FREE_FIELDS = (
