@@ -242,6 +242,17 @@ def test_a_start_whose_zeros_would_grow_back_is_refused_and_leaves_nothing(finis
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"]
 
 
+def test_a_start_that_leaves_nothing_to_remove_is_refused_and_a_plan_counts_from_it(finished, tmp_path, capsys):
+    recipe, start = tiny.write_recipe(tmp_path), f"model.start_from={finished / 'runs' / 'tiny'}"
+    for more in ((), ("--dry-run",)):
+        assert tiny.command("train", recipe, start, *more) == 2
+        assert "no round would remove anything" in capsys.readouterr().err
+    assert tiny.command("train", recipe, start, "pruning.schedule.final_sparsity=0.96", "--dry-run") == 0
+    rounds = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1] in ("0", "1", "2")]
+    assert [line[1] for line in rounds[:3]] == ["0.1001", "0.1001", "0.0400"]
+    assert [line[3] == "0" for line in rounds[:3]] == [True, True, False]
+
+
 def image_folder(folder: Path) -> Path:
     for split, count in (("train", 24), ("test", 4)):
         for label, name in enumerate(("dark", "light")):

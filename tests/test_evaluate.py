@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import faulty
@@ -133,6 +134,77 @@ def test_two_processes_give_exactly_the_scores_of_one(run, tmp_path):
     assert (one["processes"], two["processes"]) == (1, 2)
     for name in EXACT:
         assert one[name] == two[name], name
+
+
+PROCESSORS = {
+    "as transformers says by default": ({}, (32, 1.0, "squash", "bicubic"), (0.5, 0.5)),
+    "not normalised": ({"do_normalize": False}, (32, 1.0, "squash", "bicubic"), (0.0, 1.0)),
+    "of older versions": ({"size": 24, "resample": 2}, (24, 1.0, "squash", "bilinear"), (0.5, 0.5)),
+    "neither scaled": (
+        {"do_rescale": False, "image_mean": [127.5] * 3},
+        (32, 1.0, "squash", "bicubic"),
+        (0.5, 0.5 / 255),
+    ),
+    "cut": (
+        {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 32},
+        (32, 0.8, "center", "bicubic"),
+        (0.5, 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_an_image_processor_of_transformers_is_understood(case):
+    changes, shown, (mean, std) = PROCESSORS[case]
+    found = published._prepared({"size": {"height": 32, "width": 32}, "resample": 3} | changes, 32)
+    assert tuple(found[name] for name in ("image_size", "crop_pct", "crop_mode", "interpolation")) == shown
+    assert found["mean"] == pytest.approx((mean,) * 3)
+    assert found["std"] == pytest.approx((std,) * 3)
+
+
+@pytest.fixture(scope="module")
+def hub_vit(tmp_path_factory) -> Path:
+    """A ViT of transformers whose classes nobody named."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    folder = tmp_path_factory.mktemp("hub") / "vit"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 48}
+    net = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=10, **sizes))
+    net.save_pretrained(folder)
+    return folder
+
+
+def test_classes_that_nobody_named_are_those_of_the_data(hub_vit, tmp_path):
+    assert evaluated(tmp_path / "s.json", hub_vit, "--source", "digits")["classes"] == list("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("config.json", {"id2label": {"a": "b"}}, "id2label does not number its classes"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 3}}, "its image processor cannot be read"),
+        ("preprocessor_config.json", {"size": {"height": 32, "width": 16}}, "is no square"),
+        ("preprocessor_config.json", {"size": 32, "image_mean": [0.5]}, "are not of three channels"),
+    ],
+)
+def test_a_strange_folder_of_transformers_is_one_sentence(hub_vit, tmp_path, capsys, name, changes, message):
+    shutil.copytree(hub_vit, tmp_path / "vit")
+    file = tmp_path / "vit" / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | changes))
+    assert tiny.command("evaluate", tmp_path / "vit", "--source", "digits") == 5
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"), [("crop_mode", "border", 2), ("interpolation", "random", 2), ("crop_mode", "squash", 0)]
+)
+def test_a_folder_of_timm_is_shown_images_as_it_says_or_refused(run, tmp_path, capsys, field, value, code):
+    shutil.copytree(run.parent.parent / "timm", tmp_path / "timm")
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    config["pretrained_cfg"][field] = value
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    assert tiny.command("evaluate", tmp_path / "timm", "--source", "digits") == code
+    assert (f"{field} {value!r}" in capsys.readouterr().err) == (code == 2)
 
 
 def test_a_folder_of_timm_with_a_pickle_alone_is_refused_unread(tmp_path, monkeypatch):

@@ -32,7 +32,6 @@ from vit_rsst import files, tickets
 from vit_rsst.checkpoint import Checkpointer, ResumePoint
 from vit_rsst.errors import Damaged, Diverged, EnvironmentLacks, InputError
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.recipe import Recipe
 from vit_rsst.run_folder import RunFolder
 
 EPOCH, TOTAL = 3, 18  # steps of the tiny recipe
@@ -758,7 +757,7 @@ def test_a_lock_names_its_holder_and_a_stale_one_is_free(tmp_path, happened):
 
 
 def die_before_a_worker(folder: RunFolder) -> None:
-    folder.open(Recipe(name="r"), {})
+    folder.open()
     if os.fork():
         os._exit(9)
     time.sleep(2)
@@ -770,7 +769,7 @@ def test_the_workers_of_a_killed_process_do_not_keep_its_lock(tmp_path, happened
     """A worker inherits its descriptors and lives some seconds longer than its parent."""
     folder = RunFolder(tmp_path / "r")
     assert faulty.exit_code(die_before_a_worker, folder) == 9
-    folder.open(Recipe(name="r"), {}).release()
+    folder.open().release()
     happened("the process died, its worker lived on: the lock was free")
 
 
@@ -830,8 +829,11 @@ def test_a_changed_environment_is_told_when_a_run_goes_on(stopped, tmp_path, hap
 @pytest.mark.fault("F30")
 def test_other_data_are_refused_unless_they_are_allowed(stopped, tmp_path, happened):
     recipe = edited(stopped, tmp_path, "rows", "data", 999)
+    records = [run_of(recipe) / name for name in ("status.json", "recipe.yaml", "environment.json")]
+    before = [path.read_bytes() for path in records]
     job = faulty.command("train", recipe)
     assert job.code == 2, job.log
+    assert [path.read_bytes() for path in records] == before, "a refusal leaves the folder as it was"
     assert "data.rows 999 there, 1797 now" in job.last
     assert "--allow-data-change" in job.last
     assert steps_of_points(run_of(recipe)) == [3]

@@ -148,10 +148,13 @@ def test_a_folder_that_was_edited_by_hand_does_not_hide_the_others(tmp_path, cap
     run_folder(tmp_path, "sound", state="finished")
     (path / "tickets").mkdir()
     (path / "tickets" / "round_00.json").write_text('{"row": {"round": 0, "val_top1": null}}')
-    (path / "recipe.yaml").write_text("name: [")
-    assert tiny.command("runs", tmp_path) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[1:]] == [["odd", "running"], ["sound", "finished"]]
+    for text in (b"name: [", b"\xff\xfe\x00", b"name: x\npruning: null\n", b"pruning: {method: imp}\n"):
+        (path / "recipe.yaml").write_bytes(text)
+        assert tiny.command("report", path) == 0
+        capsys.readouterr()
+        assert tiny.command("runs", tmp_path) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[:2] for line in lines[1:]] == [["odd", "running"], ["sound", "finished"]]
 
 
 def test_a_name_cannot_steer_the_terminal():

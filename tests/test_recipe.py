@@ -363,6 +363,9 @@ RULES = {
         ["train.distill.temperature=4"], "train.distill.temperature", "means nothing without"),
     "a round as the teacher of itself": (
         ["pruning.method=dense", "train.distill.teacher=dense"], "train.distill.teacher", "trains one round"),
+    "a start from its own run": (["model.start_from=runs/r/tickets"], "model.start_from", "this run's own folder"),
+    "a teacher from its own run": (
+        ["train.distill.teacher=runs/r"], "train.distill.teacher", "dense means the model of its round 0"),
     "random crops in memory": (
         ["data.in_memory=true", "data.augment.crop=resized"], "data.in_memory", "another image in each epoch"),
     "corrupt images in memory": (
@@ -540,7 +543,8 @@ VARIANTS = {
 def test_the_recipe_in_the_run_folder_is_the_recipe_of_the_run(tmp_path, variant):
     recipe = load(written(tmp_path, VARIANTS[variant]))
     folder = RunFolder(tmp_path / "run")
-    folder.open(recipe, {}).release()
+    folder.open().release()
+    folder.record(recipe, {})
     again = load(folder.path / "recipe.yaml")
     assert again == recipe
     assert again.fingerprint == recipe.fingerprint

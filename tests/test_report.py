@@ -10,7 +10,7 @@ import browser
 import pytest
 import tiny
 
-from vit_rsst import recipe_file, strict_yaml
+from vit_rsst import recipe_file, results, strict_yaml
 from vit_rsst.report import canvas, curves, document, history, story
 from vit_rsst.report.compare import leader
 from vit_rsst.report.document import Bullets, Document, Section, Table, breakable
@@ -370,6 +370,30 @@ def test_runs_that_go_on_from_rounds_of_several_seeds_are_one_experiment(tmp_pat
     ]  # fmt: skip
 
 
+def test_runs_that_name_each_other_are_compared(tmp_path):
+    paths = [make_run(tmp_path, name, "imp") for name in ("dense", "b", "c")]
+    for path, start in zip(paths, ("../b", "../dense", "../c"), strict=True):
+        tree = recipe_file.load(path / "recipe.yaml", ["train.distill.teacher=dense"]).tree()
+        tree["model"]["start_from"] = str(path / start)
+        (path / "recipe.yaml").write_text(strict_yaml.dump(tree), encoding="utf-8")
+    assert len(grouped([history.read(path) for path in paths])) == 3
+
+
+def test_what_a_round_left_out_counts_for_no_budget(tmp_path):
+    path = make_run(tmp_path)
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    (path / "metrics.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["epoch"] == 1) + "\n")
+    assert history.read(path).steps_taken == 30  # of 60: every round ended after its first epoch
+
+
+def test_round_100_comes_after_round_99(tmp_path):
+    (tmp_path / "tickets").mkdir()
+    for round in (100, 9, 99):
+        (tmp_path / "tickets" / f"round_{round:02d}.safetensors").touch()
+    assert [path.stem for path in results.of_rounds(tmp_path, ".safetensors")] == ["round_09", "round_99", "round_100"]
+    assert results.last_ticket(tmp_path).stem == "round_100"
+
+
 def test_a_page_breaks_fields_and_paths_at_their_parts():
     assert breakable("a.b_c/d <e>. 0.5") == "a.<wbr>b_<wbr>c/<wbr>d &lt;e&gt;. 0.<wbr>5"
 
@@ -378,8 +402,8 @@ def test_a_comparison_says_what_may_be_concluded(many, tmp_path):
     told = page(*many, "--out", tmp_path / "out").told
     assert "7 runs compared" in told
     assert "At density 0.50 rsst leads with 83.10 %, 5.00 points above imp, on 3 seeds: more than noise" in told
-    assert "half (0.50) had only that share of the largest, 1,920 images" in told
-    assert "≠ 0.50" in told
+    assert "half (0.67) had only that share of the largest, 1,920 images" in told
+    assert "≠ 0.67" in told
     assert "Not all runs are finished: exp-half (running)" in told
     assert "The last tickets differ in density (0.90, 0.50)" in told
     assert "imp: the removals cost 1.00 points in sum over 2 rounds" in told

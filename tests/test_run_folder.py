@@ -27,7 +27,8 @@ def folder(tmp_path) -> RunFolder:
 
 
 def opened(folder: RunFolder, recipe: Recipe = RECIPE) -> RunFolder:
-    folder.open(recipe, {"versions": {}}).release()
+    folder.open().release()
+    folder.record(recipe, {"versions": {}})
     return folder
 
 
@@ -156,7 +157,7 @@ def test_opening_makes_the_folders_and_records_recipe_and_environment(folder):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentLacks, match="output_dir") as caught:
-        RunFolder(tmp_path / "file" / "r").open(RECIPE, {})
+        RunFolder(tmp_path / "file" / "r").open()
     assert caught.value.exit_code == 3
 
 
@@ -188,7 +189,8 @@ from vit_rsst.run_folder import RunFolder
 
 recipe = load(Path(sys.argv[1]))
 folder = RunFolder(recipe.run_folder)
-lock = folder.open(recipe, {})
+lock = folder.open()
+folder.record(recipe, {})
 folder.write_status("running", step=1)
 print("locked", flush=True)
 sys.stdin.read()
@@ -219,7 +221,7 @@ def test_a_second_process_is_refused_and_changes_nothing(held, capsys):
     folder = RunFolder(load(recipe).run_folder)
     before = snapshot(folder.path)
     with pytest.raises(EnvironmentLacks, match="another process is running there"):
-        folder.open(load(recipe), {"mine": True})
+        folder.open()
     assert tiny.command("train", recipe) == 3
     assert "another process is running there" in capsys.readouterr().err
     assert snapshot(folder.path) == before
@@ -241,5 +243,5 @@ def test_the_lock_of_a_killed_process_is_free(held):
     process.send_signal(signal.SIGKILL)
     process.wait()
     folder = RunFolder(load(recipe).run_folder)
-    folder.open(load(recipe), {}).release()
+    folder.open().release()
     assert folder.status()["state"] == "running", "its last state stays until a run goes on"

@@ -415,12 +415,14 @@ def test_a_random_part_equals_torchvisions_crop():
 
 @pytest.mark.parametrize("crop_pct, interpolation", [(1.0, "bicubic"), (0.875, "bicubic"), (0.9, "bilinear")])
 @pytest.mark.parametrize("width, height", [(90, 61), (61, 90), (64, 64), (37, 30)])
-def test_the_middle_of_an_image_is_that_of_timms_evaluation(crop_pct, interpolation, width, height):
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_the_middle_of_an_image_is_that_of_timms_evaluation(crop_pct, interpolation, width, height, crop_mode):
     from timm.data import create_transform
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-    theirs = create_transform(32, False, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
-    found = decode({"bytes": png(noise), "path": None}, 32, "x", interpolation=interpolation, crop_pct=crop_pct)
+    shown = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
+    theirs = create_transform(32, False, normalize=False, **shown)
+    found = decode({"bytes": png(noise), "path": None}, 32, "x", **shown)
     assert (found == theirs(noise).numpy()).all()
 
 

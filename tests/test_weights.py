@@ -180,6 +180,15 @@ def test_a_ticket_is_sent_to_start_from(tmp_path):
         build("vit_small", str(tmp_path / "t.safetensors"))
 
 
+def test_folders_of_this_package_are_sent_to_start_from(tmp_path):
+    (tmp_path / "run" / "tickets").mkdir(parents=True)
+    (tmp_path / "slim").mkdir()
+    (tmp_path / "slim" / "config.json").write_text('{"format": "vit_rsst.slim/1"}')
+    for name in ("run", "slim"):
+        with pytest.raises(InputError, match=rf"is a {name} folder; name it in model\.start_from"):
+            build("vit_small", str(tmp_path / name))
+
+
 def test_weights_that_are_neither_in_the_cache_nor_to_be_had_are_an_error(offline):
     for asked in (True, "dino"):
         with pytest.raises(EnvironmentLacks, match=r"model\.pretrained.*not in the cache.*model\.pretrained=false"):

@@ -96,7 +96,7 @@ def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
     found = published.open_published(what) if onnx is None else onnx_file.opened(onnx)
     weights = prunable_weights(found.net) if onnx is None else {}
     mask = MaskSet({name: weight.detach() != 0 for name, weight in weights.items()})
-    shown = {"image_size": found.image_size, "crop_pct": found.crop_pct, "interpolation": found.interpolation}
+    shown = {name: getattr(found, name) for name in ("image_size", "crop_pct", "crop_mode", "interpolation")}
     options = DataOptions(source, data_path, **shown)
     return Trained(found.net, mask, Path(what), {"seed": "0"}, options, found.mean, found.std, found.classes)
 

@@ -11,7 +11,7 @@ from vit_rsst.assembly.data import data_options
 from vit_rsst.assembly.model import reshape_
 from vit_rsst.assembly.needs import needs
 from vit_rsst.assembly.optim import lr_scales, make_lr
-from vit_rsst.assembly.pruning import build_selection
+from vit_rsst.assembly.pruning import build_selection, check_start, starting_density, starting_mask
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.loaders import Dealing, steps_per_epoch
 from vit_rsst.data.sources import open_data
@@ -59,13 +59,17 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     if recipe.train.grad_checkpointing:
         zoo.checkpoint_gradients_(net)
     lr_scales(net, recipe.optim)  # refuses a model without layers
-    reshape_(net, recipe, architecture, args)
+    opened = reshape_(net, recipe, architecture, args)
     pruning = recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
     selector, density = build_selection(recipe, net, weights, groups, image_size)
-    densities = [selector.mean_density(weights, asked) for asked in round_densities(recipe, density)]
+    start_mask = opened[1].mask if opened and recipe.model.start_from else None
+    starting_mask(weights, start_mask, pruning.method)  # refuses what would grow back
+    start = starting_density(weights, start_mask)
+    densities = [min(selector.mean_density(weights, asked), start) for asked in round_densities(recipe, density)]
     total, prunable = sum(p.numel() for p in net.parameters()), sum(w.numel() for w in weights.values())
+    check_start(pruning.method, prunable, start, selector.mean_density(weights, density(1.0)))
     counts = ", ".join(f"{count_text(getattr(rows, split))} {split}" for split in ("train", "val", "test"))
     parts = [
         f"plan of {recipe.name}: {recipe.pruning.method_name}, seed {recipe.seed}; nothing is created",
@@ -79,7 +83,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
         f"{progress.total_steps * recipe.train.global_batch:,} images",
         "",
-        aligned(round_lines(recipe, progress, prunable, densities)),
+        aligned(round_lines(recipe, progress, prunable, start, densities)),
         "",
         *penalty_lines(recipe, progress),
         *unit_lines(groups),
@@ -92,10 +96,11 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
 def images_text(recipe: Recipe, taken: int, there: int | None) -> str:
     """What an epoch of so many images sees of those that are there."""
     repeats = recipe.data.augment.aug_repeats
+    times = f", each {repeats} times" if repeats > 1 else ""
     if recipe.data.sampler == "class_balanced":
-        return f"{taken:,} images drawn with replacement, each class as often"
+        return f"{taken // repeats:,} images drawn with replacement{times}, each class as often"
     if repeats > 1:
-        return f"{taken // repeats:,} images, each {repeats} times"
+        return f"{taken // repeats:,} images{times}"
     return f"{'all' if there is None else f'{there - taken:,}'} images of the tail dropped"
 
 
@@ -124,10 +129,12 @@ def count_rows(recipe: Recipe) -> Rows:
         return Rows(train, val, info.rows[1], info.num_classes, False)
 
 
-def round_lines(recipe: Recipe, progress: Progress, prunable: int, densities: list[float]) -> list[tuple[str, ...]]:
+def round_lines(
+    recipe: Recipe, progress: Progress, prunable: int, start: float, densities: list[float]
+) -> list[tuple[str, ...]]:
     """One line a round: density asked, weights kept and removed, epochs, steps, when the removal comes."""
     lines = [("round", "density", "kept", "removed", "epochs", "steps", "removal")]
-    before = prunable
+    before = round(start * prunable)
     for number, (epochs, density) in enumerate(zip(progress.round_epochs, densities, strict=True)):
         kept, steps = round(density * prunable), epochs * progress.steps_per_epoch
         removal = removal_text(recipe.pruning.method, steps) if kept < before else "none"

@@ -1,6 +1,7 @@
 """Rules that join several fields of a recipe. Each says what does not fit, why, and the way out."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.options import Imbalance
@@ -26,7 +27,7 @@ YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
     pruning = (_schedule, _windows, _targets, _granularity, _allocation, _method)
-    rules = (_name, *pruning, _data, _model, _distill, _optim, _epochs)
+    rules = (_name, *pruning, _data, _model, _distill, _other_runs, _optim, _epochs)
     return [problem for rule in rules for problem in rule(recipe)]
 
 
@@ -86,12 +87,14 @@ def _windows(recipe: Recipe) -> Iterator[Problem]:
     elif schedule.final_sparsity != final:
         yield Problem(
             "pruning.schedule.final_sparsity",
-            f"{schedule.final_sparsity} is not that of {pruning.granularity}, {final:g}; leave it out",
+            f"{schedule.final_sparsity} is not that of {pruning.granularity}, {final:g}; leave it out, or replace "
+            "the whole schedule: pruning.schedule=linear",
         )
     if not recipe.pruning.method.one_round and schedule.num_rounds > window - kept:
         yield Problem(
             "pruning.schedule.rounds",
-            f"{schedule.num_rounds} rounds cannot each remove a weight of every window; at most {window - kept}",
+            f"{schedule.num_rounds} rounds cannot each remove a weight of every window; at most {window - kept}; "
+            "leave rounds out, or replace the whole schedule: pruning.schedule=linear",
         )
     for field in ("scope", "depth_ramp", "layer_sparsity"):
         if getattr(pruning, field):
@@ -317,6 +320,20 @@ def _distill(recipe: Recipe) -> Iterator[Problem]:
             f"{place}.teacher",
             f"dense is the model of round 0, and {recipe.pruning.method_name} trains one round; name a ticket or a run",
         )
+
+
+def _other_runs(recipe: Recipe) -> Iterator[Problem]:
+    named = {
+        "model.start_from": recipe.model.start_from,
+        "model.shape_from": recipe.model.shape_from,
+        "train.distill.teacher": recipe.train.distill.teacher,
+    }
+    for field, place in named.items():
+        if not place or (field == "train.distill.teacher" and place == "dense"):
+            continue
+        if Path(place).expanduser().resolve().is_relative_to(recipe.run_folder.resolve()):
+            way_out = "; dense means the model of its round 0" if field == "train.distill.teacher" else ""
+            yield Problem(field, f"{place} lies in this run's own folder; give this run another name (name=…){way_out}")
 
 
 def _optim(recipe: Recipe) -> Iterator[Problem]:

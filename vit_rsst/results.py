@@ -40,13 +40,18 @@ def ticket_path(folder: Path, round: int) -> Path:
     return folder / "tickets" / f"round_{round:02d}.safetensors"
 
 
+def of_rounds(folder: Path, suffix: str) -> list[Path]:
+    """Files of this suffix that the rounds of a run left, by round: 100 comes after 99."""
+    return sorted((folder / "tickets").glob(f"round_*{suffix}"), key=lambda path: (len(path.name), path.name))
+
+
 def last_ticket(folder: Path) -> Path:
     """The newest ticket of a run folder.
 
     Raises:
         InputError: it has none.
     """
-    found = sorted((folder / "tickets").glob("round_*.safetensors"))
+    found = of_rounds(folder, ".safetensors")
     if not found:
         raise InputError(f"{folder}: there is no ticket in this run folder yet.")
     return found[-1]
@@ -64,7 +69,7 @@ def save_row(folder: Path, row: RoundRow, report: dict) -> None:
 
 def load_rows(folder: Path) -> list[RoundRow]:
     """All rows of a run, by round."""
-    return [RoundRow(**load_report(path)["row"]) for path in sorted((folder / "tickets").glob("round_*.json"))]
+    return [RoundRow(**load_report(path)["row"]) for path in of_rounds(folder, ".json")]
 
 
 def forget_from(folder: Path, round: int) -> None:

@@ -91,7 +91,7 @@ class RunFolder:
         saved = self.path / "recipe.yaml"
         if not saved.exists():
             return
-        old = deciding(strict_yaml.parse(saved.read_text(encoding="utf-8")).tree)
+        old = deciding(strict_yaml.parse(saved.read_text(encoding="utf-8", errors="replace")).tree)
         new = deciding(recipe.tree())
         differences = [
             f"  {key}: {old.get(key, 'not there')!r} there, {new.get(key, 'not there')!r} now"
@@ -147,8 +147,8 @@ class RunFolder:
             ) from error
         return lock
 
-    def open(self, recipe: Recipe, environment: dict) -> FileLock:
-        """Creates the folder, takes its lock and records recipe and environment.
+    def open(self) -> FileLock:
+        """Creates the folder and takes its lock; what an earlier run left there stays as it is.
 
         Raises:
             EnvironmentLacks: another process runs here, or the folder cannot be written.
@@ -160,13 +160,17 @@ class RunFolder:
             for left_over in self.path.rglob(".*.tmp"):  # of a process that was killed
                 left_over.unlink()
             files.write_json(self.path / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
-            files.write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.tree()))
-            files.write_json(self.path / "environment.json", environment)
         except OSError as error:
             raise EnvironmentLacks(
                 f"output_dir: {self.path} cannot be written ({error}); set another output_dir."
             ) from error
         return lock
+
+    def record(self, recipe: Recipe, environment: dict) -> None:
+        """Recipe and environment of the run that begins here now, or goes on."""
+        files.write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.tree()))
+        files.write_json(self.path / "environment.json", environment)
+        self.write_status("running")
 
 
 def _read_json(path: Path) -> dict:

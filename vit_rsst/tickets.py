@@ -83,7 +83,7 @@ def load(path: Path) -> Ticket:
     if metadata.get("format") != FORMAT:
         raise Damaged(
             f"{path}: the format is {metadata.get('format', 'not given')!r}, not {FORMAT!r}; expected a ticket as "
-            "a run of this version writes it."
+            "a run of this version writes it; of an export, name the folder."
         )
     expected = metadata.pop("sha256", None)
     if digest(tensors, metadata) != expected:

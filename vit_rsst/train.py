@@ -141,6 +141,8 @@ def train_to_the_end(s: "Run", recipe: "Recipe", allow_world_size_change: bool, 
 
     try:
         resume_if_possible(s, allow_world_size_change, allow_data_change)
+        if s.accelerator.is_main_process:
+            s.folder.record(recipe, s.environment)
         watchdog.limit_waiting(recipe.train.rank_timeout)
         s.stop.is_training = True
         loop.run(s)
@@ -285,7 +287,12 @@ def finish(s: "Run", recipe: "Recipe") -> None:
 
 
 def fail(s: "Run", error: BaseException) -> None:
-    """Leaves the reason in status.json, once: where all ranks fail alike, rank 0 says it."""
+    """Leaves the reason in status.json, once: where all ranks fail alike, rank 0 says it.
+
+    A run that is not even allowed to go on leaves its folder as it was.
+    """
+    if isinstance(error, InputError) and not s.stop.is_training:
+        return
     if not s.accelerator.is_main_process or isinstance(error, LostRank):
         time.sleep(1.0)
         if s.folder.status().get("state") != "running":
@@ -293,10 +300,10 @@ def fail(s: "Run", error: BaseException) -> None:
         error.is_of_this_rank_alone = True
     code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     with contextlib.suppress(OSError):  # on a full disk the error itself is all that is told
-        s.folder.write_status(
-            "stopped" if code == 75 else "failed", code, str(error) or type(error).__name__,
-            round=s.progress.round, epoch=s.progress.epoch, step=s.progress.global_step,
-        )  # fmt: skip
+        p = s.progress
+        where = {"round": p.round, "epoch": p.epoch, "step": p.global_step} if s.stop.is_training else {}
+        state = "stopped" if code == 75 else "failed"
+        s.folder.write_status(state, code, str(error) or type(error).__name__, **where)
         if not isinstance(error, Damaged):
             s.tracker.log("warning", s.progress.global_step, {"text": f"{type(error).__name__}: {error}"})
 

@@ -11,7 +11,7 @@ from vit_rsst.assembly.data import build_loader, data_options, make_evaluate
 from vit_rsst.assembly.model import build_model, ticket_header
 from vit_rsst.assembly.objective import build_distillation, build_loss, build_mixing
 from vit_rsst.assembly.optim import build_optimizer, make_lr
-from vit_rsst.assembly.pruning import build_selection, make_calibrate, starting_mask
+from vit_rsst.assembly.pruning import build_selection, check_start, make_calibrate, starting_mask
 from vit_rsst.best import Best
 from vit_rsst.checkpoint import Checkpointer
 from vit_rsst.console import Console
@@ -55,6 +55,7 @@ def build(
     weights, groups = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
     selector, density = build_selection(recipe, net, weights, groups, data.options.size)
     mask = starting_mask(weights, start_mask, recipe.pruning.method)
+    check_start(recipe.pruning.method, mask.num_elements, mask.density, selector.mean_density(weights, density(1.0)))
     optimizer = build_optimizer(net, recipe.optim)
     loader = build_loader(recipe, data, dealing, accelerator)
     distillation = build_distillation(recipe, data, progress, accelerator)
@@ -78,8 +79,7 @@ def build(
     if is_main:
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")
-        lock = folder.open(recipe, record)
-        folder.write_status("running")
+        lock = folder.open()
     if train.compile:
         net.compile()  # in place: names stay, and masks written outside of it never recompile
     model, optimizer = accelerator.prepare(net, optimizer)

@@ -21,8 +21,9 @@ EVALUATION_BATCH = 500
 
 
 def data_options(recipe: Recipe) -> DataOptions:
+    """What the recipe says of it; its images are always cut from the centre."""
     data = recipe.data
-    return DataOptions(**{field.name: getattr(data, field.name) for field in fields(DataOptions)})
+    return DataOptions(**{f.name: getattr(data, f.name) for f in fields(DataOptions) if hasattr(data, f.name)})
 
 
 def channels(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:

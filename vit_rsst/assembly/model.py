@@ -10,7 +10,7 @@ from torch import nn
 from vit_rsst import tickets
 from vit_rsst.assembly.data import channels
 from vit_rsst.data.images import ImageData
-from vit_rsst.errors import Damaged, InputError
+from vit_rsst.errors import Damaged, InputError, RunError
 from vit_rsst.export.source import open_ticket
 from vit_rsst.models import slim, zoo
 from vit_rsst.models.hub import PLACE
@@ -50,12 +50,17 @@ def reshape_(net: nn.Module, recipe: Recipe, architecture: str, args: dict) -> t
     """Gives the network the shape of what it starts from, or of what its shape is taken from, and names that.
 
     Raises:
+        InputError: it is a run without a ticket.
         Damaged: it cannot be read, or is of another model.
     """
+    field = "model.start_from" if recipe.model.start_from else "model.shape_from"
     source = recipe.model.start_from or recipe.model.shape_from
     if not source:
         return None
-    path, ticket = open_ticket(Path(source).expanduser())
+    try:
+        path, ticket = open_ticket(Path(source).expanduser())
+    except RunError as error:
+        raise type(error)(f"{field}: {error}") from error
     check_same_model(path, ticket, architecture, args)
     if recipe.model.shape_from or "widths" in ticket.metadata:
         slim.shape_like_(net, slim.shape_of(net, ticket.mask, ticket.metadata), str(path))

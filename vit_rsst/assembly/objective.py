@@ -66,11 +66,6 @@ def build_distillation(
         return opened(own) if progress.round > 0 else None
 
     if options.teacher != "dense":
-        if Path(options.teacher).expanduser().resolve().is_relative_to(recipe.run_folder.resolve()):
-            raise InputError(
-                f"train.distill.teacher: {options.teacher} lies in this run's own folder; the model of its round 0 is "
-                "meant by dense, another run needs another name (name=…)."
-            )
         teacher()
         file, _ = open_ticket(Path(options.teacher).expanduser())
         source = files.sha256(file if file.is_file() else file / slim_folder.WEIGHTS)

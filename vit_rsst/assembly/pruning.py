@@ -50,6 +50,28 @@ def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None, metho
     return MaskSet({n: found[n].to(w.device) if n in found.masks else mask[n] for n, w in weights.items()})
 
 
+def starting_density(weights: dict[str, nn.Parameter], found: MaskSet | None) -> float:
+    """Of the prunable weights, also where these have no values yet."""
+    if found is None:
+        return 1.0
+    alive = sum(int(found[n].sum()) if n in found.masks else w.numel() for n, w in weights.items())
+    return alive / sum(w.numel() for w in weights.values())
+
+
+def check_start(method: Method, prunable: int, start: float, final: float) -> None:
+    """Refuses a ticket to start from that is as sparse already as the schedule will ever ask for.
+
+    Raises:
+        InputError: no round would remove anything.
+    """
+    if not isinstance(method, Dense | Constant) and round(start * prunable) <= round(final * prunable) < prunable:
+        raise InputError(
+            f"model.start_from: {start:.4f} of its prunable weights are left, and the schedule ends with {final:.4f}: "
+            "no round would remove anything; set a higher pruning.schedule.final_sparsity, or train it on with "
+            "pruning.method=constant."
+        )
+
+
 def build_selection(
     recipe: Recipe, net: nn.Module, weights: dict[str, nn.Parameter], groups: list[UnitGroup], image_size: int
 ) -> tuple[Selector, Callable[[float], Density]]:

@@ -24,6 +24,10 @@ Encoded = dict | np.ndarray | None
 """An image as `datasets` gives it undecoded, `{"bytes": …, "path": …}`, or pixels (3, height, width)."""
 
 
+MODES = ("center", "squash")
+"""Of cutting the middle out: with the image's proportions, or of a square that the whole image has become."""
+
+
 class Corrupt(InputError):
     """An image that cannot be decoded; says where it lies and why."""
 
@@ -83,6 +87,7 @@ class Decoder:
         max_pixels: an image of more is corrupt.
         interpolation: `bicubic` or `bilinear`.
         crop_pct: share of the shorter side that the middle has.
+        crop_mode: `center`, or `squash`: a square is made of the whole image before its middle is cut.
         window: a random part of each image; None: its middle.
         auto_augment: timm's configuration of RandAugment, AutoAugment or AugMix, such as `rand-m9-mstd0.5-inc1`.
         color_jitter: strength of brightness, contrast and saturation.
@@ -94,6 +99,7 @@ class Decoder:
     max_pixels: int = MAX_PIXELS
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
     window: Window | None = None
     auto_augment: str | None = None
     color_jitter: float | None = None
@@ -128,8 +134,9 @@ class Decoder:
         if self.is_random:
             _seed(sample.seed)
         pixels = decode(
-            sample.image, self.size, sample.place, self.max_pixels, self.window, self.interpolation, self.crop_pct
-        )
+            sample.image, self.size, sample.place, self.max_pixels, self.window, self.interpolation, self.crop_pct,
+            self.crop_mode,
+        )  # fmt: skip
         if not self._transforms:
             return pixels
         picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
@@ -196,6 +203,7 @@ def decode(
     window: Window | None = None,
     interpolation: str = "bicubic",
     crop_pct: float = 1.0,
+    crop_mode: str = "center",
 ) -> np.ndarray:
     """One image as uint8 (3, size, size), red, green and blue.
 
@@ -205,6 +213,7 @@ def decode(
         window: a random part, drawn from torch's generator; None: the shorter side is resized and the middle kept.
         interpolation: `bicubic` or `bilinear`.
         crop_pct: share of the shorter side that the middle has.
+        crop_mode: `center` or `squash`.
 
     Raises:
         Corrupt: no image, truncated, or too large.
@@ -212,7 +221,7 @@ def decode(
 
     def cut(picture: Image.Image) -> np.ndarray:
         if window is None:
-            return _middle(picture, size, interpolation, crop_pct)
+            return _middle(picture, size, interpolation, crop_pct, crop_mode)
         return _random_part(picture, size, interpolation, window)
 
     if isinstance(image, np.ndarray):
@@ -239,13 +248,14 @@ def resized_side(size: int, crop_pct: float) -> int:
     return math.floor(round(size / crop_pct, 6))
 
 
-def _middle(opened: Image.Image, size: int, interpolation: str, crop_pct: float) -> np.ndarray:
-    """The shorter side resized to `size / crop_pct`, the middle kept; rounded as torchvision does."""
+def _middle(opened: Image.Image, size: int, interpolation: str, crop_pct: float, crop_mode: str) -> np.ndarray:
+    """The shorter side, or both, resized to `size / crop_pct`, the middle kept; rounded as torchvision does."""
     picture = _upright(opened, _rgb(opened))
     shorter = resized_side(size, crop_pct)
     if picture.size == (size, size) == (shorter, shorter):
         return _pixels(picture)
-    width, height = (shorter * side // min(picture.size) for side in picture.size)
+    squashed = crop_mode == "squash"
+    width, height = (shorter if squashed else shorter * side // min(picture.size) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = picture.resize((width, height), Image.Resampling[interpolation.upper()])
     return _pixels(resized.crop((left, top, left + size, top + size)))

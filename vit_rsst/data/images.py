@@ -46,7 +46,9 @@ class ImageData:
         rows = self.rows[split]
         images = rows.table.images if isinstance(rows, Rows) else None
         options = self.options
-        return Decoder(options.size, images, options.max_pixels, options.resampling, options.crop_share)
+        return Decoder(
+            options.size, images, options.max_pixels, options.resampling, options.crop_share, options.crop_mode
+        )
 
     def samples(self, split: str, in_memory: bool | None = None, share: float = 0.4) -> Split | Rows | Stream:
         """A split decoded into memory, or as it is read.

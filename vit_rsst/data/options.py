@@ -49,6 +49,7 @@ class DataOptions:
     label_column: str | None = None
     image_size: int | None = None
     crop_pct: float | None = None
+    crop_mode: str = "center"
     interpolation: str | None = None
     val_fraction: float | None = None
     test_fraction: float | None = None

@@ -87,6 +87,7 @@ def _config(folder: Path) -> dict:
     if found not in (SLIM, DENSE):
         raise Damaged(
             f"{path}: the format is {'not given' if found is None else repr(found)}, neither {SLIM!r} nor {DENSE!r}; "
-            "expected a folder that `vit-rsst export --to slim` or `--to dense` of this version wrote."
+            "expected a folder that `vit-rsst export --to slim` or `--to dense` of this version wrote (a recipe takes "
+            "weights of timm and transformers in model.pretrained)."
         )
     return config

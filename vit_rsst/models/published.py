@@ -8,6 +8,7 @@ import timm
 from PIL import Image
 from torch import nn
 
+from vit_rsst.data.decoding import MODES
 from vit_rsst.errors import Damaged, InputError, first_line
 from vit_rsst.models import hub, weights, zoo
 from vit_rsst.models.catalog import CATALOG
@@ -37,6 +38,7 @@ class Published:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: list[str]
+    crop_mode: str = "center"
 
 
 def kind(what: str) -> str:
@@ -70,28 +72,81 @@ def open_published(what: str) -> Published:
     else:
         net = zoo.create(what, {}, pretrained=True)
     config = net.pretrained_cfg
+    _check_preparation(what, config["interpolation"], config.get("crop_mode") or "center")
     shown = (config["input_size"][-1], config["crop_pct"], config["interpolation"])
+    names = list(config.get("label_names") or [])
     return Published(
-        net.eval(), *shown, tuple(config["mean"]), tuple(config["std"]), list(config.get("label_names") or [])
+        net.eval(), *shown, tuple(config["mean"]), tuple(config["std"]), names, config.get("crop_mode") or "center"
     )
+
+
+def _check_preparation(what: str, interpolation: str, crop_mode: str) -> None:
+    """Raises:
+    InputError: its images are prepared as this package cannot.
+    """
+    known = [kernel.name.lower() for kernel in Image.Resampling]
+    for name, value, choices in (("interpolation", interpolation, known), ("crop_mode", crop_mode, MODES)):
+        if value not in choices:
+            raise InputError(
+                f"{what}: its images are prepared with {name} {value!r}, and only {', '.join(choices)} can be done "
+                "here; score it with the library that it comes from."
+            )
 
 
 def _of_transformers(folder: Path) -> Published:
     config = _read(folder / CONFIG)
-    names = {int(number): name for number, name in config.get("id2label", {}).items()}
-    classes = [names[number] for number in sorted(names)]
-    place = f"{hub.PREFIX}{folder}"
-    architecture, args = hub.describe(place, {}, len(classes) or 2)
+    try:
+        names = {int(number): name for number, name in config.get("id2label", {}).items()}
+    except (AttributeError, ValueError) as error:
+        raise Damaged(f"{folder / CONFIG}: id2label does not number its classes ({error}); save it again.") from error
+    architecture, args = hub.describe(f"{hub.PREFIX}{folder}", {}, len(names) or 2)
     net = hub.create(architecture, args, pretrained=True)
-    prepared = next(filter(None, (_read(folder / name) for name in PROCESSORS)), {})
-    prepared = prepared.get("image_processor", prepared)
-    resized = prepared.get("size") or {}
-    cropped = (prepared.get("do_center_crop") and prepared.get("crop_size")) or resized
-    side = cropped.get("height") or cropped.get("shortest_edge") or config.get("image_size", 224)
-    interpolation = Image.Resampling(prepared.get("resample", Image.Resampling.BICUBIC)).name.lower()
-    shown = (side, min(side / resized.get("shortest_edge", side), 1.0), interpolation)
-    mean, std = (tuple(prepared.get(f"image_{name}", (0.5, 0.5, 0.5))) for name in ("mean", "std"))
-    return Published(net.eval(), *shown, mean, std, classes)
+    processor = next(filter(None, (_read(folder / name) for name in PROCESSORS)), {})
+    try:
+        prepared = _prepared(processor.get("image_processor", processor), config.get("image_size", 224))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Damaged(
+            f"{folder}: its image processor cannot be read ({first_line(error)}); save it with transformers again."
+        ) from error
+    _check_preparation(str(folder), prepared["interpolation"], prepared["crop_mode"])
+    classes = [names[number] for number in sorted(names)]
+    if classes == [f"LABEL_{number}" for number in sorted(names)]:  # what transformers says where nobody named them
+        classes = []
+    return Published(net.eval(), classes=classes, **prepared)
+
+
+def _prepared(processor: dict, image_size: int) -> dict:
+    """How an image processor of transformers prepares images, in the words of `Published`.
+
+    Raises:
+        AttributeError, LookupError, TypeError, ValueError: it is none, or makes no squares.
+    """
+    crops = bool(processor.get("do_center_crop"))
+    size = processor.get("size") or {"height": image_size, "width": image_size}
+    if isinstance(size, int):  # of older versions
+        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
+    crop = (processor.get("crop_size") if crops else None) or {}
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    resized, kept = size.get("height") or size["shortest_edge"], crop.get("height")
+    for sides in (size, crop):
+        if sides.get("height") != sides.get("width"):
+            raise ValueError(f"{sides} is no square")
+    if kept is not None and kept > resized:
+        raise ValueError(f"it cuts {kept} px out of {resized}")
+    scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0)
+    normalizes = processor.get("do_normalize", True)
+    mean = processor.get("image_mean", (0.5,) * 3) if normalizes else (0.0,) * 3
+    std = processor.get("image_std", (0.5,) * 3) if normalizes else (1.0,) * 3
+    if not len(mean) == len(std) == 3:
+        raise ValueError(f"image_mean {mean} and image_std {std} are not of three channels")
+    return {
+        "image_size": kept or resized,
+        "crop_pct": (kept or resized) / resized,
+        "crop_mode": "squash" if "height" in size else "center",
+        "interpolation": Image.Resampling(processor.get("resample", Image.Resampling.BICUBIC)).name.lower(),
+        "mean": tuple(value / scale for value in mean),
+        "std": tuple(value / scale for value in std),
+    }
 
 
 def _read(path: Path) -> dict:

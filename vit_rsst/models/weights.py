@@ -68,17 +68,29 @@ def local_file(source: str) -> Path:
     """The file that a path means: itself, or `model.safetensors` of a folder of timm or transformers.
 
     Raises:
+        InputError: a folder of this package, which another field takes.
         EnvironmentLacks: there is none.
         Damaged: a pickle.
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        _refuse_own_kinds(path)
         _refuse_pickles(path, () if (path / FILE).is_file() else sorted(path.iterdir()))
         path = path / FILE
     _refuse_pickles(path, [path])
     if not path.is_file():
         raise EnvironmentLacks(f"model.pretrained: there is no file {path}; check the path, {OTHERWISE}.")
     return path
+
+
+def _refuse_own_kinds(folder: Path) -> None:
+    config, kind = folder / "config.json", ""
+    if (folder / "tickets").is_dir() and not config.exists():
+        kind = "a run folder"
+    elif config.is_file() and '"vit_rsst.slim' in config.read_text(encoding="utf-8", errors="replace"):
+        kind = "a slim folder"
+    if kind:
+        raise InputError(f"model.pretrained: {folder} is {kind}; name it in model.start_from instead.")
 
 
 def _refuse_pickles(place: Path, files: Iterable[Path]) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vit_rsst.report.history import History, number
+from vit_rsst.report.history import History, at, number
 
 PREFIX = "diagnosis: "
 """Of the warnings that a diagnosis becomes in the log."""
@@ -166,8 +166,7 @@ def loader_bound(history: History) -> Iterator[Diagnosis]:
 
 def penalty_without_effect(history: History) -> Iterator[Diagnosis]:
     """When the condemned are removed they are still about as large as they would be without a penalty."""
-    method = history.recipe.get("pruning", {}).get("method", {})
-    if not isinstance(method, dict) or not method.get("penalty"):
+    if not at(history.recipe, "pruning.method.penalty", None):
         return
     for report in history.pruning:
         ratio = report.get("condemned_ratio")

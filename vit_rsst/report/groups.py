@@ -62,7 +62,7 @@ class Group:
     @property
     def images(self) -> int:
         """Images trained on, over all rounds: the budget."""
-        steps = max((int(run.status.get("step", 0)) for run in self.runs), default=0)
+        steps = max((run.steps_taken for run in self.runs), default=0)
         return steps * int(at(self.runs[0].recipe, "train.global_batch", 0))
 
     @cached_property
@@ -83,14 +83,21 @@ def grouped(histories: Sequence[History]) -> list[Group]:
     ]
 
 
-def experiment(recipe: Mapping) -> tuple:
-    """What runs of one experiment have in common: all that decides, but for the seed, of the runs that it names too."""
+def experiment(recipe: Mapping, seen: tuple[Path, ...] = ()) -> tuple:
+    """What runs of one experiment have in common: all that decides, but for the seed, of the runs that it names too.
+
+    Args:
+        seen: runs on the way here; folders that were copied or edited may name each other.
+    """
     fields = {k: v for k, v in deciding(dict(recipe)).items() if k not in NOT_OF_THE_EXPERIMENT}
     for key in OTHER_RUNS:
-        path = Path(str(fields.get(key))).expanduser()
-        folder = path.parent.parent if path.is_file() else path  # a ticket lies in a folder of its run
-        with suppress(InputError):
-            fields[key] = (path.name if path.is_file() else "", experiment(read(folder).recipe))
+        if fields.get(key) in (None, "dense"):
+            continue
+        path = Path(str(fields[key])).expanduser()
+        folder = (path.parent.parent if path.is_file() else path).resolve()  # a ticket lies in a folder of its run
+        if folder not in seen:
+            with suppress(InputError):
+                fields[key] = (path.name if path.is_file() else "", experiment(read(folder).recipe, (*seen, folder)))
     return tuple(sorted((k, repr(v)) for k, v in fields.items()))
 
 

@@ -55,6 +55,15 @@ class History:
         found = {event["step"]: event for event in self._of("step")}
         return [found[step] for step in sorted(found)]
 
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps, without those that a round left out because it ended early."""
+        steps = int(self.status.get("step", 0))
+        if not self.epochs:
+            return steps
+        of_an_epoch = self.epochs[0]["step"]
+        return len(self.epochs) * of_an_epoch + steps % of_an_epoch
+
     @cached_property
     def weights(self) -> list[dict]:
         """Histograms of the weights, the last of each moment: a resumed run writes its first one again."""
@@ -68,7 +77,7 @@ class History:
     @property
     def is_one_round(self) -> bool:
         """Whether the method has a single round, so that there are no rounds to compare."""
-        return self.recipe.get("pruning", {}).get("method", {}).get("name") in ("dense", "gmp", "ste", "constant")
+        return at(self.recipe, "pruning.method.name") in ("dense", "gmp", "ste", "constant")
 
     @cached_property
     def scores(self) -> dict:
@@ -86,13 +95,13 @@ def read(path: Path) -> History:
         InputError: it is none.
     """
     recipe = {}
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         recipe = strict_yaml.parse((path / "recipe.yaml").read_text(encoding="utf-8")).tree
     status = RunFolder(path).status()
     status |= {key: 0 for key in ("round", "epoch", "step") if not isinstance(status.get(key), int)} if status else {}
     if not recipe and not status:
         raise InputError(f"{path}: this is no run folder: it has neither recipe.yaml nor status.json.")
-    reports = [read_json(file) for file in sorted((path / "tickets").glob("round_*.json"))]
+    reports = [read_json(file) for file in results.of_rounds(path, ".json")]
     reports = [report for report in reports if _is_row(report.get("row"))]
     return History(
         path,

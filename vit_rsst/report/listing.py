@@ -14,7 +14,7 @@ from pathlib import Path
 from vit_rsst import recipe_file
 from vit_rsst.errors import InputError
 from vit_rsst.report import history
-from vit_rsst.report.history import History
+from vit_rsst.report.history import History, at
 from vit_rsst.results import size
 from vit_rsst.run_folder import RunFolder
 
@@ -81,7 +81,7 @@ def listed(path: Path, root: Path) -> Listed:
         density=rows[-1].density if rows else None,
         best=max((row.val_top1 for row in rows), default=None),
         test=rows[-1].test_top1 if rows else None,
-        method=str(told.recipe.get("pruning", {}).get("method", {}).get("name", "?")),
+        method=str(at(told.recipe, "pruning.method.name")),
         size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         updated=str(told.status.get("updated", "")),
     )

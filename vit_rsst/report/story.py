@@ -212,7 +212,8 @@ def complexity_blocks(subject: Subject | str, counted: Mapping, timed: Mapping) 
 
 def recipe_facts(recipe: Mapping) -> list[tuple[str, str]]:
     optim, pruning = at(recipe, "optim", {}), at(recipe, "pruning", {})
-    method = dict(at(pruning, "method", {}))
+    method = at(pruning, "method", {})
+    method = dict(method) if isinstance(method, Mapping) else {"name": method}
     options = ", ".join(f"{key} {value}" for key, value in method.items() if key not in ("name", "penalty"))
     penalty = method.get("penalty") or {}
     facts = {
