@@ -138,6 +138,21 @@ def test_a_wrong_study_starts_nothing(tmp_path, started, capsys, text):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: [0, 0]\ndense: {{}}", "seeds: 0 is given twice"),
+        ("seeds: []\ndense: {{}}", "seeds: is empty; expected at least 1"),
+        ("seeds: [0]\ndense: {{pruning.method: imp}}", "dense: pruning.method means nothing"),
+    ],
+)
+def test_wrong_seeds_and_a_dense_round_that_is_none_start_nothing(tmp_path, started, capsys, text, message):
+    file = write_study(tmp_path, "name: wrong\nrecipe: {recipe}\narms: {{imp: {{}}}}\n" + text + "\n")
+    assert tiny.script("study").main([str(file)]) == 2
+    assert message in capsys.readouterr().err
+    assert started == []
+
+
 def test_unequal_budgets_are_refused_with_the_sums(tmp_path):
     file = write_study(tmp_path, STUDY.replace("remove_at: 0.5", "remove_at: 0.5, train.round_epochs: 3"))
     with pytest.raises(InputError, match=r"imp 2 \+ 0 \+ 1 = 3; rsst 2 \+ 0 \+ 3 = 5"):

@@ -94,6 +94,8 @@ def _sentence(item: dict, siblings: list[str], root: type) -> str:
     if bound:
         limit = next(iter(context.values()))
         return f"{value!r} is out of range; expected {bound} {limit}"
+    if kind == "too_short":
+        return f"is empty; expected at least {context['min_length']}"
     wanted = {
         "int": "a whole number",
         "float": "a number",

@@ -242,6 +242,14 @@ def _refuse_own_fields(file: Path, written: StudyFile, overrides: Sequence[str])
     asked |= {f"point {name!r}": point.set for name, point in written.points.items()}
     asked |= {"grid": written.grid, "dense": written.dense or {}, "common": written.common}
     shared = ("train.epochs", "model.start_from") if written.dense is not None else ()
+    for seed in written.seeds:
+        if written.seeds.count(seed) > 1:
+            raise InputError(f"{file}: seeds: {seed} is given twice; name each seed once.")
+    for key in written.dense or {}:
+        if key.split(".")[0] == "pruning":
+            raise InputError(
+                f"{file}: dense: {key} means nothing here: the shared round removes nothing; leave it out."
+            )
     for place, fields in asked.items():
         for key in fields:
             if key in OWN_FIELDS:
