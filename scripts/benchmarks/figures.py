@@ -1,8 +1,8 @@
 """What figures and the report add to the time of the quick start: within the run and after it.
 
 One run of digits/quickstart is trained here with its figures; the time within the hook that draws and within the last
-drawing is set against all the other time of the same run. With --quick it trains two rounds of two epochs, which says
-nothing about the share.
+drawing is set against all the other time of the same run. With --quick it trains two rounds of two epochs, where the
+share is far above any bound and none is judged.
 """
 
 import contextlib
@@ -55,7 +55,8 @@ def main() -> int:
         sys.exit(f"the quick start ended with {code}:\n{out.getvalue()}")
     drawing = sum(Timed.seconds.values())
     share = drawing / (total - drawing)
-    missed = [] if share <= SHARE_BOUND else [f"figures and report add {share:.1%}, bound {SHARE_BOUND:.0%}"]
+    is_missed = share > SHARE_BOUND and not args.quick
+    missed = [f"figures and report add {share:.1%}, bound {SHARE_BOUND:.0%}"] if is_missed else []
     result = {
         "environment": environment(torch.device("cpu"), args.quick),
         "seconds": {"all": round(total, 2)} | {part: round(value, 2) for part, value in Timed.seconds.items()},

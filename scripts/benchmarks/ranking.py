@@ -8,7 +8,6 @@ of the lowest score by each criterion, and as many at random. Loss and top-1 ove
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -21,14 +20,12 @@ import torch
 from _common import environment, report
 from torch import nn
 
-from vit_rsst import cli, tickets
+from vit_rsst import cli
 from vit_rsst.assembly.data import EVALUATION_BATCH
 from vit_rsst.assembly.pruning import CALIBRATION_BATCH
 from vit_rsst.data.loaders import evaluation_batches
-from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
 from vit_rsst.metrics.counters import score
-from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.calibration import collect
@@ -36,6 +33,7 @@ from vit_rsst.pruning.criteria import CRITERIA, Evidence
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.selector import Floors, Selector
 from vit_rsst.recipe_file import builtin_folder
+from vit_rsst.trained import open_trained
 
 RANDOM_BOUND = 1.0
 """A criterion's mean test loss over all seeds may be at most this share of the mean of random removals."""
@@ -82,13 +80,9 @@ def trained(seed: int, args: argparse.Namespace, folder: Path) -> Path:
 
 def measure(path: Path, seed: int, data_path: str | None) -> list[dict]:
     """Loss and top-1 of one model: whole, and after each removal."""
-    ticket = tickets.load(path)
-    info = json.loads(ticket.metadata["data"])
-    mean, std = tuple(info.pop("mean")), tuple(info.pop("std"))
-    info.pop("classes")
-    data = open_data(DataOptions(**info | {"path": data_path}), seed)
-    net = zoo.create(ticket.metadata["architecture"], ticket.model_args).eval()
-    tickets.load_into_(net, ticket, str(path))
+    trained = open_trained(path)
+    net, mean, std = trained.net, trained.mean, trained.std
+    data = open_data(replace(trained.data, path=data_path), seed)
     cpu = torch.device("cpu")
 
     def scored() -> dict[str, float]:
