@@ -76,7 +76,6 @@ def test_heads_without_weights_do_not_count_and_slim_networks_agree():
     net, x = vit(), images()
     net.blocks[1].attn.qkv.weight.data[:8] = net.blocks[1].attn.qkv.weight.data[24:32] = 0  # q and k of head 0
     net.blocks[1].attn.qkv.weight.data[48:56] = 0
-    net.blocks[1].attn.qkv.bias.data[48:56] = 0
     net.blocks[1].attn.proj.weight.data[:, :8] = 0
     layers, alive, _ = attention(net, x)
     assert alive[1].tolist() == [[False, True, True]] * 2

@@ -184,7 +184,7 @@ def test_the_ratio_loss_is_the_squared_distance_from_the_share_and_reaches_every
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask[:, 0].all() for mask in masks)
     assert (masks[1] <= masks[0]).all()
     expected = 2.0 * ((shares[0] - 0.5).square().mean() + (shares[1] - 0.25).square().mean()) / 2
-    assert net.auxiliary_loss().item() == pytest.approx(float(expected), rel=1e-6)
+    assert float(net.auxiliary_loss()) == pytest.approx(float(expected.detach()), rel=1e-6)
     net.auxiliary_loss().backward(retain_graph=True)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.predictors.parameters())
     net.zero_grad()

@@ -37,12 +37,15 @@ def _weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (batch, heads, tokens, tokens) and which heads live, (batch, heads): a dead one has values of zero."""
+    """Weights (batch, heads, tokens, tokens) and which heads live, (batch, heads).
+
+    A head without weights has the same value at every token, that of its bias: where it looks changes nothing.
+    """
     scores = query.float() @ key.float().transpose(-2, -1) * (scale or 1.0 / math.sqrt(query.shape[-1]))
     if attn_mask is not None:
         is_hidden = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -math.inf) if is_hidden else scores + attn_mask.float()
-    return scores.softmax(-1), value.flatten(2).abs().amax(-1) > 0
+    return scores.softmax(-1), (value != value[..., :1, :]).flatten(2).any(-1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from vit_rsst.recipe import deciding
 from vit_rsst.report.document import Bullets, Code, Document, Gallery, Section, Table
 from vit_rsst.report.fronts import images
 from vit_rsst.report.groups import NOT_OF_THE_EXPERIMENT, Group, grouped
-from vit_rsst.report.history import History, at, best_known
+from vit_rsst.report.history import History, at
 from vit_rsst.report.story import is_told, measured, reproduction, state_text
 from vit_rsst.results import RoundRow, duration, noise, size
 
@@ -63,8 +63,8 @@ def findings(groups: Sequence[Group]) -> Iterator[str]:
     if unfinished:
         names = ", ".join(f"{run.name} ({state_text(run)})" for run in unfinished)
         yield f"Not all runs are finished: {names}. Their numbers are those so far."
-    if len({group.split for group in known}) > 1:
-        yield "Some tickets have met the test split and some have not: those are compared by validation."
+    if any(group.split == "validation" for group in known):
+        yield "Not every ticket has met the test split yet: all are compared by validation."
     for _, alike in itertools.groupby(sorted(known, key=lambda g: -g.density), key=lambda g: round(g.density, 2)):
         yield from leader(sorted(alike, key=lambda group: -group.mean))
     densities = {round(group.density, 2) for group in known}
@@ -119,9 +119,8 @@ def result_blocks(groups: Sequence[Group], timed: Mapping) -> Iterator[object]:
     for i, group in enumerate(groups):
         ms = [f"{1000 * found[i]['median']:.2f}" if found[i] else "–" for found in timed.values()]
         rows.append((group.label, *score_cells(group), *cost_cells(group, group.images / max(most, 1)), *ms))
-    splits = " and ".join(dict.fromkeys(group.split for group in groups if group.split))
     note = (
-        f"Of the last tickets; top-1 on {splits or 'no split yet'}, ± one standard deviation over seeds. Budget: the "
+        f"Of the last tickets; top-1 on the {groups[0].split} split, ± one standard deviation over seeds. Budget: the "
         "images trained on; ≠ and the share of the largest where it is less. Parameters, MFLOPs and ms: dead units cut "
         "out."
     )
@@ -160,7 +159,7 @@ def ticket_blocks(groups: Sequence[Group]) -> Iterator[object]:
     for group in groups:
         for of_round in itertools.zip_longest(*(run.rows for run in group.runs)):
             found: list[RoundRow] = [row for row in of_round if row is not None]
-            scores = [best_known(row)[0] for row in found]
+            scores = [group.top1(row) for row in found]
             rows.append(
                 (
                     group.label,

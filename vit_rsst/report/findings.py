@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from vit_rsst.report.history import History, best_known, number
+from vit_rsst.report.history import History, common_split, number, top1
 from vit_rsst.results import size
 
 
@@ -54,12 +54,13 @@ def state_findings(history: History) -> Iterator[str]:
 def accuracy_findings(history: History) -> Iterator[str]:
     rows = history.rows
     last, first = rows[-1], rows[0]
-    score, split = best_known(last)
+    split = common_split(rows)
+    score = top1(last, split)
     text = (
         f"The last ticket holds {last.density:.1%} of the prunable weights and scores {score:.2f} % on {split} images"
     )
     if len(rows) > 1:
-        dense, _ = best_known(first)
+        dense = top1(first, split)
         against = f"the ticket of round {first.round}, of density {first.density:.2f} ({dense:.2f} %)"
         text += f", {points(score - dense)} {against}"
     yield text + "."
@@ -67,10 +68,11 @@ def accuracy_findings(history: History) -> Iterator[str]:
     if best is not last:
         yield (
             f"By validation the best ticket is that of round {best.round}, of density {best.density:.2f}: "
-            f"{best.val_top1:.2f} % there, {best_known(best)[0]:.2f} % on the {best_known(best)[1]} split."
+            f"{best.val_top1:.2f} % there"
+            + (f", {best.test_top1:.2f} % on the test split." if split == "test" else ".")
         )
     tested = sum(map(sum, history.scores.get("confusion", ())))
-    if tested and last.test_top1 is not None:
+    if tested and split == "test":
         error = math.sqrt(max(score * (100 - score), 0.0) / tested)
         yield f"On {tested:,} test images one standard error is {error:.2f} points; smaller differences say nothing."
 

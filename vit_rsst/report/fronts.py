@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from vit_rsst.report import canvas
 from vit_rsst.report.document import Image
 from vit_rsst.report.groups import Group
-from vit_rsst.report.history import best_known
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +79,7 @@ def costs(groups: Sequence[Group], timed: Mapping) -> dict[str, list[Point]]:
     for i, group in enumerate(groups):
         for run in group.runs:
             for row in run.rows:
-                score = best_known(row)[0]
+                score = group.top1(row)
                 found["density"].append(Point(row.density, score, i))
                 found["ticket, MiB"].append(Point(row.ticket_bytes / 2**20, score, i))
         if group.scores and group.counted:

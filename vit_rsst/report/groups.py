@@ -14,8 +14,9 @@ from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject
 from vit_rsst.errors import InputError
 from vit_rsst.recipe import deciding
-from vit_rsst.report.history import History, at, best_known, read
+from vit_rsst.report.history import History, at, common_split, read, top1
 from vit_rsst.report.story import last_subject
+from vit_rsst.results import RoundRow
 
 NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
 """Fields in which runs of one experiment may differ."""
@@ -30,21 +31,22 @@ class Group:
 
     Attributes:
         label: what tells the experiment from the others.
+        split: on which all that are compared are scored.
     """
 
     label: str
     runs: Sequence[History]
     subjects: Sequence[Subject | str]
+    split: str
+
+    def top1(self, row: RoundRow) -> float:
+        """Of a ticket, on the split that all are compared on."""
+        return top1(row, self.split)
 
     @cached_property
     def scores(self) -> list[float]:
         """Top-1 of the last ticket of each run that has one."""
-        return [best_known(run.rows[-1])[0] for run in self.runs if run.rows]
-
-    @property
-    def split(self) -> str:
-        rows = [run.rows[-1] for run in self.runs if run.rows]
-        return best_known(rows[0])[1] if rows else ""
+        return [self.top1(run.rows[-1]) for run in self.runs if run.rows]
 
     @property
     def mean(self) -> float:
@@ -77,8 +79,9 @@ def grouped(histories: Sequence[History]) -> list[Group]:
     for history in histories:
         found.setdefault(experiment(history.recipe), []).append(history)
     labels = shortened([_common([run.name for run in runs]) for runs in found.values()])
+    split = common_split(row for history in histories for row in history.rows)
     return [
-        Group(label, runs, [last_subject(run) for run in runs])
+        Group(label, runs, [last_subject(run) for run in runs], split)
         for label, runs in zip(labels, found.values(), strict=True)
     ]
 

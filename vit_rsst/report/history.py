@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -154,6 +154,11 @@ def at(tree: Mapping, path: str, default: object = "?") -> object:
     return default if tree is None else tree
 
 
-def best_known(row: RoundRow) -> tuple[float, str]:
-    """Top-1 of a ticket, and on which split."""
-    return (row.val_top1, "validation") if row.test_top1 is None else (row.test_top1, "test")
+def common_split(rows: Iterable[RoundRow]) -> str:
+    """On which tickets can be compared: `validation` as long as one of them has not met the `test` split."""
+    return "validation" if any(row.test_top1 is None for row in rows) else "test"
+
+
+def top1(row: RoundRow, split: str) -> float:
+    """Of a ticket on a split of `common_split`."""
+    return row.test_top1 if split == "test" else row.val_top1

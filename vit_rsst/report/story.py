@@ -3,7 +3,6 @@
 import itertools
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +20,6 @@ from vit_rsst.report.history import History, at
 from vit_rsst.report.pictures import PICTURES
 from vit_rsst.results import duration, size
 from vit_rsst.trained import default_device
-
-if TYPE_CHECKING:
-    pass
 
 BATCHES = (1, 32)
 """At which latency is measured."""
