@@ -3,9 +3,11 @@
 import csv
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -136,6 +138,20 @@ def test_a_network_that_is_detached_whole_cannot_learn_by_heart(bench):
     failed(learning.over_fit(planted(bench, detach)), "of 32 images were learnt by heart")
 
 
+@pytest.mark.parametrize("bug", ["frozen", "detached"])
+def test_a_network_of_which_nothing_learns_is_found_and_asked_nothing_else(bench, bug):
+    def spoil(net: nn.Module) -> None:
+        if bug == "frozen":
+            net.requires_grad_(False)
+        else:
+            net.register_forward_hook(lambda module, args, output: output.detach())
+
+    verdicts = {verdict.name: verdict for verdict in checking.check(planted(bench, spoil))}
+    failed(verdicts["gradients"], "are frozen" if bug == "frozen" else "have a gradient of zero")
+    after = list(verdicts).index("gradients") + 1
+    assert {(v.state, v.text) for v in list(verdicts.values())[after:]} == {("skipped", "nothing learns")}
+
+
 @pytest.mark.parametrize("shift", ["against the images", "in one split"])
 def test_shifted_labels_are_found(bench, shift):
     def shifted(split: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,8 +159,40 @@ def test_shifted_labels_are_found(bench, shift):
             return images, labels
         return (images, labels.roll(1)) if shift == "against the images" else (images, (labels + 1) % 10)
 
-    failed(inputs.labels(redrawn(bench, shifted)), "of 144 validation images, chance")
+    failed(inputs.labels(redrawn(bench, shifted)), "on 144 validation images, chance 10.0%")
     assert inputs.labels(bench).state == "ok"
+
+
+def imbalanced(split: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Two classes, `0` and all others, about 10 : 90; of few images, the first of which is one of the small class."""
+    zeros, others = (labels == 0).nonzero().flatten(), (labels != 0).nonzero().flatten()
+    chosen = torch.cat([zeros[: len(others) // 9], others])
+    return images[chosen], (labels[chosen] != 0).long()
+
+
+def test_labels_of_a_large_and_a_small_class_are_judged_by_their_recalls(bench):
+    assert inputs.labels(redrawn(bench, imbalanced)).state == "ok"
+
+    def shifted(split: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = imbalanced(split, images, labels)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        return images, labels[order] if split == "train" else labels
+
+    failed(inputs.labels(redrawn(bench, shifted)), "chance 50.0%")
+
+
+def test_labels_of_one_class_or_of_very_few_images_are_a_warning(bench):
+    for number in (2, 144):
+        only = redrawn(bench, lambda split, x, y, n=number: (x[:n], torch.arange(n) % 2 if n == 2 else 0 * y[:n]))
+        verdict = inputs.labels(only)
+        assert (verdict.state, "too few to tell" in verdict.text) == ("warning", True), verdict
+
+
+def test_mean_recall_worked_out_by_hand():
+    truth, answers = np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 1])
+    recall, chance, noise = inputs.mean_recall(answers, truth)
+    assert (recall, chance) == (0.875, 0.5)
+    assert noise == pytest.approx(math.sqrt(0.6 * 0.4 / 4 + 0.4 * 0.6 / 1) / 2)
 
 
 @pytest.mark.parametrize("scale", [1.0, 255.0])
@@ -252,10 +300,11 @@ def test_gradients_that_are_not_finite_are_found(bench):
 
 
 def test_what_takes_too_long_is_skipped_with_an_estimate(bench, monkeypatch):
-    learning.gradients(bench)
+    learning.first_loss(bench)
     assert bench.step_seconds > 0
-    monkeypatch.setattr(learning, "LIMIT", 0.0)
-    for one in (learning.over_fit, learning.learning_rate):
+    for part in (learning, costs):
+        monkeypatch.setattr(part, "LIMIT", 0.0)
+    for one in (learning.gradients, costs.speed, learning.over_fit, learning.learning_rate):
         verdict = one(bench)
         assert (verdict.state, "would take about" in verdict.text) == ("skipped", True)
 
@@ -272,6 +321,12 @@ def test_a_loader_that_is_slower_than_the_model_is_a_warning(bench, monkeypatch)
     monkeypatch.setattr(costs, "_loader_speed", lambda bench: 1.0)
     verdict = costs.speed(bench)
     assert (verdict.state, "data.workers" in verdict.advice) == ("warning", True)
+
+
+def test_an_epoch_of_one_step_tells_no_speed_of_the_loader(make):
+    verdict = costs.speed(make("train.steps_per_epoch=1"))
+    assert (verdict.state, verdict.details["loader"]) == ("ok", None)
+    assert "an epoch is one step" in verdict.text
 
 
 def test_the_time_of_a_recipe_is_that_of_its_steps(bench):

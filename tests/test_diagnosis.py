@@ -47,8 +47,9 @@ def told(
     return History(Path(), recipe, {}, {"state": state}, events, list(rows), list(pruning))
 
 
-def row(round: int, top1: float, gap: float | None = None) -> RoundRow:
-    return RoundRow(round, 0.5, 0.5, top1, 99.0, 0.5, None, None, gap, 10, 1.0, 1000)
+def row(round: int, top1: float, gap: float | None = None, loss: float = 0.5) -> RoundRow:
+    density = 0.5**round
+    return RoundRow(round, density, density, top1, 99.0, loss, None, None, gap, 10, 1.0, 1000)
 
 
 def down(number: int, start: float = 2.3, end: float = 0.3) -> list[float]:
@@ -67,6 +68,8 @@ CURVES = {
     "healthy, low but fitted": (told(curve(down(20, 2.3, 1.4), top1=(50, 46)), **ENDED), []),
     "healthy, one bad epoch of validation": (told(curve(down(20), [*down(18), 0.9, 0.34], top1=(99, 85))), []),
     "flat": (told(curve(FLAT, top1=(10, 10))), ["not learning"]),
+    "slow among a thousand classes": (told(curve(down(8, 6.9, 6.5), top1=(1.2, 1.1), start=0.1)), []),
+    "flat among a thousand classes": (told(curve([6.91, 6.90] * 3, top1=(0.12, 0.1), start=0.1)), ["not learning"]),
     "flat loss, rising accuracy": (told(curve(FLAT, top1=(40, 40))), []),
     "flat, with the noise of a few validation images": (
         told(curve(FLAT, top1=(10, 10), **{"val/top1": [8.3, 14.6, 10.4, 6.3, 9.7, 11.1]})),
@@ -75,6 +78,20 @@ CURVES = {
     "thrown to chance by the first steps": (
         told(curve([13.8, 4.1, 2.57, 2.4, 2.34, 2.33, 2.32, 2.32, *[2.31] * 8], top1=(10, 10)), **ENDED),
         ["not learning"],
+    ),
+    "thrown far from chance, on the way down": (
+        told(
+            curve(
+                [44.9, 66.6, 36.8, 23.1, 12.4, 6.4, 4.4, 3.1, 2.6, 2.35],
+                top1=(10.6, 10.6),
+                **{"val/top1": [9.0, 14.6, 6.9, 11.8, 9.7, 8.3, 10.4, 9.0, 11.1, 9.7]},
+            )
+        ),
+        ["not learning"],
+    ),
+    "climbing and then stuck": (
+        told(curve([*down(15), *[2.3] * 5], **{"train/top1": [*[60.0] * 15, *[10.0] * 5]}, top1=(60, 59)), **ENDED),
+        ["diverging"],
     ),
     "flat from published weights": (told(curve([0.2] * 9, top1=(96, 95), start=95)), []),
     "thrown to chance later": (told(curve([2.3, 1.5, 0.9, 2.3, 2.31, 2.3, 2.3])), ["diverging"]),
@@ -117,6 +134,14 @@ CURVES = {
     "a dear removal": (told(curve(down(6)), rows=[row(0, 90.0), row(1, 84.0, 12.0)]), ["removal costs accuracy"]),
     "a dear removal of a few images": (
         told(curve(down(6)), rows=[row(0, 17.4), row(1, 13.9, 2.8)], pruning=[{"round": 1, "what_if_loss_gap": 0.014}]),
+        [],
+    ),
+    "a round that lost what it shrank": (
+        told(curve(down(6)), rows=[row(0, 57.6, loss=1.2), row(1, 26.4, 0.0, 2.0)]),
+        ["removal costs accuracy"],
+    ),
+    "a round that lost accuracy and no loss": (
+        told(curve(down(6)), rows=[row(0, 17.4, loss=2.2), row(1, 11.8, 0.0, 2.21)]),
         [],
     ),
     "a removal that was won back": (told(curve(down(6)), rows=[row(0, 90.0), row(1, 89.5, 12.0)]), []),

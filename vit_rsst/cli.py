@@ -4,13 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from vit_rsst import __version__
+from vit_rsst.output import leave, output_file
 from vit_rsst.train import add_arguments, guarded, train
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,24 +94,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def output_file(name: str | None) -> "Path | None":
-    """Where a result is to go, looked at before any work.
-
-    Raises:
-        InputError: there is no such folder.
-    """
-    from pathlib import Path
-
-    from vit_rsst.errors import InputError
-
-    if name is None:
-        return None
-    path = Path(name).expanduser()
-    if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"{name}: it cannot be written; name a file in a folder that exists.")
-    return path
-
-
 def check_verb(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
@@ -122,7 +101,7 @@ def check_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst.recipe_file import find, load
 
     recipe = load(find(arguments.recipe), arguments.overrides)
-    as_json, picture = output_file(arguments.json), output_file(arguments.picture)
+    as_json, picture = output_file(arguments.json), output_file(arguments.picture, ".svg")
 
     from vit_rsst.checks import checking
     from vit_rsst.checks.bench import Bench
@@ -132,8 +111,7 @@ def check_verb(arguments: argparse.Namespace) -> None:
     for verdict in checking.check(Bench.of(recipe, make_accelerator(recipe))):
         verdicts.append(verdict)
         print(checking.line(verdict), flush=True)
-    if as_json:
-        files.write_json(as_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]})
+    leave(as_json, files.write_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]})
     if picture and checking.draw_range_test(verdicts, recipe.optim.lr, picture):
         print(f"range test: {picture}")
     print(checking.conclude(verdicts))
@@ -155,11 +133,9 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
     a = arguments
     result = evaluate(a.what, a.split, state, a.data, a.source, a.batch)
     if state.is_main_process:
+        leave(as_json, files.write_json, result)
+        leave(as_csv, write_csv, result)
         print(report_text(result))
-        if as_json:
-            files.write_json(as_json, result)
-        if as_csv:
-            write_csv(as_csv, result)
     state.destroy_process_group()
 
 
@@ -171,9 +147,8 @@ def predict_verb(arguments: argparse.Namespace) -> None:
 
     output = output_file(arguments.json)
     result = predict(Path(arguments.what), [Path(image) for image in arguments.images], arguments.top)
+    leave(output, files.write_json, result)
     print(predictions_text(result))
-    if output:
-        files.write_json(output, result)
 
 
 def analyze_verb(arguments: argparse.Namespace) -> None:
@@ -183,11 +158,9 @@ def analyze_verb(arguments: argparse.Namespace) -> None:
 
     as_json, as_csv = output_file(arguments.json), output_file(arguments.csv)
     result = analyze(arguments.what, arguments.image_size, arguments.batch, not arguments.no_latency)
+    leave(as_json, files.write_json, result)
+    leave(as_csv, write_csv, result)
     print(analysis_text(result))
-    if as_json:
-        files.write_json(as_json, result)
-    if as_csv:
-        write_csv(as_csv, result)
 
 
 def export_verb(arguments: argparse.Namespace) -> None:
@@ -285,12 +258,11 @@ def runs_verb(arguments: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give the output_dir of your runs.")
     items = [listing.listed(path, folder) for path in listing.find(folder)]
+    leave(output, files.write_json, listing.as_data(items))
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal or "COLUMNS" in os.environ else None
     now = datetime.datetime.now(datetime.UTC)
     print(listing.table(items, now, width, listing.wants_color(is_terminal)) if items else f"no runs in {folder}")
-    if output:
-        files.write_json(output, listing.as_data(items))
 
 
 if __name__ == "__main__":

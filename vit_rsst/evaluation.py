@@ -1,7 +1,5 @@
 """Scores of a trained model on a split: of a ticket on the data of its run, of any other on data that are named."""
 
-import csv
-import io
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -187,12 +185,10 @@ def _confusions_text(result: dict) -> str:
 def write_csv(path: Path, result: dict) -> None:
     """One row a class: its scores, its images and how many of them were taken for each class; then the means."""
     names = ("precision", "recall", "f1")
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["class", *names, "images", *(f"taken for {name}" for name in result["classes"])])
+    rows = [["class", *names, "images", *(f"taken for {name}" for name in result["classes"])]]
     for i, name in enumerate(result["classes"]):
-        writer.writerow([name, *(result[key][i] for key in names), result["support"][i], *result["confusion"][i]])
+        rows.append([name, *(result[key][i] for key in names), result["support"][i], *result["confusion"][i]])
     for mean in ("macro", "weighted"):
         taken = (sum(column) for column in zip(*result["confusion"], strict=True))
-        writer.writerow([f"{mean} mean", *(result[f"{mean}_{key}"] for key in names), result["samples"], *taken])
-    files.write_text(path, buffer.getvalue())
+        rows.append([f"{mean} mean", *(result[f"{mean}_{key}"] for key in names), result["samples"], *taken])
+    files.write_csv(path, rows)

@@ -1,18 +1,45 @@
 """Files that are there whole or not at all: atomic writes, fsync, readable modes, hashes."""
 
+import csv
+import errno
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
+def check_writable(path: Path) -> None:
+    """Looks whether `write_text` could write there; changes nothing.
+
+    Raises:
+        OSError: it could not.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if not _is_written_to(path):
+        tempfile.TemporaryFile(dir=path.resolve().parent).close()
+
+
+def _is_written_to(path: Path) -> bool:
+    """Whether it is a device or a pipe, which nothing may replace."""
+    return path.exists() and not path.is_file()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replaces a file atomically, behind a link that which the link means; writes to a device or pipe."""
+    if _is_written_to(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # a name has 255 bytes at most
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -27,6 +54,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping) -> None:
     """Replaces a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Replaces a CSV file atomically; None is an empty cell."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    write_text(path, buffer.getvalue())
 
 
 def settle(path: Path) -> None:

@@ -1,10 +1,8 @@
 """Results of rounds: one row each, kept as JSON beside the ticket, listed in rounds.csv and shown as a table."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 from vit_rsst import files
@@ -60,11 +58,7 @@ def last_ticket(folder: Path) -> Path:
 def save_row(folder: Path, row: RoundRow, report: dict) -> None:
     """Writes the row with its report beside the ticket, and rounds.csv anew from all rows."""
     files.write_json(ticket_path(folder, row.round).with_suffix(".json"), {"row": asdict(row), "pruning": report})
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in asdict(r).items()} for r in load_rows(folder))
-    files.write_text(folder / "rounds.csv", buffer.getvalue())
+    files.write_csv(folder / "rounds.csv", [COLUMNS, *(astuple(r) for r in load_rows(folder))])
 
 
 def load_rows(folder: Path) -> list[RoundRow]:

@@ -1,7 +1,5 @@
 """The analysis of one or several subjects: what is counted and, unless told otherwise, what is measured."""
 
-import csv
-import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -75,12 +73,8 @@ def write_csv(path: Path, result: Mapping) -> None:
     """One row an item, one column a number, such as `latency.slim.64.median`; layers and units are left out."""
     where = {key: value for key, value in result.items() if key != "items"}
     rows = [dict(_flat({k: v for k, v in item.items() if k not in ("layers", "units")})) for item in result["items"]]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*columns, *where], lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} | where for row in rows)
-    files.write_text(path, buffer.getvalue())
+    columns = [*dict.fromkeys(name for row in rows for name in row), *where]
+    files.write_csv(path, [columns, *([(row | where).get(name) for name in columns] for row in rows)])
 
 
 def _flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -34,6 +34,7 @@ class Verdict:
         text: what was seen, with numbers.
         advice: what to try, in fields of the recipe.
         details: more numbers, for the JSON.
+        blocks: why none of the checks after it can run; empty where they can.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Verdict:
     text: str
     advice: str = ""
     details: dict = field(default_factory=dict)
+    blocks: str = ""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Bench:
         draw: (split, number, seed) → images and labels balanced over classes, without augmentation, as the model sees
             them.
         loader: the recipe's own.
-        step_seconds: of a training step on `batch` images; set by the first check.
+        step_seconds: of a training step on `batch` images; guessed by `first_loss`, then measured.
         toy: a trained network, where one was trained.
     """
 

@@ -24,19 +24,13 @@ CHECKS: tuple[Callable[[Bench], Verdict], ...] = (
     costs.hours,
 )
 
-DEPEND_ON_SHAPES = CHECKS[CHECKS.index(learning.shapes) + 1 :]
-"""Without logits of the right shape none of these can run."""
-
 
 def check(bench: Bench) -> Iterator[Verdict]:
-    """Runs all checks, one verdict after the other."""
-    fits = True
+    """Runs all checks, one verdict after the other, up to one that leaves the others nothing to run on."""
+    blocked = ""
     for one in CHECKS:
-        if one in DEPEND_ON_SHAPES and not fits:
-            yield Verdict(one.__name__.replace("_", " "), "skipped", "the shapes do not fit")
-            continue
-        verdict = one(bench)
-        fits = fits and not (one is learning.shapes and verdict.state == "failed")
+        verdict = Verdict(one.__name__.replace("_", " "), "skipped", blocked) if blocked else one(bench)
+        blocked = blocked or verdict.blocks
         yield verdict
 
 

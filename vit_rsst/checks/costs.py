@@ -7,7 +7,7 @@ import torch
 
 from vit_rsst import optim
 from vit_rsst.assembly.needs import needs
-from vit_rsst.checks.bench import Bench, Verdict, timed
+from vit_rsst.checks.bench import LIMIT, Bench, Verdict, timed
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
 from vit_rsst.results import duration, size
@@ -33,9 +33,11 @@ def memory(bench: Bench) -> Verdict:
 
 def speed(bench: Bench) -> Verdict:
     """Images a second of the loader alone and of training steps alone."""
+    images = len(bench.batch[1])
+    if (needed := bench.estimate(4, images)) > LIMIT:
+        return Verdict("speed", "skipped", f"it would take about {duration(needed)} here")
     net = bench.make_net().train()
     optimizer = bench.optimizer(net)
-    images = len(bench.batch[1])
 
     def step() -> None:
         optimizer.zero_grad()
@@ -48,15 +50,23 @@ def speed(bench: Bench) -> Verdict:
     bench.step_seconds = seconds
     model, loader = images / seconds, _loader_speed(bench)
     details = {"loader": loader, "model": model}
-    text = f"the loader gives {loader:,.0f} images/s, the model takes {model:,.0f} on {bench.device.type}"
+    takes = f"the model takes {_rate(model)} on {bench.device.type}"
+    if loader is None:
+        text = f"{takes}; an epoch is one step, which does not tell the loader's speed"
+        return Verdict("speed", "ok", text, details=details)
+    text = f"the loader gives {_rate(loader)}, {takes}"
     if loader < model:
         advice = "the model would wait: raise data.workers, set data.in_memory=true, or make the images smaller on disk"
         return Verdict("speed", "warning", text, advice, details)
     return Verdict("speed", "ok", text, details=details)
 
 
-def _loader_speed(bench: Bench, limit: float = 5.0) -> float:
-    """Images a second of this process; the first step is left out, when workers start."""
+def _rate(images_per_second: float) -> str:
+    return f"{images_per_second:,.0f} images/s" if images_per_second >= 10 else f"{images_per_second:.2g} images/s"
+
+
+def _loader_speed(bench: Bench, limit: float = 5.0) -> float | None:
+    """Images a second of this process; the first step is left out, when workers start. None: there is no other."""
     steps = bench.loader.steps(Progress(bench.progress.steps_per_epoch, (1,)))
     next(steps)
     start, images = time.perf_counter(), 0
@@ -64,9 +74,7 @@ def _loader_speed(bench: Bench, limit: float = 5.0) -> float:
         images += sum(len(labels) for _, labels in micro_batches)
         if turn >= 20 or time.perf_counter() - start > limit:
             break
-    if not images:  # an epoch of a single step
-        return float("inf")
-    return images / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start) if images else None
 
 
 def hours(bench: Bench) -> Verdict:

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,9 @@ FEW, STEPS = 32, 200
 SWEEP = 100
 """Steps of the range test."""
 
+NO_SHAPES, NOTHING_LEARNS = "the shapes do not fit", "nothing learns"
+"""Why the checks below cannot run."""
+
 
 def shapes(bench: Bench) -> Verdict:
     """Every stage gives what the next one takes, and the last one logit a class."""
@@ -33,7 +37,8 @@ def shapes(bench: Bench) -> Verdict:
             logits, _ = timed(lambda: net(images), bench.device)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         text = f"the model stops on images {tuple(images.shape)}: {first_line(error)}"
-        return Verdict("shapes", "failed", text, "set data.image_size or model.args so that they fit")
+        advice = "set data.image_size or model.args so that they fit"
+        return Verdict("shapes", "failed", text, advice, blocks=NO_SHAPES)
     for hook in hooks:
         hook.remove()
     found = [("images", tuple(images.shape)), *found]
@@ -42,7 +47,7 @@ def shapes(bench: Bench) -> Verdict:
     details = {"stages": [[name, list(shape)] for name, shape in found]}
     if tuple(logits.shape) != (len(images), bench.num_classes):
         advice = f"{bench.num_classes} classes need as many logits; look at model.args.num_classes"
-        return Verdict("shapes", "failed", f"{text}; logits are {tuple(logits.shape)}", advice, details)
+        return Verdict("shapes", "failed", f"{text}; logits are {tuple(logits.shape)}", advice, details, NO_SHAPES)
     return Verdict("shapes", "ok", text, details=details)
 
 
@@ -65,8 +70,10 @@ def _shape(output: object) -> tuple[int, ...]:
 
 def first_loss(bench: Bench) -> Verdict:
     """Before any step a model that knows nothing loses ln C."""
+    net = bench.make_net()
     with torch.no_grad():
-        loss = float(bench.loss(bench.make_net(), bench.batch))
+        loss, seconds = timed(lambda: float(bench.loss(net, bench.batch)), bench.device)
+    bench.step_seconds = 3 * seconds  # a backward pass costs two forward passes
     expected = math.log(bench.num_classes)
     text, details = f"{loss:.3f} before the first step; ln {bench.num_classes} is {expected:.3f}", {"loss": loss}
     if not math.isfinite(loss):
@@ -85,7 +92,13 @@ def first_loss(bench: Bench) -> Verdict:
 
 def gradients(bench: Bench) -> Verdict:
     """Every parameter is moved: over three steps each has a gradient that is neither none nor zero nor infinite."""
-    net, most = bench.make_net().train(), {}
+    seconds = bench.estimate(3, len(bench.batch[1]))
+    if seconds > LIMIT:
+        return Verdict("gradients", "skipped", f"they would take about {duration(seconds)} here")
+    net = bench.make_net().train()
+    most = {name: 0.0 for name, _ in net.named_parameters()}
+    if not bench.loss(net, bench.batch).requires_grad:
+        return replace(_gradient_verdict(net, most), blocks=NOTHING_LEARNS)
     optimizer = bench.optimizer(net)
     optim.set_lr_(optimizer, min(bench.recipe.optim.lr, 1e-3))
     for _ in range(3):  # a head of zeros gives the layers below it a gradient from the second step on
@@ -93,7 +106,7 @@ def gradients(bench: Bench) -> Verdict:
         _, bench.step_seconds = timed(lambda: bench.loss(net, bench.batch).backward(), bench.device)
         for name, parameter in net.named_parameters():
             norm = 0.0 if parameter.grad is None else float(parameter.grad.norm())
-            most[name] = norm if math.isnan(norm) else max(norm, most.get(name, 0.0))
+            most[name] = norm if math.isnan(norm) else max(norm, most[name])
         optimizer.step()
     return _gradient_verdict(net, most)
 

@@ -9,6 +9,7 @@ from vit_rsst.analysis.counts import block_of
 from vit_rsst.assembly.pruning import build_selection, make_calibrate
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict
 from vit_rsst.checks.learning import FEW
+from vit_rsst.data.loaders import Batch
 from vit_rsst.models import slim
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.criteria import Evidence
@@ -30,14 +31,16 @@ def removal(bench: Bench) -> Verdict:
         return Verdict("removal", "skipped", f"the calibration would take about {duration(seconds)} here")
     net = bench.toy if bench.toy is not None else bench.make_net()
     mask, asked = final_mask(bench, net)
-    known = accuracy(bench, net)
+    images = bench.draw("train", FEW, 2)
+    known = accuracy(net, images)
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if name in mask.masks:
                 weight.masked_fill_(~mask[name], 0.0)
     text = f"density {mask.density:.3f} ({asked:.3f} asked), {mask.num_alive:,} of {mask.num_elements:,} weights left"
     if bench.toy is not None:
-        text += f"; a toy that knows {known:.0%} of {FEW} images knows {accuracy(bench, net):.0%} after the removal"
+        left = accuracy(net, images)
+        text += f"; a toy that knows {known:.0%} of {len(images[1])} images knows {left:.0%} after the removal"
     return _judged(net, mask, bench.batch[0][:2], asked, text)
 
 
@@ -53,9 +56,9 @@ def final_mask(bench: Bench, net: nn.Module) -> tuple[MaskSet, float]:
 
 
 @torch.no_grad()
-def accuracy(bench: Bench, net: nn.Module) -> float:
-    """Share of the toy's images that it knows."""
-    images, labels = bench.draw("train", FEW, 2)
+def accuracy(net: nn.Module, batch: Batch) -> float:
+    """Share of the images that it knows."""
+    images, labels = batch
     was_training = net.training
     logits = net.eval()(images)
     net.train(was_training)

@@ -69,16 +69,21 @@ def rounds(history: History) -> Iterator[tuple[int, Curve]]:
 
 
 def not_learning(history: History) -> Iterator[Diagnosis]:
-    """After five epochs or more the loss stands still, and accuracy is where it was after the first."""
+    """After five epochs or more accuracy is where it was after the first, and the loss stands still or fell in vain.
+
+    A loss that halves without any gain comes down from where the first steps threw it, to that of guessing.
+    """
     for round, curve in rounds(history):
         if round > 0:
             return
         for i in range(4, len(curve)):
             then, now = curve.train_loss[i - 3], curve.train_loss[i]
+            is_in_vain = now > 0.97 * then or now < 0.5 * max(curve.train_loss[: i + 1])
             best = max(curve.train_top1[: i + 1])
             # Of training and of validation: one of the two may be a few images, whose share jumps.
-            gained = min(max(top1[: i + 1]) - top1[0] for top1 in (curve.train_top1, curve.val_top1))
-            if now > 0.97 * then and gained < 2.0 and best < 55.0:  # weights that knew the answer stand still too
+            rises = [(top1[0], max(top1[: i + 1])) for top1 in (curve.train_top1, curve.val_top1)]
+            is_flat = any(high < low + 2.0 and high <= 1.5 * low for low, high in rises)  # of 1,000 classes 0.7 is much
+            if is_in_vain and is_flat and best < 55.0:  # weights that knew the answer stand still too
                 yield Diagnosis(
                     "not learning",
                     f"after {i + 1} epochs the training loss is {now:.3f}, three epochs earlier it was {then:.3f}, and "
@@ -132,7 +137,7 @@ def underfitting(history: History) -> Iterator[Diagnosis]:
     curves = dict(rounds(history))
     curve = curves.get(0)
     is_over = history.state == "finished" or len(curves) > 1 or len(history.rows) > 0
-    if curve is None or len(curve) < 8 or not is_over or any(not_learning(history)):
+    if curve is None or len(curve) < 8 or not is_over or any(not_learning(history)) or any(diverging(history)):
         return
     train, val = curve.train_top1[-1], curve.val_top1[-1]
     if not (max(train, val) < 70.0 and train - val < 2.0):  # under strong augmentation, train alone is low
@@ -195,17 +200,27 @@ def layer_nearly_empty(history: History) -> Iterator[Diagnosis]:
 
 
 def removal_costs(history: History) -> Iterator[Diagnosis]:
-    """A removal cost accuracy that its round did not win back; the loss tells that from a few images of noise."""
+    """A removal, or the shrinking before it, cost accuracy that the round did not win back.
+
+    The loss tells that from a few images of noise.
+    """
     loss_gaps = {report.get("round"): report.get("what_if_loss_gap") for report in history.pruning}
     for before, row in itertools.pairwise(history.rows):
-        lost, loss_gap = before.val_top1 - row.val_top1, loss_gaps.get(row.round)
-        is_real = loss_gap is None or loss_gap > 0.05
-        if row.what_if_gap is not None and row.what_if_gap >= 2.0 and lost >= 2.0 and is_real:
+        gap, loss_gap = row.what_if_gap, loss_gaps.get(row.round)
+        lost, lost_loss = before.val_top1 - row.val_top1, row.val_loss - before.val_loss
+        if gap is not None and gap >= 2.0 and lost >= 2.0 and (loss_gap is None or loss_gap > 0.05):
             yield Diagnosis(
                 "removal costs accuracy",
-                f"in round {row.round} the removal cost {row.what_if_gap:.2f} points at once, and {lost:.2f} were "
-                f"still missing at its end, at density {row.density:.3f}.",
+                f"in round {row.round} the removal cost {gap:.2f} points at once, and {lost:.2f} were still missing at "
+                f"its end, at density {row.density:.3f}.",
                 "more pruning.schedule.rounds, pruning.method=rsst or a longer penalty.window, more train.round_epochs",
+            )
+        elif lost >= 5.0 and lost_loss > 0.05 and row.density < before.density:
+            yield Diagnosis(
+                "removal costs accuracy",
+                f"round {row.round} ended {lost:.2f} points of validation top-1 below the one before, at density "
+                f"{row.density:.3f}; the weights were missed as they went, not at the removal alone.",
+                "a lower pruning.schedule.final_sparsity, more pruning.schedule.rounds, more train.round_epochs",
             )
 
 
