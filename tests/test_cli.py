@@ -42,6 +42,61 @@ VERBS = [
 SHORT = ("train.epochs=1", "train.round_epochs=1", "train.steps_per_epoch=1", "pruning.schedule.rounds=1")
 
 
+# -- where results go
+
+
+def test_a_result_goes_through_links_and_into_devices_and_pipes(tmp_path, capsys):
+    real, link, pipe = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(real)
+    os.mkfifo(pipe)
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["runs", str(tmp_path / "empty"), "--json", str(link)]) == 0
+    assert link.is_symlink()
+    assert json.loads(real.read_text()) == {"runs": []}
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        assert cli.main(["runs", str(tmp_path / "empty"), "--json", str(pipe)]) == 0
+        assert json.loads(reader.communicate(timeout=30)[0]) == {"runs": []}
+    assert cli.main(["runs", str(tmp_path / "empty"), "--json", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
+    assert "no runs in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["{}", "{}/nowhere/x.json", "/proc/x.json", "{}/" + 300 * "n", "{}/file/x.json"])
+def test_where_nothing_can_be_written_is_said_before_any_work(tmp_path, place, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("work was done"))
+    assert cli.main(["evaluate", str(tmp_path), "--json", place.format(tmp_path)]) == 2
+    assert "it cannot be written" in capsys.readouterr().err
+
+
+def test_a_name_of_250_bytes_is_one_that_can_be_written(tmp_path):
+    (tmp_path / "empty").mkdir()
+    name = tmp_path / ("n" * 250)
+    assert cli.main(["runs", str(tmp_path / "empty"), "--json", str(name)]) == 0
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [name.name]
+
+
+def test_a_disk_that_is_full_by_now_is_no_traceback(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["runs", str(tmp_path / "empty"), "--json", "/dev/full"]) == 3
+    assert "it could not be written (No space left on device)" in capsys.readouterr().err
+    assert Path("/dev/full").is_char_device()
+
+
+def test_a_picture_that_is_no_svg_is_refused(tmp_path, capsys):
+    assert cli.main(["check", "digits/quickstart", "--picture", str(tmp_path / "range.png")]) == 2
+    assert "name a file that ends in .svg" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_loses_no_file(tmp_path):
+    (tmp_path / "empty").mkdir()
+    script = "import sys; from vit_rsst.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-uc", script, "runs", str(tmp_path / "empty"), "--json", str(tmp_path / "out.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+    assert json.loads((tmp_path / "out.json").read_text()) == {"runs": []}
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

@@ -1,6 +1,7 @@
 """Figures: drawn during and after a run without being asked, from any run folder, and never at the run's cost."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from vit_rsst import results, tickets, train
 from vit_rsst.errors import InputError
+from vit_rsst.evaluation import outcomes_of
 from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.report import canvas, curves, history, pictures, watching
@@ -136,6 +138,61 @@ def test_images_are_found_by_their_place_in_the_split(run):
     again = dataclasses.replace(exhibit, data=one_by_one).pictures(positions)
     assert torch.equal(again.images, picked.images)
     assert again.labels.tolist() == picked.labels.tolist()
+
+
+def test_corrupt_images_shift_nobody(run, tmp_path):
+    """Positions are those among the images that can be decoded, as the outcomes have them."""
+    exhibit = pictures.Exhibit.of(run, torch.device("cpu"))
+    whole, rows = exhibit.data.test, exhibit.data.rows["test"]
+    images = [image if i not in (0, 2, 5) else {"bytes": b"no image", "path": None}
+              for i, image in enumerate(rows.table.images[rows.index])]  # fmt: skip
+    table = dataclasses.replace(rows.table, images=Encoded(images), labels=rows.table.labels[rows.index])
+    options = dataclasses.replace(exhibit.data.options, max_corrupt=0.1)
+    spoilt = {"test": dataclasses.replace(rows, table=table, index=torch.arange(len(images)).numpy())}
+    data = dataclasses.replace(exhibit.data, rows=spoilt, options=options)
+    trained = dataclasses.replace(exhibit.trained, data=options)
+    exhibit = dataclasses.replace(exhibit, data=data, trained=trained)
+    assert len(exhibit.outcomes) == len(images) - 3
+    picked = exhibit.pictures(torch.tensor([0, 2, 1, 9]).numpy())
+    assert torch.equal(picked.images, whole.images[[1, 4, 3, 12]])
+    assert picked.labels.tolist() == whole.labels[[1, 4, 3, 12]].tolist()
+    assert exhibit.samples.labels.unique().numel() == pictures.SHOWN
+    one_by_one = outcomes_of(trained, data, "test", 1, torch.device("cpu"))[0]  # the first batch has no image
+    assert one_by_one.labels.tolist() == exhibit.outcomes.labels.tolist()
+
+
+class Encoded(list):
+    """Images that are asked for by rows, as a table is."""
+
+    def __getitem__(self, rows: list[int]) -> list:
+        return [list.__getitem__(self, row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("densities", "expected"),
+    [
+        ([1.0], [1.0]),
+        ([1.0, 1.0], [1.0]),
+        ([1.0, 0.56, 0.32, 0.18, 0.1], [1.0, 0.56, 0.32, 0.18, 0.1]),
+        ([1.0, 0.98, 0.5, 0.45, 0.11, 0.1], [1.0, 0.5, 0.1]),
+    ],
+)
+def test_densities_on_the_axis_stand_apart(densities, expected):
+    assert curves._apart(densities) == expected
+
+
+def test_thirty_rounds_and_one_epoch_stay_readable():
+    rows = [results.RoundRow(i, 1, 0.926**i, 50.0, 90.0, 1.0, None, None, None, 1, 1.0, 1) for i in range(31)]
+    events = [{"event": "epoch", "step": 2, "round": 0, "epoch": 1, "train/loss": 2.0, "val/loss": 2.1}]
+    told = history.History(Path(), {}, {}, {}, events, rows)
+    with canvas.drawing():
+        figure = curves.accuracy_by_density(told)
+        figure.draw_without_rendering()
+        boxes = [label.get_window_extent() for label in figure.axes[1].get_xticklabels()]
+        loss = curves.curves(told).axes[0]
+    assert all(a.x1 < b.x0 or b.x1 < a.x0 for a, b in itertools.pairwise(boxes))
+    assert loss.get_xticks().tolist() == [1]
+    assert [line.get_marker() for line in loss.lines] == ["o", "o"]
 
 
 def test_a_model_without_attention_has_no_maps(run):

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from filelock import FileLock
 
-from vit_rsst import recipe_file, strict_yaml
+from vit_rsst import columns, recipe_file, strict_yaml
 from vit_rsst.report import listing
 from vit_rsst.report.listing import Listed
 
@@ -47,7 +47,7 @@ def plain(text: str) -> str:
 def test_no_line_is_wider_than_the_terminal(width, is_colored):
     lines = listing.table(items(), NOW, width, is_colored).splitlines()
     assert len(lines) == 4
-    assert all(listing.width_of(plain(line)) <= width for line in lines)
+    assert all(columns.width_of(plain(line)) <= width for line in lines)
     assert ("\x1b[" in "".join(lines)) == is_colored
     assert lines[0].startswith("run")
     assert "state" in lines[0]
@@ -69,7 +69,7 @@ def test_a_narrow_terminal_keeps_state_progress_best_and_size():
     ("width", "expected"), [(99, "剪枝 abcdefgh"), (9, "剪…cdefgh"), (8, "剪…defgh"), (2, "…h"), (1, "…")]
 )
 def test_a_name_is_cut_in_its_middle(width, expected):
-    assert listing.clipped("剪枝 abcdefgh", width) == expected
+    assert columns.clipped("剪枝 abcdefgh", width) == expected
 
 
 def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
@@ -80,7 +80,7 @@ def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
         assert part in first
     assert "a-run-with-a-rather-long-name-that-goes-on" in text
     ends = [
-        listing.width_of(line[: line.index(word) + len(word)]) for line, word in ((head, "density"), (first, "0.1000"))
+        columns.width_of(line[: line.index(word) + len(word)]) for line, word in ((head, "density"), (first, "0.1000"))
     ]
     assert ends[0] == ends[1], "a Chinese character takes two columns"
 

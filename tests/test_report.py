@@ -1,9 +1,11 @@
 """Reports: of runs in every state, with any name, on one page that loads nothing, and of several runs compared."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import re
+import socket
 from pathlib import Path
 
 import browser
@@ -11,7 +13,8 @@ import pytest
 import tiny
 
 from vit_rsst import recipe_file, results, strict_yaml
-from vit_rsst.report import canvas, curves, document, history, story
+from vit_rsst.columns import width_of as columns_of
+from vit_rsst.report import canvas, curves, document, fronts, history, story
 from vit_rsst.report.compare import leader
 from vit_rsst.report.document import Bullets, Document, Section, Table, breakable
 from vit_rsst.report.findings import findings
@@ -398,6 +401,64 @@ def test_a_page_breaks_fields_and_paths_at_their_parts():
     assert breakable("a.b_c/d <e>. 0.5") == "a.<wbr>b_<wbr>c/<wbr>d &lt;e&gt;. 0.<wbr>5"
 
 
+MANGLED = {
+    "status.json": ['{"state": 5, "round": "x", "updated": 3}', "[1]", None],
+    "environment.json": ['{"data": 3, "versions": [1], "command": "x", "commit": 5}', "[1]"],
+    "recipe.yaml": ["- 1", "name: [", "name: x\npruning: hello\nmodel: 3\ntrain: null", None],
+    "metrics.jsonl": ['{"event": "epoch", "step": 10, "val/top1": 5}\n', "[1]\n7\n", "\0\0"],
+    "figures/test_outcomes.json": [
+        '{"classes": ["a"], "confusion": [[1, 2], [3]]}', '{"classes": ["a", "b"]}', '{"confusion": [[0, 3], [3, 0]]}',
+        '{"classes": ["a", "b"], "confusion": [[0, "3"], [3, 0]]}', '{"classes": 3, "confusion": [[0, 3], [3, 0]]}',
+    ],
+    "tickets/round_02.json": ['{"row": {"round": "a"}}', "{}", '{"row": 3, "pruning": null}'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "text"), [(file, text) for file, texts in MANGLED.items() for text in texts])
+def test_a_file_of_another_shape_is_as_if_it_were_missing(tmp_path, file, text, capsys):
+    path = make_run(tmp_path / "runs")
+    (path / "figures").mkdir()
+    if text is None:
+        (path / file).unlink()
+    else:
+        (path / file).write_text(text, encoding="utf-8")
+    assert "What the numbers say" in page(path).told
+    capsys.readouterr()
+    assert tiny.command("runs", tmp_path / "runs") == 0
+    assert "a run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pruning", [None, [], {"layers": None, "units": 3}, {"layers": {"a": 1}, "units": {"b": {}}}])
+def test_a_round_report_of_another_shape_is_as_if_it_were_missing(tmp_path, pruning):
+    path = make_run(tmp_path)
+    report = results.of_rounds(path, ".json")[-1]
+    report.write_text(json.dumps({**json.loads(report.read_text()), "pruning": pruning}))
+    told = history.read(path)
+    assert len(told.rows) == len(told.pruning) == 3
+    assert told.pruning[-1] == {}
+    assert "What the numbers say" in page(path).told
+
+
+def test_a_run_without_anything_that_can_be_read_is_listed(tmp_path, capsys):
+    path = make_run(tmp_path / "runs")
+    (path / "status.json").unlink()
+    (path / "recipe.yaml").write_text("- 1")
+    make_run(tmp_path / "runs", "sound")
+    (tmp_path / "runs" / "recipe.yaml").write_text("name: of-the-next-run")  # in the folder of the runs: no run itself
+    assert tiny.command("runs", tmp_path / "runs") == 0
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["a run", "sound"]
+
+
+def test_a_killed_run_is_no_running_one(tmp_path):
+    path = make_run(tmp_path, state="running")
+    (path / "environment.json").write_text(json.dumps({"host": socket.gethostname()}))
+    (path / ".lock").touch()
+    told = page(path).told
+    assert "lost" in told.split("How accurate")[0]
+    assert "no process holds it any more" in told
+    assert f"{path.name} (lost)" in page(path, make_run(tmp_path, "b"), "--out", tmp_path / "out").told
+
+
 def test_a_comparison_says_what_may_be_concluded(many, tmp_path):
     told = page(*many, "--out", tmp_path / "out").told
     assert "7 runs compared" in told
@@ -436,6 +497,21 @@ def test_a_small_lead_of_one_seed_is_a_tie(tmp_path):
     [sentence] = leader(sorted(grouped([history.read(path) for path in paths]), key=lambda g: -g.mean))
     assert "b leads" in sentence
     assert "on one seed: within noise (1.00 points): a tie so far" in sentence
+
+
+@pytest.mark.parametrize(("names", "columns"), [(("a", "b", "c"), 2), (("a" * 27, "b" * 3, "剪枝" * 60), 1)])
+def test_long_names_leave_the_others_in_the_legend(tmp_path, names, columns):
+    groups = grouped([history.read(make_run(tmp_path))])
+    groups = [dataclasses.replace(groups[0], label=name) for name in names]
+    with canvas.drawing():
+        drawn = fronts.curves(groups)
+        drawn.draw_without_rendering()
+    [legend] = drawn.legends
+    assert legend._ncols == columns
+    box = legend.get_window_extent()
+    assert box.x1 <= drawn.bbox.x1
+    assert box.height < 0.3 * drawn.bbox.height
+    assert [columns_of(text.get_text()) <= 56 for text in legend.get_texts()] == [True] * len(groups)
 
 
 def test_the_front_is_what_no_other_beats():

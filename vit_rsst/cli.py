@@ -192,11 +192,11 @@ def report_verb(arguments: argparse.Namespace) -> None:
 
 def models_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst.analysis.subject import size_of
+    from vit_rsst.columns import aligned
     from vit_rsst.models import zoo
     from vit_rsst.models.anatomy import prunable_weights
     from vit_rsst.models.catalog import CATALOG
     from vit_rsst.models.complexity import flops
-    from vit_rsst.results import aligned
 
     lines = [("model", "parameters", "prunable", "MFLOPs", "px", "weights", "architecture")]
     for name, stock in CATALOG.items():

@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from vit_rsst import files
 from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.columns import aligned
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.options import DataOptions
@@ -20,7 +21,6 @@ from vit_rsst.metrics.outcomes import Outcomes, outcomes
 from vit_rsst.models import published
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.results import aligned
 from vit_rsst.tracking import to_stderr
 from vit_rsst.trained import Trained, open_trained
 

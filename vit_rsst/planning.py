@@ -12,6 +12,7 @@ from vit_rsst.assembly.model import reshape_
 from vit_rsst.assembly.needs import needs
 from vit_rsst.assembly.optim import lr_scales, make_lr
 from vit_rsst.assembly.pruning import build_selection, check_start, starting_density, starting_mask
+from vit_rsst.columns import aligned
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.loaders import Dealing, steps_per_epoch
 from vit_rsst.data.sources import open_data
@@ -29,7 +30,7 @@ from vit_rsst.pruning.methods.ste import StraightThrough
 from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe import Recipe
-from vit_rsst.results import aligned, size
+from vit_rsst.results import size
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 from vit_rsst import files
+from vit_rsst.columns import aligned
 from vit_rsst.errors import InputError
 
 
@@ -103,12 +104,6 @@ def table(rows: list[RoundRow]) -> str:
         for row in rows
     ]
     return aligned(lines)
-
-
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Columns of equal width, right-aligned, two spaces apart; the first line is the head."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from vit_rsst.analysis.counts import block_of, kind_of
-from vit_rsst.results import aligned, duration, size
+from vit_rsst.columns import aligned
+from vit_rsst.results import duration, size
 
 WIDTH = 120
 NONE = "–"

@@ -72,8 +72,10 @@ def outcomes(
     """
     found, began, warm = [], time.perf_counter(), 0
     for turn, (images, labels) in enumerate(batches):
+        if not len(labels):  # none of its images can be decoded
+            continue
         found.append((turn * num_processes + rank, Outcomes.of(net(images), labels)))
-        if turn == 0 and len(labels):  # the first pass allocates: it counts when it is the only one
+        if not warm:  # the first pass allocates: it counts when it is the only one
             first, warm = time.perf_counter(), len(labels)
     now, done = time.perf_counter(), sum(len(part) for _, part in found)
     rate = (done - warm) / (now - first) if done > warm else done / max(now - began, 1e-9)

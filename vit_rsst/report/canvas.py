@@ -8,7 +8,7 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from vit_rsst import files
 from vit_rsst.errors import EnvironmentLacks
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3c82c8", "#df7a35", "#2f9d6c", "#cf4a5c", "#8d6cc0", "#898e97"
@@ -98,6 +99,15 @@ def figure(height: float = 2.6, width: float = WIDTH) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def count(axes: "Axes", values: Iterable[int]) -> None:
+    """Whole numbers on the horizontal axis; a single one in its middle."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(found := set(values)) == 1:
+        [only] = found
+        axes.set_xlim(only - 0.5, only + 0.5)
+        axes.set_xticks([only])
 
 
 def svg(drawn: "Figure", salt: str) -> str:

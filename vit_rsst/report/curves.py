@@ -45,7 +45,7 @@ def curves(history: History) -> "Figure | None":
         _round_marks(axes, history)
     loss.set_ylabel("loss")
     accuracy.set(ylabel="top-1, %", xlabel="epoch")
-    accuracy.xaxis.get_major_locator().set_params(integer=True)
+    canvas.count(accuracy, (event["global_epoch"] for event in epochs))
     _legend(loss)
     return figure
 
@@ -70,6 +70,7 @@ def rate_and_penalty(history: History) -> "Figure | None":
                 _line(axes[1], events, "step", key, style, label=label, color=color, markersize=3, linewidth=0.9)
         axes[1].set(ylabel="penalty, share left", ylim=(-0.05, None))
         _legend(axes[1])
+    canvas.count(axes[-1], (event["step"] for event in rates))
     axes[-1].set_xlabel("optimizer step")
     return figure
 
@@ -94,7 +95,8 @@ def accuracy_by_density(history: History) -> "Figure | None":
     limits = (min([-0.5, *shown]), 1.1 * max([1.0, *shown]))  # noise below a point is no cliff
     bottom.set(ylabel="what-if gap", xlabel="density of the prunable weights", ylim=limits)
     bottom.set_xscale("log")
-    bottom.set_xticks([r.density for r in rows], [f"{r.density:.2g}" for r in rows])
+    ticks = _apart([r.density for r in rows if r.density > 0])
+    bottom.set_xticks(ticks, [f"{density:.2g}" for density in ticks])
     bottom.minorticks_off()
     bottom.invert_xaxis()
     return figure
@@ -119,7 +121,7 @@ def layers(history: History) -> "Figure | None":
         mesh = axes.pcolormesh(cells, cmap=canvas.HEAT, vmin=0, vmax=1, edgecolors=canvas.GROUND, linewidth=0.4)
         axes.set(title=kind.split(".")[-1])
         axes.grid(visible=False)
-        _name_cells(axes.set_xticks, [str(i) for i in range(len(found))], 6)
+        _name_cells(axes.set_xticks, [str(i) for i in range(len(found))], 6 if len(found) <= 10 else 4)
     _name_cells(grid[0, 0].set_yticks, [block.split(".")[-1] or "–" for block in blocks], 12)
     grid[0, 0].invert_yaxis()
     figure.supxlabel("round", fontsize=10)
@@ -202,7 +204,8 @@ def _line(axes: "Axes", events: Sequence[dict], x: str, y: str, style: str = "-"
     points = [(event[x], number(event, y)) for event in events if y in event]
     points = [(a, b) for a, b in points if math.isfinite(b)]
     if points:
-        axes.plot(*zip(*points, strict=True), style, **options)
+        is_one = len({x for x, _ in points}) == 1
+        axes.plot(*zip(*points, strict=True), "o" if is_one else style, **options)
 
 
 def _legend(axes: "Axes") -> None:
@@ -220,6 +223,16 @@ def _name_cells(set_ticks: Callable, names: Sequence[str], most: int) -> None:
     """Names in the middle of the cells of a row, at most so many of them."""
     every = -(-len(names) // most)
     set_ticks([i + 0.5 for i in range(len(names))][::every], names[::every])
+
+
+def _apart(densities: Sequence[float], least: float = 0.12) -> list[float]:
+    """The first, the last, and those between that stand at least a share of the logarithmic axis from all others."""
+    first, *between, last = densities if len(densities) > 1 else 2 * densities
+    span, kept = math.log(first / last), [first]
+    for density in between:
+        if math.log(kept[-1] / density) > least * span and math.log(density / last) > least * span:
+            kept.append(density)
+    return [*kept, last] if last != first else [first]
 
 
 def _extent(event: dict, part: str) -> tuple[float, ...]:

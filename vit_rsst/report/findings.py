@@ -39,6 +39,8 @@ def state_findings(history: History) -> Iterator[str]:
         yield f"The run failed at {where}: {status.get('reason') or 'without a reason that it could write'}"
     if history.state == "stopped":
         yield f"The run stopped cleanly at {where} and goes on with the same command."
+    if history.state == "lost":
+        yield f"The run was killed after {where}: no process holds it any more. The same command goes on from there."
     if history.state == "running":
         yield f"The run was last heard of at {where}; the numbers are those so far."
     if epochs and not history.rows:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vit_rsst.columns import clipped, width_of
 from vit_rsst.report import canvas
 from vit_rsst.report.document import Image
 from vit_rsst.report.groups import Group
@@ -50,21 +51,41 @@ def curves(groups: Sequence[Group]) -> "Figure | None":
     """Validation accuracy and density over epochs, as far as each run went."""
     if not any(run.epochs for group in groups for run in group.runs):
         return None
-    figure = canvas.figure(4.0)
+    figure = _figure(groups, 3.6)
     accuracy, density = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for i, group in enumerate(groups):
         for j, run in enumerate(group.runs):
             x = [event["global_epoch"] for event in run.epochs]
             color, style, _ = look(i)
             line = {"color": color, "linestyle": style, "alpha": 1.0 if j == 0 else 0.5}
-            label = group.label if j == 0 else None
+            line["marker"] = "o" if len(x) == 1 else None
+            label = _label(group) if j == 0 else None
             accuracy.plot(x, [event.get("val/top1") for event in run.epochs], label=label, **line)
             density.step(x, [event.get("prune/density", 1.0) for event in run.epochs], where="post", **line)
     accuracy.set_ylabel("validation top-1, %")
     density.set(ylabel="density", xlabel="epoch", ylim=(0, 1.05))
-    density.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside upper left", ncols=2)
+    canvas.count(density, (event["global_epoch"] for group in groups for run in group.runs for event in run.epochs))
+    _legend(figure, groups)
     return figure
+
+
+def _label(group: Group) -> str:
+    """At most as long as the figure is wide."""
+    return clipped(group.label, 56)
+
+
+def _columns(groups: Sequence[Group]) -> int:
+    """Of the legend: two where all labels are short."""
+    return 2 if max(width_of(group.label) for group in groups) <= 26 else 1
+
+
+def _figure(groups: Sequence[Group], height: float) -> "Figure":
+    """A figure of so many inches below its legend."""
+    return canvas.figure(height + 0.2 * -(-len(groups) // _columns(groups)))
+
+
+def _legend(figure: "Figure", groups: Sequence[Group]) -> None:
+    figure.legend(loc="outside upper left", ncols=_columns(groups))
 
 
 def look(group: int) -> tuple[str, str, str]:
@@ -95,7 +116,7 @@ def fronts(groups: Sequence[Group], timed: Mapping) -> "Figure | None":
     if not panels:
         return None
     rows = -(-len(panels) // 2)
-    figure = canvas.figure(0.5 + 2.2 * rows)
+    figure = _figure(groups, 0.3 + 2.2 * rows)
     figure.get_layout_engine().set(wspace=0.08)
     grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
@@ -105,7 +126,7 @@ def fronts(groups: Sequence[Group], timed: Mapping) -> "Figure | None":
         axes.plot([p.x for p in best], [p.y for p in best], color=canvas.GREY, linewidth=1, zorder=1)
         for i, group in enumerate(groups):
             own = [p for p in points if p.group == i]
-            label = group.label if own and axes is grid[0, 0] else None
+            label = _label(group) if own and axes is grid[0, 0] else None
             color, _, marker = look(i)
             axes.scatter(
                 [p.x for p in own], [p.y for p in own], s=22, color=color, marker=marker, label=label, zorder=2
@@ -114,5 +135,5 @@ def fronts(groups: Sequence[Group], timed: Mapping) -> "Figure | None":
         axes.locator_params(axis="x", nbins=4)
     for axes in grid[:, 0]:
         axes.set_ylabel("top-1, %")
-    figure.legend(loc="outside upper left", ncols=2)
+    _legend(figure, groups)
     return figure

@@ -1,7 +1,9 @@
 """What a run folder tells of its run, as plain data: also of one that goes on, failed, or was killed within a line."""
 
+import fcntl
 import json
 import math
+import socket
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,9 +42,24 @@ class History:
     def name(self) -> str:
         return self.recipe.get("name") or self.path.name
 
-    @property
+    @cached_property
     def state(self) -> str:
-        return self.status.get("state", "unknown")
+        """As written; `lost` where it says running and nobody is, `unknown` where nothing is written."""
+        state = self.status.get("state", "unknown")
+        return "lost" if state == "running" and self._is_lost() else state
+
+    def _is_lost(self) -> bool:
+        """Whether it ran on this machine, and no process holds its lock."""
+        if self.environment.get("host") != socket.gethostname():
+            return False
+        with suppress(OSError), open(self.path / ".lock", "rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            return True
+        return False
 
     @cached_property
     def epochs(self) -> list[dict]:
@@ -82,36 +99,74 @@ class History:
     @cached_property
     def scores(self) -> dict:
         """Outcomes on the test split: `classes`, `confusion`, `ticket`, `density`; empty where there are none."""
-        return read_json(self.path / "figures" / SCORES)
+        found = read_json(self.path / "figures" / SCORES)
+        classes, confusion = found.get("classes"), found.get("confusion")
+        return found if _is_square(confusion) and _are(classes, str) and len(classes) == len(confusion) else {}
 
     def _of(self, kind: str) -> list[dict]:
         return [event for event in self.events if event.get("event") == kind]
 
 
 def read(path: Path) -> History:
-    """Reads a run folder.
+    """Reads a run folder; what is not of its shape there, as after an edit or a full disk, is as if it were missing.
 
     Raises:
         InputError: it is none.
     """
-    recipe = {}
-    with suppress(OSError, ValueError):
-        recipe = strict_yaml.parse((path / "recipe.yaml").read_text(encoding="utf-8")).tree
-    status = RunFolder(path).status()
-    status |= {key: 0 for key in ("round", "epoch", "step") if not isinstance(status.get(key), int)} if status else {}
-    if not recipe and not status:
+    recipe, status = _recipe(path), _status(path)
+    if not recipe and not is_run(path):
         raise InputError(f"{path}: this is no run folder: it has neither recipe.yaml nor status.json.")
     reports = [read_json(file) for file in results.of_rounds(path, ".json")]
     reports = [report for report in reports if _is_row(report.get("row"))]
     return History(
         path,
         recipe,
-        read_json(path / "environment.json"),
+        _typed(read_json(path / "environment.json"), data=dict, versions=dict, command=list),
         status,
         _events(path / "metrics.jsonl"),
         [RoundRow(**{name: report["row"].get(name) for name in results.COLUMNS}) for report in reports],
-        [report.get("pruning", {}) for report in reports],
+        [_pruning(report.get("pruning")) for report in reports],
     )
+
+
+def is_run(path: Path) -> bool:
+    """Whether it is a run's: by its status, or by the tickets beside its recipe; a recipe alone may lie anywhere."""
+    return bool(_status(path)) or ((path / "tickets").is_dir() and (path / "recipe.yaml").is_file())
+
+
+def _recipe(path: Path) -> dict:
+    with suppress(OSError, ValueError):
+        return strict_yaml.parse((path / "recipe.yaml").read_text(encoding="utf-8")).tree
+    return {}
+
+
+def _status(path: Path) -> dict:
+    status = _typed(RunFolder(path).status(), state=str, updated=str, round=int, epoch=int, step=int)
+    return {"round": 0, "epoch": 0, "step": 0} | status if status else {}
+
+
+def _pruning(report: object) -> dict:
+    """The report of a round, with layers and units that have their numbers."""
+    found = _typed(report, layers=dict, units=dict) if isinstance(report, dict) else {}
+    for part, needed in (("layers", {"density": int | float}), ("units", {"units": int, "alive": int, "kind": str})):
+        items = found.get(part, {}).values()
+        if not all(isinstance(i, dict) and all(isinstance(i.get(k), t) for k, t in needed.items()) for i in items):
+            del found[part]
+    return found
+
+
+def _typed(found: Mapping, **types: type) -> dict:
+    """Without the entries that are of other types than these."""
+    return {key: value for key, value in found.items() if isinstance(value, types.get(key, object))}
+
+
+def _are(values: object, of: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, of) for value in values)
+
+
+def _is_square(rows: object) -> bool:
+    """Whether it is a matrix of whole numbers with as many rows as columns."""
+    return _are(rows, list) and all(len(row) == len(rows) and _are(row, int) for row in rows)
 
 
 def _is_row(row: object) -> bool:
@@ -142,9 +197,14 @@ def _events(path: Path) -> list[dict]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):  # a line cut short by a kill
                 event = json.loads(line)
-                if isinstance(event, dict) and isinstance(event.get("step"), int):
-                    found.append(event)
+                if isinstance(event, dict) and all(isinstance(event.get(key), int) for key in _places(event)):
+                    found.append({key: value for key, value in event.items() if value is not None})
     return found
+
+
+def _places(event: Mapping) -> tuple[str, ...]:
+    """Numbers that an event of its kind has."""
+    return ("step", "round", "epoch") if event.get("event") in ("step", "epoch", "weights") else ("step",)
 
 
 def at(tree: Mapping, path: str, default: object = "?") -> object:

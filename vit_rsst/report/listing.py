@@ -1,22 +1,19 @@
 """All runs of a folder in a table: state, progress, best ticket, size; no wider than the terminal, colour or not."""
 
 import datetime
-import fcntl
 import os
 import re
-import socket
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vit_rsst import recipe_file
+from vit_rsst.columns import clipped, padded, width_of
 from vit_rsst.errors import InputError
 from vit_rsst.report import history
 from vit_rsst.report.history import History, at
 from vit_rsst.results import size
-from vit_rsst.run_folder import RunFolder
 
 COLORS = {"finished": "32", "running": "36", "stopped": "33", "failed": "31", "lost": "31"}
 BAR = 8
@@ -40,7 +37,7 @@ class Listed:
     """One line.
 
     Attributes:
-        state: as written; `lost` where it says running and nobody is.
+        state: see `History.state`.
         progress: share of all epochs; None where the recipe cannot be read by this version.
         density: of the last ticket.
         best: highest validation top-1 of a ticket; `test`: test top-1 of the last one.
@@ -60,14 +57,14 @@ class Listed:
 
 def find(folder: Path) -> Iterator[Path]:
     """Run folders: the folder itself, or those below it, up to two levels deep."""
-    if RunFolder(folder).status():
+    if history.is_run(folder):
         yield folder
         return
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.is_symlink():
             continue
-        inside = [path] if RunFolder(path).status() else sorted(p for p in path.iterdir() if p.is_dir())
-        yield from (p for p in inside if RunFolder(p).status())
+        inside = [path] if history.is_run(path) else sorted(p for p in path.iterdir() if p.is_dir())
+        yield from (p for p in inside if history.is_run(p))
 
 
 def listed(path: Path, root: Path) -> Listed:
@@ -75,7 +72,7 @@ def listed(path: Path, root: Path) -> Listed:
     rows = told.rows
     return Listed(
         run=str(path.relative_to(root)) if path != root else path.name,
-        state="lost" if told.state == "running" and is_lost(told) else told.state,
+        state=told.state,
         progress=progress(told),
         round=int(told.status.get("round") or 0),
         density=rows[-1].density if rows else None,
@@ -88,29 +85,17 @@ def listed(path: Path, root: Path) -> Listed:
 
 
 def progress(told: History) -> float | None:
-    """Share of all epochs that are done."""
+    """Share of all epochs that are done; None where that cannot be told."""
     if told.state == "finished":
         return 1.0
+    if told.state == "unknown":
+        return None
     try:
         epochs = recipe_file.load(told.path / "recipe.yaml").round_epochs
     except (InputError, OSError):  # of another version, or with a plugin that is not here
         return None
     round, epoch = (int(told.status.get(key) or 0) for key in ("round", "epoch"))
     return min((sum(epochs[:round]) + epoch) / max(sum(epochs), 1), 1.0)
-
-
-def is_lost(told: History) -> bool:
-    """Whether a run says that it is running, on this machine, and no process holds its lock."""
-    if told.environment.get("host") != socket.gethostname():
-        return False
-    with suppress(OSError), open(told.path / ".lock", "rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        return True
-    return False
 
 
 def cells(item: Listed, now: datetime.datetime) -> dict[str, str]:
@@ -145,28 +130,6 @@ def ago(when: str, now: datetime.datetime) -> str:
                 return f"{seconds / unit:.0f} {name} ago"
         return then.date().isoformat()
     return "–"
-
-
-def width_of(text: str) -> int:
-    """Columns of a terminal: two for Chinese, Japanese and Korean characters, none for combining ones."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def clipped(text: str, width: int) -> str:
-    """The text in at most so many columns; an ellipsis where something is missing: names often differ at their ends."""
-    if width_of(text) <= width:
-        return text
-    first, last = (width - 1) // 3, 0
-    while first and width_of(text[:first]) > (width - 1) // 3:
-        first -= 1
-    while width_of(text[:first]) + width_of(text[len(text) - last - 1 :]) < width:
-        last += 1
-    return f"{text[:first]}…{text[len(text) - last :]}"
-
-
-def padded(text: str, width: int, is_left: bool) -> str:
-    space = " " * (width - width_of(text))
-    return f"{text}{space}" if is_left else f"{space}{text}"
 
 
 def table(items: Sequence[Listed], now: datetime.datetime, width: int | None, is_colored: bool) -> str:

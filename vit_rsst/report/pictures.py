@@ -1,7 +1,8 @@
 """Figures that need the model and its test images: confusions, and what the model looks at."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from vit_rsst import files, results
 from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.columns import clipped
+from vit_rsst.data.decoding import Corrupt, Decoder, Sample
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.tables import Rows, Split
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHOWN = 6
-"""Images a row."""
+SHOWN, NAME = 6, 11
+"""Images a row, and the columns that a class's name may take above one."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,23 @@ class Exhibit:
         return self.pictures(np.sort(first[:SHOWN]))
 
     def pictures(self, positions: np.ndarray) -> Split:
-        """Test images by their positions in the split."""
-        samples = self.data.samples("test")
+        """Test images by their positions among those that can be decoded, as the outcomes have them."""
+        samples, last = self.data.samples("test"), int(positions.max())
         if isinstance(samples, Split):
             return Split(samples.images[positions], samples.labels[positions])
-        if isinstance(samples, Rows):
-            found = list(replace(samples, index=samples.index[positions]).walk(None))
-        else:
-            walked = list(islice(samples.walk(None), int(positions.max()) + 1))
-            found = [walked[position] for position in positions]
         decoder = self.data.decoder("test")
-        images = np.stack([decoder.picture(sample) for sample in decoder.fetched(found)])
-        return Split(torch.from_numpy(images), torch.tensor([sample.label for sample in found]))
+        if self.trained.data.max_corrupt:
+            walked = list(islice(_decodable(samples.walk(None), decoder), last + 1))
+            found = [walked[position] for position in positions]
+        else:
+            if isinstance(samples, Rows):
+                chosen = list(replace(samples, index=samples.index[positions]).walk(None))
+            else:
+                walked = list(islice(samples.walk(None), last + 1))
+                chosen = [walked[position] for position in positions]
+            found = [(decoder.picture(sample), sample.label) for sample in decoder.fetched(chosen)]
+        images, labels = zip(*found, strict=True)
+        return Split(torch.from_numpy(np.stack(images)), torch.tensor(labels))
 
     def save_scores(self, folder: Path) -> None:
         """Leaves the confusion matrix for reports."""
@@ -102,6 +110,14 @@ class Exhibit:
         }
         folder.mkdir(exist_ok=True)
         files.write_text(folder / SCORES, json.dumps(found, ensure_ascii=False) + "\n")
+
+
+def _decodable(samples: Iterator[Sample], decoder: Decoder) -> Iterator[tuple[np.ndarray, int]]:
+    """Pixels and label of each image that is not corrupt."""
+    for sample in samples:
+        [fetched] = decoder.fetched([sample])
+        with suppress(Corrupt):
+            yield decoder.picture(fetched), sample.label
 
 
 def confusion(exhibit: Exhibit) -> "Figure":
@@ -119,7 +135,7 @@ def confusion(exhibit: Exhibit) -> "Figure":
                           color="#fffffd" if shares[i, j] < 0.6 else "#000001")  # fmt: skip
     every = -(-number // 20)
     ticks = range(0, number, every)
-    names = [_short(classes[i], 16) for i in ticks]
+    names = [clipped(classes[i], 16) for i in ticks]
     axes.set_xticks(ticks, names, rotation=90 if max(map(len, classes)) > 2 else 0)
     axes.set_yticks(ticks, names)
     axes.set(xlabel="predicted", ylabel="true")
@@ -133,7 +149,7 @@ def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
     wrong = exhibit.confusion * (1 - np.eye(len(exhibit.classes), dtype=int))
     most = [divmod(int(i), len(wrong)) for i in np.argsort(-wrong, axis=None, kind="stable")[:pairs]]
     most = [pair for pair in most if wrong[pair]]
-    if not most or exhibit.trained.data.max_corrupt:  # images left out shift the positions
+    if not most or exhibit.trained.data.max_corrupt:  # all images before the last one would be decoded to find it
         return None
     found = exhibit.outcomes
     figure = canvas.figure(0.35 + 0.85 * len(most))
@@ -144,7 +160,7 @@ def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
             _show(axes, picture)
         for axes in row:
             axes.set_axis_off()
-        meant, said = (_short(exhibit.classes[i], 24) for i in (true, predicted))
+        meant, said = (clipped(exhibit.classes[i], 24) for i in (true, predicted))
         names = f"{meant} taken for {said} ({wrong[true, predicted]})"
         row[-1].set_title(" ", fontsize=9)  # keeps the height; as a title, the names would widen the first column
         above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 9}
@@ -183,12 +199,12 @@ def _maps(exhibit: Exhibit, rows: list[tuple[str, Trained, Callable]]) -> "Figur
     grid = figure.subplots(1 + len(rows), len(images), squeeze=False)
     for axes, picture, label in zip(grid[0], images, exhibit.samples.labels.tolist(), strict=True):
         _show(axes, picture)
-        axes.set_title(_short(exhibit.classes[label]), fontsize=9)
+        axes.set_title(clipped(exhibit.classes[label], NAME), fontsize=9)
     for row, (label, maps, probabilities) in zip(grid[1:], found, strict=True):
         for axes, picture, looked, chances in zip(row, images, maps, probabilities, strict=True):
             _show(axes, picture, looked)
             best = int(chances.argmax())
-            axes.set_title(f"{_short(exhibit.classes[best])}\n{100 * float(chances[best]):.0f} %", fontsize=9)
+            axes.set_title(f"{clipped(exhibit.classes[best], NAME)}\n{100 * float(chances[best]):.0f} %", fontsize=9)
         row[0].set_ylabel(label, fontsize=9)
     return figure
 
@@ -214,10 +230,6 @@ def _show(axes: "Axes", picture: Tensor, looked: Tensor | None = None) -> None:
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _short(name: str, most: int = 11) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 @dataclass(frozen=True)
