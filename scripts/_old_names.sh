@@ -138,8 +138,12 @@ translate_units() {
     else
         return 0
     fi
-    renamed vit_prune_target pruning.granularity head=head mlp=neuron both=head+neuron
-    [[ $model != resnet20 ]] || became "(of resnet20)" pruning.granularity=channel
+    if [[ $model == resnet20 ]]; then
+        [[ ! -v unused[vit_prune_target] ]] || fail "--vit_prune_target: resnet20 has no heads and no MLPs, its units are channels; leave it out."
+        became "(of resnet20)" pruning.granularity=channel
+    else
+        renamed vit_prune_target pruning.granularity head=head mlp=neuron both=head+neuron
+    fi
     granularity=${made[-1]#*=}
     warn "a round removes RATE of the remaining units, and every attention keeps a head; the old masks grew no sparser."
 }

@@ -30,7 +30,7 @@ usage: launch_experiment.sh DATASET MODEL EPOCHS REG EXP PRETRAINED RATE AUTO AL
   RATE        share of the remaining weights that each of the 20 rounds removes: above 0, below 1
   AUTO        y: starts | n: prints the plan and asks
   ALGORITHM   rsst | refill | dense | imp | rst | gmp | constant
-  FILLBACK    refill: share of the otherwise removed units that is put back: 0 to 1
+  FILLBACK    refill: share of the otherwise removed units that is put back: 0 or more, below 1
 
   --yes       starts without a question, whatever AUTO says
   --dry-run   prints the plan and stops; nothing is created
@@ -91,7 +91,7 @@ parse() {
                 [[ -n $name && $known == *" $name "* ]] ||
                     fail "$1: unknown option; expected one of:$(printf ' --%s' yes dry-run restart allow-world-size-change allow-data-change $known)."
                 [[ ! " $flags " == *" $name "* || ${2-} == true || ${2-} == false ]] || set -- "$1" true "${@:2}"
-                [[ $# -gt 1 && $2 != --* ]] || fail "$1: its value is missing."
+                [[ $# -gt 1 && -n $2 && $2 != --* ]] || fail "$1: its value is missing."
                 given[${labels[$name]-$name}]=$2
                 [[ -v labels[$name] ]] || unused[$name]=1
                 shift ;;
@@ -118,8 +118,8 @@ check() { # in the order of the words, so that the first that is wrong is named 
     number RATE 'x > 0 && x < 1' 'above 0 and below 1'
     one_of AUTO y n
     one_of ALGORITHM rsst refill dense imp rst gmp constant
-    : "${given[FILLBACK]:=0}"
-    number FILLBACK 'x >= 0 && x <= 1' 'from 0 to 1'
+    [[ -v given[FILLBACK] ]] || given[FILLBACK]=0
+    number FILLBACK 'x >= 0 && x < 1' 'of at least 0 and below 1'
     [[ ${given[ALGORITHM]} == refill || ! ${given[FILLBACK]} =~ [1-9] ]] ||
         fail "FILLBACK: '${given[FILLBACK]}', but ${given[ALGORITHM]} puts nothing back; leave it out."
     [[ ${PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES: '$PROCESSES' is not a number of processes."

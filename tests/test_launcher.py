@@ -277,12 +277,15 @@ WRONG = {
     "cifar10 vit_tiny 80 1.0 4 false 1 y rsst": "RATE: '1' is not a number above 0 and below 1",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 maybe rsst": "AUTO: unknown value 'maybe'; expected one of: y n",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rst2": "ALGORITHM: unknown value 'rst2'; expected one of: rsst refill dense",
-    "cifar10 vit_tiny 80 1.0 4 false 0.2 y refill 1.1": "FILLBACK: '1.1' is not a number from 0 to 1",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y refill 1.1": "FILLBACK: '1.1' is not a number of at least 0 and below 1",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y refill 1": "FILLBACK: '1' is not a number of at least 0 and below 1",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst 0.2": "FILLBACK: '0.2', but rsst puts nothing back; leave",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst 0 more": "'more' is one word too many",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y": "ALGORITHM: missing",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --lr": "--lr: its value is missing",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --lr --seed 1": "--lr: its value is missing",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --lr=": "--lr: its value is missing",
+    "cifar10 res20s 80 1.0 4 false 0.2 y refill 0.1 --vit_prune_target head": "resnet20 has no heads and no MLPs",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --learning 1": "--learning: unknown option; expected one of: --yes",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --bogus": "--bogus: unknown option; expected one of: --yes",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --": "--: unknown option",
@@ -305,6 +308,16 @@ def test_a_wrong_word_is_named_with_its_choices_before_anything_is_started(words
     assert "usage: launch_experiment.sh DATASET MODEL" in done.stderr
     assert "ALGORITHM   rsst | refill" in done.stderr
     assert sorted(path.name for path in place.folder.iterdir()) == ["stand in"]
+
+
+@pytest.mark.parametrize("place_of_the_word", range(10))
+def test_an_empty_word_is_no_word_left_out(place, place_of_the_word):
+    words = ["cifar10", "vit_tiny", "80", "1.0", "4", "false", "0.2", "y", "refill", "0.1"]
+    words[place_of_the_word] = ""
+    done = place.launch(words)
+    assert done.returncode == 2
+    labels = ("DATASET", "MODEL", "EPOCHS", "REG", "EXP", "PRETRAINED", "RATE", "AUTO", "ALGORITHM", "FILLBACK")
+    assert f"error: {labels[place_of_the_word]}: " in done.stderr
 
 
 def test_a_number_of_processes_that_is_none_is_refused(place):

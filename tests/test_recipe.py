@@ -359,6 +359,22 @@ RULES = {
     "a teacher without a name": (["train.distill.teacher=''"], "train.distill.teacher", "is empty"),
     "a mixture of one image": (
         ["data.augment.mixup=0.8", "train.batch_per_device=1"], "data.augment", "mix the images of a device's batch"),
+    "a padding of random parts": (
+        ["data.augment={crop: resized, padding: 7}"], "data.augment.padding", "without crop: pad"),
+    "a scale of padded images": (["data.augment.scale=[0.5, 0.6]"], "data.augment.scale", "without crop: resized"),
+    "a ratio of padded images": (["data.augment.ratio=[0.5, 0.6]"], "data.augment.ratio", "without crop: resized"),
+    "a probability of no mixture": (["data.augment.mixup_prob=0.3"], "data.augment.mixup_prob", "mixup or cutmix"),
+    "a column of the digits": (["data.image_column=x"], "data.image_column", "to the embedded digits"),
+    "classes of the digits": (["data.num_classes=3"], "data.num_classes", "to the embedded digits"),
+    "a buffer without a stream": (["data.shuffle_buffer=10"], "data.shuffle_buffer", "without data.streaming"),
+    "a least rate of a constant one": (
+        ["optim.schedule=constant", "optim.min_lr=1e-4"], "optim.min_lr", "without optim.schedule=cosine"),
+    "an exponent of a line": (
+        ["pruning.method={name: rsst, penalty: {exponent: 9}}"], "pruning.method.penalty.exponent", "exp_custom_exponents"),
+    "a residual of the other coupling": (
+        ["optim.name=sgd", "pruning.method={name: rsst, penalty: {coupling: gradient, residual: 0.1}}"],
+        "pruning.method.penalty.residual", "without coupling: decoupled"),
+    "a word that is nearly dense": (["train.distill.teacher=Dense"], "train.distill.teacher", "did you mean that?"),
     "a temperature without a teacher": (
         ["train.distill.temperature=4"], "train.distill.temperature", "means nothing without"),
     "a round as the teacher of itself": (
@@ -457,6 +473,10 @@ RULES = {
     "a word that others take for no": (["model.pretrained=no"], "model.pretrained", "'no' is not true or false"),
     "pretrained and start_from": (
         ["model.name=vit_small", "model.pretrained=true", "model.start_from=x"], "model.pretrained", "keep one of"),
+    "an argument without a blank": (
+        ["model.args={depth:1}"], "model.args.depth:1", "a blank follows the colon"),
+    "a share above one": (["model.args={drop_path_rate: 1.5}"], "model.args.drop_path_rate", "is no share"),
+    "a share in words": (["model.args={drop_rate: much}"], "model.args.drop_rate", "is no share"),
     "a number of classes": (["model.args.num_classes=5"], "model.args.num_classes", "follows from the data"),
     "a warm-up as long as the epochs": (
         ["train.epochs=5", "optim.warmup_epochs=5"], "optim.warmup_epochs", "none after the warm-up"),
@@ -526,7 +546,7 @@ def test_what_follows_from_a_faulty_field_is_not_told_as_well(tmp_path):
 VARIANTS = {
     "defaults": "name: r\n",
     "every kind of value": (
-        "name: 'no'\nseed: 3\noptim: {schedule: {steps: [3, 5], gamma: 0.5}, lr: 1e30, min_lr: 1e-12, "
+        "name: 'no'\nseed: 3\noptim: {schedule: {steps: [3, 5], gamma: 0.5}, lr: 1e30, weight_decay: 1e-12, "
         "clip_grad_norm: null}\npruning:\n  method: {name: gmp, window: [0.0, 1.0]}\n  schedule: linear\n"
         "  protect: ['*.qkv.weight']\nmodel: {args: {a: [1, 2.5], b: {c: null, d: 'true', e: '2:4'}}}\n"
         "tracking: {with: [tensorboard]}\n"

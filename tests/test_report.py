@@ -506,9 +506,9 @@ def test_long_names_leave_the_others_in_the_legend(tmp_path, names, columns):
     with canvas.drawing():
         drawn = fronts.curves(groups)
         drawn.draw_without_rendering()
-    [legend] = drawn.legends
+        [legend] = drawn.legends
+        box = legend.get_window_extent()
     assert legend._ncols == columns
-    box = legend.get_window_extent()
     assert box.x1 <= drawn.bbox.x1
     assert box.height < 0.3 * drawn.bbox.height
     assert [columns_of(text.get_text()) <= 56 for text in legend.get_texts()] == [True] * len(groups)

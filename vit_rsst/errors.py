@@ -4,7 +4,8 @@ The message of each is one sentence (or a list of them) for the user: the place,
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class RunError(Exception):
@@ -49,6 +50,15 @@ class Stopped(RunError):
     exit_code = 75
 
 
+@contextmanager
+def at_field(field: str) -> Iterator[None]:
+    """Names the field of the recipe that brought an error up."""
+    try:
+        yield
+    except RunError as error:
+        raise type(error)(f"{field}: {error}") from error
+
+
 def unknown(what: str, value: object, choices: Iterable[str]) -> str:
     """Sentence for a value that is not one of `choices`, with the nearest one suggested."""
     choices = list(choices)
@@ -57,6 +67,12 @@ def unknown(what: str, value: object, choices: Iterable[str]) -> str:
     return f"unknown {what} {str(value)!r}; expected {listed}." + (f" Did you mean {near[0]!r}?" if near else "")
 
 
+OF_A_LIBRARY = (RuntimeError, ValueError, TypeError, AssertionError, ArithmeticError, LookupError, AttributeError)
+"""What a library raises somewhere within, when it is given what it does not take."""
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, without the rest."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    name = type(error).__name__
+    text = (str(error) or name).strip().splitlines()[0]
+    return f"{name} {text}" if isinstance(error, LookupError) else text  # a KeyError is the key alone

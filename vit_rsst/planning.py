@@ -8,7 +8,7 @@ from torch import nn
 
 from vit_rsst.assembly.build import count_text
 from vit_rsst.assembly.data import data_options
-from vit_rsst.assembly.model import reshape_
+from vit_rsst.assembly.model import check_images, reshape_
 from vit_rsst.assembly.needs import needs
 from vit_rsst.assembly.optim import lr_scales, make_lr
 from vit_rsst.assembly.pruning import build_selection, check_start, starting_density, starting_mask
@@ -55,6 +55,8 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     steps = steps_per_epoch(rows.train, recipe.train.global_batch, recipe.train.steps_per_epoch)
     progress = Progress(steps, recipe.round_epochs)
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
+    image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
+    check_images(recipe.model.name, architecture, args, image_size, rows.num_classes)
     local = is_path(recipe.model.pretrained)
     net = zoo.create(architecture, args, recipe.model.pretrained if local else False, device="meta")
     if recipe.train.grad_checkpointing:
@@ -63,7 +65,6 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     opened = reshape_(net, recipe, architecture, args)
     pruning = recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
-    image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
     selector, density = build_selection(recipe, net, weights, groups, image_size)
     start_mask = opened[1].mask if opened and recipe.model.start_from else None
     starting_mask(weights, start_mask, pruning.method)  # refuses what would grow back

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vit_rsst.data.catalog import CATALOG as SOURCES
-from vit_rsst.data.options import Imbalance
 from vit_rsst.errors import unknown
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.criteria import CRITERIA
@@ -17,8 +16,9 @@ from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.methods.rst import Rst
 from vit_rsst.pruning.methods.ste import StraightThrough
 from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
-from vit_rsst.recipe import Augment, Distill, Optim, Recipe, StepDecay
+from vit_rsst.recipe import Recipe, StepDecay
 from vit_rsst.recipe_errors import Problem
+from vit_rsst.recipe_idle import idle_fields
 
 YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
 """Words that other readers of YAML take for true and false."""
@@ -27,7 +27,7 @@ YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
     pruning = (_schedule, _windows, _targets, _granularity, _allocation, _method)
-    rules = (_name, *pruning, _data, _model, _distill, _other_runs, _optim, _epochs)
+    rules = (_name, *pruning, _data, _model, _distill, _other_runs, _optim, _epochs, idle_fields)
     return [problem for rule in rules for problem in rule(recipe)]
 
 
@@ -235,8 +235,6 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "data.train_samples", "a stream has no first rows to keep; set train.steps_per_epoch, or streaming to false"
         )
-    if data.imbalance.kind is None and data.imbalance.ratio != Imbalance.ratio:
-        yield Problem("data.imbalance.ratio", "means nothing without data.imbalance.kind: long_tail or step")
     by_class = {
         "data.imbalance.kind": data.imbalance.kind is not None,
         "data.sampler": data.sampler != "shuffle",
@@ -260,15 +258,6 @@ def _augment(recipe: Recipe) -> Iterator[Problem]:
         low, high = getattr(augment, name)
         if low > high:
             yield Problem(f"data.augment.{name}", f"[{low}, {high}] begins above its end; the smaller comes first")
-    unused = {
-        "reprob": not augment.reprob and ("remode", "rearea", "reaspect"),
-        "mixup or cutmix": not augment.mixes and ("mixup_prob",),
-        "mixup and cutmix": not (augment.mixup and augment.cutmix) and ("mixup_switch_prob",),
-    }
-    for what, names in unused.items():
-        for name in names or ():
-            if getattr(augment, name) != getattr(Augment, name):
-                yield Problem(f"data.augment.{name}", f"means nothing without {what}; set that, or leave it out")
     if augment.aug_repeats > recipe.train.global_batch:
         yield Problem(
             "data.augment.aug_repeats",
@@ -305,16 +294,20 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         )
     if "num_classes" in model.args:
         yield Problem("model.args.num_classes", "follows from the data; leave it out")
+    for name, value in model.args.items():
+        place = f"model.args.{name}"
+        if value is None and not model.name.startswith("hf:"):
+            yield Problem(place, "has no value, which timm would pass over; a blank follows the colon: {depth: 6}")
+        elif name.endswith("_rate") and not (isinstance(value, int | float) and 0 <= value < 1):
+            yield Problem(place, f"{value!r} is no share; expected a number of at least 0 and below 1")
 
 
 def _distill(recipe: Recipe) -> Iterator[Problem]:
     distill, place = recipe.train.distill, "train.distill"
     if distill.teacher == "":
         yield Problem(f"{place}.teacher", "is empty; expected dense, a ticket, a run or a slim folder")
-    elif distill.teacher is None:
-        for name in ("weight", "temperature"):
-            if getattr(distill, name) != getattr(Distill, name):
-                yield Problem(f"{place}.{name}", f"means nothing without {place}.teacher: dense, a ticket or a run")
+    elif distill.teacher not in (None, "dense") and distill.teacher.lower() == "dense":
+        yield Problem(f"{place}.teacher", f"{distill.teacher!r} is not the word dense; did you mean that?")
     elif distill.teacher == "dense" and len(recipe.round_epochs) == 1:
         yield Problem(
             f"{place}.teacher",
@@ -346,10 +339,6 @@ def _optim(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("optim.schedule.steps", f"{list(optim.schedule.steps)} go past the {train.epochs} epochs")
     if optim.min_lr > optim.lr:
         yield Problem("optim.min_lr", f"{optim.min_lr} is more than lr {optim.lr}")
-    if optim.momentum != Optim.momentum and optim.name != "sgd":
-        yield Problem("optim.momentum", f"means nothing to {optim.name}; leave it out, or use optim.name=sgd")
-    if optim.betas != Optim.betas and optim.name == "sgd":
-        yield Problem("optim.betas", "means nothing to sgd, which has optim.momentum; leave it out")
     if recipe.pruning.rewind == "none" and optim.schedule == "cosine" and optim.min_lr == 0:
         yield Problem(
             "pruning.rewind",

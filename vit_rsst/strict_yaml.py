@@ -135,5 +135,8 @@ def _scalar(node: yaml.ScalarNode, path: Path, document: Document, loader: _Core
         document.problems.append((path, node.start_mark.line + 1, f"{text!r} is not what its tag !!{kind} says"))
         return None
     if node.tag == "tag:yaml.org,2002:int":
+        if len(text) > 1000:  # Python reads no more than 4,300 digits
+            document.problems.append((path, node.start_mark.line + 1, f"a number of {len(text):,} digits is none here"))
+            return None
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     return loader.construct_object(node)

@@ -10,7 +10,7 @@ from torch import nn
 from vit_rsst import tickets
 from vit_rsst.assembly.data import channels
 from vit_rsst.data.images import ImageData
-from vit_rsst.errors import Damaged, InputError, RunError
+from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, at_field, first_line
 from vit_rsst.export.source import open_ticket
 from vit_rsst.models import slim, zoo
 from vit_rsst.models.hub import PLACE
@@ -24,26 +24,51 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
     """The network, seeded; with the weights and the mask of `model.start_from` where it is given.
 
     Raises:
-        InputError: the model does not take images of this size.
+        InputError: the model does not take images of this size, or gives no logits.
     """
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
+    check_images(recipe.model.name, architecture, args, data.options.size, len(data.classes))
     torch.manual_seed(derived_seed(recipe.seed, "model"))
     net = zoo.create(architecture, args, recipe.model.pretrained)
     if recipe.train.grad_checkpointing:
         zoo.checkpoint_gradients_(net)
-    expected = getattr(getattr(net, "patch_embed", None), "img_size", None)
-    size = data.options.size
-    if expected is not None and tuple(expected) != (size, size):
-        raise InputError(
-            f"data.image_size: {recipe.model.name} takes images of {expected[0]} px and the data have {size} px; set "
-            f"data.image_size={expected[0]}, or model.args.img_size={size}."
-        )
     opened = reshape_(net, recipe, architecture, args)
     if opened is None or not recipe.model.start_from:
         return net, None
     path, ticket = opened
     tickets.load_into_(net, ticket, str(path))
     return net, ticket.mask
+
+
+def check_images(name: str, architecture: str, args: dict, size: int, num_classes: int) -> None:
+    """Lets a model of shapes alone look at two images of `size` px, in training.
+
+    Raises:
+        InputError: it does not take them, or gives something else than a logit a class.
+    """
+    net = zoo.create(architecture, args, device="meta").train()
+    expected = tuple(getattr(getattr(net, "patch_embed", None), "img_size", None) or (size, size))
+    if expected != (size, size):
+        px = " × ".join(map(str, dict.fromkeys(expected)))
+        way_out = f"data.image_size={px}, or " if len(set(expected)) == 1 else ""
+        raise InputError(
+            f"data.image_size: {name} takes images of {px} px and the data have {size} px; set {way_out}"
+            f"model.args.img_size={size}."
+        )
+    try:
+        logits = net(torch.empty(2, 3, size, size, device="meta"))
+    except NotImplementedError:  # of a model that looks at numbers, which shapes do not have
+        return
+    except OF_A_LIBRARY as error:
+        raise InputError(
+            f"model.args: {name} stops at images of {size} px ({first_line(error)}); set them, or data.image_size, so "
+            "that they fit."
+        ) from error
+    if logits.shape != (2, num_classes):
+        raise InputError(
+            f"model.args: {name} gives {tuple(logits.shape)} for two images, not a logit for each of {num_classes} "
+            "classes; look at global_pool and at what else shapes its end."
+        )
 
 
 def reshape_(net: nn.Module, recipe: Recipe, architecture: str, args: dict) -> tuple[Path, Ticket] | None:
@@ -57,10 +82,8 @@ def reshape_(net: nn.Module, recipe: Recipe, architecture: str, args: dict) -> t
     source = recipe.model.start_from or recipe.model.shape_from
     if not source:
         return None
-    try:
+    with at_field(field):
         path, ticket = open_ticket(Path(source).expanduser())
-    except RunError as error:
-        raise type(error)(f"{field}: {error}") from error
     check_same_model(path, ticket, architecture, args)
     if recipe.model.shape_from or "widths" in ticket.metadata:
         slim.shape_like_(net, slim.shape_of(net, ticket.mask, ticket.metadata), str(path))

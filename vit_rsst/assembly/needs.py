@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from vit_rsst.errors import at_field
 from vit_rsst.models.complexity import activation_bytes
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.methods.rst import Rst
@@ -58,5 +59,6 @@ def needs(recipe: Recipe, net: nn.Module, prunable: int, image_size: int, images
 def _teacher_bytes(teacher: str | None, own: int) -> int:
     if teacher in (None, "dense"):
         return own if teacher else 0
-    found = open_trained(Path(teacher).expanduser())
+    with at_field("train.distill.teacher"):
+        found = open_trained(Path(teacher).expanduser())
     return sum(parameter.numel() * 4 for parameter in found.net.parameters())

@@ -12,7 +12,7 @@ from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.distill import Distillation
-from vit_rsst.errors import InputError
+from vit_rsst.errors import InputError, at_field
 from vit_rsst.export import slim_folder
 from vit_rsst.export.source import open_ticket
 from vit_rsst.losses import Loss, make_loss
@@ -52,7 +52,8 @@ def build_distillation(
 
     @functools.cache
     def opened(path: Path) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # built within a step, it must not draw what the step would draw
+        # Built within a step, it must not draw what the step would draw.
+        with torch.random.fork_rng(devices=[]), at_field("train.distill.teacher"):
             found = open_trained(path)
         check_teacher(path, found, recipe, data)
         net = found.net.to(accelerator.device).eval().requires_grad_(False)

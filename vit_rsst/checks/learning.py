@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vit_rsst import optim
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict, timed
-from vit_rsst.errors import first_line
+from vit_rsst.errors import OF_A_LIBRARY, first_line
 from vit_rsst.results import duration
 
 FEW, STEPS = 32, 200
@@ -35,7 +35,7 @@ def shapes(bench: Bench) -> Verdict:
     try:
         with torch.no_grad():
             logits, _ = timed(lambda: net(images), bench.device)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except OF_A_LIBRARY as error:
         text = f"the model stops on images {tuple(images.shape)}: {first_line(error)}"
         advice = "set data.image_size or model.args so that they fit"
         return Verdict("shapes", "failed", text, advice, blocks=NO_SHAPES)

@@ -65,7 +65,7 @@ class DynamicVit(VisionTransformer):
         kwargs: timm's.
 
     Raises:
-        ValueError: a ratio that is no share, stages that do not rise or are no blocks.
+        ValueError: a ratio that is no share, stages that do not rise or are no blocks, a negative weight.
     """
 
     task_modules = ("predictors",)
@@ -77,6 +77,10 @@ class DynamicVit(VisionTransformer):
         super().__init__(attn_layer=SparseAttention, global_pool="token", **kwargs)
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"keep_ratio {keep_ratio} is not more than 0 and at most 1")
+        if not ratio_weight >= 0.0:
+            raise ValueError(f"ratio_weight {ratio_weight} is below 0")
+        if not stages:
+            raise ValueError("stages names no block before which tokens are dropped; keep_ratio=1 drops none")
         if list(stages) != sorted(set(stages)) or not set(stages) <= set(range(len(self.blocks))):
             raise ValueError(f"stages {list(stages)} do not rise within the blocks 0 to {len(self.blocks) - 1}")
         self.stages, self.keep_ratio, self.ratio_weight = list(stages), keep_ratio, ratio_weight

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_rsst.errors import EnvironmentLacks, InputError, first_line
+from vit_rsst.errors import OF_A_LIBRARY, EnvironmentLacks, InputError, first_line
 from vit_rsst.models import weights
 
 PREFIX = "hf:"
@@ -93,7 +93,7 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
         try:
             with context:
                 net = AutoModelForImageClassification.from_config(config)
-        except (ValueError, TypeError, AssertionError) as error:
+        except OF_A_LIBRARY as error:
             raise InputError(f"model.args: {architecture} cannot be built: {first_line(error)}") from error
     net.pretrained_cfg = _ends(net)
     net.register_forward_hook(logits_of)

@@ -44,12 +44,14 @@ class LightweightVit(VisionTransformer):
         kwargs: timm's.
 
     Raises:
-        ValueError: a rank below 1.
+        ValueError: a rank below 1, or tokens that are left out at random, which no mixture has a place for.
     """
 
     def __init__(self, rank: int = 32, **kwargs: object):
         if rank < 1:
             raise ValueError(f"rank {rank} is less than 1")
+        if kwargs.get("patch_drop_rate"):
+            raise ValueError("patch_drop_rate leaves out tokens, and its mixtures are of all of them")
         super().__init__(attn_layer=LinearAttention, **kwargs)
         for block in self.blocks:
             block.attn.mix_(self.patch_embed.num_patches + self.num_prefix_tokens, rank)

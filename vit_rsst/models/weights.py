@@ -134,13 +134,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     """Tensors and sha256 of a safetensors file.
 
     Raises:
-        Damaged: it is truncated or something else.
+        Damaged: it is truncated, empty or something else, or a number in it is not finite.
     """
     try:
         with safe_open(path, "pt") as file:
             if str((file.metadata() or {}).get("format")).startswith("vit_rsst.ticket"):
                 raise Damaged(f"model.pretrained: {path} is a ticket; name it in model.start_from instead.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        if not tensors:
+            raise Damaged(f"model.pretrained: {path} holds no tensors; name another file, {OTHERWISE}.")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                raise Damaged(f"model.pretrained: {name} of {path} is not finite; copy or fetch it again, {OTHERWISE}.")
         with path.open("rb") as file:
             return tensors, hashlib.file_digest(file, "sha256").hexdigest()
     except (SafetensorError, OSError) as error:
@@ -162,6 +167,11 @@ def misfits(
         f"{name} of {tuple(given[name].shape)}, not {tuple(own[name].shape)}"
         for name in own
         if name in given and given[name].shape != own[name].shape
+    ]
+    wrong += [
+        f"{name} of {given[name].dtype}, not {own[name].dtype}"
+        for name in own
+        if name in given and given[name].is_floating_point() != own[name].is_floating_point()
     ]
     return wrong, tuple(sorted(missing)), tuple(sorted(strange))
 

@@ -12,7 +12,7 @@ from timm.models import build_model_with_cfg, group_parameters, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from vit_rsst.errors import Damaged, InputError, first_line
+from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, first_line
 from vit_rsst.models import hub, slim, timm_weights
 from vit_rsst.models.catalog import CATALOG, stock
 from vit_rsst.models.dynamic_vit import DynamicVit
@@ -108,7 +108,7 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
     if architecture.startswith(hub.PREFIX):
         return hub.create(architecture, args, pretrained, device)
     if not timm.is_model(architecture.split(".")[0]):
-        near = difflib.get_close_matches(architecture, [*CATALOG, *timm.list_models()], n=3)
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)  # those of CATALOG among them
         raise InputError(
             f"model.name: unknown model {architecture!r}; expected {', '.join(CATALOG)} or a name of timm "
             f"{timm.__version__}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
@@ -125,7 +125,7 @@ def _build(architecture: str, args: dict, device: str | None, **loading: object)
         raise InputError(f"model.args: {architecture} does not take these arguments: {error}.") from error
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except (OSError, *OF_A_LIBRARY) as error:
         raise InputError(f"model.args: {architecture} cannot be built with {args}: {first_line(error)}.") from error
 
 

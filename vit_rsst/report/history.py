@@ -197,14 +197,10 @@ def _events(path: Path) -> list[dict]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):  # a line cut short by a kill
                 event = json.loads(line)
-                if isinstance(event, dict) and all(isinstance(event.get(key), int) for key in _places(event)):
-                    found.append({key: value for key, value in event.items() if value is not None})
+                if isinstance(event, dict) and isinstance(event.get("step"), int):
+                    given = {key: value for key, value in event.items() if value is not None}
+                    found.append({"round": 0, "epoch": 0} | _typed(given, round=int, epoch=int))
     return found
-
-
-def _places(event: Mapping) -> tuple[str, ...]:
-    """Numbers that an event of its kind has."""
-    return ("step", "round", "epoch") if event.get("event") in ("step", "epoch", "weights") else ("step",)
 
 
 def at(tree: Mapping, path: str, default: object = "?") -> object:

@@ -7,7 +7,7 @@ ones, and their removed elements are put back.
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Lt
 
 from vit_rsst.pruning.plan import PruningView, RoundPlan, register_method
 
@@ -26,7 +26,7 @@ class Refill:
     one_round: ClassVar[bool] = False
     default_criterion: ClassVar[str] = "survivors"
 
-    refill_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
+    refill_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0
     feedback: Literal["loop", "post"] = "loop"
 
     @property
