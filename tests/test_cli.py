@@ -274,15 +274,30 @@ def test_the_plan_of_a_long_tail_counts_what_the_tail_leaves(tmp_path, monkeypat
         (["pruning.protect=['*']"], 2, "nothing is left to prune"),
         (["data.train_samples=5000"], 2, "data.train_samples"),
         (["data.image_size=48"], 2, "data.image_size=32, or model.args.img_size=48"),
+        (["data.image_size=33"], 2, "takes images of 32 px and the data have 33 px"),
+        (["model.args={img_size: [32, 64]}"], 2, "takes images of 32 × 64 px and the data have 32 px; set model.args"),
+        (["model.name=hf:vit", "model.args={hidden_size: 48, num_hidden_layers: 1}"], 2, "stops at images of 32 px"),
+        (["model.args={in_chans: 1}"], 2, "stops at images of 32 px"),
+        (["model.args={patch_size: 64}"], 2, "stops at images of 32 px"),
+        (["model.args={global_pool: ''}"], 2, "not a logit for each of 10 classes; look at global_pool"),
+        (["model.args={num_heads: 0}"], 2, "cannot be built"),
+        (["model.args={patch_size: 0}"], 2, "cannot be built"),
+        (["model.args={act_layer: foo}"], 2, "cannot be built"),
+        (["model.name=dynamic_vit", "model.args={stages: []}"], 2, "stages names no block"),
+        (["model.name=dynamic_vit", "model.args={ratio_weight: abc}"], 2, "model.args: dynamic_vit"),
+        (["model.name=dynamic_vit", "model.args={ratio_weight: -1}"], 2, "ratio_weight -1 is below 0"),
+        (["model.name=lightweight_vit", "model.args={patch_drop_rate: 0.25}"], 2, "patch_drop_rate leaves out tokens"),
+        (["train.distill.teacher=nowhere"], 5, "train.distill.teacher: nowhere: there is no such ticket"),
         (["model.name=no_such_model"], 2, "model.name"),
         (["model.args={num_heads: 5}"], 2, "model"),
         (["model.start_from=nowhere.safetensors"], 5, "nowhere.safetensors: there is no such ticket"),
         (["data={source: folder, path: nowhere}"], 2, "data.path: there is no folder"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, overrides, code, sentence):
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "plan"])
+def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, overrides, code, sentence, flags):
     recipe = tiny.write_recipe(tmp_path)
-    assert tiny.command("train", recipe, *overrides) == code
+    assert tiny.command("train", recipe, *overrides, *flags) == code
     told = capsys.readouterr()
     assert told.err.startswith("error: ")
     assert sentence in told.err

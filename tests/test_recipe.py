@@ -370,7 +370,7 @@ RULES = {
     "a least rate of a constant one": (
         ["optim.schedule=constant", "optim.min_lr=1e-4"], "optim.min_lr", "without optim.schedule=cosine"),
     "an exponent of a line": (
-        ["pruning.method={name: rsst, penalty: {exponent: 9}}"], "pruning.method.penalty.exponent", "exp_custom_exponents"),
+        ["pruning.method={name: rsst, penalty: {exponent: 9}}"], "pruning.method.penalty.exponent", "exp_custom_exp"),
     "a residual of the other coupling": (
         ["optim.name=sgd", "pruning.method={name: rsst, penalty: {coupling: gradient, residual: 0.1}}"],
         "pruning.method.penalty.residual", "without coupling: decoupled"),
@@ -714,6 +714,22 @@ def test_a_plugin_that_is_not_there_is_an_error_that_names_it(tmp_path):
     [line] = complaints(tmp_path, "name: r\nplugins: [no_such_plugin]\n")
     assert "no_such_plugin" in line
     assert "PYTHONPATH" in line
+
+
+@pytest.mark.parametrize(
+    "text, error", [("def (", "SyntaxError"), ("unknown + 1", "NameError"), ("1 / 0", "ZeroDivisionError")]
+)
+def test_a_plugin_that_fails_is_an_error_that_names_it_and_why(tmp_path, monkeypatch, text, error):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_plugin.py").write_text(text)
+    [line] = complaints(tmp_path, "name: r\nplugins: [broken_plugin]\n")
+    assert f"'broken_plugin' cannot be imported ({error}: " in line
+
+
+@pytest.mark.parametrize("name", ["''", "'.x'", "'a b'"])
+def test_a_plugin_without_a_usable_name_is_an_error(tmp_path, name):
+    [line] = complaints(tmp_path, f"name: r\nplugins: [{name}]\n")
+    assert "cannot be imported" in line
 
 
 def test_a_method_of_a_plugin_that_is_not_named_is_unknown(tmp_path):

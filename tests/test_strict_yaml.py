@@ -148,6 +148,12 @@ def test_a_tag_that_its_value_does_not_fit_is_an_error_with_its_line(value):
     assert (path, line) == (("a",), 2)
 
 
+def test_a_number_that_nobody_can_mean_is_an_error_with_its_line():
+    path, line, sentence = only_problem(f"first: 1\nseed: {'9' * 5000}\n")
+    assert (path, line) == (("seed",), 2)
+    assert "a number of 5,000 digits" in sentence
+
+
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "\n\n", "\ufeff"])
 def test_an_empty_file_is_an_empty_tree(text):
     document = parse(text)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -139,6 +140,16 @@ def broken(tmp_path: Path, folder: Path) -> dict[str, tuple[Path, type[Exception
     (tmp_path / "text.safetensors").write_text("these are no weights")
     (tmp_path / "empty.safetensors").write_bytes(b"")
     save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    save_file({}, tmp_path / "hollow.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in (("nan", math.nan), ("inf", math.inf)):
+        spoilt = tensors["blocks.1.mlp.fc2.weight"].clone()
+        spoilt[3, 4] = value
+        save_file(tensors | {"blocks.1.mlp.fc2.weight": spoilt}, tmp_path / f"{name}.safetensors")
+    save_file({name: (10 * tensor).to(torch.int8) for name, tensor in tensors.items()}, tmp_path / "int8.safetensors")
+    (tmp_path / "two").mkdir()
+    for name in ("a", "b"):
+        save_file({"weight": torch.zeros(3)}, tmp_path / "two" / f"{name}.safetensors")
     for name in ("model.bin", "model.pth", "model.pkl", "model.pt"):
         (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch unpickled'\ntR.")
     (tmp_path / "pickles").mkdir()
@@ -149,6 +160,11 @@ def broken(tmp_path: Path, folder: Path) -> dict[str, tuple[Path, type[Exception
         "truncated": (tmp_path / "short.safetensors", Damaged, unreadable),
         "no safetensors": (tmp_path / "text.safetensors", Damaged, unreadable),
         "empty": (tmp_path / "empty.safetensors", Damaged, unreadable),
+        "no tensors": (tmp_path / "hollow.safetensors", Damaged, "holds no tensors"),
+        "not a number": (tmp_path / "nan.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight of .* is not finite"),
+        "infinite": (tmp_path / "inf.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight of .* is not finite"),
+        "whole numbers": (tmp_path / "int8.safetensors", Damaged, r"of torch\.int8, not torch\.float32"),
+        "several files": (tmp_path / "two", EnvironmentLacks, r"\(a\.safetensors, b\.safetensors beside it\)"),
         "foreign": (tmp_path / "foreign.safetensors", Damaged, "does not fit this vit_small_patch16_224 in"),
         "missing": (tmp_path / "missing.safetensors", EnvironmentLacks, "there is no file"),
         "empty folder": (tmp_path / "nothing", EnvironmentLacks, "there is no file"),

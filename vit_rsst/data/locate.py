@@ -69,12 +69,17 @@ def locate(options: DataOptions) -> dict[str, Located]:
     folder = Path(options.path).expanduser()
     if not folder.is_dir():
         raise InputError(f"data.path: there is no folder {options.path!r} (looked in {folder.resolve().parent}).")
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a failure is in its exception
     try:
         found = _shards(folder, options.streaming) or _class_folders(folder)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise InputError(
-            f"data.path: {options.path} cannot be read ({first_line(error.__cause__ or error)}); check its files."
+            f"data.path: {options.path} cannot be read ({first_line(error.__cause__ or error)}); check its files, "
+            "which have to be those of one data set."
         ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     if "train" not in found:
         raise InputError(
             f"data.path: no training split in {options.path!r} (found: {', '.join(found) or 'nothing'}); expected "

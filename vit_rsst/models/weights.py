@@ -79,7 +79,9 @@ def local_file(source: str) -> Path:
         path = path / FILE
     _refuse_pickles(path, [path])
     if not path.is_file():
-        raise EnvironmentLacks(f"model.pretrained: there is no file {path}; check the path, {OTHERWISE}.")
+        beside = sorted(file.name for file in path.parent.glob("*.safetensors"))
+        there = f" ({', '.join(beside[:3])}{' …' if len(beside) > 3 else ''} beside it)" if beside else ""
+        raise EnvironmentLacks(f"model.pretrained: there is no file {path}{there}; name the file itself, {OTHERWISE}.")
     return path
 
 
