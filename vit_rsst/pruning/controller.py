@@ -19,7 +19,7 @@ from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
 from vit_rsst.pruning.granularity import alive_units
-from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.masks import MaskSet, factor
 from vit_rsst.pruning.plan import Density, Gradual, Method, Penalty, PruningView
 from vit_rsst.pruning.selector import Selector
 
@@ -151,7 +151,7 @@ class Controller:
             return
         for name, weight in self.weights.items():
             if weight.grad is not None:
-                weight.grad.mul_(self.mask[name] ^ self.condemned[name] if window_began else self.mask[name])
+                weight.grad.mul_(factor(self.mask[name] ^ self.condemned[name] if window_began else self.mask[name]))
 
     @torch.no_grad()
     def before_step(self, progress: Progress) -> None:
@@ -169,7 +169,7 @@ class Controller:
             return
         for name, weight in self.weights.items():
             if strength[name] != 0.0:
-                weight.grad.addcmul_(weight, self.condemned[name], value=strength[name])
+                weight.grad.addcmul_(weight, factor(self.condemned[name]), value=strength[name])
 
     @torch.no_grad()
     def after_step(self, progress: Progress, skipped: bool = False) -> None:
@@ -300,7 +300,7 @@ class Controller:
     @torch.no_grad()
     def _enforce_(self) -> None:
         """Keeps the zeros of the mask: masked gradients alone would let decay and moments move them."""
-        torch._foreach_mul_(list(self.weights.values()), self.mask.tensors())
+        torch._foreach_mul_(list(self.weights.values()), self.mask.factors())
 
     @torch.no_grad()
     def _restore_(self) -> None:
@@ -358,9 +358,9 @@ class Controller:
         undo = not (skipped or penalty.condemned_gradient)
         rates = optim.decay_rates(self.optimizer, self.weights)
         for name, weight in self.weights.items():
-            factor = math.exp(-sigma) / (rates[name][0] if undo else 1.0)
-            if factor != 1.0:
-                weight.addcmul_(weight, self.condemned[name], value=factor - 1.0)
+            share = math.exp(-sigma) / (rates[name][0] if undo else 1.0)
+            if share != 1.0:
+                weight.addcmul_(weight, factor(self.condemned[name]), value=share - 1.0)
 
     @torch.no_grad()
     def _rewind_(self) -> None:

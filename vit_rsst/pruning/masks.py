@@ -28,8 +28,12 @@ class MaskSet:
         return iter(self.masks)
 
     def tensors(self) -> list[Tensor]:
-        """The bool tensors in the order of the names, for `torch._foreach_*`."""
+        """The bool tensors in the order of the names."""
         return list(self.masks.values())
+
+    def factors(self) -> list[Tensor]:
+        """What weights are multiplied by, in the order of the names: see `factor`."""
+        return [factor(mask) for mask in self.tensors()]
 
     def _combine(self, other: "MaskSet", op: Callable[[Tensor, Tensor], Tensor]) -> "MaskSet":
         assert list(self) == list(other), "masks of different weights"
@@ -90,6 +94,11 @@ class MaskSet:
             digest.update(name.encode() + b"\0")
             digest.update(bits.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def factor(mask: Tensor) -> Tensor:
+    """0 and 1 in the memory of a bool tensor: a CPU multiplies by int8 more than twice as fast as by bool."""
+    return mask.view(torch.int8)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
