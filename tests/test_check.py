@@ -147,6 +147,7 @@ def test_a_network_of_which_nothing_learns_is_found_and_asked_nothing_else(bench
             net.register_forward_hook(lambda module, args, output: output.detach())
 
     verdicts = {verdict.name: verdict for verdict in checking.check(planted(bench, spoil))}
+    assert list(verdicts) == list(checking.CHECKS)
     failed(verdicts["gradients"], "are frozen" if bug == "frozen" else "have a gradient of zero")
     after = list(verdicts).index("gradients") + 1
     assert {(v.state, v.text) for v in list(verdicts.values())[after:]} == {("skipped", "nothing learns")}

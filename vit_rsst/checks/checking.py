@@ -9,27 +9,27 @@ from vit_rsst.checks.bench import Bench, Verdict
 from vit_rsst.errors import CheckFailed
 from vit_rsst.report import canvas
 
-CHECKS: tuple[Callable[[Bench], Verdict], ...] = (
-    inputs.classes,
-    inputs.labels,
-    inputs.normalisation,
-    learning.shapes,
-    learning.first_loss,
-    learning.gradients,
-    costs.memory,
-    costs.speed,
-    learning.over_fit,
-    learning.learning_rate,
-    removal.removal,
-    costs.hours,
-)
+CHECKS: dict[str, Callable[[Bench], Verdict]] = {
+    "classes": inputs.classes,
+    "labels": inputs.labels,
+    "normalisation": inputs.normalisation,
+    "shapes": learning.shapes,
+    "first loss": learning.first_loss,
+    "gradients": learning.gradients,
+    "memory": costs.memory,
+    "speed": costs.speed,
+    "over-fit": learning.over_fit,
+    "learning rate": learning.learning_rate,
+    "removal": removal.removal,
+    "hours": costs.hours,
+}
 
 
 def check(bench: Bench) -> Iterator[Verdict]:
     """Runs all checks, one verdict after the other, up to one that leaves the others nothing to run on."""
     blocked = ""
-    for one in CHECKS:
-        verdict = Verdict(one.__name__.replace("_", " "), "skipped", blocked) if blocked else one(bench)
+    for name, one in CHECKS.items():
+        verdict = Verdict(name, "skipped", blocked) if blocked else one(bench)
         blocked = blocked or verdict.blocks
         yield verdict
 
