@@ -13,8 +13,8 @@ import tiny
 
 FLOORS = [
     # 0 ground: plain helpers; what lies above may use them anywhere
-    "errors files reach seeds schedules progress registry strict_yaml pruning.masks pruning.units pruning.patterns "
-    "data.catalog data.options models.catalog best",
+    "errors files output columns reach seeds schedules progress registry strict_yaml pruning.masks pruning.units "
+    "pruning.patterns data.catalog data.options models.catalog best",
     # 1 measure: numbers of weights, logits and images
     "pruning.criteria pruning.granularity models.anatomy models.resnet models.dynamic_vit "
     "models.gated_vit models.lightweight_vit models.weights data.transforms data.decoding "
@@ -28,7 +28,7 @@ FLOORS = [
     "models.slim models.timm_weights models.zoo "
     "data.locate data.tables data.streams data.images data.sources data.loaders "
     "checkpoint tickets tracking results console signals watchdog "
-    "recipe recipe_errors recipe_rules recipe_file run_folder",
+    "recipe recipe_errors recipe_idle recipe_rules recipe_file run_folder",
     # 4 run: one experiment
     "resume loop export export.slim_folder export.source trained",
     # 5 assemble: from a recipe to a run, a plan or scores; from a ticket to what others load
@@ -52,6 +52,8 @@ METHODS = ("constant", "dense", "gmp", "imp", "refill", "rsst", "rst", "ste")
 
 SIDEWAYS = {
     ("registry", "errors"),
+    ("output", "errors"),
+    ("output", "files"),
     ("reach", "errors"),
     ("models.zoo", "models.hub"),
     ("models.zoo", "models.slim"),
@@ -83,7 +85,10 @@ SIDEWAYS = {
     *(("data.sources", f"data.{name}") for name in ("images", "locate", "streams", "tables")),
     *(("data.loaders", f"data.{name}") for name in ("streams", "tables")),
     ("console", "results"),
+    ("recipe_idle", "recipe"),
+    ("recipe_idle", "recipe_errors"),
     ("recipe_rules", "recipe"),
+    ("recipe_rules", "recipe_idle"),
     ("recipe_rules", "recipe_errors"),
     ("recipe_file", "recipe"),
     ("recipe_file", "recipe_errors"),
@@ -117,7 +122,7 @@ SIDEWAYS = {
     ),
     ("report.findings", "report.history"),
     *(("report.groups", f"report.{name}") for name in ("history", "story")),
-    *(("report.fronts", f"report.{name}") for name in ("canvas", "document", "groups", "history")),
+    *(("report.fronts", f"report.{name}") for name in ("canvas", "document", "groups")),
     *(("report.compare", f"report.{name}") for name in ("document", "fronts", "groups", "history", "story")),
     *(("report.reporting", f"report.{name}") for name in ("compare", "document", "history", "story")),
     *(("report.watching", f"report.{name}") for name in ("canvas", "curves", "diagnosis", "history", "pictures")),
@@ -280,6 +285,7 @@ def test_methods_see_plan_masks_and_progress_alone():
 
 def test_recipe_objects_stop_above_what_they_describe():
     allowed = {
+        "recipe_idle",
         "recipe_rules",
         "recipe_file",
         "run_folder",
