@@ -107,6 +107,21 @@ def test_a_recipe_that_fails_ends_with_6(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [("global_pool: ''", "logits are (32, 17, 10)"), ("img_size: 64", "Input height (32) doesn't match model (64)")],
+)
+def test_a_model_that_does_not_fit_is_a_verdict_with_its_numbers(tmp_path, capsys, args, text):
+    path = tiny.write_recipe(tmp_path, RECIPE)
+    model = f"model.args={{{json.dumps(ARGS)[1:-1]}, {args}}}"
+    assert tiny.command("check", path, model, "--json", tmp_path / "c.json") == 6
+    captured = capsys.readouterr()
+    assert "error: 1 of 12 checks failed: shapes." in captured.err
+    states = {verdict["name"]: verdict for verdict in json.loads((tmp_path / "c.json").read_text())["checks"]}
+    assert text in states["shapes"]["text"]
+    assert states["hours"]["text"] == "the shapes do not fit"
+
+
 def test_a_wrong_recipe_ends_with_2(tmp_path):
     assert tiny.command("check", tiny.write_recipe(tmp_path), "optim.lr=fast") == 2
 

@@ -61,6 +61,19 @@ def test_a_result_goes_through_links_and_into_devices_and_pipes(tmp_path, capsys
     assert "no runs in" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place", ["/dev/stdout", "/dev/fd/1", "link"])
+def test_a_result_joins_what_is_printed_where_both_go_to_one_file(tmp_path, place):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("/proc/self/fd/1")
+    script = "import sys; from vit_rsst.cli import main; sys.exit(main(sys.argv[1:]))"
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    with open(log, "a", encoding="utf-8") as file:
+        command = [sys.executable, "-c", script, "runs", "empty", "--json", place]
+        subprocess.run(command, stdout=file, cwd=tmp_path, check=True)
+    assert log.read_text().splitlines() == ["before", "{", ' "runs": []', "}", "no runs in empty"]
+
+
 @pytest.mark.parametrize("place", ["{}", "{}/nowhere/x.json", "/proc/x.json", "{}/" + 300 * "n", "{}/file/x.json"])
 def test_where_nothing_can_be_written_is_said_before_any_work(tmp_path, place, capsys, monkeypatch):
     (tmp_path / "file").touch()
@@ -302,6 +315,31 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, overri
     assert told.err.startswith("error: ")
     assert sentence in told.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"]
+
+
+NUMBERS = """
+import timm, torch
+from timm.models import register_model
+
+class Numbers(timm.models.VisionTransformer):
+    def forward(self, x):
+        if not torch.isfinite(x).all():
+            raise ValueError("not finite")
+        return super().forward(x)
+
+@register_model
+def looks_at_numbers(pretrained=False, num_classes=10, **_):
+    return Numbers(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=num_classes)
+"""
+
+
+def test_a_model_that_looks_at_numbers_is_planned_and_trained(tmp_path, monkeypatch, capsys):
+    (tmp_path / "looking.py").write_text(NUMBERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["train", tiny.write_recipe(tmp_path), "plugins=[looking]", "model.name=looks_at_numbers", "model.args={}"]
+    assert tiny.command(*argv, "--dry-run") == 0
+    assert "activations about" in capsys.readouterr().out
+    assert tiny.command(*argv, *SHORT) == 0
 
 
 def test_a_start_whose_zeros_would_grow_back_is_refused_and_leaves_nothing(finished, tmp_path, capsys):

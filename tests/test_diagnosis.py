@@ -93,6 +93,10 @@ CURVES = {
         told(curve([*down(15), *[2.3] * 5], **{"train/top1": [*[60.0] * 15, *[10.0] * 5]}, top1=(60, 59)), **ENDED),
         ["diverging"],
     ),
+    "learning what validation does not ask": (
+        told(curve(down(8, 4.6, 1.9), **{"train/top1": [2, 6, 14, 22, 29, 36, 41, 45], "val/top1": [1.0, 1.4] * 4})),
+        [],
+    ),
     "flat from published weights": (told(curve([0.2] * 9, top1=(96, 95), start=95)), []),
     "thrown to chance later": (told(curve([2.3, 1.5, 0.9, 2.3, 2.31, 2.3, 2.3])), ["diverging"]),
     "climbing while weights leave": (

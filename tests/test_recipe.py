@@ -476,7 +476,8 @@ RULES = {
     "an argument without a blank": (
         ["model.args={depth:1}"], "model.args.depth:1", "a blank follows the colon"),
     "a share above one": (["model.args={drop_path_rate: 1.5}"], "model.args.drop_path_rate", "is no share"),
-    "a share in words": (["model.args={drop_rate: much}"], "model.args.drop_rate", "is no share"),
+    "a part of what is dropped": (
+        ["model.args={attn_drop_rate: -0.1}"], "model.args.attn_drop_rate", "is no share"),
     "a number of classes": (["model.args.num_classes=5"], "model.args.num_classes", "follows from the data"),
     "a warm-up as long as the epochs": (
         ["train.epochs=5", "optim.warmup_epochs=5"], "optim.warmup_epochs", "none after the warm-up"),
@@ -724,6 +725,11 @@ def test_a_plugin_that_fails_is_an_error_that_names_it_and_why(tmp_path, monkeyp
     (tmp_path / "broken_plugin.py").write_text(text)
     [line] = complaints(tmp_path, "name: r\nplugins: [broken_plugin]\n")
     assert f"'broken_plugin' cannot be imported ({error}: " in line
+
+
+@pytest.mark.parametrize("args", ["growth_rate: 16", "drop_path_rate: [0.0, 0.1]", "drop_rate: 0.1"])
+def test_rates_that_are_no_shares_are_left_to_the_model(tmp_path, args):
+    assert load(written(tmp_path, "name: r\n"), [f"model.args={{{args}}}"]).model.args
 
 
 @pytest.mark.parametrize("name", ["''", "'.x'", "'a b'"])

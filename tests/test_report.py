@@ -404,13 +404,19 @@ def test_a_page_breaks_fields_and_paths_at_their_parts():
 MANGLED = {
     "status.json": ['{"state": 5, "round": "x", "updated": 3}', "[1]", None],
     "environment.json": ['{"data": 3, "versions": [1], "command": "x", "commit": 5}', "[1]"],
-    "recipe.yaml": ["- 1", "name: [", "name: x\npruning: hello\nmodel: 3\ntrain: null", None],
-    "metrics.jsonl": ['{"event": "epoch", "step": 10, "val/top1": 5}\n', "[1]\n7\n", "\0\0"],
+    "recipe.yaml": ["- 1", "name: [", "name: 5", "name: x\npruning: hello\nmodel: 3\ntrain: null", None],
+    "metrics.jsonl": [
+        '{"event": "weights", "step": 10, "round": 0, "epoch": 1}\n',
+        '{"event": "epoch", "step": 10, "prune/density": "x", "val/loss": "y"}\n',
+        '{"event": "epoch", "step": 10, "val/top1": 5}\n', "[1]\n7\n", "\0\0"],
     "figures/test_outcomes.json": [
         '{"classes": ["a"], "confusion": [[1, 2], [3]]}', '{"classes": ["a", "b"]}', '{"confusion": [[0, 3], [3, 0]]}',
         '{"classes": ["a", "b"], "confusion": [[0, "3"], [3, 0]]}', '{"classes": 3, "confusion": [[0, 3], [3, 0]]}',
     ],
-    "tickets/round_02.json": ['{"row": {"round": "a"}}', "{}", '{"row": 3, "pruning": null}'],
+    "tickets/round_02.json": [
+        json.dumps({"row": {name: 1 for name in results.COLUMNS} | {"what_if_gap": "x"}}),
+        json.dumps({"row": {name: 0 for name in results.COLUMNS}}),
+        '{"row": {"round": "a"}}', "{}", '{"row": 3, "pruning": null}'],
 }  # fmt: skip
 
 
@@ -426,6 +432,7 @@ def test_a_file_of_another_shape_is_as_if_it_were_missing(tmp_path, file, text, 
     capsys.readouterr()
     assert tiny.command("runs", tmp_path / "runs") == 0
     assert "a run" in capsys.readouterr().out
+    assert "2 runs compared" in page(path, make_run(tmp_path, "b"), "--out", tmp_path / "out").told
 
 
 @pytest.mark.parametrize("pruning", [None, [], {"layers": None, "units": 3}, {"layers": {"a": 1}, "units": {"b": {}}}])

@@ -54,6 +54,14 @@ def started(monkeypatch) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize("option", ["--csv", "--markdown"])
+def test_a_place_that_cannot_be_written_is_said_before_any_run(tmp_path, started, capsys, option):
+    argv = [str(write_study(tmp_path)), option, str(tmp_path / "nowhere" / "x")]
+    assert tiny.script("study").main(argv) == 2
+    assert "it cannot be written" in capsys.readouterr().err
+    assert started == []
+
+
 def test_a_study_trains_each_run_once_and_compares_the_arms(tmp_path, started, capsys):
     file, study = write_study(tmp_path), tiny.script("study")
     assert study.main([str(file), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "arms.md")]) == 0

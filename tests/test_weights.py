@@ -183,6 +183,31 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, folder,
     assert not (tmp_path / "unpickled").exists()
 
 
+def test_counters_in_another_type_and_what_nobody_takes_hinder_nothing(tmp_path):
+    torch.manual_seed(0)
+    whole = zoo.create(*zoo.describe("resnet20", {}, 10)).state_dict()
+    save_file({name: tensor.half() for name, tensor in whole.items()}, tmp_path / "half.safetensors")
+    net = build("resnet20", str(tmp_path / "half.safetensors"))
+    assert torch.equal(net.conv1.weight, whole["conv1.weight"].half().float())
+    unused = {"head.mask": torch.full((3, 3), -math.inf)}
+    vit = timm.create_model("vit_small_patch16_224", **DEPTH, num_classes=0).state_dict()
+    save_file(vit | unused, tmp_path / "unused.safetensors")
+    assert build("vit_small", str(tmp_path / "unused.safetensors"), **DEPTH).loaded.left_out == ("head.mask",)
+
+
+def test_a_folder_of_transformers_with_a_number_that_is_none_is_refused(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24
+    )
+    net = ViTForImageClassification(config)
+    net.vit.layernorm.weight.data[3] = math.nan
+    net.save_pretrained(tmp_path)
+    with pytest.raises(Damaged, match=r"vit\.layernorm\.weight of .* is not finite"):
+        build(f"hf:{tmp_path}", True)
+
+
 @pytest.mark.parametrize("args", [{"embed_dim": 192}, {"depth": 3}, {"depth": 1}, {"num_heads": 12}])
 def test_a_folder_of_another_shape_is_refused_even_where_only_its_heads_differ(folder, args):
     with pytest.raises(Damaged, match=r"does not fit this vit_small_patch16_224 in \d+ places \(") as caught:

@@ -108,10 +108,12 @@ def check_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst.train import make_accelerator
 
     verdicts = []
-    for verdict in checking.check(Bench.of(recipe, make_accelerator(recipe))):
-        verdicts.append(verdict)
-        print(checking.line(verdict), flush=True)
-    leave(as_json, files.write_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]})
+    try:
+        for verdict in checking.check(Bench.of(recipe, make_accelerator(recipe))):
+            verdicts.append(verdict)
+            print(checking.line(verdict), flush=True)
+    finally:  # what was found so far
+        leave(as_json, files.write_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]})
     if picture and checking.draw_range_test(verdicts, recipe.optim.lr, picture):
         print(f"range test: {picture}")
     print(checking.conclude(verdicts))

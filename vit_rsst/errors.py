@@ -74,5 +74,5 @@ OF_A_LIBRARY = (RuntimeError, ValueError, TypeError, AssertionError, ArithmeticE
 def first_line(error: BaseException) -> str:
     """What a library's error says, without the rest."""
     name = type(error).__name__
-    text = (str(error) or name).strip().splitlines()[0]
+    text = (str(error).strip() or name).splitlines()[0]
     return f"{name} {text}" if isinstance(error, LookupError) else text  # a KeyError is the key alone

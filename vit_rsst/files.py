@@ -24,19 +24,27 @@ def check_writable(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    if not _is_written_to(path):
+    if path.is_file() or not path.exists():
         tempfile.TemporaryFile(dir=path.resolve().parent).close()
 
 
-def _is_written_to(path: Path) -> bool:
-    """Whether it is a device or a pipe, which nothing may replace."""
-    return path.exists() and not path.is_file()
+def _descriptor(path: Path) -> int | None:
+    """Number of the open file of this process that a path means, such as /dev/stdout."""
+    for _ in range(40):  # links
+        if str(path.parent.resolve()) == f"/proc/{os.getpid()}/fd" and path.name.isdigit():
+            return int(path.name)
+        if not path.is_symlink():
+            return None
+        path = path.parent / os.readlink(path)
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file atomically, behind a link that which the link means; writes to a device or pipe."""
-    if _is_written_to(path):
-        path.write_text(text, encoding="utf-8")
+    """Replaces a file atomically, behind a link that which the link means; writes to devices, pipes and open files."""
+    number = _descriptor(path)
+    if number is not None or (path.exists() and not path.is_file()):
+        with open(path if number is None else os.dup(number), "w", encoding="utf-8") as file:
+            file.write(text)
         return
     path = path.resolve()
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # a name has 255 bytes at most

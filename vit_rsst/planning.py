@@ -56,7 +56,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     progress = Progress(steps, recipe.round_epochs)
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
-    check_images(recipe.model.name, architecture, args, image_size, rows.num_classes)
+    check_images(recipe, image_size, rows.num_classes)
     local = is_path(recipe.model.pretrained)
     net = zoo.create(architecture, args, recipe.model.pretrained if local else False, device="meta")
     if recipe.train.grad_checkpointing:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vit_rsst import strict_yaml
 from vit_rsst.data.catalog import CATALOG as SOURCES
-from vit_rsst.errors import InputError, first_line, unknown
+from vit_rsst.errors import InputError, unknown
 from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.plan import METHODS, Method
 from vit_rsst.recipe import Recipe
@@ -171,10 +171,10 @@ def _load_plugins(source: Source) -> None:
         try:
             importlib.import_module(str(module))
         except Exception as error:  # a plugin may fail in any way
-            what = f"{type(error).__name__}: {first_line(error)}"
-            source.problems.append(
-                Problem("plugins", f"module {module!r} cannot be imported ({what}); name one that is on PYTHONPATH")
-            )
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            is_away = isinstance(error, ModuleNotFoundError | TypeError | ValueError)
+            way_out = "name one that is on PYTHONPATH" if is_away else "mend it"
+            source.problems.append(Problem("plugins", f"module {module!r} cannot be imported ({what}); {way_out}"))
 
 
 def _validate(tree: dict) -> tuple[Recipe | None, list[Problem]]:

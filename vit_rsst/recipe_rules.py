@@ -294,11 +294,11 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         )
     if "num_classes" in model.args:
         yield Problem("model.args.num_classes", "follows from the data; leave it out")
-    for name, value in model.args.items():
+    for name, value in {} if model.name.startswith("hf:") else model.args.items():
         place = f"model.args.{name}"
-        if value is None and not model.name.startswith("hf:"):
+        if value is None:
             yield Problem(place, "has no value, which timm would pass over; a blank follows the colon: {depth: 6}")
-        elif name.endswith("_rate") and not (isinstance(value, int | float) and 0 <= value < 1):
+        elif "drop" in name and name.endswith("_rate") and isinstance(value, int | float) and not 0 <= value < 1:
             yield Problem(place, f"{value!r} is no share; expected a number of at least 0 and below 1")
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from vit_rsst import run_folder
 from vit_rsst.assembly.data import build_loader, data_options, make_evaluate
-from vit_rsst.assembly.model import build_model, ticket_header
+from vit_rsst.assembly.model import build_model, check_images, ticket_header
 from vit_rsst.assembly.objective import build_distillation, build_loss, build_mixing
 from vit_rsst.assembly.optim import build_optimizer, make_lr
 from vit_rsst.assembly.pruning import build_selection, check_start, make_calibrate, starting_mask
@@ -50,6 +50,7 @@ def build(
     dealing = Dealing.of(train.global_batch, train.batch_per_device, accelerator.num_processes)
     steps = steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch)
     progress = Progress(steps, recipe.round_epochs)
+    check_images(recipe, data.options.size, len(data.classes))
     net, start_mask = build_model(recipe, data)
     net.to(device)
     weights, groups = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)

@@ -12,7 +12,7 @@ from vit_rsst.assembly.data import channels
 from vit_rsst.data.images import ImageData
 from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, at_field, first_line
 from vit_rsst.export.source import open_ticket
-from vit_rsst.models import slim, zoo
+from vit_rsst.models import complexity, slim, zoo
 from vit_rsst.models.hub import PLACE
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.recipe import Recipe
@@ -24,10 +24,9 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
     """The network, seeded; with the weights and the mask of `model.start_from` where it is given.
 
     Raises:
-        InputError: the model does not take images of this size, or gives no logits.
+        InputError, EnvironmentLacks, Damaged: it cannot be built, or what it starts from cannot be had.
     """
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
-    check_images(recipe.model.name, architecture, args, data.options.size, len(data.classes))
     torch.manual_seed(derived_seed(recipe.seed, "model"))
     net = zoo.create(architecture, args, recipe.model.pretrained)
     if recipe.train.grad_checkpointing:
@@ -40,13 +39,15 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
     return net, ticket.mask
 
 
-def check_images(name: str, architecture: str, args: dict, size: int, num_classes: int) -> None:
-    """Lets a model of shapes alone look at two images of `size` px, in training.
+def check_images(recipe: Recipe, size: int, num_classes: int) -> None:
+    """Lets a model look at two images of `size` px, in training.
 
     Raises:
         InputError: it does not take them, or gives something else than a logit a class.
     """
-    net = zoo.create(architecture, args, device="meta").train()
+    name = recipe.model.name
+    architecture, args = zoo.describe(name, recipe.model.args, num_classes)
+    net = zoo.create(architecture, args, device="meta")
     expected = tuple(getattr(getattr(net, "patch_embed", None), "img_size", None) or (size, size))
     if expected != (size, size):
         px = " × ".join(map(str, dict.fromkeys(expected)))
@@ -56,18 +57,21 @@ def check_images(name: str, architecture: str, args: dict, size: int, num_classe
             f"model.args.img_size={size}."
         )
     try:
-        logits = net(torch.empty(2, 3, size, size, device="meta"))
-    except NotImplementedError:  # of a model that looks at numbers, which shapes do not have
-        return
+        with torch.no_grad():
+            logits = complexity.without_numbers(
+                lambda device: zoo.create(architecture, args, device=device).train()(complexity.images(2, size, device))
+            )
     except OF_A_LIBRARY as error:
         raise InputError(
             f"model.args: {name} stops at images of {size} px ({first_line(error)}); set them, or data.image_size, so "
             "that they fit."
         ) from error
-    if logits.shape != (2, num_classes):
+    shape = getattr(logits, "shape", None)
+    if shape != (2, num_classes):
+        given = f"a {type(logits).__name__}" if shape is None else f"{tuple(shape)}"
         raise InputError(
-            f"model.args: {name} gives {tuple(logits.shape)} for two images, not a logit for each of {num_classes} "
-            "classes; look at global_pool and at what else shapes its end."
+            f"model.args: {name} gives {given} for two images, not a logit for each of {num_classes} classes; look at "
+            "global_pool and at what else shapes its end."
         )
 
 

@@ -2,20 +2,24 @@
 
 One multiply-accumulate (MAC) is two FLOPs: every figure here is in FLOPs, as torch's own counter gives them. It counts
 convolutions, matrix products and attention; norms, activations and additions are left out, as is usual. Nothing is
-computed: the network runs on the device `meta`, wherever its weights lie.
+computed: the network runs on the device `meta`, wherever its weights lie; one that looks at numbers, over zeros.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from vit_rsst.errors import OF_A_LIBRARY
 from vit_rsst.pruning.granularity import alive_units
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.units import UnitGroup
+
+T = TypeVar("T")
 
 
 def flops(net: nn.Module, image_size: int, batch: int = 1) -> int:
@@ -28,9 +32,13 @@ def flops_by_module(net: nn.Module, image_size: int, batch: int = 1) -> dict[str
 
     Modules that compute nothing countable are left out.
     """
-    with FlopCounterMode(display=False) as counter, evaluating(net), torch.no_grad():
-        images = torch.empty(batch, 3, image_size, image_size, device="meta")
-        functional_call(net, shapes_of(net), (images,))
+
+    def passed(device: str) -> FlopCounterMode:
+        with FlopCounterMode(display=False) as counter, evaluating(net), torch.no_grad():
+            functional_call(net, shapes_of(net, device), (images(batch, image_size, device),))
+        return counter
+
+    counter = without_numbers(passed)
     root = type(net).__name__
     counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
     inside = {n.removeprefix(f"{root}."): count for n, count in counts.items() if n.startswith(f"{root}.")}
@@ -101,25 +109,43 @@ def effective_flops(net: nn.Module, mask: MaskSet, groups: Sequence[UnitGroup], 
 
 def activation_bytes(net: nn.Module, image_size: int, batch: int) -> int:
     """Bytes that the backward pass keeps for one micro-batch in fp32."""
-    shapes = shapes_of(net)
-    parameters = {id(shape) for shape in shapes.values()}
-    kept: dict[int, Tensor] = {}  # by id, which is not given again while the tensor is held
 
-    def pack(tensor: Tensor) -> Tensor:
-        base = tensor._base if tensor._base is not None else tensor
-        if id(base) not in parameters:
-            kept[id(base)] = base
-        return tensor
+    def passed(device: str) -> int:
+        shapes = shapes_of(net, device)
+        parameters = {id(shape) for shape in shapes.values()}
+        kept: dict[int, Tensor] = {}  # by id, which is not given again while the tensor is held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        functional_call(net, shapes, (torch.empty(batch, 3, image_size, image_size, device="meta"),))
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+        def pack(tensor: Tensor) -> Tensor:
+            base = tensor._base if tensor._base is not None else tensor
+            if id(base) not in parameters:
+                kept[id(base)] = base
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            functional_call(net, shapes, (images(batch, image_size, device),))
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+    return without_numbers(passed)
 
 
-def shapes_of(net: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers on the device `meta`, which has no memory."""
-    parameters = {n: torch.empty_like(p, device="meta", requires_grad=True) for n, p in net.named_parameters()}
-    return parameters | {name: torch.empty_like(buffer, device="meta") for name, buffer in net.named_buffers()}
+def without_numbers(passed: Callable[[str], T]) -> T:
+    """What a pass on the device `meta` gives, which has no memory; on the CPU where the model looks at numbers."""
+    try:
+        return passed("meta")
+    except OF_A_LIBRARY:
+        with torch.random.fork_rng(devices=[]):
+            return passed("cpu")
+
+
+def images(batch: int, size: int, device: str) -> Tensor:
+    """Black images, (batch, 3, size, size)."""
+    return torch.zeros(batch, 3, size, size, device=device)
+
+
+def shapes_of(net: nn.Module, device: str) -> dict[str, Tensor]:
+    """Parameters and buffers of zeros; without memory on `meta`."""
+    parameters = {n: torch.zeros_like(p, device=device, requires_grad=True) for n, p in net.named_parameters()}
+    return parameters | {name: torch.zeros_like(buffer, device=device) for name, buffer in net.named_buffers()}
 
 
 @contextmanager

@@ -144,6 +144,7 @@ def _with_weights(file: Path, config: Any, is_published: bool) -> nn.Module:
     wrong += [f"{n} besides" for n in sorted(report["unexpected_keys"]) if not n.startswith(CLASSIFIERS)]
     wrong += [f"{n} of {tuple(o[0])}, not {tuple(o[1])}" for n, o in others.items() if not n.startswith(CLASSIFIERS)]
     weights.refuse(wrong, str(file), config.model_type, is_published)
+    weights.refuse_infinite(net.state_dict(), file)
     new = tuple(sorted({*report["missing_keys"], *others}))
     left_out = tuple(sorted({*report["unexpected_keys"], *others}))
     net.loaded = weights.Loaded(str(file), sha256, len(net.state_dict()) - len(new), (), new, left_out)

@@ -121,6 +121,7 @@ def _checked_loads(architecture: str, file: Path | None, is_published: bool) -> 
         own = self.state_dict()
         wrong, new, left_out = weights.misfits(own, dict(state), _free_modules(self))
         weights.refuse(wrong, str(file), architecture, is_published)
+        weights.refuse_infinite({name: state[name] for name in own if name in state}, file)
         found.append((state, new, left_out))
         has_memory = next(self.parameters()).device.type != "meta"
         return original(self, state if has_memory else {}, strict=False)

@@ -5,7 +5,7 @@ A file is safetensors or it is not read: nothing here unpickles.
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -136,7 +136,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     """Tensors and sha256 of a safetensors file.
 
     Raises:
-        Damaged: it is truncated, empty or something else, or a number in it is not finite.
+        Damaged: it is truncated, empty or something else.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -145,9 +145,6 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         if not tensors:
             raise Damaged(f"model.pretrained: {path} holds no tensors; name another file, {OTHERWISE}.")
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.float().isfinite().all():
-                raise Damaged(f"model.pretrained: {name} of {path} is not finite; copy or fetch it again, {OTHERWISE}.")
         with path.open("rb") as file:
             return tensors, hashlib.file_digest(file, "sha256").hexdigest()
     except (SafetensorError, OSError) as error:
@@ -155,6 +152,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
             f"model.pretrained: {path} is not a readable safetensors file ({first_line(error)}); copy or fetch it "
             "again."
         ) from error
+
+
+def refuse_infinite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises:
+    Damaged: a tensor, of those that a network takes from the file, is not finite.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise Damaged(f"model.pretrained: {name} of {path} is not finite; copy or fetch it again, {OTHERWISE}.")
 
 
 def misfits(
@@ -173,7 +179,7 @@ def misfits(
     wrong += [
         f"{name} of {given[name].dtype}, not {own[name].dtype}"
         for name in own
-        if name in given and given[name].is_floating_point() != own[name].is_floating_point()
+        if name in given and own[name].is_floating_point() and not given[name].is_floating_point()
     ]
     return wrong, tuple(sorted(missing)), tuple(sorted(strange))
 

@@ -77,7 +77,7 @@ def rate_and_penalty(history: History) -> "Figure | None":
 
 def accuracy_by_density(history: History) -> "Figure | None":
     """Accuracy of every round's ticket over its density, and what each removal cost at once."""
-    rows = history.rows
+    rows = [row for row in history.rows if row.density > 0]
     if len(rows) < 2:
         return None
     figure = canvas.figure(3.4)
@@ -95,7 +95,7 @@ def accuracy_by_density(history: History) -> "Figure | None":
     limits = (min([-0.5, *shown]), 1.1 * max([1.0, *shown]))  # noise below a point is no cliff
     bottom.set(ylabel="what-if gap", xlabel="density of the prunable weights", ylim=limits)
     bottom.set_xscale("log")
-    ticks = _apart([r.density for r in rows if r.density > 0])
+    ticks = _apart([r.density for r in rows])
     bottom.set_xticks(ticks, [f"{density:.2g}" for density in ticks])
     bottom.minorticks_off()
     bottom.invert_xaxis()
@@ -209,8 +209,9 @@ def _line(axes: "Axes", events: Sequence[dict], x: str, y: str, style: str = "-"
 
 
 def _legend(axes: "Axes") -> None:
-    """Above the axes, where no line runs."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1)
+    """Above the axes, where no line runs; none where there is none."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1)
 
 
 def _round_marks(axes: "Axes", history: History) -> None:
@@ -227,7 +228,7 @@ def _name_cells(set_ticks: Callable, names: Sequence[str], most: int) -> None:
 
 def _apart(densities: Sequence[float], least: float = 0.12) -> list[float]:
     """The first, the last, and those between that stand at least a share of the logarithmic axis from all others."""
-    first, *between, last = densities if len(densities) > 1 else 2 * densities
+    first, *between, last = densities
     span, kept = math.log(first / last), [first]
     for density in between:
         if math.log(kept[-1] / density) > least * span and math.log(density / last) > least * span:

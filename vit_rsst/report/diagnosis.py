@@ -49,7 +49,10 @@ class Curve:
     @classmethod
     def of(cls, events: list[dict]) -> "Curve":
         keys = ("train/loss", "val/loss", "train/top1", "val/top1")
-        density = [math.nan if "prune/condemned_left" in e else float(e.get("prune/density", 1.0)) for e in events]
+        density = [
+            math.nan if "prune/condemned_left" in e else number({"prune/density": 1.0} | e, "prune/density")
+            for e in events
+        ]
         return cls(*([number(event, key) for event in events] for key in keys), density)
 
     def __len__(self) -> int:
@@ -78,12 +81,13 @@ def not_learning(history: History) -> Iterator[Diagnosis]:
             return
         for i in range(4, len(curve)):
             then, now = curve.train_loss[i - 3], curve.train_loss[i]
-            is_in_vain = now > 0.97 * then or now < 0.5 * max(curve.train_loss[: i + 1])
             best = max(curve.train_top1[: i + 1])
             # Of training and of validation: one of the two may be a few images, whose share jumps.
             rises = [(top1[0], max(top1[: i + 1])) for top1 in (curve.train_top1, curve.val_top1)]
-            is_flat = any(high < low + 2.0 and high <= 1.5 * low for low, high in rises)  # of 1,000 classes 0.7 is much
-            if is_in_vain and is_flat and best < 55.0:  # weights that knew the answer stand still too
+            flat = [high < low + 2.0 and high <= 1.5 * low for low, high in rises]  # of 1,000 classes 0.7 is much
+            stands = now > 0.97 * then and any(flat)
+            fell_in_vain = now < 0.5 * max(curve.train_loss[: i + 1]) and flat[0]
+            if (stands or fell_in_vain) and best < 55.0:  # weights that knew the answer stand still too
                 yield Diagnosis(
                     "not learning",
                     f"after {i + 1} epochs the training loss is {now:.3f}, three epochs earlier it was {then:.3f}, and "

@@ -18,6 +18,9 @@ from vit_rsst.run_folder import RunFolder
 SCORES = "test_outcomes.json"
 """In `figures/`: what became of the test images under the last ticket."""
 
+MAYBE_EMPTY = ("test_top1", "test_loss", "what_if_gap")
+"""Columns of a row that may be empty."""
+
 
 @dataclass(frozen=True)
 class History:
@@ -40,7 +43,7 @@ class History:
 
     @property
     def name(self) -> str:
-        return self.recipe.get("name") or self.path.name
+        return str(self.recipe.get("name") or self.path.name)
 
     @cached_property
     def state(self) -> str:
@@ -170,10 +173,12 @@ def _is_square(rows: object) -> bool:
 
 
 def _is_row(row: object) -> bool:
-    """Whether it has a number in each column that is never empty."""
-    empty = ("test_top1", "test_loss", "what_if_gap")
-    needed = [name for name in results.COLUMNS if name not in empty]
-    return isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in needed)
+    """Whether it has a number in each column, or none where there may be none."""
+    if not isinstance(row, dict):
+        return False
+    given = {name: row.get(name) for name in results.COLUMNS}
+    given = {name: value for name, value in given.items() if value is not None or name not in MAYBE_EMPTY}
+    return all(isinstance(value, int | float) for value in given.values())
 
 
 def read_json(path: Path) -> dict:
@@ -197,10 +202,15 @@ def _events(path: Path) -> list[dict]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):  # a line cut short by a kill
                 event = json.loads(line)
-                if isinstance(event, dict) and isinstance(event.get("step"), int):
+                if isinstance(event, dict) and isinstance(event.get("step"), int) and _is_whole(event):
                     given = {key: value for key, value in event.items() if value is not None}
                     found.append({"round": 0, "epoch": 0} | _typed(given, round=int, epoch=int))
     return found
+
+
+def _is_whole(event: Mapping) -> bool:
+    """Whether an event with histograms has them."""
+    return event.get("event") != "weights" or all(isinstance(event.get(part), list) for part in ("kept", "edges"))
 
 
 def at(tree: Mapping, path: str, default: object = "?") -> object:

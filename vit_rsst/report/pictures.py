@@ -88,8 +88,9 @@ class Exhibit:
             return Split(samples.images[positions], samples.labels[positions])
         decoder = self.data.decoder("test")
         if self.trained.data.max_corrupt:
-            walked = list(islice(_decodable(samples.walk(None), decoder), last + 1))
-            found = [walked[position] for position in positions]
+            seen = enumerate(islice(_decodable(samples.walk(None), decoder), last + 1))
+            kept = {place: pair for place, pair in seen if place in positions}
+            found = [kept[position] for position in positions.tolist()]
         else:
             if isinstance(samples, Rows):
                 chosen = list(replace(samples, index=samples.index[positions]).walk(None))
