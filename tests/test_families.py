@@ -184,7 +184,7 @@ def test_the_ratio_loss_is_the_squared_distance_from_the_share_and_reaches_every
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask[:, 0].all() for mask in masks)
     assert (masks[1] <= masks[0]).all()
     expected = 2.0 * ((shares[0] - 0.5).square().mean() + (shares[1] - 0.25).square().mean()) / 2
-    assert float(net.auxiliary_loss()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert float(net.auxiliary_loss().detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     net.auxiliary_loss().backward(retain_graph=True)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.predictors.parameters())
     net.zero_grad()
@@ -200,7 +200,7 @@ def test_training_by_the_ratio_loss_moves_the_share_that_a_draw_keeps():
     for _ in range(60):
         optimizer.zero_grad()
         (F.cross_entropy(net(x), labels) + net.auxiliary_loss()).backward()
-        ratio_losses.append(float(net.auxiliary_loss()))
+        ratio_losses.append(float(net.auxiliary_loss().detach()))
         optimizer.step()
     assert sum(ratio_losses[-10:]) < 0.3 * sum(ratio_losses[:10])
 

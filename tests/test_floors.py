@@ -38,9 +38,9 @@ FLOORS = [
     "export.transformers_folder export.dense_folder export.onnx_file export.exporting export.push "
     "analysis.subject analysis.counts analysis.measure analysis.probe analysis.analyze analysis.tables",
     # 6 tell: what a person sees of a run
-    "report.history report.canvas report.diagnosis report.attention report.curves report.pictures report.document "
-    "report.findings report.story report.groups report.fronts report.compare report.reporting report.watching "
-    "report.listing "
+    "report.shapes report.history report.canvas report.diagnosis report.attention report.curves report.pictures "
+    "report.document report.findings report.story report.groups report.fronts report.compare report.reporting "
+    "report.watching report.listing "
     "checks.bench checks.inputs checks.learning checks.removal checks.costs checks.checking",
     # 7 enter
     "train cli",
@@ -114,6 +114,7 @@ SIDEWAYS = {
     ("checks.removal", "checks.learning"),
     *(("checks.checking", f"checks.{name}") for name in ("inputs", "learning", "removal", "costs")),
     ("checks.checking", "report.canvas"),
+    ("report.history", "report.shapes"),
     ("report.diagnosis", "report.history"),
     ("report.listing", "report.history"),
     *(

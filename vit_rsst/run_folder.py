@@ -1,9 +1,7 @@
 """The run folder: what lies where, who may write there, and whether a run may go on in it."""
 
-import contextlib
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -58,7 +56,7 @@ class RunFolder:
 
     def status(self) -> dict:
         """The last state written; empty for a folder without one."""
-        return _read_json(self.path / "status.json")
+        return files.read_json(self.path / "status.json")
 
     def write_status(self, state: str, exit_code: int | None = None, reason: str = "", **where: int) -> None:
         """running, finished, stopped or failed, with where it stands."""
@@ -136,7 +134,7 @@ class RunFolder:
 
     def _lock(self) -> FileLock:
         """Takes the lock of this folder; its holder stands in a file beside it, for those who come later."""
-        lock, holder = FileLock(self.path / ".lock"), _read_json(self.path / HOLDER)
+        lock, holder = FileLock(self.path / ".lock"), files.read_json(self.path / HOLDER)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -171,14 +169,6 @@ class RunFolder:
         files.write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.tree()))
         files.write_json(self.path / "environment.json", environment)
         self.write_status("running")
-
-
-def _read_json(path: Path) -> dict:
-    """What a file holds; empty when it is not there or not readable."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _now() -> str:

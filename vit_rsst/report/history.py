@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from vit_rsst import results, strict_yaml
+from vit_rsst import files, results, strict_yaml
 from vit_rsst.errors import InputError
+from vit_rsst.report import shapes
 from vit_rsst.results import RoundRow
 from vit_rsst.run_folder import RunFolder
 
 SCORES = "test_outcomes.json"
 """In `figures/`: what became of the test images under the last ticket."""
-
-MAYBE_EMPTY = ("test_top1", "test_loss", "what_if_gap")
-"""Columns of a row that may be empty."""
 
 
 @dataclass(frozen=True)
@@ -102,90 +100,42 @@ class History:
     @cached_property
     def scores(self) -> dict:
         """Outcomes on the test split: `classes`, `confusion`, `ticket`, `density`; empty where there are none."""
-        found = read_json(self.path / "figures" / SCORES)
-        classes, confusion = found.get("classes"), found.get("confusion")
-        return found if _is_square(confusion) and _are(classes, str) and len(classes) == len(confusion) else {}
+        return shapes.scores(files.read_json(self.path / "figures" / SCORES))
 
     def _of(self, kind: str) -> list[dict]:
         return [event for event in self.events if event.get("event") == kind]
 
 
 def read(path: Path) -> History:
-    """Reads a run folder; what is not of its shape there, as after an edit or a full disk, is as if it were missing.
+    """Reads a run folder.
 
     Raises:
         InputError: it is none.
     """
-    recipe, status = _recipe(path), _status(path)
+    recipe, status = _recipe(path), shapes.status(RunFolder(path).status())
     if not recipe and not is_run(path):
         raise InputError(f"{path}: this is no run folder: it has neither recipe.yaml nor status.json.")
-    reports = [read_json(file) for file in results.of_rounds(path, ".json")]
-    reports = [report for report in reports if _is_row(report.get("row"))]
+    reports = [files.read_json(file) for file in results.of_rounds(path, ".json")]
+    reports = [report for report in reports if shapes.row(report.get("row"))]
     return History(
         path,
         recipe,
-        _typed(read_json(path / "environment.json"), data=dict, versions=dict, command=list),
+        shapes.environment(files.read_json(path / "environment.json")),
         status,
         _events(path / "metrics.jsonl"),
-        [RoundRow(**{name: report["row"].get(name) for name in results.COLUMNS}) for report in reports],
-        [_pruning(report.get("pruning")) for report in reports],
+        [shapes.row(report["row"]) for report in reports],
+        [shapes.pruning(report.get("pruning")) for report in reports],
     )
 
 
 def is_run(path: Path) -> bool:
     """Whether it is a run's: by its status, or by the tickets beside its recipe; a recipe alone may lie anywhere."""
-    return bool(_status(path)) or ((path / "tickets").is_dir() and (path / "recipe.yaml").is_file())
+    return bool(RunFolder(path).status()) or ((path / "tickets").is_dir() and (path / "recipe.yaml").is_file())
 
 
 def _recipe(path: Path) -> dict:
     with suppress(OSError, ValueError):
         return strict_yaml.parse((path / "recipe.yaml").read_text(encoding="utf-8")).tree
-    return {}
-
-
-def _status(path: Path) -> dict:
-    status = _typed(RunFolder(path).status(), state=str, updated=str, round=int, epoch=int, step=int)
-    return {"round": 0, "epoch": 0, "step": 0} | status if status else {}
-
-
-def _pruning(report: object) -> dict:
-    """The report of a round, with layers and units that have their numbers."""
-    found = _typed(report, layers=dict, units=dict) if isinstance(report, dict) else {}
-    for part, needed in (("layers", {"density": int | float}), ("units", {"units": int, "alive": int, "kind": str})):
-        items = found.get(part, {}).values()
-        if not all(isinstance(i, dict) and all(isinstance(i.get(k), t) for k, t in needed.items()) for i in items):
-            del found[part]
-    return found
-
-
-def _typed(found: Mapping, **types: type) -> dict:
-    """Without the entries that are of other types than these."""
-    return {key: value for key, value in found.items() if isinstance(value, types.get(key, object))}
-
-
-def _are(values: object, of: type) -> bool:
-    return isinstance(values, list) and all(isinstance(value, of) for value in values)
-
-
-def _is_square(rows: object) -> bool:
-    """Whether it is a matrix of whole numbers with as many rows as columns."""
-    return _are(rows, list) and all(len(row) == len(rows) and _are(row, int) for row in rows)
-
-
-def _is_row(row: object) -> bool:
-    """Whether it has a number in each column, or none where there may be none."""
-    if not isinstance(row, dict):
-        return False
-    given = {name: row.get(name) for name in results.COLUMNS}
-    given = {name: value for name, value in given.items() if value is not None or name not in MAYBE_EMPTY}
-    return all(isinstance(value, int | float) for value in given.values())
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; empty where there is none."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
     return {}
 
 
@@ -201,16 +151,8 @@ def _events(path: Path) -> list[dict]:
     with suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError):  # a line cut short by a kill
-                event = json.loads(line)
-                if isinstance(event, dict) and isinstance(event.get("step"), int) and _is_whole(event):
-                    given = {key: value for key, value in event.items() if value is not None}
-                    found.append({"round": 0, "epoch": 0} | _typed(given, round=int, epoch=int))
-    return found
-
-
-def _is_whole(event: Mapping) -> bool:
-    """Whether an event with histograms has them."""
-    return event.get("event") != "weights" or all(isinstance(event.get(part), list) for part in ("kept", "edges"))
+                found.append(shapes.event(json.loads(line)))
+    return [event for event in found if event is not None]
 
 
 def at(tree: Mapping, path: str, default: object = "?") -> object:
