@@ -107,9 +107,9 @@ def check_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst.checks.bench import Bench
     from vit_rsst.train import make_accelerator
 
-    verdicts = []
+    bench, verdicts = Bench.of(recipe, make_accelerator(recipe)), []
     try:
-        for verdict in checking.check(Bench.of(recipe, make_accelerator(recipe))):
+        for verdict in checking.check(bench):
             verdicts.append(verdict)
             print(checking.line(verdict), flush=True)
     finally:  # what was found so far

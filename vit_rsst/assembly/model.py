@@ -56,11 +56,14 @@ def check_images(recipe: Recipe, size: int, num_classes: int) -> None:
             f"data.image_size: {name} takes images of {px} px and the data have {size} px; set {way_out}"
             f"model.args.img_size={size}."
         )
+
+    def look(device: str) -> object:
+        looking = net if device == "meta" else zoo.create(architecture, args)
+        return looking.train()(complexity.images(2, size, device))
+
     try:
         with torch.no_grad():
-            logits = complexity.without_numbers(
-                lambda device: zoo.create(architecture, args, device=device).train()(complexity.images(2, size, device))
-            )
+            logits = complexity.without_numbers(look)
     except OF_A_LIBRARY as error:
         raise InputError(
             f"model.args: {name} stops at images of {size} px ({first_line(error)}); set them, or data.image_size, so "
