@@ -172,9 +172,11 @@ def _load_plugins(source: Source) -> None:
             importlib.import_module(str(module))
         except Exception as error:  # a plugin may fail in any way
             what = f"{type(error).__name__}: {error}".splitlines()[0]
-            is_away = isinstance(error, ModuleNotFoundError | TypeError | ValueError)
-            way_out = "name one that is on PYTHONPATH" if is_away else "mend it"
-            source.problems.append(Problem("plugins", f"module {module!r} cannot be imported ({what}); {way_out}"))
+            source.problems.append(
+                Problem(
+                    "plugins", f"module {module!r} cannot be imported ({what}); name one that can, and is on PYTHONPATH"
+                )
+            )
 
 
 def _validate(tree: dict) -> tuple[Recipe | None, list[Problem]]:
