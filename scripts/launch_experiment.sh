@@ -183,7 +183,7 @@ environment=(env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
 # A wrong recipe ends here, with all its mistakes.
 run_folder=$("${environment[@]}" "$python" - "$recipe" "${made[@]}" <<'PYTHON'
 import sys
-from vit_rsst.recipe_file import find, load
+from vit_rsst.recipe.loading import find, load
 from vit_rsst.train import guarded
 sys.exit(guarded(lambda words: print(load(find(words[0]), words[1:]).run_folder), sys.argv[1:]))
 PYTHON

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 
-from vit_rsst import tickets
 from vit_rsst.analysis import measure, tables
 from vit_rsst.analysis.analyze import analyze
 from vit_rsst.analysis.counts import count, training_bytes
@@ -17,6 +16,7 @@ from vit_rsst.errors import InputError
 from vit_rsst.export.exporting import export
 from vit_rsst.models import zoo
 from vit_rsst.models.complexity import flops
+from vit_rsst.tickets import ticket_file
 
 UNITS = tiny.RECIPE.replace("pruning:\n", "pruning:\n  granularity: head+neuron\n").replace("0.9", "0.5")
 SMALL = ("--batch", "1", "2")
@@ -41,7 +41,7 @@ def short(monkeypatch):
 
 
 def test_a_ticket_is_counted_as_its_mask_and_its_slim_folder_say(run, slim_folder):
-    ticket = tickets.load(run / "tickets" / "round_02.safetensors")
+    ticket = ticket_file.load(run / "tickets" / "round_02.safetensors")
     [found, small] = analyze([str(run), str(slim_folder)], is_measured=False)["items"]
     assert found["parameters"]["prunable"] == tiny.NUM_PRUNABLE
     assert found["parameters"]["alive"] == ticket.mask.num_alive

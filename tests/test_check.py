@@ -13,11 +13,11 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from vit_rsst import recipe_file
 from vit_rsst.checks import bench as benches
 from vit_rsst.checks import checking, costs, inputs, learning, removal
 from vit_rsst.checks.bench import Bench, Verdict
 from vit_rsst.errors import CheckFailed
+from vit_rsst.recipe import loading
 from vit_rsst.train import make_accelerator
 
 ARGS = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}
@@ -25,7 +25,7 @@ RECIPE = tiny.RECIPE.replace("steps_per_epoch: 3, ", "").replace(json.dumps(tiny
 
 
 def bench_of(folder: Path, *overrides: str, text: str = RECIPE) -> Bench:
-    recipe = recipe_file.load(tiny.write_recipe(folder, text), overrides)
+    recipe = loading.load(tiny.write_recipe(folder, text), overrides)
     return Bench.of(recipe, make_accelerator(recipe))
 
 

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vit_rsst import checkpoint, files
-from vit_rsst.checkpoint import Checkpointer, ResumePoint
+from vit_rsst import files
 from vit_rsst.errors import Damaged, EnvironmentLacks
+from vit_rsst.run import checkpoint
+from vit_rsst.run.checkpoint import Checkpointer, ResumePoint
 
 
 @pytest.fixture(autouse=True)

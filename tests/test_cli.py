@@ -18,12 +18,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vit_rsst import __version__, cli, console, evaluation, planning, train
+from vit_rsst import __version__, cli, train
+from vit_rsst.assembly import data
 from vit_rsst.data import transforms
 from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.evaluation import evaluate
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.methods import __all__ as METHODS
-from vit_rsst.recipe_file import builtin_recipes, load
+from vit_rsst.recipe.loading import builtin_recipes, load
+from vit_rsst.run import console
 
 VERBS = [
     "train",
@@ -77,7 +80,7 @@ def test_a_result_joins_what_is_printed_where_both_go_to_one_file(tmp_path, plac
 @pytest.mark.parametrize("place", ["{}", "{}/nowhere/x.json", "/proc/x.json", "{}/" + 300 * "n", "{}/file/x.json"])
 def test_where_nothing_can_be_written_is_said_before_any_work(tmp_path, place, capsys, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("work was done"))
     assert cli.main(["evaluate", str(tmp_path), "--json", place.format(tmp_path)]) == 2
     assert "it cannot be written" in capsys.readouterr().err
 
@@ -268,10 +271,10 @@ def test_the_plan_of_a_long_tail_counts_what_the_tail_leaves(tmp_path, monkeypat
     def unreachable(*_):
         raise EnvironmentLacks("no network")
 
-    monkeypatch.setattr(planning, "open_data", unreachable)
+    monkeypatch.setattr(data, "open_data", unreachable)
     more = ["data={source: cifar10, val_fraction: 0.1, imbalance: {kind: step, ratio: 10}}"]
     # 45,000 images, 4,500 of each of 10 classes; 5 of them keep a tenth.
-    assert planning.count_rows(load(tiny.write_recipe(tmp_path), more)).train == 5 * 4500 + 5 * 450
+    assert data.count_rows(load(tiny.write_recipe(tmp_path), more)).train == 5 * 4500 + 5 * 450
 
 
 # -- what is wrong is found before anything is created
@@ -446,7 +449,7 @@ def test_the_seconds_of_a_round_are_those_of_its_training(finished):
 
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_evaluate_finds_what_the_run_found(finished, tmp_path, capsys, monkeypatch, split):
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 50)
+    monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 50)
     run = finished / "runs" / "tiny"
     for number, row in enumerate(rounds(run)):
         ticket = run / "tickets" / f"round_{number:02d}.safetensors"
@@ -662,7 +665,8 @@ TOTAL = 3 * 2 * 8
 
 STOPPING = """
 import os, signal, sys
-from vit_rsst import cli, console
+from vit_rsst import cli
+from vit_rsst.run import console
 
 step_of = console.Console.step
 

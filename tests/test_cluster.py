@@ -19,8 +19,9 @@ pytestmark = pytest.mark.distributed
 PLUGIN = """\
 import os, signal, time
 import torch
-from vit_rsst import console, loop
+from vit_rsst import loop
 from vit_rsst.assembly import build, data
+from vit_rsst.run import console
 
 data.EVALUATION_BATCH = 20
 what, _, where = os.environ.get("FAULT", "").partition("@")

@@ -11,7 +11,7 @@ from vit_rsst.progress import Progress
 from vit_rsst.report import curves, pictures, story, watching
 from vit_rsst.report.diagnosis import PREFIX, RULES, diagnose
 from vit_rsst.report.history import History
-from vit_rsst.results import RoundRow
+from vit_rsst.tickets.rounds import RoundRow
 
 RSST = {"pruning": {"method": {"name": "rsst", "penalty": {"residual": 1e-3}}}}
 

@@ -28,7 +28,7 @@ TOTAL = 3 * 2 * STEPS
 
 STOPPER = """\
 import os, signal
-from vit_rsst import console
+from vit_rsst.run import console
 from vit_rsst.assembly import data, pruning
 
 data.EVALUATION_BATCH = 50  # so that both ranks have some of the 144 and 360 images

@@ -11,11 +11,11 @@ import pytest
 import tiny
 import torch
 
-from vit_rsst import evaluation
 from vit_rsst.data.sources import open_data
 from vit_rsst.errors import Damaged, InputError
+from vit_rsst.evaluation import evaluate
 from vit_rsst.models import published, zoo
-from vit_rsst.trained import open_trained
+from vit_rsst.tickets.trained import open_trained
 
 TARGETS = ["slim", "timm", "transformers", "dense"]
 EXACT = ("top1", "top5", "loss", "ece", "calibration", "precision", "recall", "f1", "support", "confusion", "macro_f1")
@@ -107,18 +107,18 @@ def test_a_model_of_another_number_of_classes_that_does_not_name_them_is_refused
     data = open_data(trained.data, trained.seed)
     other = zoo.create("resnet20", {"num_classes": 7}).eval()
     with pytest.raises(InputError, match="tells 7 classes apart, and the data have 10; name the data"):
-        evaluation.check_classes(dataclasses.replace(trained, net=other, classes=[]), data)
+        evaluate.check_classes(dataclasses.replace(trained, net=other, classes=[]), data)
     with pytest.raises(Damaged, match="trained on 7 classes"):
-        evaluation.check_classes(dataclasses.replace(trained, net=other, classes=[*"abcdefg"]), data)
+        evaluate.check_classes(dataclasses.replace(trained, net=other, classes=[*"abcdefg"]), data)
 
 
 def test_a_model_whose_weights_diverged_is_refused(run, tmp_path, capsys):
-    from vit_rsst import tickets
+    from vit_rsst.tickets import ticket_file
 
     path = run / "tickets" / "round_00.safetensors"
-    ticket = tickets.load(path)
+    ticket = ticket_file.load(path)
     bad = {name: torch.full_like(t, float("nan")) if name == "head.bias" else t for name, t in ticket.state.items()}
-    tickets.save(tmp_path / "bad.safetensors", bad, ticket.mask, ticket.metadata)
+    ticket_file.save(tmp_path / "bad.safetensors", bad, ticket.mask, ticket.metadata)
     assert tiny.command("evaluate", tmp_path / "bad.safetensors") == 5
     assert "logits that are not finite" in capsys.readouterr().err
 

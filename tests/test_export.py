@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vit_rsst.export
-from vit_rsst import tickets
 from vit_rsst.data.transforms import normalize
 from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, RunError
 from vit_rsst.export import exporting, push, transformers_folder
 from vit_rsst.export.exporting import TARGETS, export, relative_difference
-from vit_rsst.export.source import open_ticket
 from vit_rsst.export.work import Work
 from vit_rsst.models import slim, zoo
 from vit_rsst.models.anatomy import prunable_weights, unit_groups
 from vit_rsst.pruning.granularity import expand
 from vit_rsst.pruning.patterns import UNIT_KINDS
+from vit_rsst.tickets import ticket_file
+from vit_rsst.tickets.opening import open_ticket
 
 UNITS = tiny.RECIPE.replace("name: tiny", "name: units").replace(
     "pruning:\n", "pruning:\n  granularity: head+neuron\n"
@@ -70,13 +70,13 @@ def make_ticket(path: Path, name: str, args: dict, kind: str | None = None) -> P
         "seed": "0",
     }
     state = {n: t * mask[n] if n in mask.masks else t for n, t in net.state_dict().items()}
-    tickets.save(path, state, mask, header)
+    ticket_file.save(path, state, mask, header)
     return path
 
 
 def logits(what: Path, images: Tensor) -> Tensor:
     """Of the masked model, built here by hand."""
-    ticket = tickets.load(what)
+    ticket = ticket_file.load(what)
     net = zoo.create(ticket.metadata["architecture"], ticket.model_args)
     net.load_state_dict(ticket.state)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_the_card_says_what_was_measured(runs, tmp_path):
     [result] = tree["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == pytest.approx(row["test_top1"] / 100, abs=1e-6)
     assert f"Top-1 on the test split: {row['test_top1']:.2f} %" in text
-    ticket = tickets.load(last(runs["units"]))
+    ticket = ticket_file.load(last(runs["units"]))
     assert f"{ticket.mask.density:.2%}" in text
     small = vit_rsst.export.load(tmp_path / "out")
     assert f"{sum(p.numel() for p in small.parameters()):,}" in text
@@ -314,7 +314,7 @@ def test_widths_of_neurons_are_rounded_on_demand(runs, tmp_path):
     assert tiny.command("export", runs["units"], "--to", "slim", tmp_path / "out", "--round-to", "8") == 0
     small = vit_rsst.export.load(tmp_path / "out")
     assert small.blocks[0].mlp.fc1.out_features % 8 == 0
-    ticket = tickets.load(last(runs["units"]))
+    ticket = ticket_file.load(last(runs["units"]))
     exact = slim.widths(slim.kept_units(Work.of(runs["units"]).net, ticket.mask))
     assert small.blocks[0].mlp.fc1.out_features - exact["blocks.0.mlp"] in range(8)
 
@@ -442,7 +442,7 @@ def test_an_empty_folder_is_filled(runs, tmp_path):
 def test_a_ticket_that_is_not_sound_is_code_5_and_nothing_is_written(fault, runs, tmp_path, capsys):
     path = tmp_path / "ticket.safetensors"
     shutil.copy(last(runs["units"]), path)
-    ticket = tickets.load(path)
+    ticket = ticket_file.load(path)
     if fault == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif fault == "flipped":
@@ -453,9 +453,9 @@ def test_a_ticket_that_is_not_sound_is_code_5_and_nothing_is_written(fault, runs
         path.unlink()
     elif fault == "of another model":
         args = json.dumps(ticket.model_args | {"embed_dim": 48})
-        tickets.save(path, ticket.state, ticket.mask, ticket.metadata | {"model_args": args})
+        ticket_file.save(path, ticket.state, ticket.mask, ticket.metadata | {"model_args": args})
     else:
-        tickets.save(path, ticket.state, ticket.mask, {k: v for k, v in ticket.metadata.items() if k != "data"})
+        ticket_file.save(path, ticket.state, ticket.mask, {k: v for k, v in ticket.metadata.items() if k != "data"})
     for to in ("slim", "timm", "transformers"):
         assert tiny.command("export", path, "--to", to, tmp_path / "out") == 5
     assert len(capsys.readouterr().err.splitlines()) == 3
@@ -601,9 +601,9 @@ def test_nothing_goes_to_a_repository_of_the_other_visibility(runs, tmp_path, ap
 
 def test_what_is_exported_or_pushed_does_not_say_where_data_and_weights_lay(tmp_path, api, monkeypatch):
     path = make_ticket(tmp_path / "t.safetensors", "vit_tiny", {"depth": 2})
-    ticket = tickets.load(path)
+    ticket = ticket_file.load(path)
     data = json.loads(ticket.metadata["data"]) | {"source": "cifar10", "path": "/home/somebody/secret/data"}
-    tickets.save(path, ticket.state, ticket.mask, ticket.metadata | {"data": json.dumps(data)})
+    ticket_file.save(path, ticket.state, ticket.mask, ticket.metadata | {"data": json.dumps(data)})
     seen = []
     monkeypatch.setattr(
         FakeApi,

@@ -28,11 +28,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from vit_rsst import files, tickets
-from vit_rsst.checkpoint import Checkpointer, ResumePoint
+from vit_rsst import files
 from vit_rsst.errors import Damaged, Diverged, EnvironmentLacks, InputError
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.run_folder import RunFolder
+from vit_rsst.run.checkpoint import Checkpointer, ResumePoint
+from vit_rsst.run.folder import RunFolder
+from vit_rsst.tickets import ticket_file
 
 EPOCH, TOTAL = 3, 18  # steps of the tiny recipe
 
@@ -259,7 +260,7 @@ def test_a_disk_that_takes_nothing_at_all_is_one_sentence(tmp_path, happened):
 def save_on_a_full_disk(path: Path, mask: MaskSet) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     try:
-        tickets.save(path, {"w": torch.zeros(50_000)}, mask, {})
+        ticket_file.save(path, {"w": torch.zeros(50_000)}, mask, {})
     except EnvironmentLacks as error:
         sys.exit(error.exit_code)
 
@@ -268,9 +269,9 @@ def save_on_a_full_disk(path: Path, mask: MaskSet) -> None:
 def test_a_ticket_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "t.safetensors"
     mask = MaskSet({"w": torch.ones(50_000, dtype=torch.bool)})
-    tickets.save(path, {"w": torch.ones(50_000)}, mask, {})
+    ticket_file.save(path, {"w": torch.ones(50_000)}, mask, {})
     assert faulty.exit_code(save_on_a_full_disk, path, mask) == 3
-    assert tickets.load(path).state["w"].sum() == 50_000
+    assert ticket_file.load(path).state["w"].sum() == 50_000
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
@@ -409,9 +410,9 @@ def test_names_of_tensors_are_never_paths(tmp_path, happened):
     checkpointer.wait()
     assert Checkpointer(folder).load().tensors["model"].keys() == {name, "/abs/evil"}
     path = tmp_path / "t.safetensors"
-    tickets.save(path, {name: torch.ones(2)}, MaskSet({name: torch.ones(2, dtype=torch.bool)}), {})
+    ticket_file.save(path, {name: torch.ones(2)}, MaskSet({name: torch.ones(2, dtype=torch.bool)}), {})
     with pytest.raises(Damaged, match="does not fit"):
-        tickets.load_into_(torch.nn.Linear(2, 2), tickets.load(path), "t")
+        ticket_file.load_into_(torch.nn.Linear(2, 2), ticket_file.load(path), "t")
     assert not list(tmp_path.rglob("*evil*"))
     happened("tensors named ../../../evil and /abs/evil: kept as names, refused by the model, no such file")
 
@@ -629,7 +630,7 @@ def test_a_tiny_layer_at_an_extreme_sparsity_is_refused_or_keeps_its_minimum(tmp
     if code == 2:
         assert "highest" in told or "at most" in told, told
     else:
-        ticket = tickets.load(run_of(recipe) / "tickets" / "round_01.safetensors")
+        ticket = ticket_file.load(run_of(recipe) / "tickets" / "round_01.safetensors")
         assert all(mask.any() for mask in ticket.mask.masks.values())
         assert all(t.isfinite().all() for t in ticket.state.values())
     happened(f"0.999 of {granularity}: {'refused with the highest' if code else 'every layer keeps its minimum'}")
@@ -641,7 +642,7 @@ WANDB = """\
 import os, sys
 from pathlib import Path
 from accelerate import PartialState
-from vit_rsst.tracking import Tracker
+from vit_rsst.run.tracking import Tracker
 what, folder = sys.argv[1], Path(sys.argv[2])
 if what == "missing":
     sys.modules["wandb"] = None

@@ -10,12 +10,13 @@ import pytest
 import tiny
 import torch
 
-from vit_rsst import results, tickets, train
+from vit_rsst import train
 from vit_rsst.errors import InputError
-from vit_rsst.evaluation import outcomes_of
+from vit_rsst.evaluation.evaluate import outcomes_of
 from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.report import canvas, curves, history, pictures, watching
+from vit_rsst.tickets import rounds, ticket_file
 
 DRAWN = tiny.RECIPE.replace("figures: false", "figures: true")
 UNITS = DRAWN.replace("pruning:\n", "pruning:\n  granularity: head+neuron\n").replace("0.9", "0.5")
@@ -76,7 +77,7 @@ def test_figures_change_nothing_of_a_run(tmp_path, run):
     other = trained(tmp_path, UNITS, "tracking.figures=false")
     assert not (other / "figures").exists()
     for path in sorted((run / "tickets").glob("*.safetensors")):
-        with_figures, without = tickets.load(path), tickets.load(other / "tickets" / path.name)
+        with_figures, without = ticket_file.load(path), ticket_file.load(other / "tickets" / path.name)
         assert with_figures.metadata == without.metadata
         for name, tensor in with_figures.state.items():
             assert torch.equal(tensor, without.state[name]), (path.name, name)
@@ -181,7 +182,7 @@ def test_densities_on_the_axis_stand_apart(densities, expected):
 
 
 def test_thirty_rounds_and_one_epoch_stay_readable():
-    rows = [results.RoundRow(i, 1, 0.926**i, 50.0, 90.0, 1.0, None, None, None, 1, 1.0, 1) for i in range(31)]
+    rows = [rounds.RoundRow(i, 1, 0.926**i, 50.0, 90.0, 1.0, None, None, None, 1, 1.0, 1) for i in range(31)]
     events = [{"event": "epoch", "step": 2, "round": 0, "epoch": 1, "train/loss": 2.0, "val/loss": 2.1}]
     told = history.History(Path(), {}, {}, {}, events, rows)
     with canvas.drawing():
@@ -232,6 +233,6 @@ def test_a_page_gives_a_figure_its_own_colours(run):
 
 def test_figures_of_a_real_run_come_at_every_number_of_rounds():
     """The catalogue of drawings takes runs of one round, and rounds without a removal."""
-    row = results.RoundRow(0, 1.0, 1.0, 50.0, 90.0, 1.0, None, None, None, 1, 1.0, 1)
+    row = rounds.RoundRow(0, 1.0, 1.0, 50.0, 90.0, 1.0, None, None, None, 1, 1.0, 1)
     told = history.History(Path(), {}, {}, {}, [], [row], [{"layers": {}, "units": {}}])
     assert [drawing.name for drawing in curves.DRAWINGS if drawing.draw(told) is not None] == []

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from vit_rsst.recipe_file import load
+from vit_rsst.recipe.loading import load
 
 SCRIPT = tiny.REPOSITORY / "scripts" / "launch_experiment.sh"
 

@@ -10,7 +10,8 @@ import pytest
 import tiny
 from filelock import FileLock
 
-from vit_rsst import columns, recipe_file, strict_yaml
+from vit_rsst import text
+from vit_rsst.recipe import loading, strict_yaml
 from vit_rsst.report import listing
 from vit_rsst.report.listing import Listed
 
@@ -21,7 +22,7 @@ def run_folder(folder: Path, name: str, host: str = "elsewhere", **status: objec
     """A run as far as its status goes: 6 epochs in 3 rounds."""
     path = folder / name
     path.mkdir(parents=True)
-    tree = recipe_file.load(tiny.write_recipe(folder)).tree()
+    tree = loading.load(tiny.write_recipe(folder)).tree()
     (path / "recipe.yaml").write_text(strict_yaml.dump(tree), encoding="utf-8")
     (path / "environment.json").write_text(json.dumps({"host": host}), encoding="utf-8")
     found = {"state": "running", "round": 1, "epoch": 1, "updated": "2026-01-10T11:57:00+00:00"} | status
@@ -47,7 +48,7 @@ def plain(text: str) -> str:
 def test_no_line_is_wider_than_the_terminal(width, is_colored):
     lines = listing.table(items(), NOW, width, is_colored).splitlines()
     assert len(lines) == 4
-    assert all(columns.width_of(plain(line)) <= width for line in lines)
+    assert all(text.width_of(plain(line)) <= width for line in lines)
     assert ("\x1b[" in "".join(lines)) == is_colored
     assert lines[0].startswith("run")
     assert "state" in lines[0]
@@ -69,7 +70,7 @@ def test_a_narrow_terminal_keeps_state_progress_best_and_size():
     ("width", "expected"), [(99, "剪枝 abcdefgh"), (9, "剪…cdefgh"), (8, "剪…defgh"), (2, "…h"), (1, "…")]
 )
 def test_a_name_is_cut_in_its_middle(width, expected):
-    assert columns.clipped("剪枝 abcdefgh", width) == expected
+    assert text.clipped("剪枝 abcdefgh", width) == expected
 
 
 def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
@@ -80,7 +81,7 @@ def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
         assert part in first
     assert "a-run-with-a-rather-long-name-that-goes-on" in text
     ends = [
-        columns.width_of(line[: line.index(word) + len(word)]) for line, word in ((head, "density"), (first, "0.1000"))
+        text.width_of(line[: line.index(word) + len(word)]) for line, word in ((head, "density"), (first, "0.1000"))
     ]
     assert ends[0] == ends[1], "a Chinese character takes two columns"
 
@@ -148,8 +149,8 @@ def test_a_folder_that_was_edited_by_hand_does_not_hide_the_others(tmp_path, cap
     run_folder(tmp_path, "sound", state="finished")
     (path / "tickets").mkdir()
     (path / "tickets" / "round_00.json").write_text('{"row": {"round": 0, "val_top1": null}}')
-    for text in (b"name: [", b"\xff\xfe\x00", b"name: x\npruning: null\n", b"pruning: {method: imp}\n"):
-        (path / "recipe.yaml").write_bytes(text)
+    for content in (b"name: [", b"\xff\xfe\x00", b"name: x\npruning: null\n", b"pruning: {method: imp}\n"):
+        (path / "recipe.yaml").write_bytes(content)
         assert tiny.command("report", path) == 0
         capsys.readouterr()
         assert tiny.command("runs", tmp_path) == 0

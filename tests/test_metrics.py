@@ -6,9 +6,9 @@ import torch
 import torchmetrics.functional.classification as reference
 from torch import Tensor, nn
 
-from vit_rsst.metrics import counters
-from vit_rsst.metrics.outcomes import Outcomes, outcomes
-from vit_rsst.metrics.reported import CalibrationError, ClassificationReport, report
+from vit_rsst.evaluation.outcomes import Outcomes, outcomes
+from vit_rsst.evaluation.reported import CalibrationError, ClassificationReport, report
+from vit_rsst.training import counters
 
 
 def reported(logits: list[list[float]] | Tensor, labels: list[int] | Tensor) -> dict:
@@ -131,7 +131,7 @@ def test_outcomes_come_in_the_order_of_the_images(num_processes, monkeypatch):
             return own * num_processes
         return [part for rank in reversed(range(num_processes)) for part in parts(rank)]
 
-    monkeypatch.setattr("vit_rsst.metrics.outcomes.gather_object", gathered)
+    monkeypatch.setattr("vit_rsst.evaluation.outcomes.gather_object", gathered)
     found, rate = outcomes(nn.Identity(), shares[0], 0, num_processes)
     assert rate > 0
     for name in vars(expected):

@@ -5,9 +5,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vit_rsst import optim
 from vit_rsst.errors import InputError
 from vit_rsst.models import zoo
+from vit_rsst.training import optim
 
 ALL = ("sgd", "adam", "adamw")
 

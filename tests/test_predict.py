@@ -14,8 +14,8 @@ from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.transforms import normalize
 from vit_rsst.errors import InputError
-from vit_rsst.predict import find_images, predict, predictions_text
-from vit_rsst.trained import open_trained
+from vit_rsst.evaluation.predict import find_images, predict, predictions_text
+from vit_rsst.tickets.trained import open_trained
 
 
 @pytest.fixture(scope="module")

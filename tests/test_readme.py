@@ -76,9 +76,9 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
         variables[key] = value
     words = [re.sub(r"accelerate_configs/(.+)", lambda m: f"accelerate_configs/{CONFIGURATIONS.get(m[1], m[1])}", w)
              for w in words]  # fmt: skip
-    if words[0] == "scripts/study":  # all of its runs need more images than there are here
+    if words[:2] == ["vit-rsst", "study"]:  # all of its runs need more images than there are here
         words += ["data.train_samples=32"]
-    if words[0] == "scripts/search":
+    if words[:2] == ["vit-rsst", "search"]:
         return variables, words + [item for item in SHORT if not item.startswith("model.args")]
     if words[:2] == ["vit-rsst", "analyze"]:
         words.append("--no-latency")

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from vit_rsst import recipe_file as recipes
-from vit_rsst import recipe_rules, strict_yaml
 from vit_rsst.errors import InputError
 from vit_rsst.pruning.plan import METHODS
-from vit_rsst.recipe import FREE_FIELDS, Recipe
-from vit_rsst.recipe_errors import Problem
-from vit_rsst.recipe_file import load
-from vit_rsst.run_folder import RunFolder
+from vit_rsst.recipe import loading as recipes
+from vit_rsst.recipe import rules, strict_yaml
+from vit_rsst.recipe.loading import load
+from vit_rsst.recipe.schema import FREE_FIELDS, Recipe
+from vit_rsst.recipe.sentences import Problem
+from vit_rsst.run.folder import RunFolder
 
 
 def written(folder: Path, text: str) -> Path:
@@ -126,7 +126,7 @@ def test_five_faults_are_told_at_once_in_a_moment_and_nothing_is_created(tmp_pat
     ]:
         assert [t for t in told if t.startswith(f"{path}:{line}  {name}: ") and hint in t], (name, told)
     assert sorted(tmp_path.rglob("*")) == before
-    assert "vit_rsst.recipe" in imported, "the probe sees imports"
+    assert "vit_rsst.recipe.schema" in imported, "the probe sees imports"
     heavy = {"torch", "numpy", "datasets", "timm", "transformers", "accelerate", "evaluate", "sklearn", "wandb"}
     assert not imported & heavy
 
@@ -500,21 +500,22 @@ def test_a_broken_rule_is_a_sentence_that_names_the_way_out(tmp_path, case):
 
 
 def test_every_rule_of_the_rules_is_broken_by_one_of_these_recipes(tmp_path, monkeypatch):
-    text = Path(recipe_rules.__file__).read_text(encoding="utf-8")
-    rules = [(n.lineno, n.end_lineno) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Yield)]
+    text = Path(rules.__file__).read_text(encoding="utf-8")
+    found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Yield) and "Problem(" in ast.unparse(n)]
+    yields = [(n.lineno, n.end_lineno) for n in found]
     told = []
 
     def problem(path: str, sentence: str) -> Problem:
         told.append(sys._getframe(1).f_lineno)
         return Problem(path, sentence)
 
-    monkeypatch.setattr(recipe_rules, "Problem", problem)
+    monkeypatch.setattr(rules, "Problem", problem)
     for overrides, _, _ in RULES.values():
         with pytest.raises(InputError):
             load(written(tmp_path, "name: r\n"), overrides)
-    untold = [start for start, end in rules if not any(start <= line <= end for line in told)]
-    assert not untold, f"no recipe here breaks the rules in these lines of recipe_rules.py: {untold}"
-    assert len(rules) >= 26
+    untold = [start for start, end in yields if not any(start <= line <= end for line in told)]
+    assert not untold, f"no recipe here breaks the rules in these lines of rules.py: {untold}"
+    assert len(yields) >= 26
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])

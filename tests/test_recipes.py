@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from vit_rsst.models import zoo
-from vit_rsst.recipe import Recipe, StepDecay
-from vit_rsst.recipe_file import builtin_recipes, find, load
+from vit_rsst.recipe.loading import builtin_recipes, find, load
+from vit_rsst.recipe.schema import Recipe, StepDecay
 
 NAMES = [str(path.relative_to(tiny.REPOSITORY / "recipes").with_suffix("")) for path in builtin_recipes()]
 SHORT = [

@@ -12,8 +12,7 @@ import browser
 import pytest
 import tiny
 
-from vit_rsst import recipe_file, results, strict_yaml
-from vit_rsst.columns import width_of as columns_of
+from vit_rsst.recipe import loading, strict_yaml
 from vit_rsst.report import canvas, curves, document, fronts, history, story
 from vit_rsst.report.compare import leader
 from vit_rsst.report.document import Bullets, Document, Section, Table, breakable
@@ -21,6 +20,8 @@ from vit_rsst.report.findings import findings
 from vit_rsst.report.fronts import Point, front
 from vit_rsst.report.groups import grouped, shortened
 from vit_rsst.report.pictures import PICTURES
+from vit_rsst.text import width_of as columns_of
+from vit_rsst.tickets import rounds
 
 STEPS = 10
 
@@ -43,7 +44,7 @@ def make_run(
         "name: tiny", f"name: {json.dumps(name)}"
     )
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    tree = recipe_file.load(folder / "recipe.yaml", [f"seed={seed}"]).tree()
+    tree = loading.load(folder / "recipe.yaml", [f"seed={seed}"]).tree()
     (path / "recipe.yaml").write_text(strict_yaml.dump(tree), encoding="utf-8")
     step = 2 * rounds * STEPS
     found = {"state": state, "round": rounds - 1, "epoch": 2, "step": step, "exit_code": 0, "reason": "", **status}
@@ -364,7 +365,7 @@ def test_runs_that_go_on_from_rounds_of_several_seeds_are_one_experiment(tmp_pat
             path = make_run(tmp_path, f"{name}-s{seed}", "imp", seed)
             overrides = [f"model.start_from={start}"]
             (path / "recipe.yaml").write_text(
-                strict_yaml.dump(recipe_file.load(path / "recipe.yaml", overrides).tree()), encoding="utf-8"
+                strict_yaml.dump(loading.load(path / "recipe.yaml", overrides).tree()), encoding="utf-8"
             )
             paths.append(path)
     groups = grouped([history.read(path) for path in paths])
@@ -376,7 +377,7 @@ def test_runs_that_go_on_from_rounds_of_several_seeds_are_one_experiment(tmp_pat
 def test_runs_that_name_each_other_are_compared(tmp_path):
     paths = [make_run(tmp_path, name, "imp") for name in ("dense", "b", "c")]
     for path, start in zip(paths, ("../b", "../dense", "../c"), strict=True):
-        tree = recipe_file.load(path / "recipe.yaml", ["train.distill.teacher=dense"]).tree()
+        tree = loading.load(path / "recipe.yaml", ["train.distill.teacher=dense"]).tree()
         tree["model"]["start_from"] = str(path / start)
         (path / "recipe.yaml").write_text(strict_yaml.dump(tree), encoding="utf-8")
     assert len(grouped([history.read(path) for path in paths])) == 3
@@ -393,8 +394,8 @@ def test_round_100_comes_after_round_99(tmp_path):
     (tmp_path / "tickets").mkdir()
     for round in (100, 9, 99):
         (tmp_path / "tickets" / f"round_{round:02d}.safetensors").touch()
-    assert [path.stem for path in results.of_rounds(tmp_path, ".safetensors")] == ["round_09", "round_99", "round_100"]
-    assert results.last_ticket(tmp_path).stem == "round_100"
+    assert [path.stem for path in rounds.of_rounds(tmp_path, ".safetensors")] == ["round_09", "round_99", "round_100"]
+    assert rounds.last_ticket(tmp_path).stem == "round_100"
 
 
 def test_a_page_breaks_fields_and_paths_at_their_parts():
@@ -414,8 +415,8 @@ MANGLED = {
         '{"classes": ["a", "b"], "confusion": [[0, "3"], [3, 0]]}', '{"classes": 3, "confusion": [[0, 3], [3, 0]]}',
     ],
     "tickets/round_02.json": [
-        json.dumps({"row": {name: 1 for name in results.COLUMNS} | {"what_if_gap": "x"}}),
-        json.dumps({"row": {name: 0 for name in results.COLUMNS}}),
+        json.dumps({"row": {name: 1 for name in rounds.COLUMNS} | {"what_if_gap": "x"}}),
+        json.dumps({"row": {name: 0 for name in rounds.COLUMNS}}),
         '{"row": {"round": "a"}}', "{}", '{"row": 3, "pruning": null}'],
 }  # fmt: skip
 
@@ -438,7 +439,7 @@ def test_a_file_of_another_shape_is_as_if_it_were_missing(tmp_path, file, text, 
 @pytest.mark.parametrize("pruning", [None, [], {"layers": None, "units": 3}, {"layers": {"a": 1}, "units": {"b": {}}}])
 def test_a_round_report_of_another_shape_is_as_if_it_were_missing(tmp_path, pruning):
     path = make_run(tmp_path)
-    report = results.of_rounds(path, ".json")[-1]
+    report = rounds.of_rounds(path, ".json")[-1]
     report.write_text(json.dumps({**json.loads(report.read_text()), "pruning": pruning}))
     told = history.read(path)
     assert len(told.rows) == len(told.pruning) == 3
@@ -482,7 +483,7 @@ def test_a_comparison_says_what_may_be_concluded(many, tmp_path):
 
 def test_scores_of_two_splits_are_never_compared(tmp_path):
     paths = [make_run(tmp_path, "a", "imp", top1=80.0), make_run(tmp_path, "b", "rsst", top1=80.0)]
-    report = results.of_rounds(paths[1], ".json")[-1]
+    report = rounds.of_rounds(paths[1], ".json")[-1]
     found = json.loads(report.read_text())
     found["row"]["test_top1"] = None
     found["row"]["val_top1"] = 99.0  # `a` has its test score, 2 points below its validation score

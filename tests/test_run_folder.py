@@ -14,9 +14,10 @@ import tiny
 import yaml
 
 from vit_rsst.errors import EnvironmentLacks, InputError
-from vit_rsst.recipe import Recipe, Train
-from vit_rsst.recipe_file import load
-from vit_rsst.run_folder import RunFolder, environment
+from vit_rsst.recipe.loading import load
+from vit_rsst.recipe.schema import Recipe, Train
+from vit_rsst.run.environment import environment
+from vit_rsst.run.folder import RunFolder
 
 RECIPE = Recipe(name="r")
 
@@ -184,8 +185,8 @@ HOLDER = """
 import sys
 from pathlib import Path
 
-from vit_rsst.recipe_file import load
-from vit_rsst.run_folder import RunFolder
+from vit_rsst.recipe.loading import load
+from vit_rsst.run.folder import RunFolder
 
 recipe = load(Path(sys.argv[1]))
 folder = RunFolder(recipe.run_folder)

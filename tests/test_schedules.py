@@ -10,8 +10,8 @@ from vit_rsst.progress import Progress
 from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
-from vit_rsst.recipe import Optim, Pruning, Recipe, Schedule, StepDecay, Train
-from vit_rsst.schedules import RAMPS, SPARSITY_CURVES, learning_rate, ramp
+from vit_rsst.recipe.schema import Optim, Pruning, Recipe, Schedule, StepDecay, Train
+from vit_rsst.training.schedules import RAMPS, SPARSITY_CURVES, learning_rate, ramp
 
 E_MINUS_1 = 1.718281828459045
 

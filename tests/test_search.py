@@ -11,9 +11,8 @@ import pytest
 import tiny
 
 pytest.importorskip("optuna")
-sys.path.insert(0, str(tiny.SCRIPTS))
 
-from _experiments import running, searching, space
+from vit_rsst.experiments import running, searching, space
 
 LR = "optim.lr=loguniform(1e-4,1e-1)"
 DECAY = "optim.weight_decay=choice(0.0,0.1)"
@@ -67,7 +66,7 @@ def started(monkeypatch) -> list[str]:
 
 def searched(folder: Path, trials: int, *more: str, fields: tuple[str, ...] = (LR, DECAY)) -> int:
     argv = [str(tiny.write_recipe(folder)), "--trials", str(trials), *more]
-    return tiny.script("search").main([*argv, *(f"--field={text}" for text in fields)])
+    return tiny.command("search", *argv, *(f"--field={text}" for text in fields))
 
 
 def drawn(folder: Path) -> list[tuple]:

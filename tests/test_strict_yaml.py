@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vit_rsst.strict_yaml import parse, parse_scalar
+from vit_rsst.recipe.strict_yaml import parse, parse_scalar
 
 
 def only_problem(text: str) -> tuple[tuple[str, ...], int, str]:

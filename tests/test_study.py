@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,12 +13,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from vit_rsst import results
 from vit_rsst.errors import InputError, Stopped
-
-sys.path.insert(0, str(tiny.SCRIPTS))
-
-from _experiments import running, study_file, tables
+from vit_rsst.experiments import running, study_file, tables
+from vit_rsst.tickets import rounds
 
 STUDY = """\
 name: methods
@@ -57,14 +53,17 @@ def started(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("option", ["--csv", "--markdown"])
 def test_a_place_that_cannot_be_written_is_said_before_any_run(tmp_path, started, capsys, option):
     argv = [str(write_study(tmp_path)), option, str(tmp_path / "nowhere" / "x")]
-    assert tiny.script("study").main(argv) == 2
+    assert tiny.command("study", *argv) == 2
     assert "it cannot be written" in capsys.readouterr().err
     assert started == []
 
 
 def test_a_study_trains_each_run_once_and_compares_the_arms(tmp_path, started, capsys):
-    file, study = write_study(tmp_path), tiny.script("study")
-    assert study.main([str(file), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "arms.md")]) == 0
+    file = write_study(tmp_path)
+    assert (
+        tiny.command("study", str(file), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "arms.md"))
+        == 0
+    )
     assert started == ["dense-round-s0", "dense-round-s1", "imp-s0", "rsst-s0", "imp-s1", "rsst-s1"]
     told, _, *table = (tmp_path / "arms.md").read_text("utf-8").splitlines()
     assert told.startswith("Comparisons with imp, seed by seed: 1;")
@@ -76,18 +75,18 @@ def test_a_study_trains_each_run_once_and_compares_the_arms(tmp_path, started, c
         rows = list(csv.DictReader(lines))
     assert [row["state"] for row in rows] == ["finished"] * 6
     folder = tmp_path / "runs" / "methods"
-    rounds = results.load_rows(folder / "rsst-s1")
-    assert [row.epochs for row in rounds] == [0, 1]
-    dense = results.load_rows(folder / "dense-round-s1")
+    pruned = rounds.load_rows(folder / "rsst-s1")
+    assert [row.epochs for row in pruned] == [0, 1]
+    dense = rounds.load_rows(folder / "dense-round-s1")
     assert [row.epochs for row in dense] == [2]
-    assert rounds[0].test_top1 == dense[0].test_top1  # it goes on from the dense round of its own seed
-    assert float(rows[-1]["test"]) == rounds[-1].test_top1
+    assert pruned[0].test_top1 == dense[0].test_top1  # it goes on from the dense round of its own seed
+    assert float(rows[-1]["test"]) == pruned[-1].test_top1
 
     started.clear()
-    assert study.main([str(file)]) == 0
+    assert tiny.command("study", str(file)) == 0
     assert started == []
     assert "| rsst | default | 2 |" in capsys.readouterr().out
-    assert study.main([str(file), "--dry-run"]) == 0
+    assert tiny.command("study", str(file), "--dry-run") == 0
     assert "6 runs" in (told := capsys.readouterr().out)
     assert "8 epochs, 0 of them to train; time: 0s" in told
 
@@ -98,8 +97,8 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(tmp_path, started, capsy
         .replace("dense: {{train.epochs: 2}}\n", "")
         .replace("  rsst:", "  broken: {{data.source: folder, data.path: /nowhere}}\n  rsst:")
     )
-    file, study = write_study(tmp_path, text), tiny.script("study")
-    assert study.main([str(file), "train.epochs=1"]) == 1
+    file = write_study(tmp_path, text)
+    assert tiny.command("study", str(file), "train.epochs=1") == 1
     assert started == ["imp-s0", "broken-s0", "rsst-s0"]
     told = capsys.readouterr()
     assert "| rsst | default | 1 |" in told.out
@@ -107,13 +106,13 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(tmp_path, started, capsy
     assert "/nowhere" in told.out.split("did not finish:")[1]
     assert "1 of 3 runs did not finish" in told.err
     started.clear()
-    assert study.main([str(file), "train.epochs=1"]) == 1
+    assert tiny.command("study", str(file), "train.epochs=1") == 1
     assert started == ["broken-s0"]
 
 
 def test_arms_of_a_dense_round_that_failed_are_not_started(tmp_path, started, capsys):
     file = write_study(tmp_path, STUDY.replace("train.epochs: 2", "train.epochs: 2, model.pretrained: /nowhere"))
-    assert tiny.script("study").main([str(file)]) == 1
+    assert tiny.command("study", file) == 1
     assert started == ["dense-round-s0", "dense-round-s1"]
     told = capsys.readouterr()
     assert "imp-s1: not started: it goes on from dense-round-s1, which did not finish" in told.out
@@ -138,7 +137,7 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG)
 def test_a_wrong_study_starts_nothing(tmp_path, started, capsys, text):
     file = write_study(tmp_path, f"name: wrong\nrecipe: {{recipe}}\nseeds: [0, 1]\ndense: {{{{}}}}\n{text}\n")
-    assert tiny.script("study").main([str(file)]) == 2
+    assert tiny.command("study", file) == 2
     told = capsys.readouterr().err
     assert WRONG[text] in told
     assert len(told.splitlines()) == 1
@@ -156,7 +155,7 @@ def test_a_wrong_study_starts_nothing(tmp_path, started, capsys, text):
 )
 def test_wrong_seeds_and_a_dense_round_that_is_none_start_nothing(tmp_path, started, capsys, text, message):
     file = write_study(tmp_path, "name: wrong\nrecipe: {recipe}\narms: {{imp: {{}}}}\n" + text + "\n")
-    assert tiny.script("study").main([str(file)]) == 2
+    assert tiny.command("study", file) == 2
     assert message in capsys.readouterr().err
     assert started == []
 
@@ -240,16 +239,9 @@ def test_a_signal_stops_all_trainers_cleanly(tmp_path, monkeypatch):
     assert len(told) == 4
 
 
-@pytest.mark.parametrize("name", ["study", "search"])
-def test_an_interpreter_without_the_package_is_one_sentence(name):
-    done = tiny.python("-I", "-S", tiny.SCRIPTS / name, "--help")
-    assert done.returncode == 3
-    assert re.fullmatch(r"error: .* make .venv with scripts/quickstart and activate it.\n", done.stderr)
-
-
 def result(arm: str, seed: int, test: float, gap: float | None = None) -> tables.Result:
-    row = dict.fromkeys(results.COLUMNS, 0) | {"val_top1": test + 1, "test_top1": test, "density": 0.1, "seconds": 30}
-    rows = [results.RoundRow(**row | {"what_if_gap": None}), results.RoundRow(**row | {"what_if_gap": gap})]
+    row = dict.fromkeys(rounds.COLUMNS, 0) | {"val_top1": test + 1, "test_top1": test, "density": 0.1, "seconds": 30}
+    rows = [rounds.RoundRow(**row | {"what_if_gap": None}), rounds.RoundRow(**row | {"what_if_gap": gap})]
     return tables.Result(SimpleNamespace(arm=arm, point="", seed=seed, name=f"{arm}-s{seed}", epochs=(2, 1)), rows)
 
 

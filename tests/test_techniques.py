@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vit_rsst.models import zoo
 from vit_rsst.models.complexity import activation_bytes
-from vit_rsst.tickets import load as load_ticket
+from vit_rsst.tickets.ticket_file import load as load_ticket
 
 ARGS = tiny.MODEL_ARGS | {"depth": 2}
 RECIPE = tiny.RECIPE.replace(json.dumps(tiny.MODEL_ARGS), json.dumps(ARGS))

@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vit_rsst import tickets
 from vit_rsst.errors import Damaged
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.tickets import ticket_file
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}
 HEADER = {"architecture": "vit_tiny_patch16_224", "model_args": json.dumps({**ARGS, "num_classes": 10})}
@@ -41,7 +41,7 @@ def saved(tmp_path) -> tuple[Path, torch.nn.Module, MaskSet]:
     net = network()
     mask = masks(net, 0.3)
     path = tmp_path / "round_01.safetensors"
-    tickets.save(path, net.state_dict(), mask, HEADER)
+    ticket_file.save(path, net.state_dict(), mask, HEADER)
     return path, net, mask
 
 
@@ -61,8 +61,8 @@ def test_the_weights_come_back_bit_by_bit_with_zeros_where_the_mask_says(tmp_pat
         flat = net.state_dict()[name].view(-1)
         flat[alive[:5]] = torch.tensor([-0.0, 0.0, 1e-45, -1e-40, 3.4e38])  # signed zeros, denormals, the largest
     path = tmp_path / "t.safetensors"
-    tickets.save(path, net.state_dict(), mask, HEADER)
-    ticket = tickets.load(path)
+    ticket_file.save(path, net.state_dict(), mask, HEADER)
+    ticket = ticket_file.load(path)
 
     assert ticket.state.keys() == net.state_dict().keys()
     assert ticket.mask.masks.keys() == mask.masks.keys()
@@ -82,8 +82,8 @@ def test_the_weights_come_back_bit_by_bit_with_zeros_where_the_mask_says(tmp_pat
 def test_a_weight_that_is_all_dead_or_all_alive_comes_back(tmp_path, density):
     net = network()
     mask = MaskSet({name: torch.full(w.shape, bool(density)) for name, w in prunable_weights(net).items()})
-    tickets.save(tmp_path / "t.safetensors", net.state_dict(), mask, HEADER)
-    ticket = tickets.load(tmp_path / "t.safetensors")
+    ticket_file.save(tmp_path / "t.safetensors", net.state_dict(), mask, HEADER)
+    ticket = ticket_file.load(tmp_path / "t.safetensors")
     assert ticket.mask.density == density
     for name in mask:
         assert torch.equal(ticket.state[name], net.state_dict()[name] * density)
@@ -92,8 +92,8 @@ def test_a_weight_that_is_all_dead_or_all_alive_comes_back(tmp_path, density):
 def test_a_mask_whose_size_is_no_multiple_of_eight_comes_back(tmp_path):
     mask = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
     weight = torch.arange(1.0, 10.0).reshape(3, 3)
-    tickets.save(tmp_path / "t.safetensors", {"w": weight, "b": torch.ones(2)}, MaskSet({"w": mask}), {})
-    ticket = tickets.load(tmp_path / "t.safetensors")
+    ticket_file.save(tmp_path / "t.safetensors", {"w": weight, "b": torch.ones(2)}, MaskSet({"w": mask}), {})
+    ticket = ticket_file.load(tmp_path / "t.safetensors")
     assert ticket.state["w"].tolist() == [[1, 0, 3], [0, 0, 6], [7, 8, 0]]
     assert ticket.state["b"].tolist() == [1, 1]
 
@@ -102,7 +102,7 @@ def test_the_layout_of_the_file_is_the_one_that_is_written_down(tmp_path):
     mask = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
     weight = torch.arange(1.0, 10.0).reshape(3, 3)
     path = tmp_path / "t.safetensors"
-    num_bytes = tickets.save(path, {"w": weight, "b": torch.ones(2)}, MaskSet({"w": mask}), {"note": "ü"})
+    num_bytes = ticket_file.save(path, {"w": weight, "b": torch.ones(2)}, MaskSet({"w": mask}), {"note": "ü"})
     tensors = load_file(path)
     assert tensors.keys() == {"w.values", "w.mask", "w.shape", "b"}
     assert tensors["w.values"].tolist() == [1, 3, 6, 7, 8]
@@ -117,9 +117,9 @@ def test_the_layout_of_the_file_is_the_one_that_is_written_down(tmp_path):
 
 def test_a_ticket_fits_a_model_that_timm_builds_from_the_header_alone(saved):
     path, net, mask = saved
-    ticket = tickets.load(path)
+    ticket = ticket_file.load(path)
     plain = timm.create_model(ticket.metadata["architecture"], **json.loads(ticket.metadata["model_args"]))
-    tickets.load_into_(plain, ticket, str(path))
+    ticket_file.load_into_(plain, ticket, str(path))
     with torch.no_grad():
         for name, weight in prunable_weights(net).items():
             weight.mul_(mask[name])
@@ -161,9 +161,9 @@ def test_a_process_without_this_package_loads_a_ticket(saved, tmp_path):
     done = tiny.python(script, path, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    ticket = tickets.load(path)
+    ticket = ticket_file.load(path)
     net = network()
-    tickets.load_into_(net, ticket, str(path))
+    ticket_file.load_into_(net, ticket, str(path))
     expected = net.eval()(torch.ones(1, 3, 32, 32))
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=1e-5, atol=1e-5)
     assert found["package"] is False
@@ -182,7 +182,7 @@ def test_a_ticket_is_no_larger_than_its_bound(tmp_path, density):
         order = torch.randperm(weight.numel(), generator=generator)
         mask[name] = (order < round(density * weight.numel())).view(weight.shape)
     header = HEADER | {"data": json.dumps({"classes": [f"n{i:08d}" for i in range(1000)]})}
-    num_bytes = tickets.save(tmp_path / "t.safetensors", net.state_dict(), MaskSet(mask), header)
+    num_bytes = ticket_file.save(tmp_path / "t.safetensors", net.state_dict(), MaskSet(mask), header)
 
     prunable = 4 * sum(w.numel() for w in weights.values())
     dense = 4 * sum(t.numel() for t in net.state_dict().values())
@@ -210,7 +210,7 @@ def evaluated(path: Path, capsys: pytest.CaptureFixture) -> str:
 
 def refused(path: Path, capsys: pytest.CaptureFixture) -> str:
     with pytest.raises(Damaged) as caught:
-        tickets.load(path)
+        ticket_file.load(path)
     assert "\n" not in str(caught.value)
     line = evaluated(path, capsys)
     assert line == f"error: {caught.value}"
@@ -237,14 +237,14 @@ def test_a_truncated_ticket_is_refused_wherever_it_was_cut(saved, capsys):
     for size in cuts:
         path.write_bytes(whole[:size])
         with pytest.raises(Damaged):
-            tickets.load(path)
+            ticket_file.load(path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(Damaged):
-        tickets.load(path)
+        ticket_file.load(path)
     path.write_bytes(whole[: len(whole) // 2])
     refused(path, capsys)
     path.write_bytes(whole)
-    tickets.load(path)
+    ticket_file.load(path)
 
 
 @pytest.mark.fault("F9")
@@ -259,7 +259,7 @@ def test_one_flipped_bit_in_the_data_is_refused(saved, capsys):
         flipped[place] ^= 0x10
         path.write_bytes(flipped)
         with pytest.raises(Damaged, match="hash"):
-            tickets.load(path)
+            ticket_file.load(path)
     assert len(places) > 25
     assert "hash" in refused(path, capsys)
 
@@ -268,7 +268,7 @@ def test_one_flipped_bit_in_the_header_is_refused(tmp_path):
     """The mean, the classes or the architecture may not change in silence any more than a weight."""
     path = tmp_path / "t.safetensors"
     header = {**HEADER, "data": json.dumps({"mean": [0.305], "classes": ["a", "b"]})}
-    tickets.save(path, {"w": torch.eye(3), "b": torch.ones(2)}, MaskSet({"w": torch.eye(3) > 0}), header)
+    ticket_file.save(path, {"w": torch.eye(3), "b": torch.ones(2)}, MaskSet({"w": torch.eye(3) > 0}), header)
     whole = path.read_bytes()
     [header_bytes] = struct.unpack("<Q", whole[:8])
     accepted = []
@@ -277,7 +277,7 @@ def test_one_flipped_bit_in_the_header_is_refused(tmp_path):
         flipped[place] ^= 0x01
         path.write_bytes(flipped)
         try:
-            tickets.load(path)
+            ticket_file.load(path)
         except Damaged:
             continue
         accepted.append(whole[max(place - 12, 0) : place + 12])
@@ -312,7 +312,7 @@ def test_a_ticket_of_another_shape_does_not_fit_and_leaves_the_model_alone(saved
     other = network(embed_dim=96)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(Damaged) as caught:
-        tickets.load_into_(other, tickets.load(path), "here")
+        ticket_file.load_into_(other, ticket_file.load(path), "here")
     text = str(caught.value)
     assert text.startswith("here: ")
     assert "does not fit this model in" in text
@@ -324,11 +324,11 @@ def test_a_ticket_of_another_shape_does_not_fit_and_leaves_the_model_alone(saved
 
 def test_a_ticket_of_other_names_does_not_fit(saved):
     path, _, _ = saved
-    ticket = tickets.load(path)
+    ticket = ticket_file.load(path)
     with pytest.raises(Damaged, match=r"blocks\.2\..*has none"):
-        tickets.load_into_(network(depth=3), ticket, "here")
+        ticket_file.load_into_(network(depth=3), ticket, "here")
     with pytest.raises(Damaged, match=r"blocks\.1\..*model has none"):
-        tickets.load_into_(network(depth=1), ticket, "here")
+        ticket_file.load_into_(network(depth=1), ticket, "here")
 
 
 @pytest.fixture(scope="module")
@@ -347,25 +347,25 @@ def ticket(finished, tmp_path) -> Path:
 
 @pytest.mark.parametrize("change", [{"depth": 2}, {"embed_dim": 48}])
 def test_a_ticket_whose_header_describes_another_model_is_refused(ticket, capsys, change):
-    loaded = tickets.load(ticket)
+    loaded = ticket_file.load(ticket)
     args = json.loads(loaded.metadata["model_args"])
-    tickets.save(ticket, loaded.state, loaded.mask, _header(loaded) | {"model_args": json.dumps(args | change)})
+    ticket_file.save(ticket, loaded.state, loaded.mask, _header(loaded) | {"model_args": json.dumps(args | change)})
     assert "does not fit this model" in evaluated(ticket, capsys)
 
 
 def test_a_ticket_of_other_classes_is_refused(ticket, capsys):
-    loaded = tickets.load(ticket)
+    loaded = ticket_file.load(ticket)
     data = json.loads(loaded.metadata["data"])
     data["classes"] = ["cat", "dog"]
-    tickets.save(ticket, loaded.state, loaded.mask, _header(loaded) | {"data": json.dumps(data)})
+    ticket_file.save(ticket, loaded.state, loaded.mask, _header(loaded) | {"data": json.dumps(data)})
     assert "trained on 2 classes" in evaluated(ticket, capsys)
 
 
 @pytest.mark.parametrize("missing", ["data", "architecture", "model_args", "seed"])
 def test_a_ticket_whose_header_lacks_an_entry_is_refused(ticket, capsys, missing):
-    loaded = tickets.load(ticket)
+    loaded = ticket_file.load(ticket)
     header = {k: v for k, v in _header(loaded).items() if k != missing}
-    tickets.save(ticket, loaded.state, loaded.mask, header)
+    ticket_file.save(ticket, loaded.state, loaded.mask, header)
     assert missing in evaluated(ticket, capsys)
 
 
@@ -380,19 +380,19 @@ def test_starting_from_a_ticket_of_another_model_is_refused_even_where_the_shape
 
 @pytest.mark.parametrize("missing", ["architecture", "model_args"])
 def test_starting_from_a_ticket_that_does_not_say_its_model_is_refused(ticket, tmp_path, capsys, missing):
-    loaded = tickets.load(ticket)
-    tickets.save(ticket, loaded.state, loaded.mask, {k: v for k, v in _header(loaded).items() if k != missing})
+    loaded = ticket_file.load(ticket)
+    ticket_file.save(ticket, loaded.state, loaded.mask, {k: v for k, v in _header(loaded).items() if k != missing})
     assert tiny.command("train", tiny.write_recipe(tmp_path), f"model.start_from={ticket}") == 5
     assert f"the header has no {missing!r}" in capsys.readouterr().err
 
 
-def _header(ticket: tickets.Ticket) -> dict[str, str]:
+def _header(ticket: ticket_file.Ticket) -> dict[str, str]:
     return {k: v for k, v in ticket.metadata.items() if k not in ("format", "sha256")}
 
 
 def test_the_header_of_a_run_says_what_inference_needs(finished):
     for number in (0, 1, 2):
-        header = tickets.load(finished / "tickets" / f"round_{number:02d}.safetensors").metadata
+        header = ticket_file.load(finished / "tickets" / f"round_{number:02d}.safetensors").metadata
         assert header["model"] == "vit_tiny"
         assert header["architecture"] in timm.list_models()
         assert json.loads(header["model_args"]).items() >= {**tiny.MODEL_ARGS, "num_classes": 10}.items()
@@ -402,8 +402,8 @@ def test_the_header_of_a_run_says_what_inference_needs(finished):
         assert len(data["mean"]) == len(data["std"]) == 3
         assert (header["round"], header["ema"], header["method"]) == (str(number), "false", "rsst")
         net = zoo.create(header["architecture"], json.loads(header["model_args"]))
-        loaded = tickets.load(finished / "tickets" / f"round_{number:02d}.safetensors")
-        tickets.load_into_(net, loaded, "")
+        loaded = ticket_file.load(finished / "tickets" / f"round_{number:02d}.safetensors")
+        ticket_file.load_into_(net, loaded, "")
         assert float(header["density"]) == loaded.mask.density
 
 
@@ -424,11 +424,11 @@ def test_saving_leaves_no_other_file_and_a_failed_save_leaves_the_old_ticket(sav
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for target, name in ((tickets, "save_file"), (tickets.files, "settle"), (os, "replace")):
+    for target, name in ((ticket_file, "save_file"), (ticket_file.files, "settle"), (os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, full)
             with pytest.raises(OSError, match="No space"):
-                tickets.save(path, net.state_dict(), mask, {"other": "header"})
+                ticket_file.save(path, net.state_dict(), mask, {"other": "header"})
         assert path.read_bytes() == before
 
 
@@ -440,5 +440,5 @@ def test_no_ticket_is_ever_unpickled(saved, monkeypatch):
     for module, name in (("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"), ("pickle", "dump"),
                          ("pickle", "dumps"), ("torch", "load"), ("torch", "save")):  # fmt: skip
         monkeypatch.setattr(f"{module}.{name}", forbidden)
-    tickets.save(path, net.state_dict(), mask, HEADER)
-    tickets.load_into_(net, tickets.load(path), "")
+    ticket_file.save(path, net.state_dict(), mask, HEADER)
+    ticket_file.load_into_(net, ticket_file.load(path), "")

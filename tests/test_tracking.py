@@ -15,8 +15,9 @@ from accelerate import PartialState
 from accelerate import tracking as accelerate_tracking
 from PIL import Image
 
-from vit_rsst import reach, tracking
-from vit_rsst.tracking import Tracker
+from vit_rsst import reach
+from vit_rsst.run import tracking
+from vit_rsst.run.tracking import Tracker
 
 
 class Fake:
@@ -426,7 +427,7 @@ def test_trackio_keeps_numbers_figures_and_the_report_without_a_network(tmp_path
     code = """
         import pathlib, sys, numpy
         from accelerate import PartialState
-        from vit_rsst.tracking import Tracker
+        from vit_rsst.run.tracking import Tracker
         folder = pathlib.Path(sys.argv[1])
         PartialState(cpu=True)
         tracker = Tracker(folder / "metrics.jsonl", True, print)

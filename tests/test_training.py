@@ -14,20 +14,21 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import nn
 
-from vit_rsst import files, results
-from vit_rsst.best import Best
+from vit_rsst import files
 from vit_rsst.data.loaders import Dealing, InMemoryLoader
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.options import Imbalance
 from vit_rsst.data.tables import Split, class_balanced, shuffled
 from vit_rsst.data.transforms import Augmentation, Erasing
-from vit_rsst.distill import Distillation, divergence
-from vit_rsst.ema import Ema
-from vit_rsst.losses import make_loss
-from vit_rsst.metrics.counters import RunningLoss
 from vit_rsst.models.dynamic_vit import DynamicVit
 from vit_rsst.progress import Progress
-from vit_rsst.tickets import load
+from vit_rsst.tickets import rounds
+from vit_rsst.tickets.ticket_file import load
+from vit_rsst.training.best import Best
+from vit_rsst.training.counters import RunningLoss
+from vit_rsst.training.distill import Distillation, divergence
+from vit_rsst.training.ema import Ema
+from vit_rsst.training.losses import make_loss
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -282,7 +283,7 @@ def test_a_round_ends_with_its_best_epoch_and_early_where_patience_runs_out(tmp_
     options = ("pruning.method=imp", "train.epochs=6", "train.round_epochs=6", "optim.lr=0.02")
     assert tiny.command("train", recipe, *options, "train.keep_best=true", "train.patience=2") == 0
     [run] = (tmp_path / "runs").iterdir()
-    rows, found = results.load_rows(run), scores(run)
+    rows, found = rounds.load_rows(run), scores(run)
     for row in rows:
         of_round = [top1 for number, top1 in found if number == row.round]
         assert row.epochs == len(of_round)
@@ -306,7 +307,7 @@ def test_the_best_epoch_of_any_method_is_one_after_its_last_removal(tmp_path, me
     units = ("pruning.granularity=neuron", "pruning.schedule.final_sparsity=0.5") if "refill" in method else ()
     assert tiny.command("train", recipe, *options, *units, f"pruning.method={method}") == 0
     [run] = (tmp_path / "runs").iterdir()
-    assert results.load_rows(run)[-1].density < 0.6
+    assert rounds.load_rows(run)[-1].density < 0.6
 
 
 def test_a_models_own_loss_is_not_the_teachers_to_weigh(tmp_path, monkeypatch):
@@ -328,7 +329,7 @@ def test_the_teacher_of_the_later_rounds_is_the_model_of_round_0(tmp_path, monke
     assert tiny.command("train", tiny.write_recipe(tmp_path), "train.distill.teacher=dense") == 0
     [run] = (tmp_path / "runs").iterdir()
     assert asked[0] is None
-    dense = load(results.ticket_path(run, 0)).state
+    dense = load(rounds.ticket_path(run, 0)).state
     assert all(torch.equal(value, dense[name]) for name, value in asked[-1].state_dict().items())
     assert not asked[-1].training
     other = ("name=other", f"train.distill.teacher={run}", "pruning.method=dense")

@@ -318,9 +318,9 @@ def test_a_run_says_and_records_what_it_began_with(small, tmp_path, capsys):
     run = tmp_path / "runs" / "tiny"
     recorded = json.loads((run / "environment.json").read_text())["weights"]
     assert (recorded["sha256"], recorded["new"]) == (sha256, ["head.bias", "head.weight"])
-    from vit_rsst import tickets
+    from vit_rsst.tickets import ticket_file
 
-    assert tickets.load(run / "tickets" / "round_00.safetensors").metadata["pretrained"] == sha256
+    assert ticket_file.load(run / "tickets" / "round_00.safetensors").metadata["pretrained"] == sha256
 
 
 @pytest.mark.parametrize(("kind", "code"), [("truncated", 5), ("foreign", 5), ("missing", 3), ("model.pth", 5)])

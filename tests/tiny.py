@@ -4,8 +4,6 @@ Not a test module: what the tests of the command line, the run folder, tickets a
 """
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import json
 import os
 import random
@@ -14,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "vit_rsst"
@@ -71,14 +68,6 @@ def command(*argv: object) -> int:
 
     with alone_on_cpu():
         return cli.main([str(item) for item in argv])
-
-
-def script(name: str) -> ModuleType:
-    """A script of the repository, which has no extension, as a module; what it imports beside it can be imported."""
-    loader = importlib.machinery.SourceFileLoader(name, str(SCRIPTS / name))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(module)
-    return module
 
 
 class TrainerHere:

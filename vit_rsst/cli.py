@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from vit_rsst import __version__
-from vit_rsst.output import leave, output_file
+from vit_rsst.files import leave, output_file
 from vit_rsst.train import add_arguments, guarded, train
 
 
@@ -85,6 +85,30 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders; in whatever state")
     report.add_argument("--out", metavar="DIR", help="default: the run folder; of several runs ./comparison")
     report.add_argument("--no-latency", action="store_true", help="measure no latency")
+    study = verb("study", study_verb, "train a grid of recipes by a study file and compare the arms")
+    study.add_argument("file", metavar="FILE", help="a study file, such as those in scripts/studies/")
+    study.add_argument("overrides", metavar="key=value", nargs="*", help="fields of the recipe, for all runs")
+    study.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; the cores are shared out")
+    study.add_argument("--dry-run", action="store_true", help="list the runs, their epochs and the time; start none")
+    study.add_argument("--csv", metavar="FILE", help="write a line a run")
+    study.add_argument("--markdown", metavar="FILE", help="write the table of the arms")
+    search = verb("search", search_verb, "tune fields of a recipe by validation, trial by trial")
+    search.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of one of the package")
+    search.add_argument("overrides", metavar="key=value", nargs="*", help="fields of the recipe, for all trials")
+    search.add_argument("--trials", type=int, required=True, metavar="N", help="trials in all, earlier ones included")
+    search.add_argument(
+        "--field", action="append", required=True, metavar="KEY=KIND(…)", dest="fields",
+        help="a field to vary: uniform(a,b), loguniform(a,b), int(a,b) or choice(a,b,…)",
+    )  # fmt: skip
+    search.add_argument(
+        "--metric",
+        choices=("val/top1", "val/top5", "val/loss"),
+        default="val/top1",
+        help="of the last epoch; default: val/top1",
+    )
+    search.add_argument(
+        "--prune", action="store_true", help="stop a trial that is worse than half of the others were at its epoch"
+    )
     verb("models", models_verb, "list the models of the catalogue; any timm name works too")
     verb("recipes", recipes_verb, "list the recipes that come with the package")
     verb("methods", methods_verb, "list pruning methods, criteria and data sources")
@@ -98,7 +122,7 @@ def check_verb(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from vit_rsst import files
-    from vit_rsst.recipe_file import find, load
+    from vit_rsst.recipe.loading import find, load
 
     recipe = load(find(arguments.recipe), arguments.overrides)
     as_json, picture = output_file(arguments.json), output_file(arguments.picture, ".svg")
@@ -128,7 +152,7 @@ def evaluate_verb(arguments: argparse.Namespace) -> None:
         raise InputError(f"--source: {unknown('source', arguments.source, CATALOG)}")
     as_json, as_csv = output_file(arguments.json), output_file(arguments.csv)
 
-    from vit_rsst.evaluation import evaluate, report_text, write_csv
+    from vit_rsst.evaluation.evaluate import evaluate, report_text, write_csv
     from vit_rsst.train import start_processes
 
     state = start_processes()
@@ -145,7 +169,7 @@ def predict_verb(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from vit_rsst import files
-    from vit_rsst.predict import predict, predictions_text
+    from vit_rsst.evaluation.predict import predict, predictions_text
 
     output = output_file(arguments.json)
     result = predict(Path(arguments.what), [Path(image) for image in arguments.images], arguments.top)
@@ -192,13 +216,25 @@ def report_verb(arguments: argparse.Namespace) -> None:
     print(f"{page}\n{page.with_suffix('.md')}")
 
 
+def study_verb(arguments: argparse.Namespace) -> None:
+    from vit_rsst.experiments.study import run_study
+
+    run_study(arguments)
+
+
+def search_verb(arguments: argparse.Namespace) -> None:
+    from vit_rsst.experiments.search import run_search
+
+    run_search(arguments)
+
+
 def models_verb(arguments: argparse.Namespace) -> None:
     from vit_rsst.analysis.subject import size_of
-    from vit_rsst.columns import aligned
     from vit_rsst.models import zoo
     from vit_rsst.models.anatomy import prunable_weights
     from vit_rsst.models.catalog import CATALOG
     from vit_rsst.models.complexity import flops
+    from vit_rsst.text import aligned
 
     lines = [("model", "parameters", "prunable", "MFLOPs", "px", "weights", "architecture")]
     for name, stock in CATALOG.items():
@@ -216,7 +252,7 @@ def models_verb(arguments: argparse.Namespace) -> None:
 
 
 def recipes_verb(arguments: argparse.Namespace) -> None:
-    from vit_rsst.recipe_file import builtin_folder, builtin_recipes
+    from vit_rsst.recipe.loading import builtin_folder, builtin_recipes
 
     paths = {str(path.relative_to(builtin_folder()).with_suffix("")): path for path in builtin_recipes()}
     width = max(map(len, paths)) + 2

@@ -7,89 +7,22 @@ test split, once.
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import NoReturn
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
 
-from vit_rsst import optim, results, resume, tickets
-from vit_rsst.best import Best
-from vit_rsst.checkpoint import Checkpointer
-from vit_rsst.console import Console
-from vit_rsst.data.loaders import Batch, Loader
-from vit_rsst.data.mixing import Mixing
-from vit_rsst.distill import Distillation
+from vit_rsst.data.loaders import Batch
 from vit_rsst.errors import Diverged, Stopped
-from vit_rsst.metrics.counters import Interrupted, RunningLoss
 from vit_rsst.progress import Progress
-from vit_rsst.pruning.controller import Controller, RoundReport
-from vit_rsst.run_folder import RunFolder
+from vit_rsst.pruning.controller import RoundReport
+from vit_rsst.run import resume
+from vit_rsst.run.state import Run
 from vit_rsst.seeds import derived_seed
-from vit_rsst.signals import StopFlag
-from vit_rsst.tracking import Tracker
-from vit_rsst.watchdog import Watchdog
-
-
-@dataclass
-class Run:
-    """All that a run is made of.
-
-    Attributes:
-        model: as Accelerate prepared it; `net` is the same network without wrappers.
-        loss: (logits, labels) → mean loss.
-        own_loss: what the model asks of itself after a forward pass in training; None: nothing.
-        mixing: MixUp or CutMix; None: images stay apart.
-        distillation: joins a teacher to the loss; None: there is none.
-        best: the best epoch of the round under way.
-        lr: the learning rate at a progress.
-        evaluate: split name → top1, top5, loss; collective.
-        clip_grad_norm: largest norm of the gradients; None: not clipped.
-        max_skipped_steps: non-finite steps that are left out before the run stops.
-        header: strings of every ticket's header.
-        environment: versions, data and machine, as the run folder has them.
-        watch: (moment, progress, controller) looks on at `round began`, `epoch ended` and `round ended`.
-        epoch_is_open: an epoch is trained and not yet evaluated.
-        seconds: time spent in the round under way, over all sittings.
-    """
-
-    accelerator: Accelerator
-    model: nn.Module
-    net: nn.Module
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-    loss: Callable[[Tensor, Tensor], Tensor]
-    lr: Callable[[Progress], float]
-    controller: Controller
-    progress: Progress
-    evaluate: Callable[[str], dict[str, float]]
-    folder: RunFolder
-    checkpointer: Checkpointer
-    tracker: Tracker
-    console: Console
-    stop: StopFlag
-    meter: RunningLoss
-    clip_grad_norm: float | None
-    max_skipped_steps: int
-    log_every_steps: int
-    save_every_steps: int | None
-    seed: int
-    recipe_fingerprint: str
-    header: dict[str, str]
-    environment: dict[str, object]
-    watchdog: Watchdog
-    own_loss: Callable[[], Tensor] | None = None
-    mixing: Mixing | None = None
-    distillation: Distillation | None = None
-    best: Best = field(default_factory=Best)
-    watch: Callable[[str, Progress, Controller], None] = lambda *_: None
-    skipped_steps: int = 0
-    epoch_is_open: bool = False
-    seconds: float = 0.0
-    clock: float = field(default_factory=time.monotonic)
+from vit_rsst.tickets import rounds, ticket_file
+from vit_rsst.training import optim
+from vit_rsst.training.counters import Interrupted
 
 
 def run(s: Run) -> None:
@@ -256,10 +189,10 @@ def finish_round(s: Run) -> None:
 def leave_ticket(s: Run, report: RoundReport, scores: dict[str, float]) -> None:
     """The ticket of the weights as they stand, its report and its row; on the main process."""
     if s.accelerator.is_main_process:
-        path = results.ticket_path(s.folder.path, report.round)
+        path = rounds.ticket_path(s.folder.path, report.round)
         header = s.header | {"round": str(report.round), "density": repr(report.density)}
-        num_bytes = tickets.save(path, s.net.state_dict(), s.controller.mask, header)
-        row = results.RoundRow(
+        num_bytes = ticket_file.save(path, s.net.state_dict(), s.controller.mask, header)
+        row = rounds.RoundRow(
             round=report.round,
             density_asked=report.density_asked,
             density=report.density,
@@ -273,23 +206,23 @@ def leave_ticket(s: Run, report: RoundReport, scores: dict[str, float]) -> None:
             seconds=round(s.seconds + time.monotonic() - s.clock, 1),
             ticket_bytes=num_bytes,
         )
-        results.save_row(s.folder.path, row, asdict(report))
+        rounds.save_row(s.folder.path, row, asdict(report))
         if report.round + 1 < len(s.progress.round_epochs):  # the last table comes with the test scores
-            s.console.rounds(results.load_rows(s.folder.path))
+            s.console.rounds(rounds.load_rows(s.folder.path))
         s.tracker.log("round", s.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
 
 
 def score_tickets(s: Run) -> None:
     """Every ticket meets the test split, once, read back from its file."""
     s.checkpointer.settle()
-    for row in results.load_rows(s.folder.path):
-        path = results.ticket_path(s.folder.path, row.round)
-        tickets.load_into_(s.net, tickets.load(path), str(path))
+    for row in rounds.load_rows(s.folder.path):
+        path = rounds.ticket_path(s.folder.path, row.round)
+        ticket_file.load_into_(s.net, ticket_file.load(path), str(path))
         scores = s.evaluate("test")
         if s.accelerator.is_main_process:
-            report = results.load_report(path.with_suffix(".json"))["pruning"]
+            report = rounds.load_report(path.with_suffix(".json"))["pruning"]
             scored = replace(row, test_top1=scores["top1"], test_loss=scores["loss"])
-            results.save_row(s.folder.path, scored, report)
+            rounds.save_row(s.folder.path, scored, report)
             found = {"round": row.round, **{f"test/{key}": value for key, value in scores.items()}}
             s.tracker.log("test", s.progress.global_step, found)
     s.accelerator.wait_for_everyone()

@@ -5,7 +5,6 @@ The recipe is checked before anything heavy is imported, so that a mistake costs
 
 import argparse
 import contextlib
-import errno
 import io
 import os
 import sys
@@ -13,14 +12,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, RunError
+from vit_rsst.errors import Damaged, InputError, RunError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
-    from vit_rsst.loop import Run
-    from vit_rsst.recipe import Recipe
+    from vit_rsst.recipe.schema import Recipe
     from vit_rsst.report.watching import Watcher
+    from vit_rsst.run.state import Run
 
 
 INTERRUPTED, CUT_SHORT = 130, 141  # 128 + SIGINT and + SIGPIPE, as a shell says it
@@ -32,13 +31,6 @@ SHARDED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
 """What a launcher sets to ask for it → its name."""
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Errors of a disk that is full, failing or no longer writable."""
-
-
-class LostRank(EnvironmentLacks):
-    """Another process of the job is gone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,11 +80,11 @@ def guarded(verb: object, arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from vit_rsst.recipe_file import find, load
+    from vit_rsst.recipe.loading import find, load
 
     recipe = load(find(arguments.recipe), arguments.overrides)
     if arguments.dry_run:
-        from vit_rsst.planning import plan_text
+        from vit_rsst.assembly.planning import plan_text
 
         if os.environ.get("RANK", "0") == "0":
             print(plan_text(recipe, int(os.environ.get("WORLD_SIZE", "1"))))
@@ -105,9 +97,9 @@ def run_recipe(
 ) -> None:
     """Trains by a recipe, going on where an earlier run of it stopped."""
     from vit_rsst.assembly.build import build
-    from vit_rsst.results import load_rows, table
-    from vit_rsst.run_folder import RunFolder
-    from vit_rsst.signals import StopFlag
+    from vit_rsst.run.folder import RunFolder
+    from vit_rsst.run.signals import StopFlag
+    from vit_rsst.tickets.rounds import load_rows, table
 
     minutes = recipe.train.max_minutes
     stop = StopFlag(deadline=time.monotonic() + 60 * minutes if minutes else None)
@@ -136,8 +128,10 @@ def run_recipe(
 
 def train_to_the_end(s: "Run", recipe: "Recipe", allow_world_size_change: bool, allow_data_change: bool) -> None:
     """Goes on from the newest resume point, trains and says how it went; leaves the reason where it fails."""
-    from vit_rsst import loop, watchdog
-    from vit_rsst.assembly.resuming import resume_if_possible
+    from vit_rsst import loop
+    from vit_rsst.run import watchdog
+    from vit_rsst.run.explanations import explained
+    from vit_rsst.run.resume import resume_if_possible
 
     try:
         resume_if_possible(s, allow_world_size_change, allow_data_change)
@@ -167,52 +161,6 @@ def make_watcher(s: "Run", recipe: "Recipe") -> "Watcher | None":
         return None
     s.watch = watching.Watcher(s.folder.path, s.tracker, s.accelerator.device)
     return s.watch
-
-
-def explained(error: BaseException, s: "Run", recipe: "Recipe") -> BaseException:
-    """The error, or what it means to the user where a library cannot know that."""
-    from vit_rsst import watchdog
-
-    if watchdog.is_of_a_lost_rank(error):
-        return LostRank(
-            f"another process of this job died or did not answer for {recipe.train.rank_timeout:g} s "
-            f"(train.rank_timeout), at step {s.progress.global_step}; its own message and {s.watchdog.path.parent} may "
-            "say why. The same command goes on from the last resume point; where disks are slow, with a larger "
-            "train.rank_timeout."
-        )
-    if isinstance(error, OSError) and error.errno in DISK:
-        where = f" {error.filename}" if error.filename else ""
-        return EnvironmentLacks(
-            f"{s.folder.path} cannot be written any more ({error.strerror}{where}). Free some space there; the same "
-            "command goes on from the last resume point."
-        )
-    if is_out_of_memory(error):
-        return EnvironmentLacks(out_of_memory_text(s.accelerator.num_processes, recipe))
-    return error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the host as torch's CPU allocator says it."""
-    import torch
-
-    by_allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or by_allocator
-
-
-def out_of_memory_text(num_processes: int, recipe: "Recipe") -> str:
-    """The arithmetic of the batch, and the next smaller one."""
-    from vit_rsst.data.loaders import Dealing
-
-    dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, num_processes)
-    share, now = dealing.global_batch // num_processes, dealing.batch_per_device
-    smaller = next((n for n in range(now // 2, 0, -1) if share % n == 0), None)
-    if smaller is None:
-        return f"out of memory with {dealing}: not even one image a device fits; take a smaller model or images."
-    again = Dealing.of(dealing.global_batch, smaller, num_processes)
-    return (
-        f"out of memory with a global batch of {dealing}; set train.batch_per_device={smaller}: {again} takes the same "
-        "steps with less memory, under another name (name=…) or with --restart."
-    )
 
 
 def make_accelerator(recipe: "Recipe") -> "Accelerator":
@@ -249,7 +197,7 @@ def start_processes() -> "PartialState":
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    from vit_rsst.watchdog import PREPARATION
+    from vit_rsst.run.watchdog import PREPARATION
 
     for variable, name in SHARDED.items():
         if parse_flag_from_env(variable):
@@ -271,7 +219,7 @@ def start_processes() -> "PartialState":
 
 def finish(s: "Run", recipe: "Recipe") -> None:
     """Says how it went and what can be done next."""
-    from vit_rsst.results import load_rows, ticket_path
+    from vit_rsst.tickets.rounds import load_rows, ticket_path
 
     if not s.accelerator.is_main_process:
         return
@@ -291,6 +239,8 @@ def fail(s: "Run", error: BaseException) -> None:
 
     A run that is not even allowed to go on leaves its folder as it was.
     """
+    from vit_rsst.run.explanations import LostRank
+
     if isinstance(error, InputError) and not s.stop.is_training:
         return
     if not s.accelerator.is_main_process or isinstance(error, LostRank):

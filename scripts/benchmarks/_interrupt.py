@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vit_rsst import console, loop
+from vit_rsst import loop
 from vit_rsst.assembly import data
+from vit_rsst.run import console
 
 moment, _, rest = os.environ.get("INTERRUPT", "").partition(":")
 name, _, rank = rest.partition(":")

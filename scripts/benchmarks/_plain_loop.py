@@ -21,7 +21,7 @@ from vit_rsst.assembly.optim import build_optimizer
 from vit_rsst.data.loaders import InMemoryLoader
 from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.recipe import Recipe
+from vit_rsst.recipe.schema import Recipe
 from vit_rsst.train import make_accelerator
 
 

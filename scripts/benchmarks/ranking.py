@@ -25,15 +25,15 @@ from vit_rsst.assembly.data import EVALUATION_BATCH
 from vit_rsst.assembly.pruning import CALIBRATION_BATCH
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.sources import open_data
-from vit_rsst.metrics.counters import score
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.calibration import collect
 from vit_rsst.pruning.criteria import CRITERIA, Evidence
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.selector import Floors, Selector
-from vit_rsst.recipe_file import builtin_folder
-from vit_rsst.trained import open_trained
+from vit_rsst.recipe.loading import builtin_folder
+from vit_rsst.tickets.trained import open_trained
+from vit_rsst.training.counters import score
 
 RANDOM_BOUND = 1.0
 """A criterion's mean test loss over all seeds may be at most this share of the mean of random removals."""

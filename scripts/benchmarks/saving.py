@@ -22,9 +22,9 @@ import torch
 from _common import environment, interval, parse_args, report, show_progress
 from safetensors.torch import save_file
 
-from vit_rsst import optim
-from vit_rsst.checkpoint import Checkpointer, ResumePoint
 from vit_rsst.models import zoo
+from vit_rsst.run.checkpoint import Checkpointer, ResumePoint
+from vit_rsst.training import optim
 
 HOLD_BOUND = 1.5
 """Time that a save holds the loop, relative to a plain save_file of the same bytes."""

@@ -34,9 +34,9 @@ from vit_rsst.data.tables import Split
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
-from vit_rsst.recipe import Augment, Data, Pruning, Recipe, Schedule, Train
-from vit_rsst.run_folder import RunFolder
-from vit_rsst.signals import StopFlag
+from vit_rsst.recipe.schema import Augment, Data, Pruning, Recipe, Schedule, Train
+from vit_rsst.run.folder import RunFolder
+from vit_rsst.run.signals import StopFlag
 from vit_rsst.train import make_accelerator
 
 RATIO_BOUNDS = {64: 1.03, 8: 1.05}

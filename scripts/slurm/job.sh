@@ -8,7 +8,7 @@ set -euo pipefail
 # The launchers lose exit codes, so that the run folder has to tell; a wrong recipe ends here, with all its mistakes.
 run_folder=$(python - "$@" <<'PYTHON'
 import sys
-from vit_rsst.recipe_file import find, load
+from vit_rsst.recipe.loading import find, load
 from vit_rsst.train import guarded
 sys.exit(guarded(lambda words: print(load(find(words[0]), words[1:]).run_folder), sys.argv[1:]))
 PYTHON

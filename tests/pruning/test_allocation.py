@@ -8,10 +8,10 @@ from vit_rsst.errors import InputError
 from vit_rsst.models import complexity, slim, zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.allocation import Allocation
+from vit_rsst.pruning.contest import Entry, contest, keep_windows, spread
 from vit_rsst.pruning.criteria import Evidence
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.selection import Entry, contest, keep_windows, spread
-from vit_rsst.recipe import Pruning, Recipe, Schedule
+from vit_rsst.recipe.schema import Pruning, Recipe, Schedule
 
 
 def entry(name: str, scores: list[float], kind: str = "neuron", cost: float = 1.0, least: int = 0) -> Entry:

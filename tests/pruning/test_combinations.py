@@ -8,15 +8,17 @@ import torch
 from test_continuing import StopAt, end
 from toys import CLASSES, Toy, vit
 
-from vit_rsst import loop, resume, tickets
+from vit_rsst import loop
 from vit_rsst.errors import InputError, Stopped
-from vit_rsst.loop import Run
 from vit_rsst.models.resnet import CifarResNet
 from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.granularity import alive_units
 from vit_rsst.pruning.patterns import UNIT_KINDS
 from vit_rsst.pruning.plan import METHODS
-from vit_rsst.recipe_file import load
+from vit_rsst.recipe.loading import load
+from vit_rsst.run import resume
+from vit_rsst.run.state import Run
+from vit_rsst.tickets import ticket_file
 
 BUILTIN = ("constant", "dense", "gmp", "imp", "refill", "rsst", "rst", "ste")
 CRITERION = ("magnitude", "survivors", "activation_l1", "activation_l2", "saliency", "taylor", "random")
@@ -93,7 +95,7 @@ def test_every_allowed_combination_leaves_sparse_nested_tickets_and_goes_on_afte
     run = make(case, tmp_path / "whole")
     loop.run(run)
     files = sorted((tmp_path / "whole" / "tickets").glob("*.safetensors"))
-    found = [tickets.load(file) for file in files]
+    found = [ticket_file.load(file) for file in files]
     assert len(found) == len(run.progress.round_epochs)
     for ticket in found:
         assert not any(bool(ticket.state[name][~ticket.mask[name]].any()) for name in ticket.mask)

@@ -8,16 +8,19 @@ import pytest
 import torch
 from toys import Toy, batchnorm_mlp, bits, copied, mlp
 
-from vit_rsst import loop, optim, resume, tickets
-from vit_rsst.checkpoint import ResumePoint
+from vit_rsst import loop
 from vit_rsst.errors import Stopped
-from vit_rsst.loop import Run
 from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
-from vit_rsst.signals import StopFlag
+from vit_rsst.run import resume
+from vit_rsst.run.checkpoint import ResumePoint
+from vit_rsst.run.signals import StopFlag
+from vit_rsst.run.state import Run
+from vit_rsst.tickets import ticket_file
+from vit_rsst.training import optim
 
 # Rounds of 8 steps in epochs of 4. The window is steps 1 to 5, removal after the sixth.
 RSST = Rsst(Penalty("x^2", window=(0.125, 0.625)), remove_at=0.75)
@@ -55,7 +58,7 @@ def end(folder: Path) -> list:
     """All that a run leaves: tickets bit for bit, and the report of every round."""
     found = []
     for path in sorted((folder / "tickets").glob("*.safetensors")):
-        ticket, report = tickets.load(path), json.loads(path.with_suffix(".json").read_text())
+        ticket, report = ticket_file.load(path), json.loads(path.with_suffix(".json").read_text())
         report["row"].pop("seconds")
         found.append((bits(ticket.state), ticket.mask.fingerprint(), report))
     return found

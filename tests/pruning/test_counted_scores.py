@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit_rsst.metrics.counters import RunningLoss, score
+from vit_rsst.training.counters import RunningLoss, score
 
 CPU = torch.device("cpu")
 

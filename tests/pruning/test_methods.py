@@ -12,7 +12,7 @@ import pytest
 import torch
 from toys import Toy, bits, copied, train_rounds, vit
 
-from vit_rsst import loop, tickets
+from vit_rsst import loop
 from vit_rsst.errors import InputError
 from vit_rsst.pruning.criteria import Criterion, Evidence
 from vit_rsst.pruning.masks import MaskSet
@@ -21,11 +21,12 @@ from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import METHODS, Penalty, PruningView, RoundPlan, register_method
-from vit_rsst.recipe import Pruning, Recipe, Schedule, Train
+from vit_rsst.recipe.schema import Pruning, Recipe, Schedule, Train
+from vit_rsst.tickets import ticket_file
 
 
-def loaded(folder: Path) -> list[tickets.Ticket]:
-    return [tickets.load(path) for path in sorted((folder / "tickets").glob("*.safetensors"))]
+def loaded(folder: Path) -> list[ticket_file.Ticket]:
+    return [ticket_file.load(path) for path in sorted((folder / "tickets").glob("*.safetensors"))]
 
 
 def scores(folder: Path) -> list[dict[str, str]]:

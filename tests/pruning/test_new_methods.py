@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import Toy, copied, train_rounds, vit
 
-from vit_rsst import loop, tickets
+from vit_rsst import loop
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.criteria import CRITERIA, Evidence
 from vit_rsst.pruning.granularity import alive_units
@@ -15,6 +15,7 @@ from vit_rsst.pruning.methods.refill import Refill
 from vit_rsst.pruning.methods.rst import Rst
 from vit_rsst.pruning.methods.ste import StraightThrough
 from vit_rsst.pruning.selector import Floors, Selector
+from vit_rsst.tickets import ticket_file
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, [9, 12]), (0.5, [20, 22]), (1.0, [32, 32])])
@@ -47,7 +48,7 @@ def test_refill_after_the_rounds_trains_the_units_of_the_last_elements(tmp_path)
     run = Toy(**{**vars(toy), "round_epochs": (1, 1, 1, 1), "rewind_epoch": 0}).make(tmp_path)
     run.controller.rounds = 2  # and one round more
     loop.run(run)
-    found = [tickets.load(path).mask for path in sorted((tmp_path / "tickets").glob("*.safetensors"))]
+    found = [ticket_file.load(path).mask for path in sorted((tmp_path / "tickets").glob("*.safetensors"))]
     groups = run.controller.selector.groups
     assert [round(mask.density, 3) for mask in found[:3]] == [1.0, 0.5, 0.25]
     assert any(0 < int(row.sum()) < 16 for row in found[2]["blocks.0.mlp.fc1.weight"])  # scattered elements

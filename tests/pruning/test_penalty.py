@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from vit_rsst.pruning.plan import Penalty
-from vit_rsst.schedules import RAMPS
+from vit_rsst.training.schedules import RAMPS
 
 # steps a round, steps an epoch, window: whole rounds, windows that begin and end in mid-epoch, one step, many
 ROUNDS = [

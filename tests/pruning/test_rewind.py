@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from toys import Toy, batchnorm_mlp, bits, copied, train_rounds, vit
 
-from vit_rsst import loop, optim
-from vit_rsst.loop import Run
+from vit_rsst import loop
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
+from vit_rsst.run.state import Run
+from vit_rsst.training import optim
 
 METHODS = {"imp": Imp(), "rsst": Rsst(Penalty(window=(0.0, 0.5)), remove_at=0.5), "rsst at once": Rsst(remove_at=0.0)}
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import Toy, copied, mlp, train_rounds, vit
 
-from vit_rsst import loop, optim
-from vit_rsst.loop import Run
+from vit_rsst import loop
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
-from vit_rsst.schedules import RAMPS
+from vit_rsst.run.state import Run
+from vit_rsst.training import optim
+from vit_rsst.training.schedules import RAMPS
 
 RESIDUAL = 1e-3
 

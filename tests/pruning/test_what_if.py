@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from toys import CPU, MEAN, STD, Toy, copied, images, train_rounds, vit
 
 from vit_rsst.data.loaders import evaluation_batches
-from vit_rsst.loop import Run
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
+from vit_rsst.run.state import Run
 
 
 class Evaluations:

@@ -8,11 +8,11 @@ from torch import Tensor
 from toys import Toy, train_rounds, vit
 
 from vit_rsst import loop
-from vit_rsst.loop import Run
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
+from vit_rsst.run.state import Run
 
 
 def is_plus_zero(values: Tensor) -> bool:

@@ -15,18 +15,11 @@ from accelerate.utils import GradientAccumulationPlugin
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vit_rsst import loop, optim
-from vit_rsst.best import Best
-from vit_rsst.checkpoint import Checkpointer
-from vit_rsst.console import Console
+from vit_rsst import loop
 from vit_rsst.data.loaders import Dealing, InMemoryLoader, evaluation_batches
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.tables import Split
 from vit_rsst.data.transforms import Augmentation, Erasing
-from vit_rsst.distill import Distillation
-from vit_rsst.ema import Ema
-from vit_rsst.loop import Run
-from vit_rsst.metrics.counters import RunningLoss, score
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.allocation import Allocation
@@ -37,11 +30,19 @@ from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Method
 from vit_rsst.pruning.selector import Floors, Selector
 from vit_rsst.pruning.units import UnitGroup
-from vit_rsst.run_folder import RunFolder
-from vit_rsst.schedules import SPARSITY_CURVES, learning_rate
-from vit_rsst.signals import StopFlag
-from vit_rsst.tracking import Tracker
-from vit_rsst.watchdog import Watchdog
+from vit_rsst.run.checkpoint import Checkpointer
+from vit_rsst.run.console import Console
+from vit_rsst.run.folder import RunFolder
+from vit_rsst.run.signals import StopFlag
+from vit_rsst.run.state import Run
+from vit_rsst.run.tracking import Tracker
+from vit_rsst.run.watchdog import Watchdog
+from vit_rsst.training import optim
+from vit_rsst.training.best import Best
+from vit_rsst.training.counters import RunningLoss, score
+from vit_rsst.training.distill import Distillation
+from vit_rsst.training.ema import Ema
+from vit_rsst.training.schedules import SPARSITY_CURVES, learning_rate
 
 CPU = torch.device("cpu")
 CLASSES, SIZE = 4, 8

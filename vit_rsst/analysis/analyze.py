@@ -11,7 +11,7 @@ from vit_rsst.analysis import measure
 from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject, open_subject
 from vit_rsst.errors import InputError
-from vit_rsst.trained import default_device
+from vit_rsst.tickets.trained import default_device
 
 EPOCH_IMAGES = 50_000
 """Of CIFAR, for the time of an epoch."""

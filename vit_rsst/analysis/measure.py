@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vit_rsst.errors import EnvironmentLacks
-from vit_rsst.trained import default_device
+from vit_rsst.tickets.trained import default_device
 
 BUDGET, FEWEST, MOST = 2.0, 5, 200
 """Seconds that a measurement may take, unless the fewest repeats need longer; repeats at most."""

@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vit_rsst import recipe_file, tickets
+from vit_rsst.assembly.data import count_rows
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.errors import InputError
-from vit_rsst.export.source import open_ticket
 from vit_rsst.models import slim, zoo
 from vit_rsst.models.anatomy import prunable_parts, prunable_weights, unit_groups
 from vit_rsst.models.complexity import flops_by_module
-from vit_rsst.planning import count_rows
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.units import UnitGroup
-from vit_rsst.recipe import Recipe, Train
+from vit_rsst.recipe import loading
+from vit_rsst.recipe.schema import Recipe, Train
+from vit_rsst.tickets import ticket_file
+from vit_rsst.tickets.opening import open_ticket
 
 NUM_CLASSES = 10
 """Of a model that is named alone, as in `vit-rsst models`."""
@@ -94,7 +95,7 @@ def open_subject(what: str, image_size: int | None = None) -> Subject:
     if path.is_dir() or path.suffix == ".safetensors":
         subject = _of_ticket(path, image_size)
     elif path.suffix in (".yaml", ".yml") or what in _builtin_names():
-        subject = _of_recipe(recipe_file.load(recipe_file.find(what)), image_size)
+        subject = _of_recipe(loading.load(loading.find(what)), image_size)
     else:
         subject = _of_model(what, image_size)
     subject.net.eval()
@@ -109,14 +110,14 @@ def open_subject(what: str, image_size: int | None = None) -> Subject:
 
 
 def _builtin_names() -> list[str]:
-    folder = recipe_file.builtin_folder()
-    return [str(path.relative_to(folder).with_suffix("")) for path in recipe_file.builtin_recipes()]
+    folder = loading.builtin_folder()
+    return [str(path.relative_to(folder).with_suffix("")) for path in loading.builtin_recipes()]
 
 
 def _of_ticket(what: Path, image_size: int | None) -> Subject:
     path, ticket = open_ticket(what)
     net = zoo.described(ticket.metadata, str(path))
-    tickets.load_into_(net, ticket, str(path))
+    ticket_file.load_into_(net, ticket, str(path))
     run = path.parent.parent.name if path.parent.name == "tickets" else path.parent.name
     label = f"{run}/{path.stem}" if path.is_file() else path.name
     own = json.loads(ticket.metadata.get("data", "{}")).get("image_size")

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from vit_rsst.analysis.counts import block_of, kind_of
-from vit_rsst.columns import aligned
-from vit_rsst.results import duration, size
+from vit_rsst.text import aligned, duration, size
 
 WIDTH = 120
 NONE = "–"

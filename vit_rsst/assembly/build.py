@@ -6,33 +6,33 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from vit_rsst import run_folder
 from vit_rsst.assembly.data import build_loader, data_options, make_evaluate
 from vit_rsst.assembly.model import build_model, check_images, ticket_header
 from vit_rsst.assembly.objective import build_distillation, build_loss, build_mixing
 from vit_rsst.assembly.optim import build_optimizer, make_lr
 from vit_rsst.assembly.pruning import build_selection, check_start, make_calibrate, starting_mask
-from vit_rsst.best import Best
-from vit_rsst.checkpoint import Checkpointer
-from vit_rsst.console import Console
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import Dealing, steps_per_epoch
 from vit_rsst.data.sources import open_data
-from vit_rsst.ema import Ema
 from vit_rsst.errors import InputError
-from vit_rsst.loop import Run
-from vit_rsst.metrics.counters import RunningLoss
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.plan import Density
-from vit_rsst.recipe import Recipe
-from vit_rsst.run_folder import RunFolder
-from vit_rsst.signals import StopFlag
-from vit_rsst.tracking import Tracker, to_stderr
-from vit_rsst.watchdog import Watchdog
+from vit_rsst.recipe.schema import Recipe
+from vit_rsst.run.checkpoint import Checkpointer
+from vit_rsst.run.console import Console
+from vit_rsst.run.environment import environment
+from vit_rsst.run.folder import RunFolder
+from vit_rsst.run.signals import StopFlag
+from vit_rsst.run.state import Run
+from vit_rsst.run.tracking import Tracker, to_stderr
+from vit_rsst.run.watchdog import Watchdog
+from vit_rsst.training.best import Best
+from vit_rsst.training.counters import RunningLoss
+from vit_rsst.training.ema import Ema
 
 
 def build(
@@ -72,7 +72,7 @@ def build(
         return stop.is_asked()
 
     evaluate = make_evaluate(net, data, accelerator, recipe, give_up)
-    lock, record = None, run_folder.environment(accelerator.num_processes, str(device), data.identity)
+    lock, record = None, environment(accelerator.num_processes, str(device), data.identity)
     if hasattr(net, "loaded"):
         record["weights"] = net.loaded.record()
     if distillation is not None and distillation.source:

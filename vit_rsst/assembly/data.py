@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 from accelerate import Accelerator
 from torch import nn
@@ -12,10 +12,12 @@ from vit_rsst.data.decoding import Decoder, Window, auto_augment
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import Dealing, DecodingLoader, InMemoryLoader, Loader, evaluation_batches, placed
 from vit_rsst.data.options import DataOptions
+from vit_rsst.data.sources import open_data
 from vit_rsst.data.tables import Split, class_balanced
 from vit_rsst.data.transforms import Augmentation, Erasing
-from vit_rsst.metrics.counters import score
-from vit_rsst.recipe import Recipe
+from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.recipe.schema import Recipe
+from vit_rsst.training.counters import score
 
 EVALUATION_BATCH = 500
 
@@ -127,3 +129,30 @@ def make_evaluate(
         return score(net, batches, accelerator.device, give_up)
 
     return evaluate
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples of each split, and whether they were counted or are the published numbers; None: a stream's, unknown."""
+
+    train: int | None
+    val: int | None
+    test: int | None
+    num_classes: int
+    are_counted: bool
+
+
+def count_rows(recipe: Recipe) -> Rows:
+    """Rows of each split: counted, or the published numbers where the Hub cannot be reached."""
+    info = SOURCES[recipe.data.source]
+    try:
+        data = open_data(data_options(recipe), recipe.seed)
+        return Rows(data.count("train"), data.count("val"), data.count("test"), len(data.classes), True)
+    except EnvironmentLacks:
+        if info.rows is None or recipe.data.path:
+            raise
+        val = round(info.rows[0] * data_options(recipe).val_share)
+        train = min(info.rows[0] - val, recipe.data.train_samples or info.rows[0])
+        if recipe.data.imbalance.kind is not None:
+            train = sum(recipe.data.imbalance.counts(round(train / info.num_classes), info.num_classes))
+        return Rows(train, val, info.rows[1], info.num_classes, False)

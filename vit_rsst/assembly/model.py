@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vit_rsst import tickets
 from vit_rsst.assembly.data import channels
 from vit_rsst.data.images import ImageData
 from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, at_field, first_line
-from vit_rsst.export.source import open_ticket
 from vit_rsst.models import complexity, slim, zoo
 from vit_rsst.models.hub import PLACE
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.recipe import Recipe
+from vit_rsst.recipe.schema import Recipe
 from vit_rsst.seeds import derived_seed
-from vit_rsst.tickets import Ticket
+from vit_rsst.tickets import ticket_file
+from vit_rsst.tickets.opening import open_ticket
+from vit_rsst.tickets.ticket_file import Ticket
 
 
 def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | None]:
@@ -35,7 +35,7 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
     if opened is None or not recipe.model.start_from:
         return net, None
     path, ticket = opened
-    tickets.load_into_(net, ticket, str(path))
+    ticket_file.load_into_(net, ticket, str(path))
     return net, ticket.mask
 
 

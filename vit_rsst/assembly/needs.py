@@ -9,8 +9,8 @@ from vit_rsst.errors import at_field
 from vit_rsst.models.complexity import activation_bytes
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.methods.rst import Rst
-from vit_rsst.recipe import Recipe
-from vit_rsst.trained import open_trained
+from vit_rsst.recipe.schema import Recipe
+from vit_rsst.tickets.trained import open_trained
 
 
 @dataclass(frozen=True)

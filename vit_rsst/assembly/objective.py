@@ -7,18 +7,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vit_rsst import files, results
+from vit_rsst import files
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.mixing import Mixing
-from vit_rsst.distill import Distillation
 from vit_rsst.errors import InputError, at_field
-from vit_rsst.export import slim_folder
-from vit_rsst.export.source import open_ticket
-from vit_rsst.losses import Loss, make_loss
 from vit_rsst.progress import Progress
-from vit_rsst.recipe import Recipe
-from vit_rsst.trained import Trained, open_trained
+from vit_rsst.recipe.schema import Recipe
+from vit_rsst.tickets import rounds, slim_folder
+from vit_rsst.tickets.opening import open_ticket
+from vit_rsst.tickets.trained import Trained, open_trained
+from vit_rsst.training.distill import Distillation
+from vit_rsst.training.losses import Loss, make_loss
 
 
 def build_loss(recipe: Recipe, data: ImageData, device: torch.device) -> Loss:
@@ -48,7 +48,7 @@ def build_distillation(
     options = recipe.train.distill
     if options.teacher is None:
         return None
-    own, source = results.ticket_path(recipe.run_folder, 0), None
+    own, source = rounds.ticket_path(recipe.run_folder, 0), None
 
     @functools.cache
     def opened(path: Path) -> nn.Module:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from vit_rsst import optim
 from vit_rsst.models import zoo
 from vit_rsst.progress import Progress
-from vit_rsst.recipe import Optim, Recipe, StepDecay
-from vit_rsst.schedules import learning_rate
+from vit_rsst.recipe.schema import Optim, Recipe, StepDecay
+from vit_rsst.training import optim
+from vit_rsst.training.schedules import learning_rate
 
 
 def build_optimizer(net: nn.Module, options: Optim) -> torch.optim.Optimizer:

@@ -22,7 +22,7 @@ from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.selector import Floors, Selector
 from vit_rsst.pruning.units import UnitGroup
-from vit_rsst.recipe import Recipe
+from vit_rsst.recipe.schema import Recipe
 from vit_rsst.seeds import derived_seed
 
 CALIBRATION_BATCH = 128

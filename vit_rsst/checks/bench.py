@@ -18,7 +18,7 @@ from vit_rsst.data.loaders import Batch, Dealing, Loader, steps_per_epoch
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.transforms import normalize
 from vit_rsst.progress import Progress
-from vit_rsst.recipe import Recipe
+from vit_rsst.recipe.schema import Recipe
 from vit_rsst.seeds import derived_seed
 
 LIMIT = 300.0

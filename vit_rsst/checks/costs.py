@@ -5,12 +5,12 @@ import time
 import psutil
 import torch
 
-from vit_rsst import optim
 from vit_rsst.assembly.needs import needs
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict, timed
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
-from vit_rsst.results import duration, size
+from vit_rsst.text import duration, size
+from vit_rsst.training import optim
 
 
 def memory(bench: Bench) -> Verdict:

@@ -16,7 +16,7 @@ from vit_rsst.pruning.criteria import Evidence
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.methods.constant import Constant
 from vit_rsst.pruning.methods.dense import Dense
-from vit_rsst.results import duration
+from vit_rsst.text import duration
 
 LEAST = 0.01
 """Density below which a layer hardly passes anything on."""

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import vit_rsst
-from vit_rsst import strict_yaml
 from vit_rsst.data.catalog import CATALOG
 from vit_rsst.data.decoding import resized_side
 from vit_rsst.export.work import Work
 from vit_rsst.models.anatomy import unit_groups
-from vit_rsst.results import size
+from vit_rsst.recipe import strict_yaml
+from vit_rsst.text import size
 
 MOST_CLASSES = 20
 
@@ -62,10 +62,10 @@ class Card:
 def of_ticket(work: Work, name: str) -> str:
     """The card of a ticket that goes to the Hub as it is."""
     usage = (
-        "from pathlib import Path\n\nfrom vit_rsst import tickets\nfrom vit_rsst.models import zoo\n\n"
-        f'ticket = tickets.load(Path("{work.path.name}"))\n'
+        "from pathlib import Path\n\nfrom vit_rsst.models import zoo\nfrom vit_rsst.tickets import ticket_file\n\n"
+        f'ticket = ticket_file.load(Path("{work.path.name}"))\n'
         'model = zoo.described(ticket.metadata, "ticket").eval()\n'
-        'tickets.load_into_(model, ticket, "ticket")\n'
+        'ticket_file.load_into_(model, ticket, "ticket")\n'
     )
     return Card(work, name, "vit_rsst", work.net, work.path, "", usage).text()
 

@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vit_rsst import tickets
-from vit_rsst.export import slim_folder
 from vit_rsst.export.work import Target, Work
 from vit_rsst.models import zoo
-from vit_rsst.tickets import Ticket
+from vit_rsst.tickets import slim_folder, ticket_file
+from vit_rsst.tickets.ticket_file import Ticket
 
 TIMM_USAGE = """\
 import json
@@ -50,7 +49,7 @@ def logits(folder: Path, images: Tensor) -> Tensor:
     """Logits of the folder, loaded as its reader loads it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     net = zoo.described(slim_folder.as_header(config), str(folder))
-    tickets.load_state_(net, load_file(folder / "model.safetensors"), str(folder))
+    ticket_file.load_state_(net, load_file(folder / "model.safetensors"), str(folder))
     return net.eval()(images)
 
 

@@ -13,7 +13,7 @@ from vit_rsst.errors import EnvironmentLacks, InputError, RunError, unknown
 from vit_rsst.export import dense_folder, onnx_file, slim_target, timm_folder, transformers_folder
 from vit_rsst.export.card import Card
 from vit_rsst.export.work import Target, Work
-from vit_rsst.results import size
+from vit_rsst.text import size
 
 TARGETS: dict[str, Target] = {
     "slim": slim_target.TARGET,

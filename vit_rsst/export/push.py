@@ -9,11 +9,12 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from vit_rsst import files, tickets
+from vit_rsst import files
 from vit_rsst.errors import EnvironmentLacks, InputError
 from vit_rsst.export import card
 from vit_rsst.export.work import Work
-from vit_rsst.results import size
+from vit_rsst.text import size
+from vit_rsst.tickets import ticket_file
 
 NOT_REACHED = HfHubHTTPError.__bases__
 """The errors of the client that huggingface_hub stands on, which differs by its version."""
@@ -57,7 +58,7 @@ def _prepared(what: Path, repo: str) -> Iterator[Path]:
     work = Work.of(what)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tickets.save(folder / what.name, work.net.state_dict(), work.trained.mask, work.header)
+        ticket_file.save(folder / what.name, work.net.state_dict(), work.trained.mask, work.header)
         files.write_text(folder / "README.md", card.of_ticket(work, repo.rpartition("/")[2]))
         yield folder
 

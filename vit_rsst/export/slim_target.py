@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vit_rsst.export import slim_folder
 from vit_rsst.export.work import Target, Work
 from vit_rsst.models import slim
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.tickets import Ticket
+from vit_rsst.tickets import slim_folder
+from vit_rsst.tickets.ticket_file import Ticket
 
 USAGE = """\
 import json

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vit_rsst import results
 from vit_rsst.models import hub, slim
 from vit_rsst.models.anatomy import unit_groups
 from vit_rsst.models.catalog import stock
-from vit_rsst.trained import Trained, open_trained
+from vit_rsst.tickets import rounds
+from vit_rsst.tickets.trained import Trained, open_trained
 
 TOLERANCE = 1e-5
 """Largest difference of logits in float32, as a share of the largest logit, where that is more than 1."""
@@ -102,7 +102,7 @@ class Work:
         report = self.path.with_suffix(".json")
         if not (self.path.is_file() and report.is_file()):
             return {}
-        row = results.load_report(report).get("row", {})
+        row = rounds.load_report(report).get("row", {})
         if row.get("ticket_bytes") != self.path.stat().st_size:  # the report of another ticket of that name
             return {}
         return {key: row[key] for key in ("test_top1", "test_loss", "val_top1") if row.get(key) is not None}

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from vit_rsst.errors import InputError
+from vit_rsst.pruning.contest import Entry, contest, spread
 from vit_rsst.pruning.plan import Density
-from vit_rsst.pruning.selection import Entry, contest, spread
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from vit_rsst import optim
-from vit_rsst.ema import Ema
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
@@ -22,6 +20,8 @@ from vit_rsst.pruning.granularity import alive_units
 from vit_rsst.pruning.masks import MaskSet, factor
 from vit_rsst.pruning.plan import Density, Gradual, Method, Penalty, PruningView
 from vit_rsst.pruning.selector import Selector
+from vit_rsst.training import optim
+from vit_rsst.training.ema import Ema
 
 Evaluate = Callable[[], Mapping[str, float]]
 """Scores the model as it stands on the validation split: at least `top1` (percent) and `loss`. Collective."""

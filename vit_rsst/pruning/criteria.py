@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from vit_rsst.registry import Registry
+from vit_rsst.pruning.registry import Registry
 from vit_rsst.seeds import derived_seed
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 from annotated_types import Gt, Lt
 
 from vit_rsst.progress import at_fraction
-from vit_rsst.registry import Registry
-from vit_rsst.schedules import ramp
+from vit_rsst.pruning.registry import Registry
+from vit_rsst.training.schedules import ramp
 
 if TYPE_CHECKING:
     from vit_rsst.progress import Progress

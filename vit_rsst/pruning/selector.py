@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from vit_rsst.pruning.allocation import Allocation, mean_density
+from vit_rsst.pruning.contest import Entry, contest, keep_windows
 from vit_rsst.pruning.criteria import CRITERIA, Criterion, Evidence
 from vit_rsst.pruning.granularity import alive_units, expand, pool, unit_size
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.patterns import pattern
 from vit_rsst.pruning.plan import Density
-from vit_rsst.pruning.selection import Entry, contest, keep_windows
 from vit_rsst.pruning.units import UnitGroup, depths
 
 

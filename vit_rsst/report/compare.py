@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from vit_rsst.analysis.subject import Subject
-from vit_rsst.recipe import deciding
+from vit_rsst.recipe.schema import deciding
 from vit_rsst.report.document import Bullets, Code, Document, Gallery, Section, Table
 from vit_rsst.report.fronts import images
-from vit_rsst.report.groups import NOT_OF_THE_EXPERIMENT, Group, grouped
+from vit_rsst.report.groups import NOT_OF_THE_EXPERIMENT, Group, grouped, noise
 from vit_rsst.report.history import History, at
 from vit_rsst.report.story import is_told, measured, reproduction, state_text
-from vit_rsst.results import RoundRow, duration, noise, size
+from vit_rsst.text import duration, size
+from vit_rsst.tickets.rounds import RoundRow
 
 SAME = 0.02
 """Relative difference up to which two densities or budgets are the same."""

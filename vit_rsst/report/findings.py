@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from vit_rsst.report.history import History, common_split, number, top1
-from vit_rsst.results import size
+from vit_rsst.text import size
 
 
 def findings(history: History, counted: Mapping) -> Iterator[str]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vit_rsst.columns import clipped, width_of
 from vit_rsst.report import canvas
 from vit_rsst.report.document import Image
 from vit_rsst.report.groups import Group
+from vit_rsst.text import clipped, width_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

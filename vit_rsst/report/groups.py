@@ -13,10 +13,10 @@ from pathlib import Path
 from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject
 from vit_rsst.errors import InputError
-from vit_rsst.recipe import deciding
+from vit_rsst.recipe.schema import deciding
 from vit_rsst.report.history import History, at, common_split, read, top1
 from vit_rsst.report.story import last_subject
-from vit_rsst.results import RoundRow
+from vit_rsst.tickets.rounds import RoundRow
 
 NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
 """Fields in which runs of one experiment may differ."""
@@ -123,3 +123,16 @@ def shortened(labels: Sequence[str]) -> list[str]:
     shared = re.search(r".*[ \-_/]", _beginning(labels)) if len(labels) > 1 else None
     short = [label[shared.end() :] if shared and len(label) > shared.end() else label for label in labels]
     return [label if short.count(label) == 1 else f"{label} ({i})" for i, label in enumerate(short, 1)]
+
+
+NOISE = 1.0
+"""Points of top-1 below which a difference says nothing, however alike the seeds are."""
+
+
+def noise(spreads: Sequence[float]) -> float:
+    """Points up to which a difference is noise: three standard deviations over seeds, and a point at least.
+
+    Args:
+        spreads: standard deviations over seeds; none where there is one seed.
+    """
+    return max([NOISE, *(3 * spread for spread in spreads)])

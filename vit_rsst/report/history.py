@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from vit_rsst import files, results, strict_yaml
+from vit_rsst import files
 from vit_rsst.errors import InputError
+from vit_rsst.recipe import strict_yaml
 from vit_rsst.report import shapes
-from vit_rsst.results import RoundRow
-from vit_rsst.run_folder import RunFolder
+from vit_rsst.run.folder import RunFolder
+from vit_rsst.tickets import rounds
+from vit_rsst.tickets.rounds import RoundRow
 
 SCORES = "test_outcomes.json"
 """In `figures/`: what became of the test images under the last ticket."""
@@ -115,7 +117,7 @@ def read(path: Path) -> History:
     recipe, status = _recipe(path), shapes.status(RunFolder(path).status())
     if not recipe and not is_run(path):
         raise InputError(f"{path}: this is no run folder: it has neither recipe.yaml nor status.json.")
-    reports = [files.read_json(file) for file in results.of_rounds(path, ".json")]
+    reports = [files.read_json(file) for file in rounds.of_rounds(path, ".json")]
     reports = [report for report in reports if shapes.row(report.get("row"))]
     return History(
         path,

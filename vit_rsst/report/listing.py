@@ -8,12 +8,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vit_rsst import recipe_file
-from vit_rsst.columns import clipped, padded, width_of
 from vit_rsst.errors import InputError
+from vit_rsst.recipe import loading
 from vit_rsst.report import history
 from vit_rsst.report.history import History, at
-from vit_rsst.results import size
+from vit_rsst.text import clipped, padded, size, width_of
 
 COLORS = {"finished": "32", "running": "36", "stopped": "33", "failed": "31", "lost": "31"}
 BAR = 8
@@ -91,7 +90,7 @@ def progress(told: History) -> float | None:
     if told.state == "unknown":
         return None
     try:
-        epochs = recipe_file.load(told.path / "recipe.yaml").round_epochs
+        epochs = loading.load(told.path / "recipe.yaml").round_epochs
     except (InputError, OSError):  # of another version, or with a plugin that is not here
         return None
     round, epoch = (int(told.status.get(key) or 0) for key in ("round", "epoch"))

@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit_rsst import files, results
+from vit_rsst import files
 from vit_rsst.assembly.data import EVALUATION_BATCH
-from vit_rsst.columns import clipped
 from vit_rsst.data.decoding import Corrupt, Decoder, Sample
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.tables import Rows, Split
 from vit_rsst.data.transforms import normalize
-from vit_rsst.evaluation import outcomes_of
-from vit_rsst.metrics.outcomes import Outcomes
+from vit_rsst.evaluation.evaluate import outcomes_of
+from vit_rsst.evaluation.outcomes import Outcomes
 from vit_rsst.report import canvas
 from vit_rsst.report.attention import attention, mean_of_heads, over_patches, rollout
 from vit_rsst.report.history import SCORES
-from vit_rsst.trained import Trained, open_trained
+from vit_rsst.text import clipped
+from vit_rsst.tickets import rounds
+from vit_rsst.tickets.trained import Trained, open_trained
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ class Exhibit:
         Raises:
             RunError: there is no ticket, it cannot be read, or the data are gone.
         """
-        last, first = results.last_ticket(run), results.ticket_path(run, 0)
+        last, first = rounds.last_ticket(run), rounds.ticket_path(run, 0)
         dense = open_trained(first) if first.is_file() and first != last else None
         trained = open_trained(last)
         return cls(trained, dense, open_data(trained.data, trained.seed), device)

@@ -5,7 +5,7 @@ A folder may have been edited by hand, written by another version, or cut short 
 
 from collections.abc import Mapping
 
-from vit_rsst.results import COLUMNS, RoundRow
+from vit_rsst.tickets.rounds import COLUMNS, RoundRow
 
 MAYBE_EMPTY = ("test_top1", "test_loss", "what_if_gap")
 """Columns of a row that may be empty."""

@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from vit_rsst import strict_yaml
 from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.measure import latency
 from vit_rsst.analysis.subject import Subject, open_subject
 from vit_rsst.analysis.tables import spread
 from vit_rsst.errors import RunError
+from vit_rsst.recipe import strict_yaml
 from vit_rsst.report import canvas, curves
 from vit_rsst.report.diagnosis import PREFIX, diagnose
 from vit_rsst.report.document import Bullets, Code, Document, Facts, Gallery, Image, Section, Table, Text, shown_path
 from vit_rsst.report.findings import findings
 from vit_rsst.report.history import History, at
 from vit_rsst.report.pictures import PICTURES
-from vit_rsst.results import duration, size
-from vit_rsst.trained import default_device
+from vit_rsst.text import duration, size
+from vit_rsst.tickets.trained import default_device
 
 BATCHES = (1, 32)
 """At which latency is measured."""

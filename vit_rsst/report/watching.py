@@ -16,7 +16,7 @@ from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.report import canvas, curves, diagnosis, history, pictures, reporting
-from vit_rsst.tracking import Tracker
+from vit_rsst.run.tracking import Tracker
 
 SHARE = 0.01
 """Of the time so far that figures may take while the run goes on."""

@@ -1,0 +1,1 @@
+"""Scores: evaluating a model on a split, predicting images, the reported metrics."""

@@ -1,0 +1,194 @@
+"""Scores of a trained model on a split: of a ticket on the data of its run, of any other on data that are named."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from vit_rsst import files
+from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.data.images import ImageData
+from vit_rsst.data.loaders import evaluation_batches
+from vit_rsst.data.options import DataOptions
+from vit_rsst.data.sources import open_data
+from vit_rsst.errors import Damaged, InputError
+from vit_rsst.evaluation.outcomes import Outcomes, outcomes
+from vit_rsst.export import onnx_file
+from vit_rsst.models import published
+from vit_rsst.models.anatomy import prunable_weights
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.run.tracking import to_stderr
+from vit_rsst.text import aligned
+from vit_rsst.tickets.trained import Trained, open_trained
+
+
+def evaluate(
+    what: str,
+    split: str,
+    state: PartialState,
+    data_path: str | None = None,
+    source: str | None = None,
+    batch: int | None = None,
+) -> dict:
+    """Every score that is reported, the same on any number of ranks; collective.
+
+    Args:
+        what: a ticket, a run folder, whose last ticket is meant, a folder or an ONNX file that export wrote, or a name
+            of timm with published weights.
+        split: `test`, `val` or `train`, as the run divided them.
+        state: processes and device.
+        data_path: folder of the data when it has moved.
+        source: name of the data; a ticket knows its own.
+        batch: images of a forward pass.
+
+    Raises:
+        InputError: nothing of that name, or no data are named.
+        Damaged: it cannot be read, does not fit the data's classes, or gives logits that are not finite.
+    """
+    if batch is not None and batch < 1:
+        raise InputError(f"--batch: {batch} images were asked; at least 1.")
+    trained = open_model(what, source, data_path)
+    if split != "test" and "data" not in trained.header and state.is_main_process:
+        to_stderr(
+            f"{what} does not say how its data were divided: some images of {split} may be of another split there."
+        )
+    with state.main_process_first():
+        data = open_data(trained.data, trained.seed)
+    classes = check_classes(trained, data)
+    place = (state.device, state.process_index, state.num_processes)
+    found, rate = outcomes_of(trained, data, split, batch or EVALUATION_BATCH, *place)
+    if not np.isfinite(found.confidences).all():
+        raise Damaged(
+            f"{trained.path}: it gives logits that are not finite: its weights diverged; take another ticket."
+        )
+
+    from vit_rsst.evaluation.reported import report
+
+    result = {
+        "ticket": str(trained.path),
+        "split": split,
+        "samples": len(found),
+        "density": trained.mask.density if trained.mask.masks else None,
+        "images_per_s": rate,
+        "processes": state.num_processes,
+        "device": str(state.device),
+    }
+    return result | report(found, len(classes)) | {"classes": classes}
+
+
+def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
+    """The model and the data that it is shown.
+
+    One that is neither ticket nor slim or dense folder has a header without `data`, and seed 0.
+    """
+    onnx = onnx_file.path_of(Path(what))
+    if onnx is None and not published.kind(what):
+        trained = open_trained(Path(what))
+        changed = {key: value for key, value in (("source", source), ("path", data_path)) if value}
+        return replace(trained, data=replace(trained.data, **changed))
+    if source is None:
+        raise InputError(f"{what}: nothing there says what it was trained on; name the data with --source and --data.")
+    found = published.open_published(what) if onnx is None else onnx_file.opened(onnx)
+    weights = prunable_weights(found.net) if onnx is None else {}
+    mask = MaskSet({name: weight.detach() != 0 for name, weight in weights.items()})
+    shown = {name: getattr(found, name) for name in ("image_size", "crop_pct", "crop_mode", "interpolation")}
+    options = DataOptions(source, data_path, **shown)
+    return Trained(found.net, mask, Path(what), {"seed": "0"}, options, found.mean, found.std, found.classes)
+
+
+def check_classes(trained: Trained, data: ImageData) -> list[str]:
+    """Names by label.
+
+    Raises:
+        Damaged: the data have other classes than the model was trained on.
+        InputError: the model does not say which, and has another number of them.
+    """
+    theirs = list(data.classes)
+    if trained.classes and trained.classes != theirs:
+        raise Damaged(
+            f"{trained.path}: trained on {len(trained.classes)} classes, {trained.classes[:3]} …, and the data have "
+            f"{len(theirs)}, {theirs[:3]} …."
+        )
+    with torch.no_grad():
+        logits = trained.net(torch.zeros(1, 3, trained.data.size, trained.data.size))
+    if logits.shape[1] != len(theirs):
+        raise InputError(
+            f"{trained.path}: it tells {logits.shape[1]} classes apart, and the data have {len(theirs)}; name the data "
+            "that it was trained on with --source and --data."
+        )
+    return theirs
+
+
+def outcomes_of(
+    trained: Trained, data: ImageData, split: str, batch: int, device: torch.device, rank: int = 0, world: int = 1
+) -> tuple[Outcomes, float]:
+    """What becomes of every image, and images a second; collective where `world` is more than 1."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    workers = 0 if device.type == "cpu" else min(8, (os.cpu_count() or 1) // local)
+    batches = evaluation_batches(
+        data.samples(split), batch, rank, world, device, trained.mean, trained.std,
+        data.decoder(split), workers, trained.data.max_corrupt,
+    )  # fmt: skip
+    with trained.autocast(device):
+        return outcomes(trained.net.to(device), batches, rank, world)
+
+
+def report_text(result: dict, most_classes: int = 20) -> str:
+    """The result as text: lines of totals, the table of classes, the most frequent confusions."""
+    order = range(len(result["classes"]))
+    if len(result["classes"]) > most_classes:
+        order = sorted(order, key=lambda i: result["f1"][i])[:most_classes]
+    names = ("precision", "recall", "f1")
+    lines = [("class", "precision", "recall", "F1", "images")]
+    lines += [
+        (result["classes"][i], *(f"{100 * result[key][i]:.2f}" for key in names), str(result["support"][i]))
+        for i in order
+    ]
+    for mean in ("macro", "weighted"):
+        values = (f"{100 * result[f'{mean}_{key}']:.2f}" for key in names)
+        lines.append((f"{mean} mean", *values, str(result["samples"])))
+    lines = [(line[0].ljust(max(len(row[0]) for row in lines)), *line[1:]) for line in lines]
+    density = "" if result["density"] is None else f", density {result['density']:.4f}"
+    head = (
+        f"{result['ticket']} on {result['split']} ({result['samples']:,} images){density}\n"
+        f"top1 {result['top1']:.2f}  top5 {result['top5']:.2f}  loss {result['loss']:.4f}  "
+        f"macro F1 {100 * result['macro_f1']:.2f}  calibration error {100 * result['ece']:.2f}\n"
+        f"{result['images_per_s']:,.0f} images/s, {result['device']}, {result['processes']} process(es)\n"
+    )
+    note = (
+        f"\nthe {most_classes} classes of the lowest F1; --json FILE has all" if len(order) < len(result["f1"]) else ""
+    )
+    return f"{head}\n{aligned(lines)}{note}\n\n{_confusions_text(result)}"
+
+
+def confusions(result: dict, most: int = 5) -> list[tuple[int, int, int]]:
+    """The most frequent confusions: (images, true label, predicted label)."""
+    pairs = [
+        (count, true, predicted)
+        for true, row in enumerate(result["confusion"])
+        for predicted, count in enumerate(row)
+        if true != predicted and count
+    ]
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:most]
+
+
+def _confusions_text(result: dict) -> str:
+    names, found = result["classes"], confusions(result)
+    if not found:
+        return "no confusions"
+    return "most confused: " + ", ".join(f"{names[a]} taken for {names[b]} ({n})" for n, a, b in found)
+
+
+def write_csv(path: Path, result: dict) -> None:
+    """One row a class: its scores, its images and how many of them were taken for each class; then the means."""
+    names = ("precision", "recall", "f1")
+    rows = [["class", *names, "images", *(f"taken for {name}" for name in result["classes"])]]
+    for i, name in enumerate(result["classes"]):
+        rows.append([name, *(result[key][i] for key in names), result["support"][i], *result["confusion"][i]])
+    for mean in ("macro", "weighted"):
+        taken = (sum(column) for column in zip(*result["confusion"], strict=True))
+        rows.append([f"{mean} mean", *(result[f"{mean}_{key}"] for key in names), result["samples"], *taken])
+    files.write_csv(path, rows)

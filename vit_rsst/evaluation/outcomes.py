@@ -1,0 +1,87 @@
+"""Outcomes: what became of every image of an evaluation, in the order of the images, whatever the number of ranks.
+
+Nothing is summed before all ranks are together: so any number of ranks computes the same to the last bit.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from vit_rsst.training.counters import ranks
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One entry an image; all of shape (images,).
+
+    Attributes:
+        labels: the true class.
+        predictions: the class of the largest logit, the first of equals.
+        ranks: how many classes come before the true one; 0 is a hit.
+        losses: cross-entropy in nats.
+        confidences: probability of the predicted class, float64.
+    """
+
+    labels: np.ndarray
+    predictions: np.ndarray
+    ranks: np.ndarray
+    losses: np.ndarray
+    confidences: np.ndarray
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Outcomes":
+        """Of one batch: logits (batch, classes), labels (batch,)."""
+        logits = logits.float()
+        probabilities = logits.double().softmax(1)
+        found = (
+            labels,
+            logits.argmax(1),
+            ranks(logits, labels),
+            F.cross_entropy(logits, labels, reduction="none"),
+            probabilities.amax(1),
+        )
+        return cls(*(tensor.cpu().numpy() for tensor in found))
+
+    @classmethod
+    def joined(cls, parts: Iterable["Outcomes"]) -> "Outcomes":
+        parts = list(parts)
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@torch.no_grad()
+def outcomes(
+    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], rank: int = 0, num_processes: int = 1
+) -> tuple[Outcomes, float]:
+    """Outcomes of all images of all ranks and images a second, on every rank; collective.
+
+    Args:
+        net: gives logits (batch, classes), in evaluation mode.
+        batches: every `num_processes`-th batch of the split, from the `rank`-th on.
+
+    Raises:
+        ValueError: there was no image on any rank.
+    """
+    found, began, warm = [], time.perf_counter(), 0
+    for turn, (images, labels) in enumerate(batches):
+        if not len(labels):  # none of its images can be decoded
+            continue
+        found.append((turn * num_processes + rank, Outcomes.of(net(images), labels)))
+        if not warm:  # the first pass allocates: it counts when it is the only one
+            first, warm = time.perf_counter(), len(labels)
+    now, done = time.perf_counter(), sum(len(part) for _, part in found)
+    rate = (done - warm) / (now - first) if done > warm else done / max(now - began, 1e-9)
+    if num_processes > 1:
+        found, rates = gather_object(found), gather_object([rate])
+        rate = sum(rates)
+    if not found:
+        raise ValueError("the split is empty")
+    return Outcomes.joined(part for _, part in sorted(found, key=lambda item: item[0])), rate

@@ -1,0 +1,1 @@
+"""Many runs: `vit-rsst study` and `vit-rsst search`."""

@@ -1,0 +1,84 @@
+"""Runs a grid of experiments by a study file, goes on where it stopped, and compares what is finished.
+
+vit-rsst study FILE [key=value …] [--jobs N] [--dry-run] [--csv FILE] [--markdown FILE]
+
+Each run is an ordinary run folder, <output_dir>/<study>/<arm>-<point>-s<seed>, trained by a process of its own; what
+is finished is not trained again. `study_file.py` shows a study file. Exit code 0: all runs are finished.
+"""
+
+import argparse
+from pathlib import Path
+
+from vit_rsst import files
+from vit_rsst.errors import InputError, RunError
+from vit_rsst.experiments import study_file, tables
+from vit_rsst.experiments.running import Crew
+from vit_rsst.experiments.study_file import PlannedRun, Study
+from vit_rsst.files import leave, output_file
+from vit_rsst.text import aligned, duration
+from vit_rsst.tickets.rounds import load_rows
+
+
+def run_study(arguments: argparse.Namespace) -> None:
+    """Trains what is not finished, then shows the table, also when stopped or failed.
+
+    Raises:
+        RunError: a run did not finish.
+    """
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs: {arguments.jobs} is not a number of runs; expected 1 or more.")
+    study = study_file.read(Path(arguments.file), arguments.overrides)
+    arguments.csv, arguments.markdown = output_file(arguments.csv), output_file(arguments.markdown)
+    if arguments.dry_run:
+        print(plan_text(study, arguments.jobs))
+        return
+    crew = Crew(arguments.jobs)
+    try:
+        crew.train(study.runs, lambda run, event: print(event_text(study, run, event), flush=True))
+    finally:
+        tell(study, crew, arguments)
+    if crew.failed:
+        left = len(crew.failed)
+        raise RunError(f"{left} of {len(study.runs)} runs did not finish (above); the same command tries them again.")
+
+
+def tell(study: Study, crew: Crew, arguments: argparse.Namespace) -> None:
+    """Writes what was asked for, and prints the table and the failures."""
+    text = tables.told(study)
+    failures = [f"{name}: {why}" for name, why in crew.failed.items()]
+    leave(arguments.markdown, files.write_text, text + "\n")
+    rows = tables.rows(study, crew.failed)
+    leave(arguments.csv, files.write_csv, [rows[0].keys(), *(row.values() for row in rows)])
+    print("\n".join(["", text, *(["", "did not finish:", *failures] if failures else [])]), flush=True)
+
+
+def event_text(study: Study, run: PlannedRun, event: str) -> str:
+    """One line: how many runs are finished, which run, what happened to it."""
+    done = sum(other.is_finished for other in study.runs)
+    line = f"[{done}/{len(study.runs)}] {run.name}  {event}"
+    if event == "finished":
+        last = load_rows(run.folder)[-1]
+        line += f"  density {last.density:.3f}  val {last.val_top1:.2f}  test {last.test_top1:.2f}"
+    return line
+
+
+def plan_text(study: Study, jobs: int) -> str:
+    """The runs, what each trains itself, and how long the rest will take by what is finished."""
+    lines = [("run", "epochs", "rounds", "state")]
+    for run in study.runs:
+        state = "finished" if run.is_finished else "goes on" if run.folder.exists() else "new"
+        rounds = " + ".join(map(str, run.recipe.round_epochs))
+        lines.append((run.name, str(sum(run.recipe.round_epochs)), rounds, state))
+    left = sum(sum(run.recipe.round_epochs) for run in study.runs if not run.is_finished)
+    total = sum(sum(run.recipe.round_epochs) for run in study.runs)
+    seconds = seconds_an_epoch(study)
+    time = "unknown, since nothing is finished" if seconds is None else duration(left * seconds / jobs)
+    total_text = f"{len(study.runs)} runs in {study.folder}, {total:,} epochs, {left:,} of them to train"
+    return f"{aligned(lines)}\n\n{total_text}; time: {time}; {jobs} at a time"
+
+
+def seconds_an_epoch(study: Study) -> float | None:
+    """Mean over the finished runs, evaluations included; None where there is none."""
+    rows = [row for run in study.runs if run.is_finished for row in load_rows(run.folder)]
+    epochs = sum(row.epochs for row in rows)
+    return sum(row.seconds for row in rows) / epochs if epochs else None

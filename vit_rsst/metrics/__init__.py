@@ -1,1 +1,0 @@
-"""Metrics: additive counters for the loop, `evaluate.Metric` classes for what is reported. No network."""

@@ -1,0 +1,234 @@
+"""From a YAML file and `key=value` overrides to a recipe; every error is collected, with its place.
+
+Nothing heavy is imported here: a wrong recipe is refused within a moment.
+"""
+
+import difflib
+import importlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.errors import InputError, unknown
+from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.plan import METHODS, Method
+from vit_rsst.recipe import strict_yaml
+from vit_rsst.recipe.rules import broken_rules
+from vit_rsst.recipe.schema import Recipe
+from vit_rsst.recipe.sentences import Problem, sentences
+
+SHORTHANDS = {("pruning", "method"): "name", ("pruning", "schedule"): "name", ("data", "augment"): "preset"}
+"""Where `key: NAME` is short for `key: {name: NAME}`."""
+
+AUGMENT_PRESETS = {
+    "none": {"crop": "pad", "padding": 0, "hflip": 0.0},
+    "plain": {},
+    "strong": {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "reprob": 0.25},
+}
+"""What `data.augment: NAME` stands for; `{preset: NAME, …}` changes fields of it. Strong is that of DeiT."""
+
+
+class Source:
+    """A recipe's raw tree, and where each of its keys was given."""
+
+    def __init__(self, file: Path, overrides: Sequence[str]):
+        self.file = file
+        try:
+            self.document = strict_yaml.parse(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        self.problems = [Problem(".".join(path), sentence) for path, _, sentence in self.document.problems]
+        self._problem_lines = {(".".join(p), s): line for p, line, s in self.document.problems}
+        self.overridden: dict[str, str] = {}
+        for item in overrides:
+            self._override(item)
+        self.tree = _spelled_out(self.document.tree)
+
+    def _override(self, item: str) -> None:
+        key, equals, text = item.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            self.overridden[item] = item
+            self.problems.append(Problem(item, "expected key=value, such as train.epochs=60"))
+            return
+        self.overridden[key] = item
+        try:
+            value = strict_yaml.parse_scalar(text)
+        except ValueError as error:
+            self.problems.append(Problem(key, str(error)))
+            return
+        *parents, last = key.split(".")
+        node = self.document.tree
+        for depth, parent in enumerate(parents):
+            child = node.get(parent)
+            if isinstance(child, str) and tuple(parents[: depth + 1]) in SHORTHANDS:
+                child = {SHORTHANDS[tuple(parents[: depth + 1])]: child}
+            node[parent] = child if isinstance(child, dict) else {}
+            node = node[parent]
+        node[last] = value
+
+    def place(self, problem: Problem) -> str:
+        """`file:line`, or the override on the command line that gave the key or what it stands in."""
+        for key, item in self.overridden.items():
+            if problem.path == key or problem.path.startswith(f"{key}."):
+                return f"command line ({item})"
+        line = self._problem_lines.get((problem.path, problem.sentence))
+        path = tuple(problem.path.split("."))
+        while line is None and path:
+            line = self.document.lines.get(path)
+            path = path[:-1]
+        return f"{self.file}:{line}" if line else str(self.file)
+
+
+def find(name: str) -> Path:
+    """A recipe file by path, or by its name among the recipes that come with the package.
+
+    Raises:
+        InputError: neither exists.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    wanted = name.removeprefix("recipes/").removesuffix(".yaml")
+    builtin = {str(p.relative_to(builtin_folder()).with_suffix("")): p for p in builtin_recipes()}
+    if wanted in builtin:
+        return builtin[wanted]
+    near = difflib.get_close_matches(wanted, builtin, n=1, cutoff=0.4)
+    raise InputError(
+        f"{name}: there is no such recipe file, nor a recipe of that name in the package; see `vit-rsst recipes`."
+        + (f" Did you mean {near[0]!r}?" if near else "")
+    )
+
+
+def builtin_folder() -> Path:
+    """Where the recipes lie: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def builtin_recipes() -> list[Path]:
+    return sorted(builtin_folder().rglob("*.yaml"))
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe with `key=value` overrides.
+
+    Raises:
+        InputError: with every problem, each with its place, the value, the choices and the nearest.
+    """
+    source = Source(file, overrides)
+    _load_plugins(source)
+    recipe, problems = _validate(source.tree)
+    problems = [*source.problems, *problems]
+    told = {problem.path for problem in problems}
+    # The rules are told of a recipe whose faulty fields went back to their defaults, so that nothing waits its turn.
+    whole = recipe or _validate(_without(source.tree, told))[0]
+    if whole is not None:
+        problems += [problem for problem in broken_rules(whole) if problem.path not in told]
+    if problems:
+        lines = [f"{source.place(p)}  {p.path + ': ' if p.path else ''}{p.sentence}" for p in problems]
+        count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
+        raise InputError("\n".join([f"{count} in the recipe; nothing was started.", *lines]))
+    return recipe
+
+
+def _spelled_out(tree: dict) -> dict:
+    """Replaces shorthands by what they are short for."""
+    tree = dict(tree)
+    for (parent, key), what in SHORTHANDS.items():
+        if isinstance(tree.get(parent), dict) and isinstance(tree[parent].get(key), str):
+            tree[parent] = {**tree[parent], key: {what: tree[parent][key]}}
+    data = tree.get("data")
+    augment = data.get("augment") if isinstance(data, dict) else None
+    if isinstance(augment, dict) and isinstance(augment.get("preset"), str) and augment["preset"] in AUGMENT_PRESETS:
+        changed = {key: value for key, value in augment.items() if key != "preset"}
+        tree["data"] = {**data, "augment": {**AUGMENT_PRESETS[augment["preset"]], **changed}}
+    return tree
+
+
+def _without(tree: dict, paths: Iterable[str]) -> dict:
+    """A copy of the tree less the named keys."""
+    tree = json.loads(json.dumps(tree))
+    tree.setdefault("name", "unnamed")
+    for path in paths:
+        *parents, last = path.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(last, None)
+    return tree
+
+
+def _load_plugins(source: Source) -> None:
+    plugins = source.tree.get("plugins", [])
+    for module in plugins if isinstance(plugins, list) else []:
+        try:
+            importlib.import_module(str(module))
+        except Exception as error:  # a plugin may fail in any way
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            source.problems.append(
+                Problem(
+                    "plugins", f"module {module!r} cannot be imported ({what}); name one that can, and is on PYTHONPATH"
+                )
+            )
+
+
+def _validate(tree: dict) -> tuple[Recipe | None, list[Problem]]:
+    """Checks types, bounds and names; the method's options by the dataclass that its name stands for."""
+    problems: list[Problem] = []
+    tree = json.loads(json.dumps(tree))
+    method = _take_method(tree, problems)
+    try:
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        recipe = None
+        problems += sentences(error, Recipe, tree, ())
+    for path, value, what, choices in _names(tree):
+        if isinstance(value, str) and value not in choices:
+            problems.append(Problem(path, unknown(what, value, choices)))
+    if problems or recipe is None:
+        return None, problems
+    given = tree.get("pruning") or {}
+    # What follows from the method was filled in for the default one.
+    derived = {key: given.get(key) for key in ("criterion", "rewind")}
+    return replace(recipe, pruning=replace(recipe.pruning, method=method, **derived)), []
+
+
+def _names(tree: dict) -> Iterable[tuple[str, Any, str, Iterable[str]]]:
+    def get(*path: str) -> Any:
+        node: Any = tree
+        for key in path:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node
+
+    yield "data.source", get("data", "source"), "source", SOURCES
+    yield "pruning.criterion", get("pruning", "criterion"), "criterion", CRITERIA
+    augment = get("data", "augment")
+    if isinstance(augment, dict) and "preset" in augment:
+        preset = augment["preset"]
+        yield "data.augment", preset if isinstance(preset, str) else json.dumps(preset), "preset", AUGMENT_PRESETS
+
+
+def _take_method(tree: dict, problems: list[Problem]) -> Method | None:
+    """Validates `pruning.method` on its own and takes it out of the tree."""
+    pruning = tree.get("pruning")
+    options = pruning.pop("method", {"name": "rsst"}) if isinstance(pruning, dict) else {"name": "rsst"}
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        problems.append(Problem("pruning.method", f"expected the name of a method: {', '.join(METHODS)}"))
+        return None
+    name = options["name"]
+    if name not in METHODS:
+        problems.append(Problem("pruning.method", unknown("method", name, METHODS)))
+        return None
+    rest = {key: value for key, value in options.items() if key != "name"}
+    try:
+        return TypeAdapter(METHODS[name]).validate_json(json.dumps(rest), strict=True)
+    except ValidationError as error:
+        problems += sentences(error, METHODS[name], rest, ("pruning", "method"))
+        return None

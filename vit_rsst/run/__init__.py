@@ -1,0 +1,1 @@
+"""One run: its state, folder, resume points, signals and what it logs."""

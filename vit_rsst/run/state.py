@@ -1,0 +1,81 @@
+"""The state of a run: everything that the loop works with."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vit_rsst.data.loaders import Loader
+from vit_rsst.data.mixing import Mixing
+from vit_rsst.progress import Progress
+from vit_rsst.pruning.controller import Controller
+from vit_rsst.run.checkpoint import Checkpointer
+from vit_rsst.run.console import Console
+from vit_rsst.run.folder import RunFolder
+from vit_rsst.run.signals import StopFlag
+from vit_rsst.run.tracking import Tracker
+from vit_rsst.run.watchdog import Watchdog
+from vit_rsst.training.best import Best
+from vit_rsst.training.counters import RunningLoss
+from vit_rsst.training.distill import Distillation
+
+
+@dataclass
+class Run:
+    """All that a run is made of.
+
+    Attributes:
+        model: as Accelerate prepared it; `net` is the same network without wrappers.
+        loss: (logits, labels) → mean loss.
+        own_loss: what the model asks of itself after a forward pass in training; None: nothing.
+        mixing: MixUp or CutMix; None: images stay apart.
+        distillation: joins a teacher to the loss; None: there is none.
+        best: the best epoch of the round under way.
+        lr: the learning rate at a progress.
+        evaluate: split name → top1, top5, loss; collective.
+        clip_grad_norm: largest norm of the gradients; None: not clipped.
+        max_skipped_steps: non-finite steps that are left out before the run stops.
+        header: strings of every ticket's header.
+        environment: versions, data and machine, as the run folder has them.
+        watch: (moment, progress, controller) looks on at `round began`, `epoch ended` and `round ended`.
+        epoch_is_open: an epoch is trained and not yet evaluated.
+        seconds: time spent in the round under way, over all sittings.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    loss: Callable[[Tensor, Tensor], Tensor]
+    lr: Callable[[Progress], float]
+    controller: Controller
+    progress: Progress
+    evaluate: Callable[[str], dict[str, float]]
+    folder: RunFolder
+    checkpointer: Checkpointer
+    tracker: Tracker
+    console: Console
+    stop: StopFlag
+    meter: RunningLoss
+    clip_grad_norm: float | None
+    max_skipped_steps: int
+    log_every_steps: int
+    save_every_steps: int | None
+    seed: int
+    recipe_fingerprint: str
+    header: dict[str, str]
+    environment: dict[str, object]
+    watchdog: Watchdog
+    own_loss: Callable[[], Tensor] | None = None
+    mixing: Mixing | None = None
+    distillation: Distillation | None = None
+    best: Best = field(default_factory=Best)
+    watch: Callable[[str, Progress, Controller], None] = lambda *_: None
+    skipped_steps: int = 0
+    epoch_is_open: bool = False
+    seconds: float = 0.0
+    clock: float = field(default_factory=time.monotonic)

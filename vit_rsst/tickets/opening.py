@@ -1,0 +1,19 @@
+"""What can be scored, continued and exported: a ticket file, a run folder (its last ticket), a slim or dense folder."""
+
+from pathlib import Path
+
+from vit_rsst.tickets import rounds, slim_folder, ticket_file
+from vit_rsst.tickets.ticket_file import Ticket
+
+
+def open_ticket(what: Path) -> tuple[Path, Ticket]:
+    """The ticket that a path means, and where it lies.
+
+    Raises:
+        InputError: a run folder without a ticket.
+        Damaged: a ticket, slim or dense folder that is not there, is damaged, or has another format.
+    """
+    if (what / slim_folder.CONFIG).is_file():  # a run folder has none
+        return what, slim_folder.read(what)
+    path = rounds.last_ticket(what) if what.is_dir() else what
+    return path, ticket_file.load(path)

@@ -1,0 +1,73 @@
+"""Trained models: from a ticket, run folder or slim folder to a network that answers, with all that its header says."""
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vit_rsst.data.options import DataOptions, Imbalance
+from vit_rsst.errors import Damaged
+from vit_rsst.models import zoo
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.tickets import ticket_file
+from vit_rsst.tickets.opening import open_ticket
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its weights and what it takes to show it images as its run did.
+
+    Attributes:
+        net: on the CPU, in evaluation mode; zeros where the mask says.
+        mask: of the prunable weights.
+        path: of the ticket or slim folder.
+        header: strings, as the run wrote them.
+        data: the run's data options.
+        mean, std: of the channels.
+        classes: names by label.
+    """
+
+    net: nn.Module
+    mask: MaskSet
+    path: Path
+    header: dict[str, str]
+    data: DataOptions
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: list[str]
+
+    @property
+    def seed(self) -> int:
+        return int(self.header["seed"])
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """The precision of the run: Accelerate wraps the forward pass in autocast."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.header.get("precision") == "bf16")
+
+
+def open_trained(what: Path) -> Trained:
+    """Builds the network of a ticket, of the last ticket of a run folder, or of a slim folder, from the header alone.
+
+    Raises:
+        InputError: a run folder without tickets.
+        Damaged: there is no such ticket, it cannot be read, or its header is not one of a run of this version.
+    """
+    path, ticket = open_ticket(what)
+    for name in ("data", "seed"):
+        if name not in ticket.metadata:
+            raise Damaged(f"{path}: the header has no {name!r}; the ticket does not come from a run of this version.")
+    info = json.loads(ticket.metadata["data"])
+    mean, std, classes = tuple(info.pop("mean")), tuple(info.pop("std")), info.pop("classes")
+    info["imbalance"] = Imbalance(**info.get("imbalance", {}))
+    net = zoo.described(ticket.metadata, str(path))
+    ticket_file.load_into_(net, ticket, str(path))
+    net.eval()
+    return Trained(net, ticket.mask, path, ticket.metadata, DataOptions(**info), mean, std, classes)
+
+
+def default_device() -> torch.device:
+    """The GPU where torch sees one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,1 @@
+"""What a step learns with: losses, optimizer, schedules, averages."""
