@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged, EnvironmentLacks
+from vit_rsst.errors import Damaged, MissingRequirement
 from vit_rsst.run import checkpoint
 from vit_rsst.run.checkpoint import Checkpointer, ResumePoint
 
@@ -211,7 +211,7 @@ def crashes(folder: Path, make: Callable[[], Checkpointer], save: ResumePoint, m
             death = None
             try:
                 checkpointer.wait()
-            except EnvironmentLacks as error:
+            except MissingRequirement as error:
                 death = error.__cause__
             if death is None:
                 assert bomb.count < at
@@ -264,7 +264,7 @@ def test_the_first_save_that_crashes_leaves_nothing_that_could_be_loaded(tmp_pat
             checkpointer.save(point(4))
             try:
                 checkpointer.wait()
-            except EnvironmentLacks:
+            except MissingRequirement:
                 pass
             else:
                 break
@@ -284,13 +284,13 @@ def test_a_write_error_is_told_by_wait_and_the_older_points_stay(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
         checkpointer.save(point(12))
-        with pytest.raises(EnvironmentLacks, match=r"earlier ones are untouched.*the same command goes on"):
+        with pytest.raises(MissingRequirement, match=r"earlier ones are untouched.*the same command goes on"):
             checkpointer.wait()
         checkpointer.wait()  # told once
         checkpointer.save(point(12))
         with pytest.warns(UserWarning, match=r"Training goes on; 1 of at most 3"):
             checkpointer.save(point(16))  # told at the latest by the next save
-        with pytest.raises(EnvironmentLacks):
+        with pytest.raises(MissingRequirement):
             checkpointer.wait()
     assert visible(folder) == ["step-00000004", "step-00000008"]
     assert is_whole(Checkpointer(folder).load())
@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_made_is_told_by_wait(tmp_path):
     (tmp_path / "c").write_text("a file stands in the way")
     checkpointer = Checkpointer(tmp_path / "c")
     checkpointer.save(point(4))
-    with pytest.raises(EnvironmentLacks, match="could not be written"):
+    with pytest.raises(MissingRequirement, match="could not be written"):
         checkpointer.wait()
 
 

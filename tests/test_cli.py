@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from vit_rsst import __version__, cli, train
 from vit_rsst.assembly import data
 from vit_rsst.data import transforms
-from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.errors import MissingRequirement
 from vit_rsst.evaluation import evaluate
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.methods import __all__ as METHODS
@@ -37,6 +37,8 @@ VERBS = [
     "export",
     "push",
     "report",
+    "study",
+    "search",
     "models",
     "recipes",
     "methods",
@@ -269,7 +271,7 @@ def test_every_recipe_of_the_package_has_a_plan(capsys, monkeypatch):
 
 def test_the_plan_of_a_long_tail_counts_what_the_tail_leaves(tmp_path, monkeypatch):
     def unreachable(*_):
-        raise EnvironmentLacks("no network")
+        raise MissingRequirement("no network")
 
     monkeypatch.setattr(data, "open_data", unreachable)
     more = ["data={source: cifar10, val_fraction: 0.1, imbalance: {kind: step, ratio: 10}}"]

@@ -26,7 +26,7 @@ from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data, open_tables
 from vit_rsst.data.tables import Rows, Split
 from vit_rsst.data.transforms import Augmentation, normalize
-from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.errors import InputError, MissingRequirement
 from vit_rsst.progress import Progress
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -129,7 +129,7 @@ def test_fractions_decide_the_sizes(fraction):
 def test_images_larger_than_the_free_memory_are_refused_before_they_are_decoded(monkeypatch):
     memory = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    text = refusal(DataOptions("digits"), EnvironmentLacks)
+    text = refusal(DataOptions("digits"), MissingRequirement)
     assert "data.train_samples" in text
     assert "1,293 images at 32 px" in text
 
@@ -328,7 +328,7 @@ def test_a_damaged_parquet_file_is_one_sentence(folder, content):
 
 def test_data_that_cannot_be_had_from_the_hub_are_said_with_the_way_out(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    text = refusal(DataOptions("cifar10"), EnvironmentLacks)
+    text = refusal(DataOptions("cifar10"), MissingRequirement)
     assert "uoft-cs/cifar10" in text
     assert "data.path=FOLDER" in text
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import vit_rsst.export
 from vit_rsst.data.transforms import normalize
-from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, RunError
+from vit_rsst.errors import Damaged, InputError, MissingRequirement, RunError
 from vit_rsst.export import exporting, push, transformers_folder
 from vit_rsst.export.exporting import TARGETS, export, relative_difference
 from vit_rsst.export.work import Work
@@ -527,7 +527,7 @@ def test_a_disk_that_is_full_leaves_nothing(runs, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(exporting.TARGETS, "timm", replace(TARGETS["timm"], write=full))
-    with pytest.raises(EnvironmentLacks, match="cannot be written"):
+    with pytest.raises(MissingRequirement, match="cannot be written"):
         export(runs["units"], "timm", tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

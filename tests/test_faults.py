@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged, Diverged, EnvironmentLacks, InputError
+from vit_rsst.errors import Damaged, Diverged, InputError, MissingRequirement
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.run.checkpoint import Checkpointer, ResumePoint
 from vit_rsst.run.folder import RunFolder
@@ -261,7 +261,7 @@ def save_on_a_full_disk(path: Path, mask: MaskSet) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     try:
         ticket_file.save(path, {"w": torch.zeros(50_000)}, mask, {})
-    except EnvironmentLacks as error:
+    except MissingRequirement as error:
         sys.exit(error.exit_code)
 
 
@@ -902,5 +902,5 @@ def test_no_duration_is_taken_from_a_clock_that_can_jump():
 
 def test_a_folder_below_which_nothing_can_be_made_is_named(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(EnvironmentLacks, match="output_dir"):
+    with pytest.raises(MissingRequirement, match="output_dir"):
         RunFolder(tmp_path / "loop" / "r").check_place()

@@ -10,10 +10,10 @@ import pytest
 import tiny
 from filelock import FileLock
 
-from vit_rsst import text
 from vit_rsst.recipe import loading, strict_yaml
 from vit_rsst.report import listing
 from vit_rsst.report.listing import Listed
+from vit_rsst.text import clipped, width_of
 
 NOW = datetime.datetime(2026, 1, 10, 12, 0, tzinfo=datetime.UTC)
 
@@ -48,7 +48,7 @@ def plain(text: str) -> str:
 def test_no_line_is_wider_than_the_terminal(width, is_colored):
     lines = listing.table(items(), NOW, width, is_colored).splitlines()
     assert len(lines) == 4
-    assert all(text.width_of(plain(line)) <= width for line in lines)
+    assert all(width_of(plain(line)) <= width for line in lines)
     assert ("\x1b[" in "".join(lines)) == is_colored
     assert lines[0].startswith("run")
     assert "state" in lines[0]
@@ -70,7 +70,7 @@ def test_a_narrow_terminal_keeps_state_progress_best_and_size():
     ("width", "expected"), [(99, "剪枝 abcdefgh"), (9, "剪…cdefgh"), (8, "剪…defgh"), (2, "…h"), (1, "…")]
 )
 def test_a_name_is_cut_in_its_middle(width, expected):
-    assert text.clipped("剪枝 abcdefgh", width) == expected
+    assert clipped("剪枝 abcdefgh", width) == expected
 
 
 def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
@@ -80,9 +80,7 @@ def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
     for part in ("剪枝 实验", "████░░░░  50%", "0.1000", "91.25", "rsst", "4.8 MiB", "3 min ago"):
         assert part in first
     assert "a-run-with-a-rather-long-name-that-goes-on" in text
-    ends = [
-        text.width_of(line[: line.index(word) + len(word)]) for line, word in ((head, "density"), (first, "0.1000"))
-    ]
+    ends = [width_of(line[: line.index(word) + len(word)]) for line, word in ((head, "density"), (first, "0.1000"))]
     assert ends[0] == ends[1], "a Chinese character takes two columns"
 
 

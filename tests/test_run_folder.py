@@ -13,7 +13,7 @@ import pytest
 import tiny
 import yaml
 
-from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.errors import InputError, MissingRequirement
 from vit_rsst.recipe.loading import load
 from vit_rsst.recipe.schema import Recipe, Train
 from vit_rsst.run.environment import environment
@@ -157,7 +157,7 @@ def test_opening_makes_the_folders_and_records_recipe_and_environment(folder):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentLacks, match="output_dir") as caught:
+    with pytest.raises(MissingRequirement, match="output_dir") as caught:
         RunFolder(tmp_path / "file" / "r").open()
     assert caught.value.exit_code == 3
 
@@ -221,7 +221,7 @@ def test_a_second_process_is_refused_and_changes_nothing(held, capsys):
     recipe, _ = held
     folder = RunFolder(load(recipe).run_folder)
     before = snapshot(folder.path)
-    with pytest.raises(EnvironmentLacks, match="another process is running there"):
+    with pytest.raises(MissingRequirement, match="another process is running there"):
         folder.open()
     assert tiny.command("train", recipe) == 3
     assert "another process is running there" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from vit_rsst.errors import Damaged, EnvironmentLacks, InputError
+from vit_rsst.errors import Damaged, InputError, MissingRequirement
 from vit_rsst.models import weights, zoo
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.models.catalog import CATALOG
@@ -164,10 +164,10 @@ def broken(tmp_path: Path, folder: Path) -> dict[str, tuple[Path, type[Exception
         "not a number": (tmp_path / "nan.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight of .* is not finite"),
         "infinite": (tmp_path / "inf.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight of .* is not finite"),
         "whole numbers": (tmp_path / "int8.safetensors", Damaged, r"of torch\.int8, not torch\.float32"),
-        "several files": (tmp_path / "two", EnvironmentLacks, r"\(a\.safetensors, b\.safetensors beside it\)"),
+        "several files": (tmp_path / "two", MissingRequirement, r"\(a\.safetensors, b\.safetensors beside it\)"),
         "foreign": (tmp_path / "foreign.safetensors", Damaged, "does not fit this vit_small_patch16_224 in"),
-        "missing": (tmp_path / "missing.safetensors", EnvironmentLacks, "there is no file"),
-        "empty folder": (tmp_path / "nothing", EnvironmentLacks, "there is no file"),
+        "missing": (tmp_path / "missing.safetensors", MissingRequirement, "does not exist"),
+        "empty folder": (tmp_path / "nothing", MissingRequirement, "does not exist"),
         "folder of pickles": (tmp_path / "pickles", Damaged, pickle),
         **{name: (tmp_path / name, Damaged, pickle) for name in ("model.bin", "model.pth", "model.pkl", "model.pt")},
     }
@@ -232,9 +232,9 @@ def test_folders_of_this_package_are_sent_to_start_from(tmp_path):
 
 def test_weights_that_are_neither_in_the_cache_nor_to_be_had_are_an_error(offline):
     for asked in (True, "dino"):
-        with pytest.raises(EnvironmentLacks, match=r"model\.pretrained.*not in the cache.*model\.pretrained=false"):
+        with pytest.raises(MissingRequirement, match=r"model\.pretrained.*not in the cache.*model\.pretrained=false"):
             build("vit_small", asked)
-    with pytest.raises(EnvironmentLacks, match=r"model\.name: config\.json of 'google/vit-base-patch16-224'"):
+    with pytest.raises(MissingRequirement, match=r"model\.name: config\.json of 'google/vit-base-patch16-224'"):
         build("hf:google/vit-base-patch16-224", True)
 
 
@@ -244,7 +244,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_seconds(monkeypatch, tmp_
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://localhost:1")
     monkeypatch.setattr("urllib.request.getproxies", dict)
     start = time.monotonic()
-    with pytest.raises(EnvironmentLacks, match="cannot be had from the Hub"):
+    with pytest.raises(MissingRequirement, match="cannot be had from the Hub"):
         build("vit_small", True)
     assert time.monotonic() - start < 5
 
@@ -346,7 +346,7 @@ def test_nothing_of_the_loading_stays_behind(folder):
     for path in (folder, folder / "missing.safetensors"):
         try:
             build("vit_small", str(path), **DEPTH)
-        except EnvironmentLacks:
+        except MissingRequirement:
             assert not os.path.exists(path)
     assert nn.Module.load_state_dict is before
     assert prunable_weights(build("vit_small", str(folder), **DEPTH))

@@ -20,7 +20,7 @@ class InputError(RunError, ValueError):
     exit_code = 2
 
 
-class EnvironmentLacks(RunError):
+class MissingRequirement(RunError):
     """The machine, an installed package or the network lacks something that the run needs."""
 
     exit_code = 3

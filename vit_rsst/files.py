@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.errors import InputError, MissingRequirement
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -126,11 +126,11 @@ def leave(path: Path | None, write: Callable[[Path, object], None], result: obje
     """Writes a result where one was asked for; before it is printed, since a reader such as `head` ends the program.
 
     Raises:
-        EnvironmentLacks: the disk is full, or lost.
+        MissingRequirement: the disk is full, or lost.
     """
     if path is None:
         return
     try:
         write(path, result)
     except OSError as error:
-        raise EnvironmentLacks(f"{path}: it could not be written ({error.strerror or error}).") from error
+        raise MissingRequirement(f"{path}: it could not be written ({error.strerror or error}).") from error

@@ -1,4 +1,4 @@
-"""The entry for `accelerate launch -m vit_rsst.train RECIPE [key=value …]`: parse, assemble, call `loop.run`.
+"""The entry for `accelerate launch -m vit_rsst.train RECIPE [key=value …]`: parse, assemble, call `loop.train`.
 
 The recipe is checked before anything heavy is imported, so that a mistake costs a second and no rank waits.
 """
@@ -114,19 +114,19 @@ def run_recipe(
         if accelerator.is_main_process:
             print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
         return
-    s, lock = build(recipe, accelerator, folder, stop, restart)
+    run, lock = build(recipe, accelerator, folder, stop, restart)
     with contextlib.ExitStack() as ending:
         if lock is not None:
             ending.callback(lock.release)
-        ending.callback(s.tracker.finish)
-        watcher = make_watcher(s, recipe)
-        train_to_the_end(s, recipe, allow_world_size_change, allow_data_change)
+        ending.callback(run.tracker.finish)
+        watcher = make_watcher(run, recipe)
+        train_to_the_end(run, recipe, allow_world_size_change, allow_data_change)
         accelerator.end_training()  # after an error, another rank may no longer be there to say goodbye to
         if watcher is not None and (page := watcher.finish()) is not None:  # no rank waits for the last figures
             print(f"  {page}      figures, and what the numbers say", flush=True)
 
 
-def train_to_the_end(s: "Run", recipe: "Recipe", allow_world_size_change: bool, allow_data_change: bool) -> None:
+def train_to_the_end(run: "Run", recipe: "Recipe", allow_world_size_change: bool, allow_data_change: bool) -> None:
     """Goes on from the newest resume point, trains and says how it went; leaves the reason where it fails."""
     from vit_rsst import loop
     from vit_rsst.run import watchdog
@@ -134,33 +134,33 @@ def train_to_the_end(s: "Run", recipe: "Recipe", allow_world_size_change: bool, 
     from vit_rsst.run.resume import resume_if_possible
 
     try:
-        resume_if_possible(s, allow_world_size_change, allow_data_change)
-        if s.accelerator.is_main_process:
-            s.folder.record(recipe, s.environment)
+        resume_if_possible(run, allow_world_size_change, allow_data_change)
+        if run.accelerator.is_main_process:
+            run.folder.record(recipe, run.environment)
         watchdog.limit_waiting(recipe.train.rank_timeout)
-        s.stop.is_training = True
-        loop.run(s)
-        finish(s, recipe)
+        run.stop.is_training = True
+        loop.train(run)
+        finish(run, recipe)
     except BaseException as error:
-        known = explained(error, s, recipe)
-        fail(s, known)
+        known = explained(error, run, recipe)
+        fail(run, known)
         raise known from error
     finally:
-        s.watchdog.close()
-        s.console.close()
+        run.watchdog.close()
+        run.console.close()
 
 
-def make_watcher(s: "Run", recipe: "Recipe") -> "Watcher | None":
+def make_watcher(run: "Run", recipe: "Recipe") -> "Watcher | None":
     """Who draws on the main process, looking on at the loop; None: nobody."""
-    if not (recipe.tracking.figures and s.accelerator.is_main_process):
+    if not (recipe.tracking.figures and run.accelerator.is_main_process):
         return None
     from vit_rsst.report import watching
 
     if not watching.is_possible():
-        s.console.line("  no figures and no report: pip install 'vit_rsst[report]' draws them")
+        run.console.line("  no figures and no report: pip install 'vit_rsst[report]' draws them")
         return None
-    s.watch = watching.Watcher(s.folder.path, s.tracker, s.accelerator.device)
-    return s.watch
+    run.watch = watching.Watcher(run.folder.path, run.tracker, run.accelerator.device)
+    return run.watch
 
 
 def make_accelerator(recipe: "Recipe") -> "Accelerator":
@@ -217,45 +217,45 @@ def start_processes() -> "PartialState":
     return state
 
 
-def finish(s: "Run", recipe: "Recipe") -> None:
+def finish(run: "Run", recipe: "Recipe") -> None:
     """Says how it went and what can be done next."""
     from vit_rsst.tickets.rounds import load_rows, ticket_path
 
-    if not s.accelerator.is_main_process:
+    if not run.accelerator.is_main_process:
         return
-    rows = load_rows(s.folder.path)
-    s.folder.write_status("finished", exit_code=0)
-    s.console.rounds(rows)
-    last = ticket_path(s.folder.path, rows[-1].round)
-    s.console.line(
+    rows = load_rows(run.folder.path)
+    run.folder.write_status("finished", exit_code=0)
+    run.console.rounds(rows)
+    last = ticket_path(run.folder.path, rows[-1].round)
+    run.console.line(
         f"The last ticket holds {rows[-1].density:.2%} of the prunable weights: {last}\n"
         f"  vit-rsst evaluate {last}      its test scores by class\n"
-        f"  {s.folder.path}/rounds.csv, metrics.jsonl      every number of this run"
+        f"  {run.folder.path}/rounds.csv, metrics.jsonl      every number of this run"
     )
 
 
-def fail(s: "Run", error: BaseException) -> None:
+def fail(run: "Run", error: BaseException) -> None:
     """Leaves the reason in status.json, once: where all ranks fail alike, rank 0 says it.
 
     A run that is not even allowed to go on leaves its folder as it was.
     """
     from vit_rsst.run.explanations import LostRank
 
-    if isinstance(error, InputError) and not s.stop.is_training:
+    if isinstance(error, InputError) and not run.stop.is_training:
         return
-    if not s.accelerator.is_main_process or isinstance(error, LostRank):
+    if not run.accelerator.is_main_process or isinstance(error, LostRank):
         time.sleep(1.0)
-        if s.folder.status().get("state") != "running":
+        if run.folder.status().get("state") != "running":
             return
         error.is_of_this_rank_alone = True
     code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     with contextlib.suppress(OSError):  # on a full disk the error itself is all that is told
-        p = s.progress
-        where = {"round": p.round, "epoch": p.epoch, "step": p.global_step} if s.stop.is_training else {}
+        p = run.progress
+        where = {"round": p.round, "epoch": p.epoch, "step": p.global_step} if run.stop.is_training else {}
         state = "stopped" if code == 75 else "failed"
-        s.folder.write_status(state, code, str(error) or type(error).__name__, **where)
+        run.folder.write_status(state, code, str(error) or type(error).__name__, **where)
         if not isinstance(error, Damaged):
-            s.tracker.log("warning", s.progress.global_step, {"text": f"{type(error).__name__}: {error}"})
+            run.tracker.log("warning", run.progress.global_step, {"text": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":

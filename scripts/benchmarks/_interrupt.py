@@ -15,6 +15,7 @@ from pathlib import Path
 from vit_rsst import loop
 from vit_rsst.assembly import data
 from vit_rsst.run import console
+from vit_rsst.run.tracking import Tracker
 
 moment, _, rest = os.environ.get("INTERRUPT", "").partition(":")
 name, _, rank = rest.partition(":")
@@ -23,7 +24,7 @@ step = int(os.environ.get("STEP", "-1"))
 log = Path(os.environ["BATCHES"] + os.environ.get("RANK", "0"))
 
 train_step, evaluation_batches, step_of = loop.train_step, data.evaluation_batches, console.Console.step
-log_of = loop.Tracker.log
+log_of = Tracker.log
 data.EVALUATION_BATCH = 10  # so that every rank has some
 
 
@@ -53,7 +54,7 @@ def evaluating(*arguments: object) -> Iterator:
             send()
 
 
-def after_log(self: loop.Tracker, event: str, at: int, metrics: dict) -> None:
+def after_log(self: Tracker, event: str, at: int, metrics: dict) -> None:
     log_of(self, event, at, metrics)
     if is_target and moment == "epoch" and event == "epoch" and at == step:
         send()
@@ -61,4 +62,4 @@ def after_log(self: loop.Tracker, event: str, at: int, metrics: dict) -> None:
 
 evaluating.here = False
 loop.train_step, data.evaluation_batches, console.Console.step = noted, evaluating, after_step
-loop.Tracker.log = after_log
+Tracker.log = after_log

@@ -93,7 +93,7 @@ def test_every_allowed_combination_leaves_sparse_nested_tickets_and_goes_on_afte
     assert load(path).pruning.method_name == case[0]
 
     run = make(case, tmp_path / "whole")
-    loop.run(run)
+    loop.train(run)
     files = sorted((tmp_path / "whole" / "tickets").glob("*.safetensors"))
     found = [ticket_file.load(file) for file in files]
     assert len(found) == len(run.progress.round_epochs)
@@ -107,10 +107,10 @@ def test_every_allowed_combination_leaves_sparse_nested_tickets_and_goes_on_afte
     stopped = make(case, tmp_path / "stopped")
     stopped.stop = StopAt(5)
     with pytest.raises(Stopped):
-        loop.run(stopped)
+        loop.train(stopped)
     again = make(case, tmp_path / "stopped")
     resume.restore_(again, again.checkpointer.load())
-    loop.run(again)
+    loop.train(again)
     assert end(tmp_path / "stopped") == end(tmp_path / "whole")
 
 

@@ -70,7 +70,7 @@ _UNDISTURBED: dict[str, list] = {}
 def undisturbed(name: str, folder: Path) -> list:
     if name not in _UNDISTURBED:
         run = TOYS[name].make(folder / "undisturbed")
-        loop.run(run)
+        loop.train(run)
         _UNDISTURBED[name] = end(folder / "undisturbed")
     return _UNDISTURBED[name]
 
@@ -100,11 +100,11 @@ def test_a_run_that_is_stopped_and_put_together_again_ends_bit_for_bit_alike(tmp
     first = TOYS[name].make(tmp_path / "stopped")
     first.stop = StopAt(STOPS[stop])
     with pytest.raises(Stopped):
-        loop.run(first)
+        loop.train(first)
     second = TOYS[name].make(tmp_path / "stopped")
     resume.restore_(second, second.checkpointer.load())
     assert second.progress.global_step == STOPS[stop]
-    loop.run(second)
+    loop.train(second)
     assert end(tmp_path / "stopped") == expected
 
 
@@ -112,7 +112,7 @@ def halves(run: Run, stop: int) -> None:
     """Trains up to a step."""
     run.stop = StopAt(stop)
     with pytest.raises(Stopped):
-        loop.run(run)
+        loop.train(run)
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -162,7 +162,7 @@ def test_a_state_is_not_changed_by_the_training_that_follows_once_it_is_copied_t
     point = ResumePoint(11, {"controller": copied(run.controller.state_dict()[0])}, {})
     before = bits(point.tensors["controller"])
     run.stop = StopAt(-1)
-    loop.run(run)
+    loop.train(run)
     assert bits(point.tensors["controller"]) == before
 
 
@@ -182,5 +182,5 @@ def test_each_part_of_a_point_is_needed(tmp_path, missing):
         optim.reset_state_(second.optimizer)
     else:
         second.controller.condemned = None
-    loop.run(second)
+    loop.train(second)
     assert end(tmp_path / "stopped") != expected

@@ -75,7 +75,7 @@ def test_a_whole_run_with_its_files_ends_where_the_bare_loop_ends(tmp_path):
     toy = Toy(Dense(), network=vit, round_epochs=(3,))
     run = toy.make(tmp_path)
     batches = all_batches(run)
-    loop.run(run)
+    loop.train(run)
     expected = bare_loop(toy, batches).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in run.net.state_dict().items())
 
@@ -104,7 +104,7 @@ def test_every_round_begins_with_an_optimizer_that_remembers_nothing(tmp_path, m
         before_step(progress)
 
     run.controller.before_step = watched
-    loop.run(run)
+    loop.train(run)
     parameters = len(list(run.net.parameters()))
     assert remembered == [(round, step, parameters if step else 0) for round in range(3) for step in range(4)]
 

@@ -46,7 +46,7 @@ def test_every_method_leaves_nested_tickets_of_exactly_the_density_asked(tmp_pat
     epochs = (4,) if method.one_round else (1, 1, 1, 1)
     toy = Toy(method, criterion=criterion, scope=scope, round_epochs=epochs, final_sparsity=0.875)
     run = toy.make(tmp_path)
-    loop.run(run)
+    loop.train(run)
     found = loaded(tmp_path)
     assert len(found) == len(epochs)
     sizes = [w.numel() for w in run.controller.weights.values()]
@@ -97,7 +97,7 @@ def test_rsst_that_removes_at_once_is_imp_bit_for_bit(tmp_path, method, rewind_e
     """Whole runs of four rounds through the loop: weights, buffers, masks, scores and what-if gaps."""
     toy = Toy(Imp(), optimizer=optimizer, rewind_epoch=rewind_epoch, final_sparsity=0.8, round_epochs=(2, 1, 1, 1))
     for name, variant in (("imp", toy), ("rsst", replace(toy, method=NOTHING_TO_SEE[method]))):
-        loop.run(variant.make(tmp_path / name))
+        loop.train(variant.make(tmp_path / name))
     imp, rsst = loaded(tmp_path / "imp"), loaded(tmp_path / "rsst")
     assert [round(t.mask.density, 2) for t in imp] == [1.0, 0.58, 0.34, 0.2]
     for a, b in zip(imp, rsst, strict=True):
@@ -308,7 +308,7 @@ def test_a_method_from_outside_runs_through_the_whole_loop(tmp_path, clean_regis
     assert recipe.tree()["pruning"]["method"] == {"name": "halving", "remove_at": 0.5}
     run = Toy(METHODS["halving"](), rewind_epoch=0, round_epochs=(1, 2, 2, 2)).make(tmp_path)
     start = copied(run.net.state_dict())
-    loop.run(run)
+    loop.train(run)
     found = loaded(tmp_path)
     assert [t.mask.density for t in found] == [1.0, 0.5, 0.25, 0.125]
     for earlier, later in pairwise(found):

@@ -47,7 +47,7 @@ def test_refill_after_the_rounds_trains_the_units_of_the_last_elements(tmp_path)
     toy = Toy(Refill(feedback="post"), network=vit, granularity="neuron", criterion="survivors", final_sparsity=0.75)
     run = Toy(**{**vars(toy), "round_epochs": (1, 1, 1, 1), "rewind_epoch": 0}).make(tmp_path)
     run.controller.rounds = 2  # and one round more
-    loop.run(run)
+    loop.train(run)
     found = [ticket_file.load(path).mask for path in sorted((tmp_path / "tickets").glob("*.safetensors"))]
     groups = run.controller.selector.groups
     assert [round(mask.density, 3) for mask in found[:3]] == [1.0, 0.5, 0.25]

@@ -200,7 +200,7 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def train_rounds(run: Run, rounds: int | None = None) -> None:
-    """Trains as `loop.run` does, without its files; stops after `rounds` rounds and leaves `progress` there."""
+    """Trains as `loop.train` does, without its files; stops after `rounds` rounds and leaves `progress` there."""
     for round in run.progress.remaining_rounds():
         if round == rounds:
             return

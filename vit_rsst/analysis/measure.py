@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.errors import MissingRequirement
 from vit_rsst.tickets.trained import default_device
 
 BUDGET, FEWEST, MOST = 2.0, 5, 200
@@ -73,7 +73,7 @@ def probe(header: dict[str, str], image_size: int, batch: int, train_batch: int 
         `train_batch` and `step` with the time of a training step.
 
     Raises:
-        EnvironmentLacks: the process failed, for example for want of memory.
+        MissingRequirement: the process failed, for example for want of memory.
     """
     spec = {"header": header, "image_size": image_size, "batch": batch, "train_batch": train_batch}
     spec |= {"threads": torch.get_num_threads(), "device": str(default_device())}
@@ -88,7 +88,7 @@ def probe(header: dict[str, str], image_size: int, batch: int, train_batch: int 
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        raise EnvironmentLacks(
+        raise MissingRequirement(
             f"{header['architecture']}: its memory could not be measured ({reason}); --no-latency counts alone."
         )
     return json.loads(done.stdout.splitlines()[-1])

@@ -15,7 +15,7 @@ from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.tables import Split, class_balanced
 from vit_rsst.data.transforms import Augmentation, Erasing
-from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.errors import MissingRequirement
 from vit_rsst.recipe.schema import Recipe
 from vit_rsst.training.counters import score
 
@@ -148,7 +148,7 @@ def count_rows(recipe: Recipe) -> Rows:
     try:
         data = open_data(data_options(recipe), recipe.seed)
         return Rows(data.count("train"), data.count("val"), data.count("test"), len(data.classes), True)
-    except EnvironmentLacks:
+    except MissingRequirement:
         if info.rows is None or recipe.data.path:
             raise
         val = round(info.rows[0] * data_options(recipe).val_share)

@@ -24,7 +24,7 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
     """The network, seeded; with the weights and the mask of `model.start_from` where it is given.
 
     Raises:
-        InputError, EnvironmentLacks, Damaged: it cannot be built, or what it starts from cannot be had.
+        InputError, MissingRequirement, Damaged: it cannot be built, or what it starts from cannot be had.
     """
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
     torch.manual_seed(derived_seed(recipe.seed, "model"))

@@ -33,7 +33,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     """The plan as text.
 
     Raises:
-        InputError, EnvironmentLacks: what a run of the recipe would stop at before its first step.
+        InputError, MissingRequirement: what a run of the recipe would stop at before its first step.
     """
     rows = count_rows(recipe)
     dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, num_processes)

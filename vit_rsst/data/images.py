@@ -16,7 +16,7 @@ from vit_rsst.data.decoding import Corrupt, Decoded, Decoder, Sample, decode
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.streams import Stream
 from vit_rsst.data.tables import Rows, Split, balanced_rows
-from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.errors import MissingRequirement
 
 PART = 64
 """Images that one thread decodes at a time."""
@@ -70,13 +70,13 @@ class ImageData:
         """Decodes one split into memory, on all cores.
 
         Raises:
-            EnvironmentLacks: it takes more memory than is free.
+            MissingRequirement: it takes more memory than is free.
             Corrupt: an image cannot be decoded.
         """
         rows = self.rows[split]
         free = psutil.virtual_memory().available
         if self._bytes(split) > 0.7 * free:
-            raise EnvironmentLacks(
+            raise MissingRequirement(
                 f"data: {rows.count:,} images at {self.options.size} px take {self._bytes(split) / 2**30:.1f} GiB "
                 f"decoded, and {free / 2**30:.1f} GiB of memory are free; set data.in_memory=false, or use a part "
                 "(data.train_samples) or smaller images (data.image_size)."

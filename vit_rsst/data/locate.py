@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vit_rsst import reach
 from vit_rsst.data.catalog import LABEL_COLUMNS
 from vit_rsst.data.options import DataOptions
-from vit_rsst.errors import EnvironmentLacks, InputError, first_line
+from vit_rsst.errors import InputError, MissingRequirement, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -59,7 +59,7 @@ def locate(options: DataOptions) -> dict[str, Located]:
 
     Raises:
         InputError: no such folder, no training split, files that cannot be read.
-        EnvironmentLacks: the Hub cannot be reached.
+        MissingRequirement: the Hub cannot be reached.
     """
     import datasets
 
@@ -98,7 +98,7 @@ def _on_the_hub(options: DataOptions) -> dict[str, Located]:
         builder = datasets.load_dataset_builder(options.info.hub_id, revision=options.revision)
         splits = datasets.load_dataset(options.info.hub_id, revision=options.revision, streaming=options.streaming)
     except (OSError, RuntimeError, ValueError) as error:  # datasets and huggingface_hub raise all three
-        raise EnvironmentLacks(
+        raise MissingRequirement(
             f"data.source: {options.info.hub_id!r} cannot be read from the Hub ({first_line(error)}). Check the "
             "network, data.revision and, for gated sets, that their terms are accepted on their page and HF_TOKEN is "
             "set; or name a local copy with data.path=FOLDER (evaluate: --data FOLDER)."

@@ -25,7 +25,7 @@ def open_data(options: DataOptions, seed: int, buffer: int = 4096) -> ImageData:
 
     Raises:
         InputError: no such folder, no such column, a label out of range, an empty split.
-        EnvironmentLacks: the Hub cannot be reached.
+        MissingRequirement: the Hub cannot be reached.
     """
     if options.path is None and options.source == "digits":
         return _split_tables(options, {"train": _digits(options.size)}, seed)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from vit_rsst import files
-from vit_rsst.errors import EnvironmentLacks, InputError, Stopped
+from vit_rsst.errors import InputError, MissingRequirement, Stopped
 from vit_rsst.experiments.running import Crew
 from vit_rsst.experiments.space import Field
 from vit_rsst.experiments.study_file import PlannedRun, differences, load, value_text
@@ -61,7 +61,7 @@ class Search:
 
         Raises:
             InputError: the folder holds another search.
-            EnvironmentLacks: optuna is missing, or another process searches there.
+            MissingRequirement: optuna is missing, or another process searches there.
         """
         optuna = import_optuna()
         if differ := differences(self.folder / "base.yaml", self.recipe):
@@ -70,7 +70,7 @@ class Search:
         try:
             lock = FileLock(self.folder / ".lock").acquire(timeout=0)
         except Timeout as error:
-            raise EnvironmentLacks(f"{self.folder}: another process searches there; wait for it.") from error
+            raise MissingRequirement(f"{self.folder}: another process searches there; wait for it.") from error
         with lock:
             files.write_text(self.folder / "base.yaml", strict_yaml.dump(self.recipe.tree()))
             pruner = optuna.pruners.MedianPruner() if self.is_pruning else optuna.pruners.NopPruner()
@@ -250,11 +250,11 @@ def import_optuna() -> Any:
     """optuna, quiet.
 
     Raises:
-        EnvironmentLacks: it is not installed.
+        MissingRequirement: it is not installed.
     """
     try:
         import optuna
     except ImportError as error:
-        raise EnvironmentLacks(f"a search needs optuna ({error}): pip install 'vit_rsst[hpo]'.") from error
+        raise MissingRequirement(f"a search needs optuna ({error}): pip install 'vit_rsst[hpo]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vit_rsst import files
-from vit_rsst.errors import EnvironmentLacks, InputError, RunError, unknown
+from vit_rsst.errors import InputError, MissingRequirement, RunError, unknown
 from vit_rsst.export import dense_folder, onnx_file, slim_target, timm_folder, transformers_folder
 from vit_rsst.export.card import Card
 from vit_rsst.export.work import Target, Work
@@ -60,7 +60,7 @@ def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset
     Raises:
         InputError: unknown target, the folder is not empty, an option that the target does not heed, or a model
             without that form.
-        EnvironmentLacks: a package is missing, or the folder cannot be written.
+        MissingRequirement: a package is missing, or the folder cannot be written.
         Damaged: the ticket cannot be read.
         RunError: what was written does not answer as the ticket does.
     """
@@ -81,7 +81,7 @@ def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset
         folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, folder)
     except OSError as error:
-        raise EnvironmentLacks(f"{folder}: it cannot be written ({error}); choose another folder.") from error
+        raise MissingRequirement(f"{folder}: it cannot be written ({error}); choose another folder.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(work.path, folder, sizes, found, work.is_narrower, target.is_slim)

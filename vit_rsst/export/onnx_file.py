@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, first_line
+from vit_rsst.errors import Damaged, InputError, MissingRequirement, first_line
 from vit_rsst.export.work import Target, Work
 from vit_rsst.models.published import Published
 
@@ -66,11 +66,11 @@ def path_of(what: Path) -> Path | None:
 
 def check(work: Work) -> None:
     """Raises:
-    EnvironmentLacks: the exporter's packages are not installed.
+    MissingRequirement: the exporter's packages are not installed.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise EnvironmentLacks(f"--to onnx: {missing[0]} is not installed; pip install 'vit-rsst[onnx]'.")
+        raise MissingRequirement(f"--to onnx: {missing[0]} is not installed; pip install 'vit-rsst[onnx]'.")
 
 
 def write(work: Work, folder: Path) -> None:
@@ -132,14 +132,14 @@ class Session(nn.Module):
         about: the file's metadata.
 
     Raises:
-        EnvironmentLacks: onnxruntime is not installed.
+        MissingRequirement: onnxruntime is not installed.
         Damaged: it does not run the file.
     """
 
     def __init__(self, path: Path):
         super().__init__()
         if importlib.util.find_spec("onnxruntime") is None:
-            raise EnvironmentLacks(f"{path}: onnxruntime is not installed; pip install 'vit-rsst[onnx]'.")
+            raise MissingRequirement(f"{path}: onnxruntime is not installed; pip install 'vit-rsst[onnx]'.")
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
@@ -162,7 +162,7 @@ def opened(path: Path) -> Published:
     """A file with what it takes to show it images.
 
     Raises:
-        EnvironmentLacks, Damaged: see `Session`; also where it has another's metadata.
+        MissingRequirement, Damaged: see `Session`; also where it has another's metadata.
     """
     net = Session(path)
     try:

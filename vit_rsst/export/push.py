@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vit_rsst import files
-from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.errors import InputError, MissingRequirement
 from vit_rsst.export import card
 from vit_rsst.export.work import Work
 from vit_rsst.text import size
@@ -25,7 +25,7 @@ def push(what: Path, repo: str, public: bool = False, dry_run: bool = False) -> 
 
     Raises:
         InputError: not an id of a repository, not an export folder, or a repository of the other visibility.
-        EnvironmentLacks: no token, no network, or the Hub refuses.
+        MissingRequirement: no token, no network, or the Hub refuses.
         Damaged: the ticket cannot be read.
     """
     _check_repo(repo)
@@ -66,20 +66,20 @@ def _prepared(what: Path, repo: str) -> Iterator[Path]:
 def _upload(folder: Path, repo: str, public: bool) -> str:
     """Makes the repository where there is none and uploads one commit; its address."""
     if constants.HF_HUB_OFFLINE:
-        raise EnvironmentLacks("push: HF_HUB_OFFLINE is set, so that nothing can be sent; unset it.")
+        raise MissingRequirement("push: HF_HUB_OFFLINE is set, so that nothing can be sent; unset it.")
     if get_token() is None:
-        raise EnvironmentLacks("push: there is no token of the Hub; run `hf auth login`, or set HF_TOKEN.")
+        raise MissingRequirement("push: there is no token of the Hub; run `hf auth login`, or set HF_TOKEN.")
     api = HfApi(library_name="vit_rsst")
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
         _check_visibility(api.repo_info(address.repo_id).private, repo, public)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload by vit-rsst push")
     except HfHubHTTPError as error:
-        raise EnvironmentLacks(
+        raise MissingRequirement(
             f"push: the Hub refuses {repo} ({_first_line(error)}); check the name and the rights of the token."
         ) from error
     except NOT_REACHED as error:
-        raise EnvironmentLacks(f"push: the Hub cannot be reached ({_first_line(error)}); try again online.") from error
+        raise MissingRequirement(f"push: cannot reach the Hub ({_first_line(error)}); try again online.") from error
     return str(address)
 
 

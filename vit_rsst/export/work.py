@@ -114,7 +114,7 @@ class Target:
 
     Attributes:
         library: who loads it, as the Hub names it.
-        check: raises InputError when the ticket has no such form, EnvironmentLacks when a package is missing.
+        check: raises InputError when the ticket has no such form, MissingRequirement when a package is missing.
         write: puts all files but the card into an empty folder.
         logits: of images, from the folder as its reader loads it; None when that cannot be had here.
         usage: python code that does so, for the card; it runs inside the folder, beside an `image.png`.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_rsst.errors import OF_A_LIBRARY, EnvironmentLacks, InputError, first_line
+from vit_rsst.errors import OF_A_LIBRARY, InputError, MissingRequirement, first_line
 from vit_rsst.models import weights
 
 PREFIX = "hf:"
@@ -26,7 +26,7 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
 
     Raises:
         InputError: transformers has no image classifier of that type, or does not take the arguments.
-        EnvironmentLacks: the configuration can be neither found here nor had from the Hub.
+        MissingRequirement: the configuration can be neither found here nor had from the Hub.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -43,7 +43,7 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
     except (OSError, ValueError) as error:
         if source in CONFIG_MAPPING:
             raise InputError(f"model.args: {name} cannot be configured with {args}: {error}.") from error
-        raise EnvironmentLacks(
+        raise MissingRequirement(
             f"model.name: {source!r} is neither a type of transformers (such as hf:vit), nor a folder with a "
             f"config.json, nor to be had from the Hub ({first_line(error)})."
         ) from error
@@ -80,7 +80,7 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
 
     Raises:
         InputError: transformers has no image classifier of that type, or it cannot be built so.
-        EnvironmentLacks: the weights cannot be had.
+        MissingRequirement: the weights cannot be had.
         Damaged: the file is damaged, or of another model.
     """
     from transformers import AutoModelForImageClassification
@@ -110,7 +110,7 @@ def weights_file(architecture: str, args: dict, pretrained: bool | str) -> Path:
 
     Raises:
         InputError: the model was named by its type, which has no weights, or a tag is asked for, which is timm's.
-        EnvironmentLacks: they cannot be had.
+        MissingRequirement: they cannot be had.
     """
     source = args.get(PLACE) if pretrained is True else pretrained
     if source is None:

@@ -56,7 +56,7 @@ def open_published(what: str) -> Published:
 
     Raises:
         InputError: a name of this package's catalogue, or one without published weights.
-        EnvironmentLacks: the weights can be neither found here nor had.
+        MissingRequirement: the weights can be neither found here nor had.
         Damaged: the folder cannot be loaded, or has its weights as a pickle alone.
     """
     if kind(what) == "transformers":

@@ -26,7 +26,7 @@ def load(build: Callable[..., nn.Module], architecture: str, pretrained: bool | 
 
     Raises:
         InputError: timm has no weights for this model, or no such tag, or they are of another width or depth.
-        EnvironmentLacks: they cannot be had.
+        MissingRequirement: they cannot be had.
         Damaged: the file is damaged, or of another model.
     """
     file, is_published = weights_file(architecture, pretrained), not weights.is_path(pretrained)
@@ -46,7 +46,7 @@ def weights_file(architecture: str, pretrained: bool | str) -> Path:
 
     Raises:
         InputError: timm has no weights for this model, or no such tag.
-        EnvironmentLacks: they cannot be had.
+        MissingRequirement: they cannot be had.
     """
     if weights.is_path(pretrained):
         return weights.local_file(pretrained)

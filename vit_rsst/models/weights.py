@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vit_rsst import reach
-from vit_rsst.errors import Damaged, EnvironmentLacks, InputError, first_line
+from vit_rsst.errors import Damaged, InputError, MissingRequirement, first_line
 
 FILE = "model.safetensors"
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt", ".tar")
@@ -69,7 +69,7 @@ def local_file(source: str) -> Path:
 
     Raises:
         InputError: a folder of this package, which another field takes.
-        EnvironmentLacks: there is none.
+        MissingRequirement: there is none.
         Damaged: a pickle.
     """
     path = Path(source).expanduser()
@@ -81,7 +81,7 @@ def local_file(source: str) -> Path:
     if not path.is_file():
         beside = sorted(file.name for file in path.parent.glob("*.safetensors"))
         there = f" ({', '.join(beside[:3])}{' …' if len(beside) > 3 else ''} beside it)" if beside else ""
-        raise EnvironmentLacks(f"model.pretrained: there is no file {path}{there}; name the file itself, {OTHERWISE}.")
+        raise MissingRequirement(f"model.pretrained: {path} does not exist{there}; name the file itself, {OTHERWISE}.")
     return path
 
 
@@ -113,20 +113,20 @@ def hub_file(repository: str, name: str, field: str = "model.pretrained", otherw
         otherwise: what to do without it.
 
     Raises:
-        EnvironmentLacks: it is not in the cache and the Hub cannot be reached, within seconds, or does not give it.
+        MissingRequirement: it is not in the cache and the Hub cannot be reached, within seconds, or does not give it.
     """
     try:
         return Path(hf_hub_download(repository, name, local_files_only=True))
     except LocalEntryNotFoundError:
         pass
     except (OSError, HFValidationError) as error:
-        raise EnvironmentLacks(f"{field}: {repository!r} is no repository of the Hub ({first_line(error)}).") from error
+        raise MissingRequirement(f"{field}: no repository {repository!r} on the Hub ({first_line(error)}).") from error
     try:
         if why := "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else reach.unreachable(constants.ENDPOINT):
             raise OSError(why)
         return Path(hf_hub_download(repository, name))
     except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
-        raise EnvironmentLacks(
+        raise MissingRequirement(
             f"{field}: {name} of {repository!r} is not in the cache and cannot be had from the Hub "
             f"({first_line(error)}); check the network, name a local file or folder, {otherwise}."
         ) from error

@@ -98,7 +98,7 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
 
     Raises:
         InputError: no such model or tag, arguments it does not take, or no published weights for it.
-        EnvironmentLacks: the weights exist but cannot be had.
+        MissingRequirement: the weights exist but cannot be had.
         Damaged: the file is damaged, or of another model.
     """
     if beside := sorted(set(args) & set(SOURCES_OF_WEIGHTS)):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vit_rsst import files
-from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.errors import MissingRequirement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,12 +57,12 @@ def drawing() -> Iterator[None]:
     """The style, for everything drawn inside.
 
     Raises:
-        EnvironmentLacks: matplotlib is not installed.
+        MissingRequirement: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise EnvironmentLacks("figures need matplotlib: pip install 'vit_rsst[report]'.") from error
+        raise MissingRequirement("figures need matplotlib: pip install 'vit_rsst[report]'.") from error
     from matplotlib.font_manager import get_font_names
 
     installed = get_font_names()

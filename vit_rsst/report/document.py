@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from vit_rsst import files
-from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.errors import MissingRequirement
 from vit_rsst.report import canvas
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -112,7 +112,7 @@ def write(document: Document, folder: Path) -> Path:
     """Writes report.html and report.md with its figures into a folder; returns the page.
 
     Raises:
-        EnvironmentLacks: jinja2 is not installed, or the folder cannot be written.
+        MissingRequirement: jinja2 is not installed, or the folder cannot be written.
     """
     page, text = as_html(document), as_markdown(document)
     try:
@@ -123,7 +123,7 @@ def write(document: Document, folder: Path) -> Path:
         files.write_text(folder / "report.md", text)
         files.write_text(folder / "report.html", page)
     except OSError as error:
-        raise EnvironmentLacks(f"{folder}: the report cannot be written ({error}); name another folder.") from error
+        raise MissingRequirement(f"{folder}: the report cannot be written ({error}); name another folder.") from error
     return folder / "report.html"
 
 
@@ -159,7 +159,7 @@ def _environment() -> object:
     try:
         import jinja2
     except ImportError as error:
-        raise EnvironmentLacks("reports need jinja2: pip install 'vit_rsst[report]'.") from error
+        raise MissingRequirement("reports need jinja2: pip install 'vit_rsst[report]'.") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=lambda name: name.endswith(".html.j2"),

@@ -25,7 +25,7 @@ def report(
 
     Raises:
         InputError: a folder that is no run, or the same one twice.
-        EnvironmentLacks: matplotlib or jinja2 is not installed, or the folder cannot be written.
+        MissingRequirement: matplotlib or jinja2 is not installed, or the folder cannot be written.
     """
     if len({run.resolve() for run in runs}) < len(runs):
         raise InputError("RUN: the same run is named twice; name each once.")

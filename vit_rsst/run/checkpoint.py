@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged, Diverged, EnvironmentLacks
+from vit_rsst.errors import Damaged, Diverged, MissingRequirement
 
 FORMAT = "vit_rsst.resume/1"
 PATIENCE = 3
@@ -76,12 +76,12 @@ class Checkpointer:
         """Waits for the save under way; warns when it failed, since a full disk may have room again at the next.
 
         Raises:
-            EnvironmentLacks: as many in a row have failed as there is patience for.
+            MissingRequirement: as many in a row have failed as there is patience for.
             Diverged: a number in it was not finite; older points are untouched.
         """
         try:
             self.wait()
-        except EnvironmentLacks as error:
+        except MissingRequirement as error:
             self._failures += 1
             if self._failures >= PATIENCE:
                 raise
@@ -91,7 +91,7 @@ class Checkpointer:
         """Waits for the save under way.
 
         Raises:
-            EnvironmentLacks: it failed; older points are untouched.
+            MissingRequirement: it failed; older points are untouched.
             Diverged: a number in it was not finite; older points are untouched.
         """
         pending, self._pending = self._pending, None
@@ -101,7 +101,7 @@ class Checkpointer:
             pending.result()
             self._failures = 0
         except (OSError, SafetensorError) as error:
-            raise EnvironmentLacks(
+            raise MissingRequirement(
                 f"the resume point could not be written to {self.folder} ({error}); the earlier ones are untouched. "
                 "Free some space there; the same command goes on from the last point."
             ) from error

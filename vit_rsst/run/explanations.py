@@ -3,7 +3,7 @@
 import errno
 from typing import TYPE_CHECKING
 
-from vit_rsst.errors import EnvironmentLacks
+from vit_rsst.errors import MissingRequirement
 
 if TYPE_CHECKING:
     from vit_rsst.recipe.schema import Recipe
@@ -13,29 +13,30 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a disk that is full, failing or no longer writable."""
 
 
-class LostRank(EnvironmentLacks):
+class LostRank(MissingRequirement):
     """Another process of the job is gone."""
 
 
-def explained(error: BaseException, s: "Run", recipe: "Recipe") -> BaseException:
+def explained(error: BaseException, run: "Run", recipe: "Recipe") -> BaseException:
     """The error, or what it means to the user where a library cannot know that."""
     from vit_rsst.run import watchdog
 
     if watchdog.is_of_a_lost_rank(error):
         return LostRank(
             f"another process of this job died or did not answer for {recipe.train.rank_timeout:g} s "
-            f"(train.rank_timeout), at step {s.progress.global_step}; its own message and {s.watchdog.path.parent} may "
-            "say why. The same command goes on from the last resume point; where disks are slow, with a larger "
+            f"(train.rank_timeout), at step {run.progress.global_step}; its own message and "
+            f"{run.watchdog.path.parent} may say why. "
+            "The same command goes on from the last resume point; where disks are slow, with a larger "
             "train.rank_timeout."
         )
     if isinstance(error, OSError) and error.errno in DISK:
         where = f" {error.filename}" if error.filename else ""
-        return EnvironmentLacks(
-            f"{s.folder.path} cannot be written any more ({error.strerror}{where}). Free some space there; the same "
+        return MissingRequirement(
+            f"{run.folder.path} cannot be written any more ({error.strerror}{where}). Free some space there; the same "
             "command goes on from the last resume point."
         )
     if is_out_of_memory(error):
-        return EnvironmentLacks(out_of_memory_text(s.accelerator.num_processes, recipe))
+        return MissingRequirement(out_of_memory_text(run.accelerator.num_processes, recipe))
     return error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vit_rsst import files
-from vit_rsst.errors import EnvironmentLacks, InputError
+from vit_rsst.errors import InputError, MissingRequirement
 from vit_rsst.recipe import strict_yaml
 from vit_rsst.recipe.schema import Recipe, deciding
 
@@ -50,7 +50,7 @@ class RunFolder:
         """Renames an existing folder to `<name>.old-N` and says which; None when there is none.
 
         Raises:
-            EnvironmentLacks: another process runs there.
+            MissingRequirement: another process runs there.
         """
         if not self.path.exists():
             return None
@@ -93,7 +93,7 @@ class RunFolder:
 
         Raises:
             InputError: it is a link to elsewhere.
-            EnvironmentLacks: it cannot be written.
+            MissingRequirement: it cannot be written.
         """
         try:
             if self.path.resolve() != self.path.parent.resolve() / self.path.name:
@@ -103,15 +103,15 @@ class RunFolder:
                 )
             nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         except UnicodeEncodeError as error:
-            raise EnvironmentLacks(
+            raise MissingRequirement(
                 f"output_dir: {str(self.path)!a} has characters that the locale of this process does not know "
                 f"({error.encoding}); set PYTHONUTF8=1, or LC_ALL=C.UTF-8."
             ) from error
         except (OSError, RuntimeError) as error:  # a loop of links
-            raise EnvironmentLacks(f"output_dir: {self.path} cannot be made ({error}); set another one.") from error
+            raise MissingRequirement(f"output_dir: {self.path} cannot be made ({error}); set another one.") from error
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             why = "cannot be written" if nearest.is_dir() else "is no folder"
-            raise EnvironmentLacks(f"output_dir: {self.path} cannot be made, since {nearest} {why}; set another one.")
+            raise MissingRequirement(f"output_dir: {self.path} cannot be made, since {nearest} {why}; set another one.")
 
     def _lock(self) -> FileLock:
         """Takes the lock of this folder; its holder stands in a file beside it, for those who come later."""
@@ -120,7 +120,7 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout as error:
             who = "process {pid} on {host}, since {since}".format_map({"pid": "?", "host": "?", "since": "?"} | holder)
-            raise EnvironmentLacks(
+            raise MissingRequirement(
                 f"{self.path}: another process is running there ({who}); wait for it, or give this run another name "
                 "(name=…)."
             ) from error
@@ -130,7 +130,7 @@ class RunFolder:
         """Creates the folder and takes its lock; what an earlier run left there stays as it is.
 
         Raises:
-            EnvironmentLacks: another process runs here, or the folder cannot be written.
+            MissingRequirement: another process runs here, or the folder cannot be written.
         """
         try:
             for folder in (self.path, self.checkpoints, self.tickets, self.logs):
@@ -140,7 +140,7 @@ class RunFolder:
                 left_over.unlink()
             files.write_json(self.path / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
         except OSError as error:
-            raise EnvironmentLacks(
+            raise MissingRequirement(
                 f"output_dir: {self.path} cannot be written ({error}); set another output_dir."
             ) from error
         return lock

@@ -19,70 +19,70 @@ if TYPE_CHECKING:
     from vit_rsst.run.state import Run
 
 
-def save(s: Run) -> None:
+def save(run: Run) -> None:
     """Saves the run as it stands between two steps; collective, written by the main process in the background."""
-    meter = s.meter.gather_(s.accelerator.is_main_process)
+    meter = run.meter.gather_(run.accelerator.is_main_process)
     now = time.monotonic()
-    s.seconds, s.clock = s.seconds + now - s.clock, now
-    if not s.accelerator.is_main_process:
+    run.seconds, run.clock = run.seconds + now - run.clock, now
+    if not run.accelerator.is_main_process:
         return
-    masks, controller = s.controller.state_dict()
-    best, best_numbers = s.best.state_dict()
-    names = {id(parameter): name for name, parameter in s.net.named_parameters()}
+    masks, controller = run.controller.state_dict()
+    best, best_numbers = run.best.state_dict()
+    names = {id(parameter): name for name, parameter in run.net.named_parameters()}
     tensors = {
-        "model": s.net.state_dict(),
-        "optimizer": optim.state_tensors(s.optimizer, names),
+        "model": run.net.state_dict(),
+        "optimizer": optim.state_tensors(run.optimizer, names),
         "controller": masks,
         **({"best": best} if best else {}),
     }
     numbers = {
-        "progress": s.progress.state_dict(),
+        "progress": run.progress.state_dict(),
         "controller": controller,
         "best": best_numbers,
         "meter": meter,
-        "skipped_steps": s.skipped_steps,
-        "seconds": s.seconds,
-        "recipe": s.recipe_fingerprint,
-        "epoch_is_open": s.epoch_is_open,
-        "processes": s.accelerator.num_processes,
-        "environment": s.environment,
+        "skipped_steps": run.skipped_steps,
+        "seconds": run.seconds,
+        "recipe": run.recipe_fingerprint,
+        "epoch_is_open": run.epoch_is_open,
+        "processes": run.accelerator.num_processes,
+        "environment": run.environment,
     }
-    s.checkpointer.save(ResumePoint(s.progress.global_step, tensors, numbers))
+    run.checkpointer.save(ResumePoint(run.progress.global_step, tensors, numbers))
 
 
-def restore_(s: Run, point: ResumePoint) -> None:
+def restore_(run: Run, point: ResumePoint) -> None:
     """Sets the run to where a point was taken.
 
     Raises:
         Damaged: the point's tensors do not fit this model; nothing is changed.
     """
-    check_fits(s, point)
-    s.net.load_state_dict(point.tensors["model"])
-    optim.load_state_tensors_(s.optimizer, point.tensors["optimizer"], dict(s.net.named_parameters()))
-    s.controller.load_state_dict(point.tensors["controller"], point.numbers["controller"])
-    s.progress.load_state_dict(point.numbers["progress"])
-    s.best.load_state_dict(point.tensors.get("best", {}), point.numbers["best"])
-    s.meter.load(point.numbers["meter"], s.accelerator.is_main_process)
-    s.skipped_steps, s.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
-    s.epoch_is_open = point.numbers.get("epoch_is_open", False)
-    s.clock = time.monotonic()
-    s.tracker.truncate(s.progress.global_step, ("epoch", *AGAIN) if s.epoch_is_open else AGAIN)
+    check_fits(run, point)
+    run.net.load_state_dict(point.tensors["model"])
+    optim.load_state_tensors_(run.optimizer, point.tensors["optimizer"], dict(run.net.named_parameters()))
+    run.controller.load_state_dict(point.tensors["controller"], point.numbers["controller"])
+    run.progress.load_state_dict(point.numbers["progress"])
+    run.best.load_state_dict(point.tensors.get("best", {}), point.numbers["best"])
+    run.meter.load(point.numbers["meter"], run.accelerator.is_main_process)
+    run.skipped_steps, run.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
+    run.epoch_is_open = point.numbers.get("epoch_is_open", False)
+    run.clock = time.monotonic()
+    run.tracker.truncate(run.progress.global_step, ("epoch", *AGAIN) if run.epoch_is_open else AGAIN)
 
 
-def check_fits(s: Run, point: ResumePoint) -> None:
+def check_fits(run: Run, point: ResumePoint) -> None:
     """Compares weights, masks, averages and moments with the model, before any of them is loaded.
 
     Raises:
         Damaged: names or shapes differ.
     """
-    model, moments = ticket_file.shapes(s.net.state_dict()), ticket_file.shapes(point.tensors["optimizer"])
+    model, moments = ticket_file.shapes(run.net.state_dict()), ticket_file.shapes(point.tensors["optimizer"])
     controller = ticket_file.shapes(point.tensors["controller"])
     parts = {
-        "mask": {name: (-(-weight.numel() // 8),) for name, weight in s.controller.weights.items()},  # bits
+        "mask": {name: (-(-weight.numel() // 8),) for name, weight in run.controller.weights.items()},  # bits
         "rewind": model,
     }
     parts["condemned"] = parts["mask"]
-    parts["ema"] = {} if s.controller.ema is None else ticket_file.shapes(s.controller.ema.tensors)
+    parts["ema"] = {} if run.controller.ema is None else ticket_file.shapes(run.controller.ema.tensors)
     expected = dict(model)
     for part, shapes in parts.items():
         if part in ("mask", "ema") or any(path.startswith(f"{part}/") for path in controller):
@@ -101,7 +101,7 @@ def check_fits(s: Run, point: ResumePoint) -> None:
     ticket_file.check_shapes(expected, found, f"resume point {point.step}")
 
 
-def resume_if_possible(s: Run, allow_world_size_change: bool = False, allow_data_change: bool = False) -> None:
+def resume_if_possible(run: Run, allow_world_size_change: bool = False, allow_data_change: bool = False) -> None:
     """Sets the run to its newest sound resume point, on every rank, and says so.
 
     Raises:
@@ -109,46 +109,46 @@ def resume_if_possible(s: Run, allow_world_size_change: bool = False, allow_data
             processes, and that is not allowed.
         Damaged: no point is sound, or the ranks read different ones.
     """
-    point = s.checkpointer.load() if s.accelerator.is_main_process else None
-    if s.accelerator.num_processes > 1:
+    point = run.checkpointer.load() if run.accelerator.is_main_process else None
+    if run.accelerator.num_processes > 1:
         [step] = broadcast_object_list([None if point is None else point.step])
         if step is not None and point is None:  # the points lie on a file system that all ranks share
-            point = s.checkpointer.load()
+            point = run.checkpointer.load()
         if step != (None if point is None else point.step):
-            raise Damaged(f"the ranks read different resume points from {s.folder.checkpoints}; is it shared by all?")
+            raise Damaged(f"the ranks read different resume points from {run.folder.checkpoints}; is it shared by all?")
     if point is None:
         return
-    drift = environment.drift(point.numbers.get("environment", s.environment), s.environment)
-    check_same_run(s, point, drift, allow_world_size_change, allow_data_change)
-    restore_(s, point)
-    p = s.progress
-    if s.accelerator.is_main_process:
-        rounds.forget_from(s.folder.path, p.round)
+    drift = environment.drift(point.numbers.get("environment", run.environment), run.environment)
+    check_same_run(run, point, drift, allow_world_size_change, allow_data_change)
+    restore_(run, point)
+    p = run.progress
+    if run.accelerator.is_main_process:
+        rounds.forget_from(run.folder.path, p.round)
     processes = drift.get("processes")
     changed = f", with {processes[1]} processes instead of {processes[0]}: not bit-exact" if processes else ""
-    s.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch, "bit_exact": not processes})
-    s.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}{changed}")
+    run.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch, "bit_exact": not processes})
+    run.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}{changed}")
     if told := [f"{key} {then} → {now}" for key, (then, now) in drift.items() if key != "processes"]:
-        s.tracker.warning(p.global_step, f"the environment is not the one that the run began in: {'; '.join(told)}")
+        run.tracker.warning(p.global_step, f"the environment is not the one that the run began in: {'; '.join(told)}")
 
 
 def check_same_run(
-    s: Run, point: ResumePoint, drift: dict[str, tuple], allow_world_size_change: bool, allow_data_change: bool
+    run: Run, point: ResumePoint, drift: dict[str, tuple], allow_world_size_change: bool, allow_data_change: bool
 ) -> None:
     """Refuses a point that this run cannot go on from as the same run.
 
     Raises:
         InputError: see `resume_if_possible`.
     """
-    if point.numbers["recipe"] != s.recipe_fingerprint:
+    if point.numbers["recipe"] != run.recipe_fingerprint:
         raise InputError(
-            f"{s.folder.path}: its resume point {point.step} is of another recipe, whatever recipe.yaml says now; "
+            f"{run.folder.path}: its resume point {point.step} is of another recipe, whatever recipe.yaml says now; "
             "give this run another name (name=…), or begin anew with --restart."
         )
     then, now = drift.get("processes", (1, 1))
     if then != now and point.numbers["progress"]["step"] and not allow_world_size_change:
         raise InputError(
-            f"{s.folder.path}: the run stopped within an epoch, at step {point.step}, with {then} processes, and now "
+            f"{run.folder.path}: the run stopped within an epoch, at step {point.step}, with {then} processes, and now "
             f"has {now}. Start it with {then}, or pass --allow-world-size-change: every image still has its turn, but "
             "sums are rounded in another order, so that the result is no longer the same to the last bit."
         )
@@ -156,6 +156,6 @@ def check_same_run(
     if other and not allow_data_change:
         told = "; ".join(f"{key} {drift[key][0]} there, {drift[key][1]} now" for key in other)
         raise InputError(
-            f"{s.folder.path}: the data are not those that the run began with ({told}). Bring them back, give this run "
+            f"{run.folder.path}: the dataset has changed since the run started ({told}). Restore it, give this run "
             "another name (name=…), or pass --allow-data-change: then it is no longer one experiment."
         )

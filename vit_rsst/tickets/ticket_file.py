@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged, EnvironmentLacks
+from vit_rsst.errors import Damaged, MissingRequirement
 from vit_rsst.pruning.masks import MaskSet, pack_bits, unpack_bits
 
 FORMAT = "vit_rsst.ticket/1"
@@ -48,7 +48,7 @@ def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mappi
     """Writes a ticket atomically; returns its size in bytes.
 
     Raises:
-        EnvironmentLacks: the disk is full.
+        MissingRequirement: the disk is full.
     """
     tensors = _pack(state, mask)
     header = {"format": FORMAT, **metadata}
@@ -59,7 +59,7 @@ def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mappi
         files.settle(temporary)
         os.replace(temporary, path)
     except SafetensorError as error:
-        raise EnvironmentLacks(f"{path}: the ticket could not be written ({error}); free some space there.") from error
+        raise MissingRequirement(f"{path}: could not write the ticket ({error}); free some space there.") from error
     finally:
         temporary.unlink(missing_ok=True)
     files.settle_folder(path.parent)
