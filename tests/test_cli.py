@@ -31,18 +31,18 @@ from vit_rsst.run import console
 VERBS = [
     "train",
     "check",
+    "runs",
+    "report",
     "evaluate",
     "predict",
     "analyze",
     "export",
     "push",
-    "report",
     "study",
     "search",
-    "models",
     "recipes",
+    "models",
     "methods",
-    "runs",
 ]
 SHORT = ("train.epochs=1", "train.round_epochs=1", "train.steps_per_epoch=1", "pruning.schedule.rounds=1")
 
@@ -165,26 +165,47 @@ def test_help_names_every_verb_and_every_exit_code(capsys):
     told = capsys.readouterr().out
     assert re.search(r"^verbs:\n  VERB\n((?:    \w+ .*\n(?:  {8,}.*\n)*)+)", told, re.MULTILINE)
     assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == VERBS
-    for code in ("0 done", "2 wrong input", "3 the environment", "4 training diverged", "5 damaged", "75 stopped"):
+    for code in (
+        "0 success",
+        "2 invalid input",
+        "3 missing",
+        "4 training diverged",
+        "5 damaged",
+        "6 check",
+        "75 stopped",
+    ):
         assert code in " ".join(told.split())
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "sentence"),
     [
-        [],
-        ["trane"],
-        ["train"],
-        ["train", "r", "--no-such-option"],
-        ["evaluate", "t", "--split", "all"],
-        ["models", "x"],
+        ([], "missing VERB. See vit-rsst --help."),
+        (["trane"], "methods. Did you mean 'train'? See vit-rsst --help."),
+        (["train"], "missing RECIPE. See vit-rsst train --help."),
+        (
+            ["train", "r", "--restrat"],
+            "unknown option '--restrat'; did you mean '--restart'? See vit-rsst train --help.",
+        ),
+        (["check", "r", "x=1", "--jsno=f"], "unknown option '--jsno'; did you mean '--json'? See"),
+        (["models", "--quite-another-thing"], "unknown option '--quite-another-thing'. See vit-rsst models --help."),
+        (["evaluate", "t", "--split", "tset"], "--split: unknown split 'tset'; expected test, val or train. Did you"),
+        (["evaluate", "t", "--batch", "0"], "--batch: expected a whole number, 1 or more, not '0'. See"),
+        (["study", "f", "--jobs", "two"], "--jobs: expected a whole number, 1 or more, not 'two'. See"),
+        (["export", "t", "d"], "missing --to. See vit-rsst export --help."),
+        (["models", "x"], "unexpected argument 'x'. See vit-rsst models --help."),
     ],
 )
-def test_a_command_that_is_not_understood_ends_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(argv)
-    assert caught.value.code == 2
-    assert "usage: vit-rsst" in capsys.readouterr().err
+def test_a_misspelt_command_line_is_one_sentence_with_a_suggestion(argv, sentence, capsys):
+    assert cli.main(argv) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert sentence in line
+
+
+def test_the_module_entry_suggests_options_too(capsys):
+    assert train.main(["digits/quickstart", "--dryrun"]) == 2
+    assert "did you mean '--dry-run'? See vit_rsst.train --help." in capsys.readouterr().err
 
 
 def test_the_installed_command_is_this_one(tmp_path):
@@ -551,7 +572,7 @@ def test_runs_of_an_empty_and_of_a_missing_folder(tmp_path, capsys):
     assert tiny.command("runs", tmp_path) == 0
     assert "no runs" in capsys.readouterr().out
     assert tiny.command("runs", tmp_path / "none") == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
 
 
 # -- the same command again

@@ -90,7 +90,7 @@ def test_the_csv_has_a_row_for_each_class_and_the_means(run, tmp_path, capsys):
         (("timm",), 2, "name the data with --source and --data"),
         (("timm", "--source", "digts"), 2, "Did you mean 'digits'?"),
         (("vit_tiny", "--source", "digits"), 2, "is trained by a recipe first"),
-        (("slim", "--batch", "0"), 2, "--batch: 0 images were asked"),
+        (("slim", "--batch", "0"), 2, "--batch: expected a whole number, 1 or more"),
         (("no-such-model",), 5, "there is no such ticket"),
     ],
 )

@@ -9,9 +9,10 @@ import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from vit_rsst.arguments import Parser
 from vit_rsst.errors import Damaged, InputError, RunError
 
 if TYPE_CHECKING:
@@ -33,39 +34,37 @@ SHARDED = {
 """What a launcher sets to ask for it → its name."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The arguments of training, for this entry and for `vit-rsst train`."""
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a recipe file, or the name of one that comes with the package"
+        "recipe", metavar="RECIPE", help="recipe file, or the name of a recipe shipped with the package"
     )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="fields of the recipe to override")
-    parser.add_argument("--dry-run", action="store_true", help="print the whole plan and stop; nothing is created")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=(), help="recipe fields to override")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and exit; create nothing")
     parser.add_argument(
-        "--restart", action="store_true", help="begin anew; an existing run folder is kept as NAME.old-N"
+        "--restart", action="store_true", help="start over; an existing run folder is kept as NAME.old-N"
     )
     parser.add_argument(
         "--allow-world-size-change",
         action="store_true",
-        help="go on within an epoch with another number of processes; no longer bit-exact",
+        help="resume mid-epoch with a different number of processes (no longer bit-exact)",
     )
-    parser.add_argument(
-        "--allow-data-change", action="store_true", help="go on with other data than the run began with"
-    )
+    parser.add_argument("--allow-data-change", action="store_true", help="resume although the dataset has changed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and trains; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="vit_rsst.train", description="Train and prune by a recipe.")
+    parser = Parser(prog="vit_rsst.train", description="Train and prune from a recipe.")
     add_arguments(parser)
-    return guarded(train, parser.parse_intermixed_args(argv))
+    return guarded(lambda: train(parser.parse(argv)))
 
 
-def guarded(verb: object, arguments: argparse.Namespace) -> int:
-    """Runs a verb; an error that the user can act on is printed without a traceback and becomes its exit code."""
+def guarded(call: Callable[..., None], *arguments: object) -> int:
+    """Calls it; an error that the user can act on is printed without a traceback and becomes the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a table is worth more than its dashes where the locale has none
         sys.stdout.reconfigure(errors="replace")
     try:
-        verb(arguments)
+        call(*arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

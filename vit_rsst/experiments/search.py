@@ -10,7 +10,7 @@ have ended. Needs optuna: pip install 'vit_rsst[hpo]'.
 import argparse
 import shlex
 
-from vit_rsst.errors import InputError, RunError
+from vit_rsst.errors import RunError
 from vit_rsst.experiments import space
 from vit_rsst.experiments.searching import Search
 from vit_rsst.recipe import loading
@@ -24,8 +24,6 @@ def run_search(arguments: argparse.Namespace) -> None:
         InputError: a field is wrong, or the folder holds another search.
         RunError: no trial has finished.
     """
-    if arguments.trials < 1:
-        raise InputError(f"--trials: {arguments.trials} is not a number of trials; expected 1 or more.")
     base = loading.find(arguments.recipe)
     loading.load(base, arguments.overrides)
     fields = [space.parse(text) for text in arguments.fields]

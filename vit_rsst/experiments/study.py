@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from vit_rsst import files
-from vit_rsst.errors import InputError, RunError
+from vit_rsst.errors import RunError
 from vit_rsst.experiments import study_file, tables
 from vit_rsst.experiments.running import Crew
 from vit_rsst.experiments.study_file import PlannedRun, Study
@@ -25,8 +25,6 @@ def run_study(arguments: argparse.Namespace) -> None:
     Raises:
         RunError: a run did not finish.
     """
-    if arguments.jobs < 1:
-        raise InputError(f"--jobs: {arguments.jobs} is not a number of runs; expected 1 or more.")
     study = study_file.read(Path(arguments.file), arguments.overrides)
     arguments.csv, arguments.markdown = output_file(arguments.csv), output_file(arguments.markdown)
     if arguments.dry_run:

@@ -1,0 +1,73 @@
+"""Command lines: overrides may stand anywhere among the options, and an error is one sentence with a way out."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Collection, Sequence
+from typing import NoReturn
+
+from vit_rsst.errors import InputError, unknown
+
+MISSING = "the following arguments are required: "
+"""How argparse begins that sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises its errors as InputError and suggests the option that was meant."""
+
+    def __init__(self, **options: object):
+        self.known_options: list[str] = []  # first: argparse adds --help while it starts
+        super().__init__(**options)
+
+    def add_argument(self, *names: str, **options: object) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        self.known_options += action.option_strings
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        what = message.replace(MISSING, "missing ").removeprefix("argument ")
+        raise InputError(f"{what}{'' if what[-1] in '.?' else '.'} See {self.prog} --help.")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The arguments, with every `key=value` among the options in `overrides`.
+
+        argparse alone parses those only without subparsers. A subparser names itself with `set_defaults(parser=…)`.
+
+        Raises:
+            InputError: they are not understood.
+        """
+        arguments, rest = self.parse_known_args(argv)
+        parser = getattr(arguments, "parser", self)
+        for option in rest:
+            if option.startswith("-"):
+                parser.error(parser.unknown_option(option.partition("=")[0]))
+        if hasattr(arguments, "overrides"):
+            arguments.overrides = [*arguments.overrides, *rest]
+        elif rest:
+            parser.error(f"unexpected argument {rest[0]!r}")
+        return arguments
+
+    def unknown_option(self, option: str) -> str:
+        near = difflib.get_close_matches(option, self.known_options, n=1)
+        return f"unknown option {option!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A `type` of argparse: whole numbers from `lowest` on."""
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and int(text) >= lowest:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"expected a whole number, {lowest} or more, not {text!r}")
+
+    return parse
+
+
+def one_of(what: str, choices: Collection[str]) -> Callable[[str], str]:
+    """A `type` of argparse: one of `choices`, with the nearest suggested."""
+
+    def parse(text: str) -> str:
+        if text in choices:
+            return text
+        raise argparse.ArgumentTypeError(unknown(what, text, choices))
+
+    return parse

@@ -1,0 +1,191 @@
+"""What each verb of `vit-rsst` does, given its arguments. What a verb needs is imported inside it: help stays quick."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from vit_rsst.files import leave, output_file
+
+
+def check(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from vit_rsst import files
+    from vit_rsst.recipe.loading import find, load
+
+    recipe = load(find(arguments.recipe), arguments.overrides)
+    as_json, picture = output_file(arguments.json), output_file(arguments.picture, ".svg")
+
+    from vit_rsst.checks import checking
+    from vit_rsst.checks.bench import Bench
+    from vit_rsst.train import make_accelerator
+
+    bench, verdicts = Bench.of(recipe, make_accelerator(recipe)), []
+    try:
+        for verdict in checking.check(bench):
+            verdicts.append(verdict)
+            print(checking.line(verdict), flush=True)
+    finally:  # keep the verdicts so far
+        leave(as_json, files.write_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]})
+    if picture and checking.draw_range_test(verdicts, recipe.optim.lr, picture):
+        print(f"range test: {picture}")
+    print(checking.conclude(verdicts))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from vit_rsst import files
+    from vit_rsst.data.catalog import CATALOG
+    from vit_rsst.errors import InputError, unknown
+
+    if arguments.source not in (None, *CATALOG):
+        raise InputError(f"--source: {unknown('source', arguments.source, CATALOG)}")
+    as_json, as_csv = output_file(arguments.json), output_file(arguments.csv)
+
+    from vit_rsst.evaluation import evaluate as evaluation
+    from vit_rsst.train import start_processes
+
+    state = start_processes()
+    a = arguments
+    result = evaluation.evaluate(a.what, a.split, state, a.data, a.source, a.batch)
+    if state.is_main_process:
+        leave(as_json, files.write_json, result)
+        leave(as_csv, evaluation.write_csv, result)
+        print(evaluation.report_text(result))
+    state.destroy_process_group()
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst import files
+    from vit_rsst.evaluation import predict as prediction
+
+    output = output_file(arguments.json)
+    result = prediction.predict(Path(arguments.what), [Path(image) for image in arguments.images], arguments.top)
+    leave(output, files.write_json, result)
+    print(prediction.predictions_text(result))
+
+
+def analyze(arguments: argparse.Namespace) -> None:
+    from vit_rsst import files
+    from vit_rsst.analysis import analyze as analysis
+    from vit_rsst.analysis.tables import analysis_text
+
+    as_json, as_csv = output_file(arguments.json), output_file(arguments.csv)
+    result = analysis.analyze(arguments.what, arguments.image_size, arguments.batch, not arguments.no_latency)
+    leave(as_json, files.write_json, result)
+    leave(as_csv, analysis.write_csv, result)
+    print(analysis_text(result))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst.export import exporting
+
+    a = arguments
+    print(exporting.export(Path(a.what), a.to, Path(a.folder), a.round_to, a.opset).text())
+
+
+def push(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst.export import push as uploading
+
+    print(uploading.push(Path(arguments.what), arguments.repo, arguments.public, arguments.dry_run))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst.report import reporting
+
+    out = Path(arguments.out).expanduser() if arguments.out else None
+    page = reporting.report([Path(run).expanduser() for run in arguments.runs], out, not arguments.no_latency)
+    print(f"{page}\n{page.with_suffix('.md')}")
+
+
+def study(arguments: argparse.Namespace) -> None:
+    from vit_rsst.experiments.study import run_study
+
+    run_study(arguments)
+
+
+def search(arguments: argparse.Namespace) -> None:
+    from vit_rsst.experiments.search import run_search
+
+    run_search(arguments)
+
+
+def models(arguments: argparse.Namespace) -> None:
+    from vit_rsst.analysis.subject import size_of
+    from vit_rsst.models import zoo
+    from vit_rsst.models.anatomy import prunable_weights
+    from vit_rsst.models.catalog import CATALOG
+    from vit_rsst.models.complexity import flops
+    from vit_rsst.text import aligned
+
+    lines = [("model", "parameters", "prunable", "MFLOPs", "px", "weights", "architecture")]
+    for name, stock in CATALOG.items():
+        net = zoo.create(*zoo.describe(name, {}, 10), device="meta")
+        total, prunable = sum(p.numel() for p in net.parameters()), prunable_weights(net)
+        published = "published" if stock.has_weights else "none"
+        counted, px = f"{sum(w.numel() for w in prunable.values()):,}", size_of(net)
+        cost = f"{flops(net, px) / 1e6:,.0f}"
+        lines.append((name, f"{total:,}", counted, cost, str(px), published, stock.architecture))
+    print(
+        aligned(lines),
+        "\n\nFor 10 classes and one image; a multiply-accumulate is two FLOPs. Any other timm model works too; its "
+        "arguments go into model.args.",
+    )
+
+
+def recipes(arguments: argparse.Namespace) -> None:
+    from vit_rsst.recipe.loading import builtin_folder, builtin_recipes
+
+    paths = {str(path.relative_to(builtin_folder()).with_suffix("")): path for path in builtin_recipes()}
+    width = max(map(len, paths)) + 2
+    for name, path in paths.items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:{width}}{first.lstrip('# ')}")
+
+
+def methods(arguments: argparse.Namespace) -> None:
+    import vit_rsst.pruning.methods  # noqa: F401 - registers them
+    from vit_rsst.data.catalog import CATALOG
+    from vit_rsst.pruning.criteria import CRITERIA
+    from vit_rsst.pruning.patterns import GRANULARITIES
+    from vit_rsst.pruning.plan import METHODS
+
+    def about(name: str, part: type | Callable) -> str:
+        text = (sys.modules[part.__module__] if isinstance(part, type) else part).__doc__ or ""
+        return text.strip().splitlines()[0].removeprefix(f"{name}: ")
+
+    for title, registry in (("method", METHODS), ("criterion", CRITERIA)):
+        for name in registry:
+            print(f"{title:13}{name:15}{about(name, registry[name])}")
+    for name, what in GRANULARITIES.items():
+        print(f"{'granularity':13}{name:15}{what}")
+    for name, info in CATALOG.items():
+        print(f"{'source':13}{name:15}{info.about}")
+
+
+def runs(arguments: argparse.Namespace) -> None:
+    import datetime
+    import shutil
+    from pathlib import Path
+
+    from vit_rsst import files
+    from vit_rsst.errors import InputError
+    from vit_rsst.report import listing
+
+    folder, output = Path(arguments.folder).expanduser(), output_file(arguments.json)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name the output_dir of your runs.")
+    items = [listing.listed(path, folder) for path in listing.find(folder)]
+    leave(output, files.write_json, listing.as_data(items))
+    is_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal or "COLUMNS" in os.environ else None
+    now = datetime.datetime.now(datetime.UTC)
+    print(listing.table(items, now, width, listing.wants_color(is_terminal)) if items else f"no runs in {folder}")
