@@ -284,11 +284,11 @@ def test_a_write_error_is_told_by_wait_and_the_older_points_stay(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
         checkpointer.save(point(12))
-        with pytest.raises(MissingRequirement, match=r"earlier ones are untouched.*the same command goes on"):
+        with pytest.raises(MissingRequirement, match=r"earlier ones are untouched.*the same command to resume"):
             checkpointer.wait()
         checkpointer.wait()  # told once
         checkpointer.save(point(12))
-        with pytest.warns(UserWarning, match=r"Training goes on; 1 of at most 3"):
+        with pytest.warns(UserWarning, match=r"Training continues; 1 of at most 3"):
             checkpointer.save(point(16))  # told at the latest by the next save
         with pytest.raises(MissingRequirement):
             checkpointer.wait()
@@ -404,8 +404,8 @@ def test_when_every_point_is_damaged_the_run_does_not_start_from_nothing(tmp_pat
     for name in visible(folder):
         flip(folder / name / "state.json", 5)
     with (
-        pytest.warns(UserWarning, match="set aside") as caught,
-        pytest.raises(Damaged, match="no sound resume point is left") as error,
+        pytest.warns(UserWarning, match="setting it aside") as caught,
+        pytest.raises(Damaged, match="no intact resume point is left") as error,
     ):
         Checkpointer(folder).load()
     assert len(caught) == 2

@@ -84,7 +84,7 @@ def test_where_nothing_can_be_written_is_said_before_any_work(tmp_path, place, c
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("work was done"))
     assert cli.main(["evaluate", str(tmp_path), "--json", place.format(tmp_path)]) == 2
-    assert "it cannot be written" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_name_of_250_bytes_is_one_that_can_be_written(tmp_path):
@@ -97,13 +97,13 @@ def test_a_name_of_250_bytes_is_one_that_can_be_written(tmp_path):
 def test_a_disk_that_is_full_by_now_is_no_traceback(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["runs", str(tmp_path / "empty"), "--json", "/dev/full"]) == 3
-    assert "it could not be written (No space left on device)" in capsys.readouterr().err
+    assert "could not be written (No space left on device)" in capsys.readouterr().err
     assert Path("/dev/full").is_char_device()
 
 
 def test_a_picture_that_is_no_svg_is_refused(tmp_path, capsys):
     assert cli.main(["check", "digits/quickstart", "--picture", str(tmp_path / "range.png")]) == 2
-    assert "name a file that ends in .svg" in capsys.readouterr().err
+    assert "choose a file name ending in .svg" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_loses_no_file(tmp_path):
@@ -583,7 +583,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
     capsys.readouterr()
     assert tiny.command("train", finished / "tiny.yaml") == 0
     told = capsys.readouterr().out
-    assert "is finished; --restart would begin anew" in told
+    assert "is already finished; use --restart to start over" in told
     assert f"{float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in told
     assert snapshot(finished) == before
 
@@ -626,7 +626,7 @@ def test_damaged_resume_points_end_with_5_in_the_status_too(copied, capsys):
     assert tiny.command("train", copied) == 5
     told = capsys.readouterr().err
     assert "set aside" in told
-    assert "no sound resume point is left" in told
+    assert "no intact resume point is left" in told
     found = tiny.status(run)
     assert (found["state"], found["exit_code"]) == ("failed", 5)
 

@@ -290,7 +290,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_other_processes_are_wa
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
     job = faulty.command("train", recipe, f"output_dir={place / 'runs'}", **alone)
     assert job.code == 3, job.log
-    assert f"output_dir: {place / 'runs' / 'tiny'} cannot be made" in job.last
+    assert f"output_dir: {place / 'runs' / 'tiny'} cannot be created" in job.last
     assert time.monotonic() - begin < 30
     happened(f"output_dir below {what}: exit 3 while the second process was still missing")
 
@@ -820,7 +820,7 @@ def test_a_changed_environment_is_told_when_a_run_goes_on(stopped, tmp_path, hap
     recipe = edited(stopped, tmp_path, "torch", "versions", "2.11.0")
     job = faulty.command("train", recipe)
     assert job.code == 0, job.log
-    [line] = [line for line in job.log.splitlines() if "the environment is not the one" in line]
+    [line] = [line for line in job.log.splitlines() if "the environment has changed since" in line]
     assert f"versions.torch 2.11.0 → {importlib.metadata.version('torch')}" in line
     texts = [event.get("text", "") for event in tiny.events(run_of(recipe))]
     assert sum("versions.torch 2.11.0" in text for text in texts) == 1
@@ -850,7 +850,7 @@ def test_a_point_of_another_recipe_is_refused_whatever_the_folder_says(stopped, 
     (run_of(recipe) / "recipe.yaml").unlink()
     job = faulty.command("train", recipe, "optim.lr=1e-2", "seed=5")
     assert job.code == 2, job.log
-    assert "is of another recipe" in job.last
+    assert "belongs to a different recipe" in job.last
     happened("lr and seed changed and recipe.yaml gone: exit 2")
 
 

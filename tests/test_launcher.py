@@ -479,4 +479,4 @@ def test_two_processes_train_and_their_exit_code_is_passed_on(place):
     assert '"processes": 2' in (place.folder / "runs" / "two" / "environment.json").read_text()
     again = place.train([*words, "seed=5"], PROCESSES="2", ACCELERATE_USE_CPU="true")
     assert again.returncode != 0
-    assert "holds a run of another recipe" in again.stdout
+    assert "holds a run of a different recipe" in again.stdout

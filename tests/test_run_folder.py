@@ -105,7 +105,7 @@ def test_another_recipe_is_refused_with_every_difference(folder):
     with pytest.raises(InputError) as caught:
         opened(folder).check(other)
     text = str(caught.value)
-    assert f"{folder.path} holds a run of another recipe; 3 fields differ:" in text
+    assert f"{folder.path} holds a run of a different recipe; 3 fields differ:" in text
     differences = [line.strip() for line in text.splitlines() if line.startswith("  ")]
     assert differences == [
         "seed: 0 there, 3 now",
@@ -121,7 +121,7 @@ def test_a_field_that_the_saved_recipe_lacks_is_a_difference(folder):
     tree = yaml.safe_load(saved.read_text())
     del tree["train"]["compile"]
     saved.write_text(yaml.safe_dump(tree))
-    with pytest.raises(InputError, match=r"train\.compile: 'not there' there, False now"):
+    with pytest.raises(InputError, match=r"train\.compile: 'missing' there, False now"):
         folder.check(RECIPE)
 
 

@@ -54,7 +54,7 @@ def started(monkeypatch) -> list[str]:
 def test_a_place_that_cannot_be_written_is_said_before_any_run(tmp_path, started, capsys, option):
     argv = [str(write_study(tmp_path)), option, str(tmp_path / "nowhere" / "x")]
     assert tiny.command("study", *argv) == 2
-    assert "it cannot be written" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
     assert started == []
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: atomic writes, fsync, readable modes, hashes."""
+"""Files that exist whole or not at all: atomic writes, fsync, readable modes, hashes."""
 
 import csv
 import errno
@@ -18,7 +18,7 @@ os.umask(_UMASK)
 
 
 def check_writable(path: Path) -> None:
-    """Looks whether `write_text` could write there; changes nothing.
+    """Checks that `write_text` could write there; changes nothing.
 
     Raises:
         OSError: it could not.
@@ -32,7 +32,7 @@ def check_writable(path: Path) -> None:
 
 
 def _descriptor(path: Path) -> int | None:
-    """Number of the open file of this process that a path means, such as /dev/stdout."""
+    """The descriptor of this process that a path refers to, such as /dev/stdout; None for ordinary files."""
     for _ in range(40):  # links
         if str(path.parent.resolve()) == f"/proc/{os.getpid()}/fd" and path.name.isdigit():
             return int(path.name)
@@ -43,14 +43,14 @@ def _descriptor(path: Path) -> int | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file atomically, behind a link that which the link means; writes to devices, pipes and open files."""
+    """Replaces a file atomically, following links; writes directly to devices, pipes and open files."""
     number = _descriptor(path)
     if number is not None or (path.exists() and not path.is_file()):
         with open(path if number is None else os.dup(number), "w", encoding="utf-8") as file:
             file.write(text)
         return
     path = path.resolve()
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # a name has 255 bytes at most
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # names have at most 255 bytes
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -63,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; empty where there is none that can be read."""
+    """A JSON object; empty if the file is missing or unreadable."""
     with suppress(OSError, ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
@@ -76,21 +76,21 @@ def write_json(path: Path, value: Mapping) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Replaces a CSV file atomically; None is an empty cell."""
+    """Replaces a CSV file atomically; None becomes an empty cell."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     write_text(path, buffer.getvalue())
 
 
 def settle(path: Path) -> None:
-    """Flushes a file to disk with the mode the umask asks for; safetensors 0.8 leaves 0600 (safetensors#782)."""
+    """Flushes a file to disk and gives it the mode of the umask; safetensors 0.8 leaves 0600 (safetensors#782)."""
     os.chmod(path, 0o666 & ~_UMASK)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def settle_folder(path: Path) -> None:
-    """Flushes a folder's entries to disk, so that a rename in it survives a power cut."""
+    """Flushes a folder's entries to disk, so a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,10 +104,10 @@ def sha256(path: Path) -> str:
 
 
 def output_file(name: str | None, suffix: str = "") -> Path | None:
-    """Where a result is to go; None where none was asked for.
+    """Where to write a result; None if no file was given.
 
     Raises:
-        InputError: nothing can be written there, or the name has another suffix.
+        InputError: the file cannot be written, or has the wrong suffix.
     """
     if name is None:
         return None
@@ -116,21 +116,21 @@ def output_file(name: str | None, suffix: str = "") -> Path | None:
         check_writable(path)
     except OSError as error:
         why = error.strerror or error
-        raise InputError(f"{name}: it cannot be written ({why}); name a file in a folder that exists.") from error
+        raise InputError(f"{name}: cannot be written ({why}); choose a file in an existing folder.") from error
     if suffix and path.suffix.lower() != suffix:
-        raise InputError(f"{name}: it would hold {suffix[1:].upper()}; name a file that ends in {suffix}.")
+        raise InputError(f"{name}: the output is {suffix[1:].upper()}; choose a file name ending in {suffix}.")
     return path
 
 
 def leave(path: Path | None, write: Callable[[Path, object], None], result: object) -> None:
-    """Writes a result where one was asked for; before it is printed, since a reader such as `head` ends the program.
+    """Writes a result if a file was given; before printing, since a reader such as `head` may end the program.
 
     Raises:
-        MissingRequirement: the disk is full, or lost.
+        MissingRequirement: the disk is full or gone.
     """
     if path is None:
         return
     try:
         write(path, result)
     except OSError as error:
-        raise MissingRequirement(f"{path}: it could not be written ({error.strerror or error}).") from error
+        raise MissingRequirement(f"{path}: could not be written ({error.strerror or error}).") from error

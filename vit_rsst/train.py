@@ -1,6 +1,6 @@
-"""The entry for `accelerate launch -m vit_rsst.train RECIPE [key=value …]`: parse, assemble, call `loop.train`.
+"""Entry point of `accelerate launch -m vit_rsst.train RECIPE [key=value …]`: parse, assemble, call `loop.train`.
 
-The recipe is checked before anything heavy is imported, so that a mistake costs a second and no rank waits.
+The recipe is checked before any heavy import, so a mistake costs a second and no rank waits.
 """
 
 import argparse
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vit_rsst.run.state import Run
 
 
-INTERRUPTED, CUT_SHORT = 130, 141  # 128 + SIGINT and + SIGPIPE, as a shell says it
+INTERRUPTED, CUT_SHORT = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as in a shell
 
 SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -31,7 +31,7 @@ SHARDED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
-"""What a launcher sets to ask for it → its name."""
+"""Environment variable set by the launcher → what it asks for."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -66,14 +66,14 @@ def guarded(call: Callable[..., None], *arguments: object) -> int:
     try:
         call(*arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_SHORT
     except RunError as error:
         if os.environ.get("RANK", "0") == "0" or getattr(error, "is_of_this_rank_alone", False):
             print(f"{'' if error.exit_code == 75 else 'error: '}{error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except KeyboardInterrupt:  # the second one: the first asks a run to stop with a resume point
+    except KeyboardInterrupt:  # the second one: the first stops the run with a resume point
         return INTERRUPTED
     return 0
 
@@ -94,7 +94,7 @@ def train(arguments: argparse.Namespace) -> None:
 def run_recipe(
     recipe: "Recipe", restart: bool = False, allow_world_size_change: bool = False, allow_data_change: bool = False
 ) -> None:
-    """Trains by a recipe, going on where an earlier run of it stopped."""
+    """Trains a recipe, resuming where an earlier run of it stopped."""
     from vit_rsst.assembly.build import build
     from vit_rsst.run.folder import RunFolder
     from vit_rsst.run.signals import StopFlag
@@ -111,7 +111,7 @@ def run_recipe(
         folder.check(recipe)
     if not restart and folder.status().get("state") == "finished":
         if accelerator.is_main_process:
-            print(f"{folder.path} is finished; --restart would begin anew.\n\n{table(load_rows(folder.path))}")
+            print(f"{folder.path} is already finished; use --restart to start over.\n\n{table(load_rows(folder.path))}")
         return
     run, lock = build(recipe, accelerator, folder, stop, restart)
     with contextlib.ExitStack() as ending:
@@ -120,13 +120,13 @@ def run_recipe(
         ending.callback(run.tracker.finish)
         watcher = make_watcher(run, recipe)
         train_to_the_end(run, recipe, allow_world_size_change, allow_data_change)
-        accelerator.end_training()  # after an error, another rank may no longer be there to say goodbye to
-        if watcher is not None and (page := watcher.finish()) is not None:  # no rank waits for the last figures
-            print(f"  {page}      figures, and what the numbers say", flush=True)
+        accelerator.end_training()  # not after an error: another rank may be gone
+        if watcher is not None and (page := watcher.finish()) is not None:  # drawn last: no rank waits for it
+            print(f"  {page}      figures and findings", flush=True)
 
 
 def train_to_the_end(run: "Run", recipe: "Recipe", allow_world_size_change: bool, allow_data_change: bool) -> None:
-    """Goes on from the newest resume point, trains and says how it went; leaves the reason where it fails."""
+    """Resumes from the newest resume point, trains and reports the outcome; records the reason if it fails."""
     from vit_rsst import loop
     from vit_rsst.run import watchdog
     from vit_rsst.run.explanations import explained
@@ -150,23 +150,23 @@ def train_to_the_end(run: "Run", recipe: "Recipe", allow_world_size_change: bool
 
 
 def make_watcher(run: "Run", recipe: "Recipe") -> "Watcher | None":
-    """Who draws on the main process, looking on at the loop; None: nobody."""
+    """The watcher that draws figures on the main process; None if there are none to draw."""
     if not (recipe.tracking.figures and run.accelerator.is_main_process):
         return None
     from vit_rsst.report import watching
 
     if not watching.is_possible():
-        run.console.line("  no figures and no report: pip install 'vit_rsst[report]' draws them")
+        run.console.line("  no figures and no report; pip install 'vit_rsst[report]' enables them")
         return None
     run.watch = watching.Watcher(run.folder.path, run.tracker, run.accelerator.device)
     return run.watch
 
 
 def make_accelerator(recipe: "Recipe") -> "Accelerator":
-    """The Accelerator, with the recipe's precision and the accumulation that its global batch asks for.
+    """The Accelerator, with the recipe's precision and the accumulation implied by its global batch.
 
     Raises:
-        InputError: the launcher started another number of processes than Accelerate sees.
+        InputError: the launcher started a different number of processes than Accelerate sees.
     """
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
@@ -175,23 +175,23 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
 
     state = start_processes()
     dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, state.num_processes)
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher always sets it, to `no` when not told
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # always set by the launcher; `no` by default
     if asked not in ("no", recipe.train.precision) and state.is_main_process:
         print(
-            f"warning: the launcher asks for mixed precision {asked!r}; the recipe's train.precision "
-            f"{recipe.train.precision!r} holds.",
+            f"warning: the launcher requests mixed precision {asked!r}; the recipe's train.precision "
+            f"{recipe.train.precision!r} is used instead.",
             file=sys.stderr,
         )
-    # Without sync_with_dataloader the windows count micro-batches alone: an epoch is whole windows by construction.
+    # Without sync_with_dataloader only micro-batches are counted: an epoch is whole windows by construction.
     accumulation = GradientAccumulationPlugin(num_steps=dealing.accumulation, sync_with_dataloader=False)
     return Accelerator(mixed_precision=recipe.train.precision, gradient_accumulation_plugin=accumulation)
 
 
 def start_processes() -> "PartialState":
-    """This process among those of the launcher, and its device.
+    """This process among those the launcher started, and its device.
 
     Raises:
-        InputError: the launcher asks for what is not supported, or Accelerate sees another number of processes.
+        InputError: the launcher requests something unsupported, or Accelerate sees a different number of processes.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -201,7 +201,7 @@ def start_processes() -> "PartialState":
     for variable, name in SHARDED.items():
         if parse_flag_from_env(variable):
             raise InputError(
-                f"the launcher asks for {name}, which shards the weights: masks, tickets and resume points need them "
+                f"the launcher requests {name}, which shards the weights; masks, tickets and resume points need them "
                 "whole on every process. Use a configuration with distributed_type: MULTI_GPU or 'NO', such as "
                 "accelerate_configs/gpu_8x_bf16.yaml."
             )
@@ -209,15 +209,15 @@ def start_processes() -> "PartialState":
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != state.num_processes:
         raise InputError(
-            f"the launcher started {world} processes and Accelerate sees {state.num_processes}: they would work apart "
-            "from each other. For several CPU processes set ACCELERATE_USE_CPU=true and use a configuration with "
+            f"the launcher started {world} processes and Accelerate sees {state.num_processes}, so each would train "
+            "on its own. For several CPU processes set ACCELERATE_USE_CPU=true and use a configuration with "
             "distributed_type: MULTI_GPU, such as accelerate_configs/cpu_2proc.yaml."
         )
     return state
 
 
 def finish(run: "Run", recipe: "Recipe") -> None:
-    """Says how it went and what can be done next."""
+    """Prints the results and what to do next."""
     from vit_rsst.tickets.rounds import load_rows, ticket_path
 
     if not run.accelerator.is_main_process:
@@ -228,15 +228,15 @@ def finish(run: "Run", recipe: "Recipe") -> None:
     last = ticket_path(run.folder.path, rows[-1].round)
     run.console.line(
         f"The last ticket holds {rows[-1].density:.2%} of the prunable weights: {last}\n"
-        f"  vit-rsst evaluate {last}      its test scores by class\n"
+        f"  vit-rsst evaluate {last}      test scores by class\n"
         f"  {run.folder.path}/rounds.csv, metrics.jsonl      every number of this run"
     )
 
 
 def fail(run: "Run", error: BaseException) -> None:
-    """Leaves the reason in status.json, once: where all ranks fail alike, rank 0 says it.
+    """Records the reason in status.json, once; when all ranks fail alike, rank 0 does.
 
-    A run that is not even allowed to go on leaves its folder as it was.
+    A run that is refused before it starts leaves its folder untouched.
     """
     from vit_rsst.run.explanations import LostRank
 
@@ -248,7 +248,7 @@ def fail(run: "Run", error: BaseException) -> None:
             return
         error.is_of_this_rank_alone = True
     code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-    with contextlib.suppress(OSError):  # on a full disk the error itself is all that is told
+    with contextlib.suppress(OSError):  # on a full disk, the error itself has to do
         p = run.progress
         where = {"round": p.round, "epoch": p.epoch, "step": p.global_step} if run.stop.is_training else {}
         state = "stopped" if code == 75 else "failed"

@@ -1,11 +1,11 @@
-# Sourced by the job scripts in the root of the repository: launches the run on every machine of the job, and requeues
-# the job when the run has stopped cleanly. The recipe and its overrides are the script's arguments.
-#   PROCESSES_PER_NODE   default: the GPUs of a machine
+# Sourced by the job scripts from the root of the repository: launches the run on every node of the job and requeues the
+# job if the run stopped cleanly. Arguments: the recipe and its overrides.
+#   PROCESSES_PER_NODE   default: the GPUs of a node
 set -euo pipefail
 (($#)) || { echo "usage: sbatch $0 RECIPE [key=value...]" >&2; exit 2; }
 [[ ! -f .venv/bin/activate ]] || source .venv/bin/activate
 
-# The launchers lose exit codes, so that the run folder has to tell; a wrong recipe ends here, with all its mistakes.
+# The launchers lose exit codes, so they are read from the run folder. A wrong recipe ends here, with all its errors.
 run_folder=$(python - "$@" <<'PYTHON'
 import sys
 from vit_rsst.recipe.loading import find, load
@@ -18,18 +18,18 @@ read_status() { cat -- "$run_folder/status.json" 2>/dev/null || true; }
 nodes=${SLURM_NNODES:-1}
 processes=$((nodes * ${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}))
 read -r host < <(scontrol show hostnames "${SLURM_JOB_NODELIST:-$(hostname)}")
-port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs that share a machine must not meet
+port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on the same node must not share a port
 
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 # passed on to the ranks; else USR1 ends the launcher alone
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170           # seconds that the ranks then have for their resume point, not 30
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 # forwarded to the ranks; otherwise USR1 ends only the launcher
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170           # seconds the ranks then have for their resume point, instead of 30
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it
 
 if ((processes == 1)); then
-    launcher=(python) # around a single process `accelerate launch` passes no signal on
+    launcher=(python) # for a single process `accelerate launch` forwards no signals
 else
     launcher=(
         bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launcher
-        --config_file accelerate_configs/multinode.yaml --mixed_precision no # the recipe decides that
+        --config_file accelerate_configs/multinode.yaml --mixed_precision no # the recipe decides
         --main_process_ip "$host" --main_process_port "$port"
         --num_machines "$nodes" --num_processes "$processes"
     )
@@ -39,12 +39,12 @@ before=$(read_status)
 code=0
 srun --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=1 "${launcher[@]}" -m vit_rsst.train "$@" || code=$?
 after=$(read_status)
-if [[ $after != "$before" ]]; then # what an earlier job left says nothing of this one
+if [[ $after != "$before" ]]; then # an unchanged status is from an earlier job
     code=$(python -c 'import json, sys; found = json.loads(sys.argv[1])["exit_code"]
 print(sys.argv[2] if found is None else found)' "$after" "$code")
 fi
 if ((code == 75)); then
-    echo "stopped cleanly; requeueing job $SLURM_JOB_ID, which goes on from the resume point." >&2
+    echo "stopped cleanly; requeueing job $SLURM_JOB_ID, which resumes from the resume point." >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A job on several machines, with a launcher on each and a process for each GPU. Submitted and requeued as one_node.sh is;
-# the repository, the data and the run folder lie on a file system that all machines share:
+# A job on several nodes, with one launcher per node and one process per GPU. Submitted and requeued like one_node.sh;
+# the repository, the data and the run folder must be on a file system shared by all nodes:
 #   sbatch [--partition=P --nodes=4 --gpus-per-node=8] scripts/slurm/multi_node.sh RECIPE [key=value...]
 #SBATCH --job-name=vit_rsst
 #SBATCH --nodes=2

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A job on one machine, with a process for each of its GPUs. Submitted from the root of the repository, after
-# scripts/quickstart or `pip install -e .` there; options of sbatch rule over the lines below:
+# A job on one node, with one process per GPU. Submit from the root of the repository, after scripts/quickstart or
+# `pip install -e .` there; options of sbatch override the lines below:
 #   sbatch [--partition=P --gpus-per-node=4 --time=8:00:00] scripts/slurm/one_node.sh RECIPE [key=value...]
-# Three minutes before its time is up SLURM sends USR1: the run leaves a resume point, and the job requeues itself and goes
-# on from there. `scancel` ends it for good; what then goes on is the same sbatch command.
+# Three minutes before the time limit SLURM sends USR1: the run saves a resume point, and the job requeues itself and
+# resumes from there. `scancel` ends it for good; the same sbatch command then resumes the run.
 #SBATCH --job-name=vit_rsst
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,7 +1,7 @@
-"""Resume points: atomic, verified, without pickle. A visible point is complete; a damaged one is set aside.
+"""Resume points: atomic, verified, free of pickle. A visible point is complete; a damaged one is set aside.
 
 A point is a folder of safetensors files, one JSON file and a manifest of hashes. The loop is held only while tensors
-are copied to host memory; hashing, writing and renaming run in a thread that the next save and the end wait for.
+are copied to host memory; hashing, writing and renaming happen in a thread.
 """
 
 import json
@@ -23,17 +23,17 @@ from vit_rsst.errors import Damaged, Diverged, MissingRequirement
 
 FORMAT = "vit_rsst.resume/1"
 PATIENCE = 3
-"""Saves that may fail one after the other: each is warned of, and the last of them ends the run."""
+"""Consecutive failed saves that end the run; the ones before are warnings."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a run goes on from.
+    """The state a run resumes from.
 
     Attributes:
         step: global optimizer step.
         tensors: file stem → tensors by name.
-        numbers: plain JSON: progress, controller, meters, identity of the recipe.
+        numbers: plain JSON: progress, controller, meters, recipe fingerprint.
     """
 
     step: int
@@ -47,8 +47,8 @@ class Checkpointer:
 
     Attributes:
         folder: `checkpoints/` of the run.
-        keep: how many verified points stay.
-        warn: shows a warning to the person.
+        keep: number of verified points to keep.
+        warn: shows a warning to the user.
     """
 
     folder: Path
@@ -73,11 +73,11 @@ class Checkpointer:
         return self._pending is not None and not self._pending.done()
 
     def settle(self) -> None:
-        """Waits for the save under way; warns when it failed, since a full disk may have room again at the next.
+        """Waits for the save in progress; a failure is a warning, since a full disk may have room at the next one.
 
         Raises:
-            MissingRequirement: as many in a row have failed as there is patience for.
-            Diverged: a number in it was not finite; older points are untouched.
+            MissingRequirement: `PATIENCE` saves in a row have failed.
+            Diverged: the point holds a non-finite number; older points are untouched.
         """
         try:
             self.wait()
@@ -85,14 +85,16 @@ class Checkpointer:
             self._failures += 1
             if self._failures >= PATIENCE:
                 raise
-            self.warn(f"{error} Training goes on; {self._failures} of at most {PATIENCE} saves in a row have failed.")
+            self.warn(
+                f"{error} Training continues; {self._failures} of at most {PATIENCE} consecutive saves have failed."
+            )
 
     def wait(self) -> None:
-        """Waits for the save under way.
+        """Waits for the save in progress.
 
         Raises:
             MissingRequirement: it failed; older points are untouched.
-            Diverged: a number in it was not finite; older points are untouched.
+            Diverged: the point holds a non-finite number; older points are untouched.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -102,31 +104,31 @@ class Checkpointer:
             self._failures = 0
         except (OSError, SafetensorError) as error:
             raise MissingRequirement(
-                f"the resume point could not be written to {self.folder} ({error}); the earlier ones are untouched. "
-                "Free some space there; the same command goes on from the last point."
+                f"the resume point could not be written to {self.folder} ({error}); earlier ones are untouched. "
+                "Free some space there, then run the same command to resume from the last point."
             ) from error
 
     def load(self) -> ResumePoint | None:
-        """The newest point whose files are what its manifest says; None when there is none.
+        """The newest point whose files match its manifest; None if there are no points.
 
-        A damaged one is renamed to `.bad-…` with a warning, and the next older is tried.
+        A damaged one is renamed to `.bad-…` with a warning, and the one before it is tried.
 
         Raises:
-            Damaged: there are points, and none is sound.
+            Damaged: there are points, but none is intact.
         """
         points = self._points()
         for path in reversed(points):
             try:
                 return _read(path)
             except (Damaged, OSError) as error:
-                self.warn(f"{error}; set aside as .bad-{path.name}, trying the one before it")
+                self.warn(f"{error}; setting it aside as .bad-{path.name} and trying the one before it")
                 os.replace(path, path.with_name(f".bad-{path.name}-{uuid.uuid4().hex[:6]}"))
         if points:
-            raise Damaged(f"no sound resume point is left in {self.folder}; start again with --restart.")
+            raise Damaged(f"no intact resume point is left in {self.folder}; use --restart to start over.")
         return None
 
     def _points(self) -> list[Path]:
-        """Those of this run: what is only linked here lies elsewhere and is none."""
+        """This run's points, oldest first; links to elsewhere do not count."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir() and not path.is_symlink())
 
     def _write(self, point: ResumePoint) -> None:
@@ -139,15 +141,15 @@ class Checkpointer:
             _write_files(temporary, point)
             self._show(temporary, final)
         except (OSError, SafetensorError):
-            shutil.rmtree(temporary, ignore_errors=True)  # what is half written takes room on a disk that is full
+            shutil.rmtree(temporary, ignore_errors=True)  # half-written files take up room on a full disk
             raise
         for old in self._points()[: -self.keep]:
             self._hide(old)
         self._sweep(".tmp-old-*")
 
     def _show(self, temporary: Path, final: Path) -> None:
-        """Gives a whole point its name."""
-        if final.exists():  # the same step, saved again after a resume: the new one stands beside it until it is gone
+        """Gives a complete point its name."""
+        if final.exists():  # saved again after a resume: the new one stays beside the old until that is gone
             beside = final.with_name(f"{final.name}-again")
             os.replace(temporary, beside)
             self._hide(final)
@@ -158,7 +160,7 @@ class Checkpointer:
         files.settle_folder(self.folder)
 
     def _hide(self, path: Path) -> None:
-        """Takes a point out of sight in one rename, so that no deletion leaves half of a visible one."""
+        """Hides a point in one rename, so a deletion never leaves half of a visible one."""
         os.replace(path, self.folder / f".tmp-old-{uuid.uuid4().hex[:8]}")
 
     def _sweep(self, *patterns: str) -> None:
@@ -170,23 +172,23 @@ class Checkpointer:
 
 
 def _check_finite(point: ResumePoint) -> None:
-    """Refuses to keep what training cannot go on from.
+    """Refuses a point that training cannot continue from.
 
     Raises:
-        Diverged: a number is infinite or none.
+        Diverged: a number is infinite or NaN.
     """
     for stem, tensors in point.tensors.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise Diverged(
-                    f"step {point.step}: {name} of the {stem} is not finite, so that no resume point is written; the "
-                    "last one is sound. Lower optim.lr or set optim.clip_grad_norm, under another name (name=…) or "
+                    f"step {point.step}: {name} of the {stem} is not finite, so no resume point was written; the "
+                    "last one is intact. Lower optim.lr or set optim.clip_grad_norm, under another name (name=…) or "
                     "with --restart."
                 )
 
 
 def _write_files(folder: Path, point: ResumePoint) -> None:
-    """A point's files, and last its manifest, all of them flushed to disk."""
+    """Writes a point's files, then its manifest, all flushed to disk."""
     folder.mkdir()
     for stem, tensors in point.tensors.items():
         save_file(dict(tensors), folder / f"{stem}.safetensors")
@@ -203,7 +205,7 @@ def _read(path: Path) -> ResumePoint:
     """Reads a point, comparing size and hash of every file with the manifest.
 
     Raises:
-        Damaged: anything is not what it should be.
+        Damaged: something does not match.
     """
     try:
         return _read_as_listed(path)
@@ -226,7 +228,7 @@ def _read_as_listed(path: Path) -> ResumePoint:
             or file.stat().st_size != expected["bytes"]
             or files.sha256(file) != expected["sha256"]
         ):
-            raise Damaged(f"the resume point {path.name} is damaged: {name} is not what its manifest says")
+            raise Damaged(f"the resume point {path.name} is damaged: {name} does not match its manifest")
     numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tensors = {Path(n).stem: load_file(path / Path(n).name) for n in manifest["files"] if n.endswith(".safetensors")}
     return ResumePoint(numbers.pop("step"), tensors, numbers)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines in a log file."""
+"""What the user sees during a run: a progress bar on a terminal, plain lines in a log file."""
 
 import sys
 import time
@@ -14,12 +14,12 @@ from vit_rsst.tickets.rounds import RoundRow, table
 
 @dataclass
 class Console:
-    """Prints on the main process; silent on the others.
+    """Prints on the main process; silent on all others.
 
     Attributes:
         is_main: whether this process prints.
-        progress: where the run stands.
-        images_per_step: the global batch, for the rate.
+        progress: position of the run.
+        images_per_step: the global batch, for throughput.
     """
 
     is_main: bool
@@ -31,13 +31,13 @@ class Console:
     _last_line: float = 0.0
 
     def line(self, text: str) -> None:
-        """One event, above the progress bar where there is one."""
+        """Prints one event, above the progress bar if there is one."""
         if self.is_main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def step(self, loss: float) -> None:
-        """After each optimizer step: the bar moves; without a terminal a line a minute."""
+        """Moves the bar after an optimizer step; without a terminal, prints a line a minute."""
         if not self.is_main:
             return
         p = self.progress
@@ -50,7 +50,7 @@ class Console:
         if not self._bar.disable:
             self._bar.set_description(f"round {p.round}/{len(p.round_epochs) - 1} epoch {p.epoch}", refresh=False)
             self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} images/s", refresh=False)
-            self._bar.update(p.global_step - self._bar.n)  # a round that ends early leaves steps out
+            self._bar.update(p.global_step - self._bar.n)  # a round that ends early skips steps
         elif time.monotonic() - max(self._last_line, self._began) > 60:
             self._last_line = time.monotonic()
             left = (p.total_steps - p.global_step) * self.images_per_step / max(rate, 1e-9)
@@ -60,11 +60,11 @@ class Console:
 
     @property
     def images_per_second(self) -> float:
-        """Mean since this process began to train, evaluation included."""
+        """Mean since this process started training, evaluation included."""
         return self._steps * self.images_per_step / max(time.monotonic() - self._began, 1e-9)
 
     def epoch(self, metrics: Mapping[str, float]) -> None:
-        """The line of an epoch."""
+        """Prints the summary line of an epoch."""
         p = self.progress
         parts = [
             f"round {p.round}/{len(p.round_epochs) - 1}  epoch {p.epoch}/{p.round_epochs[p.round]}",
@@ -80,7 +80,7 @@ class Console:
         self.line("  ".join(parts))
 
     def rounds(self, rows: list[RoundRow]) -> None:
-        """The table of all rounds so far."""
+        """Prints the table of all rounds so far."""
         self.line("\n" + table(rows) + "\n")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a run was made: versions, commit, machine and data, and what of them has changed since."""
+"""Where a run was made: versions, commit, machine and data, and what has changed since."""
 
 import importlib.metadata
 import os
@@ -23,11 +23,11 @@ PACKAGES = (
 
 
 DATA_IDENTITY = ("rows", "files", "sha256")
-"""What of the data's description tells them from any other; the rest says where they lie and how they were read."""
+"""Fields of the dataset's description that identify it; the others say where it lies and how it was read."""
 
 
 def environment(num_processes: int, device: str, data_identity: dict) -> dict:
-    """What a reader of the results needs to know of where they were made."""
+    """What a reader of the results needs to know about where they were produced."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("vit-rsst", *PACKAGES)}},
         "commit": _commit(),
@@ -41,7 +41,7 @@ def environment(num_processes: int, device: str, data_identity: dict) -> dict:
 
 
 def drift(then: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
-    """What differs between two environments and may change a result: dotted name → (then, now)."""
+    """Differences between two environments that may change a result: dotted name → (then, now)."""
     flat = [
         {
             **{f"versions.{name}": version for name, version in part.get("versions", {}).items()},
@@ -62,9 +62,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that the package runs from, with `+` when files have changed since.
+    """Commit of the checkout the package runs from, with `+` if files have changed since.
 
-    Installed inside the tree of another repository, it is none of that repository's commits.
+    None if the package is installed inside the tree of another repository.
     """
     package = Path(__file__).resolve().parent.parent
 

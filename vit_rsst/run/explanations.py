@@ -1,4 +1,4 @@
-"""What errors of libraries mean to the person who trains: a lost rank, a full disk, too little memory."""
+"""Library errors in the user's terms: a lost rank, a full disk, too little memory."""
 
 import errno
 from typing import TYPE_CHECKING
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from vit_rsst.run.state import Run
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Errors of a disk that is full, failing or no longer writable."""
+"""A disk that is full, failing or no longer writable."""
 
 
 class LostRank(MissingRequirement):
-    """Another process of the job is gone."""
+    """Another process of the job died or hangs."""
 
 
 def explained(error: BaseException, run: "Run", recipe: "Recipe") -> BaseException:
-    """The error, or what it means to the user where a library cannot know that."""
+    """The error, or what it means to the user where the library cannot know."""
     from vit_rsst.run import watchdog
 
     if watchdog.is_of_a_lost_rank(error):
@@ -32,8 +32,8 @@ def explained(error: BaseException, run: "Run", recipe: "Recipe") -> BaseExcepti
     if isinstance(error, OSError) and error.errno in DISK:
         where = f" {error.filename}" if error.filename else ""
         return MissingRequirement(
-            f"{run.folder.path} cannot be written any more ({error.strerror}{where}). Free some space there; the same "
-            "command goes on from the last resume point."
+            f"{run.folder.path} can no longer be written ({error.strerror}{where}). Free some space there, then run "
+            "the same command to resume from the last resume point."
         )
     if is_out_of_memory(error):
         return MissingRequirement(out_of_memory_text(run.accelerator.num_processes, recipe))
@@ -41,7 +41,7 @@ def explained(error: BaseException, run: "Run", recipe: "Recipe") -> BaseExcepti
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the host as torch's CPU allocator says it."""
+    """Whether a GPU or the host (torch's CPU allocator) is out of memory."""
     import torch
 
     by_allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
@@ -49,16 +49,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_text(num_processes: int, recipe: "Recipe") -> str:
-    """The arithmetic of the batch, and the next smaller one."""
+    """The batch arithmetic and the next smaller batch per device."""
     from vit_rsst.data.loaders import Dealing
 
     dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, num_processes)
     share, now = dealing.global_batch // num_processes, dealing.batch_per_device
     smaller = next((n for n in range(now // 2, 0, -1) if share % n == 0), None)
     if smaller is None:
-        return f"out of memory with {dealing}: not even one image a device fits; take a smaller model or images."
+        return f"out of memory with {dealing}: not even one image per device fits; use a smaller model or images."
     again = Dealing.of(dealing.global_batch, smaller, num_processes)
     return (
-        f"out of memory with a global batch of {dealing}; set train.batch_per_device={smaller}: {again} takes the same "
-        "steps with less memory, under another name (name=…) or with --restart."
+        f"out of memory with a global batch of {dealing}; set train.batch_per_device={smaller}: {again} takes the "
+        "same steps with less memory, under another name (name=…) or with --restart."
     )

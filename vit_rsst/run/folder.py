@@ -1,4 +1,4 @@
-"""The run folder: what lies where, who may write there, and whether a run may go on in it."""
+"""The run folder: its layout, who may write to it, and whether a run may resume in it."""
 
 import datetime
 import os
@@ -36,21 +36,21 @@ class RunFolder:
         return self.path / "logs"
 
     def status(self) -> dict:
-        """The last state written; empty for a folder without one."""
+        """The last status written; empty if there is none."""
         return files.read_json(self.path / "status.json")
 
     def write_status(self, state: str, exit_code: int | None = None, reason: str = "", **where: int) -> None:
-        """running, finished, stopped or failed, with where it stands."""
+        """Writes `running`, `finished`, `stopped` or `failed`, with the position of the run."""
         self.path.mkdir(parents=True, exist_ok=True)
         found = {key: value for key, value in self.status().items() if key in ("round", "epoch", "step")}
         status = {"state": state, **(found | where), "exit_code": exit_code, "reason": reason, "updated": _now()}
         files.write_json(self.path / "status.json", status)
 
     def set_aside(self) -> Path | None:
-        """Renames an existing folder to `<name>.old-N` and says which; None when there is none.
+        """Renames an existing folder to `<name>.old-N` and returns the new path; None if there is no folder.
 
         Raises:
-            MissingRequirement: another process runs there.
+            MissingRequirement: another process is running there.
         """
         if not self.path.exists():
             return None
@@ -62,10 +62,10 @@ class RunFolder:
         return old
 
     def check(self, recipe: Recipe) -> None:
-        """Refuses a folder that holds a run of another recipe.
+        """Refuses a folder that holds a run of a different recipe.
 
         Raises:
-            InputError: with every field that differs.
+            InputError: lists every field that differs.
         """
         saved = self.path / "recipe.yaml"
         if not saved.exists():
@@ -73,7 +73,7 @@ class RunFolder:
         old = deciding(strict_yaml.parse(saved.read_text(encoding="utf-8", errors="replace")).tree)
         new = deciding(recipe.tree())
         differences = [
-            f"  {key}: {old.get(key, 'not there')!r} there, {new.get(key, 'not there')!r} now"
+            f"  {key}: {old.get(key, 'missing')!r} there, {new.get(key, 'missing')!r} now"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
@@ -81,15 +81,15 @@ class RunFolder:
             raise InputError(
                 "\n".join(
                     [
-                        f"{self.path} holds a run of another recipe; {len(differences)} fields differ:",
+                        f"{self.path} holds a run of a different recipe; {len(differences)} fields differ:",
                         *differences,
-                        "Give this run another name (name=…), or begin anew with --restart; the old folder is kept.",
+                        "Give this run another name (name=…), or use --restart to start over; the old folder is kept.",
                     ]
                 )
             )
 
     def check_place(self) -> None:
-        """Looks, before anything is started, whether the folder can be made; creates nothing.
+        """Checks early that the folder can be created; creates nothing.
 
         Raises:
             InputError: it is a link to elsewhere.
@@ -98,23 +98,23 @@ class RunFolder:
         try:
             if self.path.resolve() != self.path.parent.resolve() / self.path.name:
                 raise InputError(
-                    f"name: {self.path} is a link to {self.path.resolve()}; a run stays within its output_dir: set "
-                    "output_dir to the folder that is meant, or give this run another name (name=…)."
+                    f"name: {self.path} is a link to {self.path.resolve()}, outside its output_dir; set output_dir "
+                    "to the intended folder, or give this run another name (name=…)."
                 )
             nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         except UnicodeEncodeError as error:
             raise MissingRequirement(
-                f"output_dir: {str(self.path)!a} has characters that the locale of this process does not know "
-                f"({error.encoding}); set PYTHONUTF8=1, or LC_ALL=C.UTF-8."
+                f"output_dir: {str(self.path)!a} has characters outside the locale of this process "
+                f"({error.encoding}); set PYTHONUTF8=1 or LC_ALL=C.UTF-8."
             ) from error
         except (OSError, RuntimeError) as error:  # a loop of links
-            raise MissingRequirement(f"output_dir: {self.path} cannot be made ({error}); set another one.") from error
+            raise MissingRequirement(f"output_dir: {self.path} cannot be created ({error}); choose another.") from error
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            why = "cannot be written" if nearest.is_dir() else "is no folder"
-            raise MissingRequirement(f"output_dir: {self.path} cannot be made, since {nearest} {why}; set another one.")
+            why = "is not writable" if nearest.is_dir() else "is not a folder"
+            raise MissingRequirement(f"output_dir: {self.path} cannot be created: {nearest} {why}; choose another.")
 
     def _lock(self) -> FileLock:
-        """Takes the lock of this folder; its holder stands in a file beside it, for those who come later."""
+        """Takes the folder's lock; a file beside it names the holder to whoever comes later."""
         lock, holder = FileLock(self.path / ".lock"), files.read_json(self.path / HOLDER)
         try:
             lock.acquire(timeout=0)
@@ -127,26 +127,26 @@ class RunFolder:
         return lock
 
     def open(self) -> FileLock:
-        """Creates the folder and takes its lock; what an earlier run left there stays as it is.
+        """Creates the folder and takes its lock; existing files stay as they are.
 
         Raises:
-            MissingRequirement: another process runs here, or the folder cannot be written.
+            MissingRequirement: another process is running here, or the folder cannot be written.
         """
         try:
             for folder in (self.path, self.checkpoints, self.tickets, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
             lock = self._lock()
-            for left_over in self.path.rglob(".*.tmp"):  # of a process that was killed
+            for left_over in self.path.rglob(".*.tmp"):  # left by a killed process
                 left_over.unlink()
             files.write_json(self.path / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
         except OSError as error:
             raise MissingRequirement(
-                f"output_dir: {self.path} cannot be written ({error}); set another output_dir."
+                f"output_dir: {self.path} cannot be written ({error}); choose another output_dir."
             ) from error
         return lock
 
     def record(self, recipe: Recipe, environment: dict) -> None:
-        """Recipe and environment of the run that begins here now, or goes on."""
+        """Writes recipe and environment of the run that starts or resumes here."""
         files.write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.tree()))
         files.write_json(self.path / "environment.json", environment)
         self.write_status("running")

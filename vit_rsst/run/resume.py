@@ -1,4 +1,4 @@
-"""From a run to a resume point and back. Randomness needs no place in it: every draw is a function of progress."""
+"""From a run to a resume point and back. It holds no random state: every draw is a function of progress."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def save(run: Run) -> None:
-    """Saves the run as it stands between two steps; collective, written by the main process in the background."""
+    """Saves the run between two steps; collective; the main process writes in the background."""
     meter = run.meter.gather_(run.accelerator.is_main_process)
     now = time.monotonic()
     run.seconds, run.clock = run.seconds + now - run.clock, now
@@ -51,7 +51,7 @@ def save(run: Run) -> None:
 
 
 def restore_(run: Run, point: ResumePoint) -> None:
-    """Sets the run to where a point was taken.
+    """Sets the run to the state of a point.
 
     Raises:
         Damaged: the point's tensors do not fit this model; nothing is changed.
@@ -70,7 +70,7 @@ def restore_(run: Run, point: ResumePoint) -> None:
 
 
 def check_fits(run: Run, point: ResumePoint) -> None:
-    """Compares weights, masks, averages and moments with the model, before any of them is loaded.
+    """Compares weights, masks, averages and moments with the model before any of them is loaded.
 
     Raises:
         Damaged: names or shapes differ.
@@ -87,7 +87,7 @@ def check_fits(run: Run, point: ResumePoint) -> None:
     for part, shapes in parts.items():
         if part in ("mask", "ema") or any(path.startswith(f"{part}/") for path in controller):
             expected |= {f"{part}/{name}": shape for name, shape in shapes.items()}
-    for path, shape in moments.items():  # the counter of steps is one number
+    for path, shape in moments.items():  # the step counter is a scalar
         owner = path.rpartition("/")[0]
         if owner in model:
             expected[f"optimizer/{path}"] = shape and model[owner]
@@ -102,12 +102,12 @@ def check_fits(run: Run, point: ResumePoint) -> None:
 
 
 def resume_if_possible(run: Run, allow_world_size_change: bool = False, allow_data_change: bool = False) -> None:
-    """Sets the run to its newest sound resume point, on every rank, and says so.
+    """Sets the run to its newest intact resume point on every rank and reports it.
 
     Raises:
-        InputError: the point is of another recipe, or of other data or, within an epoch, of another number of
+        InputError: the point belongs to a different recipe or dataset or, mid-epoch, to a different number of
             processes, and that is not allowed.
-        Damaged: no point is sound, or the ranks read different ones.
+        Damaged: no point is intact, or the ranks read different ones.
     """
     point = run.checkpointer.load() if run.accelerator.is_main_process else None
     if run.accelerator.num_processes > 1:
@@ -129,33 +129,33 @@ def resume_if_possible(run: Run, allow_world_size_change: bool = False, allow_da
     run.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch, "bit_exact": not processes})
     run.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}{changed}")
     if told := [f"{key} {then} → {now}" for key, (then, now) in drift.items() if key != "processes"]:
-        run.tracker.warning(p.global_step, f"the environment is not the one that the run began in: {'; '.join(told)}")
+        run.tracker.warning(p.global_step, f"the environment has changed since the run started: {'; '.join(told)}")
 
 
 def check_same_run(
     run: Run, point: ResumePoint, drift: dict[str, tuple], allow_world_size_change: bool, allow_data_change: bool
 ) -> None:
-    """Refuses a point that this run cannot go on from as the same run.
+    """Refuses a point that this run cannot resume from as the same run.
 
     Raises:
         InputError: see `resume_if_possible`.
     """
     if point.numbers["recipe"] != run.recipe_fingerprint:
         raise InputError(
-            f"{run.folder.path}: its resume point {point.step} is of another recipe, whatever recipe.yaml says now; "
-            "give this run another name (name=…), or begin anew with --restart."
+            f"{run.folder.path}: resume point {point.step} belongs to a different recipe, whatever recipe.yaml says; "
+            "give this run another name (name=…), or use --restart to start over."
         )
     then, now = drift.get("processes", (1, 1))
     if then != now and point.numbers["progress"]["step"] and not allow_world_size_change:
         raise InputError(
-            f"{run.folder.path}: the run stopped within an epoch, at step {point.step}, with {then} processes, and now "
-            f"has {now}. Start it with {then}, or pass --allow-world-size-change: every image still has its turn, but "
-            "sums are rounded in another order, so that the result is no longer the same to the last bit."
+            f"{run.folder.path}: the run stopped mid-epoch, at step {point.step}, with {then} processes, and now has "
+            f"{now}. Start it with {then}, or pass --allow-world-size-change: every image is still seen, but sums are "
+            "rounded in a different order, so the result is no longer bit-identical."
         )
     other = [f"data.{key}" for key in DATA_IDENTITY if f"data.{key}" in drift]
     if other and not allow_data_change:
         told = "; ".join(f"{key} {drift[key][0]} there, {drift[key][1]} now" for key in other)
         raise InputError(
             f"{run.folder.path}: the dataset has changed since the run started ({told}). Restore it, give this run "
-            "another name (name=…), or pass --allow-data-change: then it is no longer one experiment."
+            "another name (name=…), or pass --allow-data-change; it is then no longer a single experiment."
         )

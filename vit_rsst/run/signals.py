@@ -1,4 +1,4 @@
-"""A clean stop: a signal or a time limit sets a flag, all ranks agree on it at the same step, the loop leaves with a
+"""A clean stop: a signal or a time limit sets a flag, all ranks agree on it at the same step, and the loop leaves a
 resume point."""
 
 import os
@@ -13,11 +13,11 @@ from accelerate.utils import reduce
 from vit_rsst.errors import Stopped
 
 AGREE_EVERY = 10
-"""Steps between two agreements when there are several ranks; each costs one tiny all-reduce."""
+"""Steps between two agreements with several ranks; each costs one tiny all-reduce."""
 
 
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"
-"""Set by `accelerate launch` and by nothing else here; without a launcher, a parent that ends means nothing (nohup)."""
+"""Set by `accelerate launch` alone; without a launcher, a parent that ends is no reason to stop (nohup)."""
 
 
 @dataclass
@@ -25,12 +25,12 @@ class StopFlag:
     """Why the run should stop, once it should.
 
     Attributes:
-        reason: empty until then.
-        deadline: of `time.monotonic`, when the time is up; None: it never is.
-        is_training: before it, there is nothing to save and a signal stops the preparations at once.
+        reason: empty until the run should stop.
+        deadline: `time.monotonic` at which time is up; None for no limit.
+        is_training: until then there is nothing to save, and a signal stops the preparations at once.
 
-    A second SIGINT ends the process at once. `accelerate launch` with one process does not pass SIGTERM on and leaves
-    the trainer orphaned, so that a launcher that is gone counts as SIGTERM.
+    A second SIGINT ends the process at once. `accelerate launch` with one process does not forward SIGTERM and leaves
+    the trainer orphaned, so a launcher that is gone counts as SIGTERM.
     """
 
     reason: str = ""
@@ -39,7 +39,7 @@ class StopFlag:
     _launcher: int | None = field(default_factory=lambda: os.getppid() if LAUNCHED in os.environ else None)
 
     def install(self) -> None:
-        """Takes over SIGTERM, SIGINT and SIGUSR1."""
+        """Handles SIGTERM, SIGINT and SIGUSR1."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
@@ -48,7 +48,7 @@ class StopFlag:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
         if not self.is_training:
-            raise Stopped(f"stopped on {self.reason} before the first step; the same command begins again.")
+            raise Stopped(f"stopped by {self.reason} before the first step; run the same command to start again.")
 
     def is_asked(self) -> bool:
         """Whether this rank was asked to stop."""
@@ -59,7 +59,7 @@ class StopFlag:
         return bool(self.reason)
 
     def agreed(self, step: int) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank, so it is collective."""
+        """Whether any rank was asked to stop; collective, with the same answer on every rank."""
         asked, state = self.is_asked(), PartialState()
         if state.num_processes == 1:
             return asked

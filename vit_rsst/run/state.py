@@ -25,24 +25,24 @@ from vit_rsst.training.distill import Distillation
 
 @dataclass
 class Run:
-    """All that a run is made of.
+    """All parts of a run.
 
     Attributes:
         model: as Accelerate prepared it; `net` is the same network without wrappers.
         loss: (logits, labels) → mean loss.
-        own_loss: what the model asks of itself after a forward pass in training; None: nothing.
-        mixing: MixUp or CutMix; None: images stay apart.
-        distillation: joins a teacher to the loss; None: there is none.
-        best: the best epoch of the round under way.
+        own_loss: the model's own loss term after a training forward pass; None if it has none.
+        mixing: MixUp or CutMix; None for neither.
+        distillation: adds a teacher to the loss; None without one.
+        best: best epoch of the current round.
         lr: the learning rate at a progress.
         evaluate: split name → top1, top5, loss; collective.
-        clip_grad_norm: largest norm of the gradients; None: not clipped.
-        max_skipped_steps: non-finite steps that are left out before the run stops.
-        header: strings of every ticket's header.
-        environment: versions, data and machine, as the run folder has them.
-        watch: (moment, progress, controller) looks on at `round began`, `epoch ended` and `round ended`.
-        epoch_is_open: an epoch is trained and not yet evaluated.
-        seconds: time spent in the round under way, over all sittings.
+        clip_grad_norm: maximum gradient norm; None for no clipping.
+        max_skipped_steps: non-finite steps that are skipped before the run stops.
+        header: entries of every ticket's header.
+        environment: versions, data and machine, as recorded in the run folder.
+        watch: called with (moment, progress, controller) at `round began`, `epoch ended` and `round ended`.
+        epoch_is_open: an epoch has been trained but not yet evaluated.
+        seconds: time spent in the current round, over all sittings.
     """
 
     accelerator: Accelerator

@@ -1,7 +1,6 @@
 """Where metrics go: metrics.jsonl always; TensorBoard, wandb and trackio through Accelerate's trackers, never fatal.
 
-Trackers get figures and the report too. One that fails is warned of once and left out from then on; training does not
-notice.
+Trackers get figures and the report too. One that fails causes a single warning and is dropped; training continues.
 """
 
 import importlib
@@ -22,22 +21,22 @@ if TYPE_CHECKING:
     import numpy as np
 
 FINISH_SECONDS = 90.0
-"""What a tracker gets for its last words."""
+"""Time a tracker has to finish."""
 WANDB_PATIENCE = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "60"}
-"""Seconds for its service, which by itself gets 90 and for ever."""
+"""Seconds to wait for its service; by default 90 to start and forever to finish."""
 AGAIN = ("round", "test")
-"""Events that are logged after the resume point of their step."""
+"""Events logged after the resume point of their step."""
 
 
 @dataclass
 class Tracker:
-    """Records events on the main process; on the others every call does nothing.
+    """Records events on the main process; a no-op on all others.
 
     Attributes:
         path: metrics.jsonl.
         is_main: whether this process writes.
         trackers: Accelerate's trackers by name.
-        warn: shows a warning to the person.
+        warn: shows a warning to the user.
     """
 
     path: Path
@@ -47,14 +46,14 @@ class Tracker:
     _warned: set[str] = field(default_factory=set)
 
     def start(self, names: tuple[str, ...], project: str, run: str, config: Mapping, logs: Path) -> None:
-        """Starts the trackers asked for; wandb falls back to offline when its service cannot be had."""
+        """Starts the given trackers; wandb falls back to offline if its service is unreachable."""
         if not (names and self.is_main):
             return
         is_new, run_id = _run_id(logs)
         options = {
             "tensorboard": {"run_name": run, "logging_dir": logs},
             "wandb": {"run_name": project, "name": run, "id": run_id, "resume": "allow", "dir": str(logs)},
-            # It knows a run by its name, and another one may have had the same.
+            # It identifies runs by name, which an earlier one may have had.
             "trackio": {"run_name": project, "name": run, "resume": "never" if is_new else "allow"},
         }
         for name in names:
@@ -67,7 +66,7 @@ class Tracker:
         tracker = LOGGER_TYPE_TO_CLASS[name](**options)
         tracker.start()
         self.trackers[name] = tracker
-        # TensorBoard shows each configuration as one more run: once is enough.
+        # TensorBoard shows each configuration as another run: write it once.
         if name == "tensorboard" and any((options["logging_dir"] / options["run_name"]).glob("*/hparams.yml")):
             return
         tracker.store_init_configuration(
@@ -75,7 +74,7 @@ class Tracker:
         )
 
     def _start_wandb(self, name: str, options: Mapping, config: Mapping) -> None:
-        """Online where the service answers within seconds, else offline; wandb itself would try for minutes."""
+        """Online if the service answers within seconds, else offline; wandb itself would try for minutes."""
         import wandb
 
         for setting, seconds in WANDB_PATIENCE.items():
@@ -88,17 +87,17 @@ class Tracker:
                 return self._start(name, options, config)
             except Exception as error:  # wandb raises errors of its own
                 why = _short(error)
-                options["id"] += "-offline"  # the service may still hold the other
+                options["id"] += "-offline"  # the service may still hold the online one
         if why:
             self._warn_once(name, f"wandb could not start ({why}); it records offline in {options['dir']}.")
             options["mode"] = "offline"
         return self._start(name, options, config)
 
     def log(self, event: str, step: int, values: Mapping[str, object]) -> None:
-        """One line of metrics.jsonl; the numbers of steps, epochs and rounds go to the trackers too."""
+        """Appends a line to metrics.jsonl; numbers also go to the trackers."""
         if not self.is_main:
             return
-        # JSON has no NaN: what is not finite is written as a text.
+        # JSON has no NaN: non-finite numbers become strings.
         record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, "step": step, **record}, ensure_ascii=False, allow_nan=False) + "\n")
@@ -106,10 +105,10 @@ class Tracker:
         self._each("log", lambda _, tracker: tracker.log(numbers, step=step))
 
     def figure(self, step: int, name: str, draw: Callable[[], "np.ndarray"]) -> None:
-        """A figure for the trackers.
+        """Sends a figure to the trackers.
 
         Args:
-            draw: its pixels, uint8 (height, width, 3); called where there is a tracker alone.
+            draw: returns pixels, uint8 (height, width, 3); called only if there is a tracker.
         """
         if not self.trackers:
             return
@@ -125,7 +124,7 @@ class Tracker:
         self._each("show a figure", give)
 
     def report(self, step: int, page: Path) -> None:
-        """The report for the trackers: the page, or its Markdown where a page cannot be shown."""
+        """Sends the report to the trackers: the page, or its Markdown where a page cannot be shown."""
 
         def give(kind: str, tracker: object) -> None:
             if kind == "tensorboard":
@@ -138,16 +137,16 @@ class Tracker:
         self._each("show the report", give)
 
     def warning(self, step: int, text: str) -> None:
-        """A warning, for the person and for the record."""
+        """Shows a warning to the user and records it."""
         if self.is_main:
             self.warn(text)
             self.log("warning", step, {"text": text})
 
     def truncate(self, step: int, again: Sequence[str] = AGAIN) -> None:
-        """Drops lines after `step`, which a resumed run writes again; they are kept under logs/.
+        """Moves lines after `step`, which a resumed run logs again, to a file under logs/.
 
         Args:
-            again: events that it logs again at `step` itself.
+            again: events that are logged again at `step` itself.
         """
         if not self.is_main or not self.path.exists():
             return
@@ -165,7 +164,7 @@ class Tracker:
             files.write_text(self.path, "".join(kept))
 
     def finish(self) -> None:
-        """Ends every tracker; one that does not end in time is left behind."""
+        """Finishes every tracker; one that does not finish in time is abandoned."""
         for name, tracker in list(self.trackers.items()):
             thread = threading.Thread(
                 target=self._guarded, args=(name, "finish", tracker.finish), name=f"finish {name}", daemon=True
@@ -173,29 +172,29 @@ class Tracker:
             thread.start()
             thread.join(FINISH_SECONDS)
             if thread.is_alive():
-                self._warn_once(name, f"{name} did not finish within {FINISH_SECONDS:g} s; it is left behind.")
+                self._warn_once(name, f"{name} did not finish within {FINISH_SECONDS:g} s; giving up on it.")
 
     def _each(self, what: str, call: Callable[[str, object], object]) -> None:
-        """Calls with the name and the tracker of each that still works."""
+        """Calls with name and tracker of each one that still works."""
         for name, tracker in list(self.trackers.items()):
             self._guarded(name, what, lambda name=name, tracker=tracker: call(name, tracker))
 
     def _guarded(self, name: str, what: str, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception as error:  # whatever a tracker raises, training goes on
+        except Exception as error:  # whatever a tracker raises, training continues
             self.trackers.pop(name, None)
-            self._warn_once(name, f"{name} failed to {what} ({_short(error)}); it is left out from now on.")
+            self._warn_once(name, f"{name} failed to {what} ({_short(error)}); dropping it for the rest of the run.")
 
     def _warn_once(self, name: str, text: str) -> None:
-        """Of each tracker, the first trouble alone is told."""
+        """Only the first problem of each tracker is shown."""
         if name not in self._warned:
             self._warned.add(name)
             self.warn(f"tracking: {text}")
 
 
 def _run_id(logs: Path) -> tuple[bool, str]:
-    """Whether this run is tracked for the first time, and its one id, under which it goes on when it is resumed."""
+    """Whether this run is tracked for the first time, and its id, which stays the same when it resumes."""
     path = logs / "tracker_id"
     if is_new := not path.exists():
         files.write_text(path, os.urandom(4).hex())
