@@ -1,6 +1,12 @@
-"""Every command of the README runs, with the substitutions listed here: two steps an epoch, a CPU, local data."""
+"""The pages: every command and every Python block runs, every link leads somewhere, every name exists.
 
+Commands run with the substitutions listed here: two steps an epoch, a CPU, local data.
+"""
+
+import argparse
+import ast
 import contextlib
+import functools
 import io
 import os
 import re
@@ -12,13 +18,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import yaml
 from PIL import Image
 from test_slurm import Cluster
 
-README = tiny.REPOSITORY / "README.md"
+from vit_rsst.cli import make_parser
 
-EXEMPT = {"scripts/quickstart", "scripts/test"}
-"""The two set-up commands, which whoever runs these tests has run."""
+README = tiny.REPOSITORY / "README.md"
+DOCS = sorted((tiny.REPOSITORY / "docs").glob("*.md"))
+PAGES = [README, tiny.REPOSITORY / "CONTRIBUTING.md", *DOCS]
+LINKED = [*PAGES, tiny.REPOSITORY / "CHANGELOG.md", tiny.REPOSITORY / "recipes" / "README.md"]
+
+EXEMPT = {"scripts/test", "scripts/test --all", "scripts/test tests/test_schedules.py"}
+"""They install and run these tests."""
+
+QUICKSTART = {"scripts/quickstart": "vit-rsst train recipes/digits/quickstart.yaml"}
+"""What the script runs once it has installed the package."""
 
 SHORT = [
     "train.steps_per_epoch=2",
@@ -33,19 +48,98 @@ SHORT = [
 CONFIGURATIONS = {"gpu_bf16.yaml": "cpu.yaml", "gpu_8x_bf16.yaml": "cpu.yaml"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+@functools.cache
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
-def commands() -> list[str]:
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks."""
+    return re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands_of(page: Path) -> list[str]:
     """The lines of all bash blocks, continued lines joined, comments left out."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [command for line in lines if (command := re.sub(r"(^|\s)#.*", "", line).strip())]
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    found = [command for line in lines if (command := re.sub(r"(^|\s)#.*", "", line).strip())]
+    return [QUICKSTART.get(command, command) for command in found]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
+PYTHON = [block for page in PAGES for block in blocks(page, "python")]
+PRODUCT = r"\b(?:runs|exports)/[\w-]+"
+"""A run folder or an export that one command makes and another needs."""
+
+
+def product(command: str) -> str | None:
+    """The folder that a command makes."""
+    words = shlex.split(command)
+    if "export" in words:
+        return words[-1]
+    if not any(word == "train" or word.endswith(".train") for word in words) or "--dry-run" in words:
+        return None
+    named = [word.removeprefix("name=") for word in words if word.startswith("name=")]
+    recipe = next(tiny.REPOSITORY / word for word in words if word.startswith("recipes/"))
+    return f"runs/{named[-1] if named else yaml.safe_load(recipe.read_text(encoding='utf-8'))['name']}"
+
+
+class Reader:
+    """Somebody who types the commands of the pages, each once, in one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.out = folder, {}
+        self.makers = {product(command): command for command in reversed(COMMANDS) if command not in EXEMPT}
+
+    def prepare(self, text: str) -> None:
+        """Runs the commands that make what `text` needs."""
+        for needed in re.findall(PRODUCT, text):
+            if needed in self.makers and self.makers[needed] != text:
+                self.run(self.makers[needed])
+
+    def run(self, command: str) -> str:
+        """The verbs within this process, what needs an environment of its own beside it; returns the output."""
+        variables, words = substituted(command)
+        if (key := (*variables.items(), *words)) not in self.out:
+            self.prepare(command)
+            self.out[key] = self.run_now(variables, words)
+        return self.out[key]
+
+    def run_now(self, variables: dict[str, str], words: list[str]) -> str:
+        if words[0] == "sbatch":
+            return self.run_job(words)
+        if words[0] == "vit-rsst" and not variables:
+            with contextlib.chdir(self.folder), contextlib.redirect_stdout(io.StringIO()) as out:
+                assert tiny.command(*words[1:]) == 0, f"{words}\n{out.getvalue()[-2000:]}"
+            return out.getvalue()
+        modules = {"vit-rsst": "vit_rsst.cli", "accelerate": "accelerate.commands.accelerate_cli"}
+        return self.python("-m", modules[words[0]], *words[1:], **variables)
+
+    def python(self, *words: str, **variables: str) -> str:
+        environment = tiny.environment(**variables)
+        environment["PYTHONPATH"] = os.pathsep.join([str(self.folder), str(tiny.REPOSITORY)])
+        done = subprocess.run(
+            [sys.executable, *words], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=200,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def run_job(self, words: list[str]) -> str:
+        """`sbatch --nodes=N SCRIPT …` with stand-ins for SLURM's programs."""
+        nodes, script = int(words[1].removeprefix("--nodes=")), Path(words[2]).name
+        cluster = Cluster(self.folder)
+        code, out = cluster.end(cluster.start(script, *words[3:], nodes=nodes, SLURM_SUBMIT_DIR=str(self.folder)))
+        assert code == 0, out
+        return out
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory) -> Path:
-    """A folder with tiny data in the Hub's layout, the repository's recipes and the README's plugin."""
+def reader(tmp_path_factory) -> Reader:
+    """In a folder with tiny data in the Hub's layout, the repository's recipes and the page's plugin."""
     import datasets
 
     folder = tmp_path_factory.mktemp("readme")
@@ -62,9 +156,10 @@ def elsewhere(tmp_path_factory) -> Path:
     for name in ("recipes", "accelerate_configs", "scripts"):
         (folder / name).symlink_to(tiny.REPOSITORY / name)
     Image.fromarray(draw.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / "photo.png")
-    plugin = next(block for block in blocks("python") if "register_method" in block)
-    (folder / "my_method.py").write_text(plugin)
-    return folder
+    for block in PYTHON:
+        if file := re.match(r"# (\w+\.py)\b", block):
+            (folder / file[1]).write_text(block)
+    return Reader(folder)
 
 
 def substituted(command: str) -> tuple[dict[str, str], list[str]]:
@@ -80,7 +175,7 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
         words += ["data.train_samples=32"]
     if words[:2] == ["vit-rsst", "search"]:
         return variables, words + [item for item in SHORT if not item.startswith("model.args")]
-    if words[:2] == ["vit-rsst", "analyze"]:
+    if words[1] in ("analyze", "report"):
         words.append("--no-latency")
     if words[0] != "sbatch" and not any(word == "train" or word.endswith(".train") for word in words):
         return variables, words
@@ -89,63 +184,123 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
         words += ["data.train_samples=32"]
         if "data.path" not in command:
             words += ["data.source=cifar10", "data.path=DATA/cifar10"]
-    if "name=" in command or "recipes/cifar" in command:  # the quick start alone keeps its rounds: the README names one
+    if "name=" in command or "recipes/cifar" in command:  # the quick start alone keeps its rounds: a page names one
         words += ["pruning.schedule.rounds=1"]
     if "recipes/imagenet1k" in command:
         words += ["model.args={img_size: 32, patch_size: 8, depth: 1}", "data.image_size=32", "tracking.with=[]"]
         words += ["data.val_fraction=0.2", "train.batch_per_device=null"]
     if "gpu_" in command:  # the trackers of that recipe have tests of their own
-        words += ["tracking.with=[]", f"name=gpu-{command.count('8x')}"]
+        words += ["tracking.with=[]"]
     return variables, words
 
 
-def run(command: str, folder: Path) -> str:
-    """Runs it in `folder`: the verbs within this process, what needs an environment of its own beside it."""
-    variables, words = substituted(command)
-    if words[0] == "sbatch":
-        return run_job(words, folder)
-    if words[0] == "vit-rsst" and not variables:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
-            assert tiny.command(*words[1:]) == 0, f"{command}\n{words}\n{out.getvalue()[-2000:]}"
-        return out.getvalue()
-    modules = {"vit-rsst": "vit_rsst.cli", "accelerate": "accelerate.commands.accelerate_cli"}
-    if words[0].startswith("scripts/"):
-        words[0:1] = [sys.executable, str(tiny.REPOSITORY / words[0])]
-    else:
-        words[0:1] = [sys.executable, "-m", modules[words[0]]]
-    environment = tiny.environment(**variables)
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(tiny.REPOSITORY)])
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, f"{command}\n{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in EXEMPT], ids=str)
+def test_every_command_of_the_pages_runs(reader, command):
+    out = reader.run(command)
+    if command == "vit-rsst runs":
+        assert "cifar10-cpu-rsst" in out
+    if command.endswith("name=one-shot"):
+        assert (reader.folder / "runs" / "one-shot" / "rounds.csv").read_text().count("\n") == 3
 
 
-def run_job(words: list[str], folder: Path) -> str:
-    """`sbatch --nodes=N SCRIPT …` with stand-ins for SLURM's programs."""
-    nodes, script = int(words[1].removeprefix("--nodes=")), Path(words[2]).name
-    cluster = Cluster(folder)
-    code, told = cluster.end(cluster.start(script, *words[3:], nodes=nodes, SLURM_SUBMIT_DIR=str(folder)))
-    assert code == 0, told
-    return told
+@pytest.mark.parametrize("program", PYTHON, ids=lambda block: block.splitlines()[0])
+def test_every_program_of_the_pages_runs(reader, program):
+    reader.prepare(program)
+    if "vit_rsst" not in program:
+        program += "\nimport sys; assert 'vit_rsst' not in sys.modules"
+    reader.python("-c", program)
 
 
-def test_every_command_of_the_readme_runs(elsewhere):
-    found = commands()
-    assert set(found) >= EXEMPT
-    ran = [command for command in found if command.split()[0] not in EXEMPT]
-    assert len(ran) >= 10
-    out = {command: run(command, elsewhere) for command in ran}
-    assert any("cifar10-cpu-rsst" in text for command, text in out.items() if command == "vit-rsst runs")
-    assert (elsewhere / "runs" / "one-shot" / "rounds.csv").read_text().count("\n") == 3
+def test_the_commands_are_found():
+    assert {command for page in PAGES for command in commands_of(page)} >= EXEMPT | set(QUICKSTART.values())
+    assert len(COMMANDS) > 30
+    assert len(PYTHON) >= 2
 
 
-def test_the_readme_builds_a_ticket_into_plain_timm(elsewhere):
-    quickstart = "vit-rsst train recipes/digits/quickstart.yaml"
-    if not (elsewhere / "runs" / "digits-quickstart").exists():
-        run(quickstart, elsewhere)
-    program = next(block for block in blocks("python") if "create_model" in block)
-    done = subprocess.run(
-        [sys.executable, "-c", program + "\nimport sys; assert 'vit_rsst' not in sys.modules"],
-        cwd=elsewhere, env=tiny.environment(), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_every_verb_is_on_a_page():
+    action = next(a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    shown = {word for command in COMMANDS for word in shlex.split(command)}
+    assert set(action.choices) <= shown
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(tiny.REPOSITORY)))
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", prose(page), re.MULTILINE)
+    for link in (inline or reference for inline, reference in links):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short_and_names_every_page():
+    assert len(text(README).splitlines()) <= 180
+    assert len(DOCS) >= 10
+    for page in LINKED[1:]:
+        assert f"({page.relative_to(tiny.REPOSITORY)})" in text(README), page.name
+
+
+def quoted_names(page: Path) -> set[str]:
+    return set(re.findall(r"`([^`\n]+)`", prose(page)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_field_on_a_page_is_in_the_reference(page):
+    reference = yaml.safe_load((tiny.REPOSITORY / "recipes" / "reference.yaml").read_text(encoding="utf-8"))
+    for name in quoted_names(page):
+        path = name.partition("=")[0]
+        if path.endswith(".py") or not re.fullmatch(
+            rf"(?:{'|'.join(k for k, v in reference.items() if isinstance(v, dict))})(?:\.[a-z_]+)+", path
+        ):
+            continue
+        node = reference
+        for part in path.split("."):
+            if node == {}:  # free arguments
+                break
+            assert isinstance(node, dict), name
+            assert part in node, name
+            node = node[part]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_and_folder_on_a_page_exists(page):
+    for name in quoted_names(page):
+        if re.fullmatch(r"[\w/]+\.(?:py|cfg|sh)|(?:\w+/)+", name) and name not in ("runs/", "train/", "val/", "test/"):
+            assert any((root / name).exists() for root in (tiny.REPOSITORY, tiny.PACKAGE)), name
+
+
+def test_the_design_page_lists_the_folders_of_the_package():
+    rows = re.findall(r"^\| `(\w+)/` \|", text(tiny.REPOSITORY / "docs" / "design.md"), re.MULTILINE)
+    assert sorted(rows) == sorted(path.parent.name for path in tiny.PACKAGE.glob("*/__init__.py"))
+
+
+def messages() -> str:
+    """Every string of the package, an expression inside of one as `…`."""
+    found = []
+    for path in tiny.PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_program():
+    page = text(tiny.REPOSITORY / "docs" / "troubleshooting.md")
+    quoted = re.findall(r"[|,] \"([^\"]+)\"", page)
+    assert len(quoted) > 12
+    known = messages()
+    for message in quoted:
+        parts = re.split(r"\s*(?:…|FILE:ROW|\bN\b)\s*", message)
+        assert all(part in known for part in parts), message
