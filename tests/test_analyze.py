@@ -40,7 +40,7 @@ def short(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0.01)
 
 
-def test_a_ticket_is_counted_as_its_mask_and_its_slim_folder_say(run, slim_folder):
+def test_counts_of_a_ticket_match_its_mask_and_slim_folder(run, slim_folder):
     ticket = ticket_file.load(run / "tickets" / "round_02.safetensors")
     [found, small] = analyze([str(run), str(slim_folder)], is_measured=False)["items"]
     assert found["parameters"]["prunable"] == tiny.NUM_PRUNABLE
@@ -55,7 +55,7 @@ def test_a_ticket_is_counted_as_its_mask_and_its_slim_folder_say(run, slim_folde
     assert found["bytes"]["slim_fp32"] == small["bytes"]["dense_fp32"]
 
 
-def test_shares_of_layers_and_of_kinds_add_up_to_what_is_alive(run):
+def test_shares_of_layers_and_kinds_add_up_to_one(run):
     item = count(open_subject(str(run)))
     for rows in (item["layers"], item["kinds"]):
         assert sum(row["alive"] for row in rows.values()) == item["parameters"]["alive"]
@@ -88,12 +88,12 @@ def test_training_memory_is_state_and_activations():
     assert activations > 256 * 16 * 32 * 32 * 4  # at least the first layer's output for every image
 
 
-def test_what_cannot_be_analysed_is_told_in_one_sentence(run, tmp_path, capsys):
+def test_what_cannot_be_analysed_is_a_one_line_error(run, tmp_path, capsys):
     assert tiny.command("analyze", "vit_tini", "--no-latency") == 2
     assert "Did you mean" in capsys.readouterr().err
     assert tiny.command("analyze", run, "--no-latency", "--image-size", 40) == 2
     error = capsys.readouterr().err
-    assert "does not take images of 40 px" in error
+    assert "does not accept images of 40 px" in error
     assert error.count("\n") == 1
     assert tiny.command("analyze", tmp_path / "missing.safetensors") == 5
     with pytest.raises(InputError, match="at least 1"):
@@ -120,18 +120,18 @@ def test_the_command_measures_dense_beside_slim_and_writes_json_and_csv(run, tmp
         [row] = csv.DictReader(file)
     assert float(row["latency.slim.2.median"]) == item["latency"]["slim"]["2"]["median"]
     assert int(row["flops.slim"]) == item["flops"]["slim"]
-    assert "slim, times as fast" in shown
+    assert "slim, speedup" in shown
     assert max(map(len, shown.splitlines())) <= tables.WIDTH
 
 
-def test_many_subjects_are_shown_in_tables_that_fit_a_page():
+def test_tables_of_many_subjects_fit_the_page():
     item = count(open_subject("resnet20"))
     shown = tables.analysis_text({"items": [item | {"what": f"a_model_of_some_length_{i}"} for i in range(9)]})
     assert max(map(len, shown.splitlines())) <= tables.WIDTH
     assert all(f"a_model_of_some_length_{i}" in shown for i in range(9))
 
 
-def test_latencies_are_taken_in_turns_and_at_least_five_times(monkeypatch):
+def test_latencies_are_measured_in_turns_at_least_five_times(monkeypatch):
     order = []
 
     class Net(torch.nn.Module):

@@ -221,7 +221,7 @@ def test_the_installed_command_is_this_one(tmp_path):
         timeout=60,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no/such/recipe: there is no such recipe file")
+    assert done.stderr.startswith("error: no/such/recipe: no recipe file")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -262,7 +262,7 @@ def test_the_plan_says_rounds_densities_and_steps_and_creates_nothing(tmp_path, 
     assert "after step 5" in told
     assert "6 epochs, 18 steps, 576 images" in told
     assert "1,293 train, 144 val, 360 test, 10 classes" in told
-    assert "leaves the condemned 1.00e-03 of their size" in told
+    assert "shrinks the condemned to 1.00e-03 of their size" in told
     assert f"run folder {tmp_path}/runs/tiny" in told
 
 
@@ -313,12 +313,12 @@ def test_the_plan_of_a_long_tail_counts_what_the_tail_leaves(tmp_path, monkeypat
         (["pruning.protect=['*']"], 2, "nothing is left to prune"),
         (["data.train_samples=5000"], 2, "data.train_samples"),
         (["data.image_size=48"], 2, "data.image_size=32, or model.args.img_size=48"),
-        (["data.image_size=33"], 2, "takes images of 32 px and the data have 33 px"),
-        (["model.args={img_size: [32, 64]}"], 2, "takes images of 32 × 64 px and the data have 32 px; set model.args"),
-        (["model.name=hf:vit", "model.args={hidden_size: 48, num_hidden_layers: 1}"], 2, "stops at images of 32 px"),
-        (["model.args={in_chans: 1}"], 2, "stops at images of 32 px"),
-        (["model.args={patch_size: 64}"], 2, "stops at images of 32 px"),
-        (["model.args={global_pool: ''}"], 2, "not a logit for each of 10 classes; look at global_pool"),
+        (["data.image_size=33"], 2, "expects images of 32 px, but the dataset has 33 px"),
+        (["model.args={img_size: [32, 64]}"], 2, "× 64 px, but the dataset has 32 px; set model.args"),
+        (["model.name=hf:vit", "model.args={hidden_size: 48, num_hidden_layers: 1}"], 2, "fails on images of 32 px"),
+        (["model.args={in_chans: 1}"], 2, "fails on images of 32 px"),
+        (["model.args={patch_size: 64}"], 2, "fails on images of 32 px"),
+        (["model.args={global_pool: ''}"], 2, "a logit for each of 10 classes; check global_pool"),
         (["model.args={num_heads: 0}"], 2, "cannot be built"),
         (["model.args={patch_size: 0}"], 2, "cannot be built"),
         (["model.args={act_layer: foo}"], 2, "cannot be built"),

@@ -374,7 +374,7 @@ def test_a_ticket_whose_header_lacks_an_entry_is_refused(ticket, capsys, missing
 def test_starting_from_a_ticket_of_another_model_is_refused_even_where_the_shapes_fit(ticket, tmp_path, capsys, change):
     recipe = tiny.write_recipe(tmp_path)
     assert tiny.command("train", recipe, f"model.start_from={ticket}", f"model.args.{change}") == 5
-    assert f"it is of another model: {change.split('=')[0]} is" in capsys.readouterr().err
+    assert f"belongs to another model: {change.split('=')[0]} is" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

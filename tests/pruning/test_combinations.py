@@ -54,7 +54,7 @@ def test_every_combination_is_counted():
 
 
 @pytest.mark.parametrize("case", REFUSED, ids="-".join)
-def test_a_combination_that_means_nothing_says_why(tmp_path, case):
+def test_an_invalid_combination_says_why(tmp_path, case):
     path = tmp_path / "r.yaml"
     path.write_text(recipe_text(*case), encoding="utf-8")
     with pytest.raises(InputError, match=r"pruning\.(granularity|criterion): .*; use |is not for it"):
@@ -87,7 +87,7 @@ def make(case: tuple[str, str, str], folder: Path) -> Run:
 
 
 @pytest.mark.parametrize("case", ALLOWED, ids="-".join)
-def test_every_allowed_combination_leaves_sparse_nested_tickets_and_goes_on_after_a_stop(tmp_path, case):
+def test_every_valid_combination_leaves_nested_sparse_tickets_and_resumes_after_a_stop(tmp_path, case):
     path = tmp_path / "r.yaml"
     path.write_text(recipe_text(*case), encoding="utf-8")
     assert load(path).pruning.method_name == case[0]

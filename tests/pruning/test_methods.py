@@ -41,7 +41,7 @@ def scores(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("constant", "refill")])
-def test_every_method_leaves_nested_tickets_of_exactly_the_density_asked(tmp_path, name, criterion, scope):
+def test_every_method_leaves_nested_tickets_of_exactly_the_target_density(tmp_path, name, criterion, scope):
     method = METHODS[name]()
     epochs = (4,) if method.one_round else (1, 1, 1, 1)
     toy = Toy(method, criterion=criterion, scope=scope, round_epochs=epochs, final_sparsity=0.875)
@@ -69,7 +69,7 @@ def test_every_method_leaves_nested_tickets_of_exactly_the_density_asked(tmp_pat
         assert not earlier.mask.nested_in(later.mask)
 
 
-def test_a_random_criterion_draws_anew_in_every_round_and_for_every_seed(tmp_path):
+def test_random_selection_differs_between_rounds_and_seeds(tmp_path):
     seeds = []
     for seed in (0, 1):
         run = Toy(Imp(), criterion="random", round_epochs=(1, 1, 1, 1), seed=seed).make(tmp_path)
@@ -126,7 +126,7 @@ def test_rsst_that_removes_later_is_not_imp(tmp_path):
     assert bits(runs[0].net.state_dict()) != bits(runs[1].net.state_dict())
 
 
-def test_rsst_condemns_whom_imp_removes_and_keeps_them_until_its_moment(tmp_path):
+def test_rsst_condemns_what_imp_removes_and_keeps_it_until_remove_at(tmp_path):
     run = Toy(Rsst(Penalty(window=(0.0, 0.5)), remove_at=0.5), round_epochs=(1, 2), steps_per_epoch=5).make(tmp_path)
     train_rounds(run, 1)
     scores = torch.cat([w.detach().abs().flatten() for w in run.controller.weights.values()])
@@ -203,7 +203,7 @@ def test_gmp_follows_the_cubic_at_every_interval_and_ends_exactly(tmp_path, inte
     assert alive == sorted(alive, reverse=True)
 
 
-def test_gmp_ranks_the_weights_as_they_stand_at_each_removal(tmp_path):
+def test_gmp_ranks_the_current_weights_at_each_removal(tmp_path):
     run = Toy(Gmp((0.0, 1.0), 8), curve="cubic", final_sparsity=0.8, round_epochs=(4,)).make(tmp_path)
     removals = 0
     sizes: dict[str, torch.Tensor] = {}
@@ -231,7 +231,7 @@ def test_gmp_ranks_the_weights_as_they_stand_at_each_removal(tmp_path):
     assert removals == 2
 
 
-def test_dense_keeps_everything_and_measures_no_removal(tmp_path):
+def test_dense_removes_nothing_and_measures_no_removal(tmp_path):
     run = Toy(Dense(), round_epochs=(4,)).make(tmp_path)
     run.controller.evaluate = lambda: pytest.fail("nothing is removed, so that nothing is measured")
     train_rounds(run)
@@ -288,7 +288,7 @@ def clean_registry() -> Iterator[None]:
     METHODS._parts.update(before)
 
 
-def test_a_method_from_outside_runs_through_the_whole_loop(tmp_path, clean_registry):
+def test_an_external_method_runs_through_the_whole_loop(tmp_path, clean_registry):
     @register_method("halving")
     @dataclass(frozen=True)
     class Halving:
@@ -319,7 +319,7 @@ def test_a_method_from_outside_runs_through_the_whole_loop(tmp_path, clean_regis
 
 
 @pytest.mark.parametrize("rewind_epoch", [None, 0])
-def test_a_plan_that_takes_others_instead_zeroes_and_measures_those_that_leave(tmp_path, rewind_epoch):
+def test_a_plan_that_swaps_weights_zeroes_and_measures_the_removed_ones(tmp_path, rewind_epoch):
     """As many leave as come back: a removal like any other, though the density stays."""
 
     @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def test_a_plan_that_takes_others_instead_zeroes_and_measures_those_that_leave(t
     assert [report.what_if_loss_gap is None for report in reports] == [True, False, False]
 
 
-def test_a_target_without_a_penalty_is_removed_in_its_moment(tmp_path):
+def test_a_target_without_a_penalty_is_removed_at_remove_at(tmp_path):
     @dataclass(frozen=True)
     class Late:
         one_round: ClassVar[bool] = False
@@ -366,7 +366,7 @@ def test_a_target_without_a_penalty_is_removed_in_its_moment(tmp_path):
     assert seen == [1.0] * 7 + [0.5] * 5
 
 
-def test_the_registry_is_as_it_was_after_a_method_from_outside():
+def test_the_registry_is_restored_after_an_external_method():
     assert "halving" not in METHODS
     with pytest.raises(InputError, match="halving"):
         METHODS["halving"]

@@ -19,7 +19,7 @@ from vit_rsst.tickets import ticket_file
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, [9, 12]), (0.5, [20, 22]), (1.0, [32, 32])])
-def test_refill_keeps_as_many_neurons_as_the_elements_pay_for(ratio, kept):
+def test_refill_keeps_as_many_neurons_as_the_element_budget_allows(ratio, kept):
     """32 neurons of 16 + 16 weights; 300 elements are left of the first block, 390 of the second: 9.4, 12.2."""
     weights, groups = prunable_parts(vit(), "neuron")
     elements = MaskSet({name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()})
@@ -35,7 +35,7 @@ def test_refill_keeps_as_many_neurons_as_the_elements_pay_for(ratio, kept):
         assert bool(filled[group.members[1].name][:, :number].all())
 
 
-def test_refill_leaves_the_floors_whatever_the_budget():
+def test_refill_respects_the_minimum_at_any_budget():
     weights, groups = prunable_parts(vit(), "head+neuron")
     nothing = MaskSet({name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()})
     selector = Selector(CRITERIA["survivors"], "head+neuron", groups, floors=Floors(min_neurons=3))
@@ -43,7 +43,7 @@ def test_refill_leaves_the_floors_whatever_the_budget():
     assert [int(alive_units(group, filled).sum()) for group in groups] == [1, 3, 1, 3]
 
 
-def test_refill_after_the_rounds_trains_the_units_of_the_last_elements(tmp_path):
+def test_post_refill_trains_the_units_of_the_last_element_mask(tmp_path):
     toy = Toy(Refill(feedback="post"), network=vit, granularity="neuron", criterion="survivors", final_sparsity=0.75)
     run = Toy(**{**vars(toy), "round_epochs": (1, 1, 1, 1), "rewind_epoch": 0}).make(tmp_path)
     run.controller.rounds = 2  # and one round more
@@ -59,7 +59,7 @@ def test_refill_after_the_rounds_trains_the_units_of_the_last_elements(tmp_path)
         assert int(rows.any(1).sum()) == max(int(paid), 2)
 
 
-def test_rst_begins_every_round_from_the_initial_weights_with_random_sets_that_grow(tmp_path):
+def test_rst_starts_every_round_from_the_initial_weights_with_growing_random_sets(tmp_path):
     run = Toy(Rst(), criterion="random", round_epochs=(2, 2, 2), rewind_epoch=0).make(tmp_path)
     begin, starts = run.controller.begin_round, []
 
@@ -82,7 +82,7 @@ def straight_through(folder: Path, **more: object) -> loop.Run:
     return Toy(method, network=vit, round_epochs=(6,), final_sparsity=0.75, **more).make(folder)
 
 
-def test_ste_trains_dense_weights_and_computes_with_the_largest(tmp_path):
+def test_ste_trains_dense_weights_and_uses_the_largest_in_the_forward_pass(tmp_path):
     run = straight_through(tmp_path)
     seen: list[dict[str, torch.Tensor]] = []
     forward = run.net.forward

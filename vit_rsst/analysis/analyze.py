@@ -1,4 +1,4 @@
-"""The analysis of one or several subjects: what is counted and, unless told otherwise, what is measured."""
+"""Analysis of one or more subjects: counts and, by default, measurements."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from vit_rsst.errors import InputError
 from vit_rsst.tickets.trained import default_device
 
 EPOCH_IMAGES = 50_000
-"""Of CIFAR, for the time of an epoch."""
+"""Size of CIFAR's training split, for the time per epoch."""
 
 
 def analyze(
@@ -24,18 +24,18 @@ def analyze(
 
     Args:
         whats: models, recipes, tickets, run folders or slim folders.
-        image_size: side of the images in px; None: what each was made for.
-        batches: at which latency is measured; memory at the largest.
+        image_size: side of the images in px; None: the default of each.
+        batches: batch sizes at which latency is measured; memory at the largest.
         is_measured: also measure latency, memory and training steps.
 
     Returns:
-        Plain data: `device`, `threads`, `torch`, and `items` with one entry a subject.
+        Plain data: `device`, `threads`, `torch`, and `items` with one entry per subject.
 
     Raises:
-        InputError: something that cannot be analysed, before anything is measured.
+        InputError: a subject cannot be analysed; raised before anything is measured.
     """
     if any(batch < 1 for batch in batches) or (image_size is not None and image_size < 1):
-        raise InputError("--batch, --image-size: each is a whole number of at least 1.")
+        raise InputError("--batch, --image-size: expected whole numbers of at least 1.")
     subjects = [open_subject(what, image_size) for what in whats]
     items = [count(subject) for subject in subjects]
     device = default_device()
@@ -48,9 +48,9 @@ def analyze(
 
 
 def measured(subject: Subject, batches: Sequence[int], device: torch.device) -> dict:
-    """Latency by network and batch, and peak memory; the slim network beside the dense one where there is one.
+    """Latency by network and batch, and peak memory; of the dense network and, if smaller, the slim one.
 
-    The dense network holds the zeros of its mask: what a masked network costs is what the dense one costs.
+    The dense network contains the zeros of its mask, which save neither time nor memory.
     """
     networks = {"dense": subject.net.to(device)}
     headers = {"dense": subject.header}
@@ -70,7 +70,7 @@ def measured(subject: Subject, batches: Sequence[int], device: torch.device) -> 
 
 
 def write_csv(path: Path, result: Mapping) -> None:
-    """One row an item, one column a number, such as `latency.slim.64.median`; layers and units are left out."""
+    """One row per item, one column per number, such as `latency.slim.64.median`; without layers and units."""
     where = {key: value for key, value in result.items() if key != "items"}
     rows = [dict(_flat({k: v for k, v in item.items() if k not in ("layers", "units")})) for item in result["items"]]
     columns = [*dict.fromkeys(name for row in rows for name in row), *where]

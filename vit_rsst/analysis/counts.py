@@ -1,4 +1,4 @@
-"""Counts: parameters, FLOPs, zeros, units and bytes of a subject. Exact; nothing is run."""
+"""Exact counts of a subject, without running it: parameters, FLOPs, zeros, units, bytes."""
 
 import re
 
@@ -9,15 +9,15 @@ from vit_rsst.models.complexity import activation_bytes, effective_flops, flops
 
 
 def count(subject: Subject) -> dict:
-    """Everything that can be counted, as plain data.
+    """All counts, as plain data.
 
     Returns:
-        `parameters`, `flops` (of one image; half of them are MACs), `bytes`, `training_bytes`, and by kind of layer
-        and by layer how much is alive and which share of all that is alive lies there; `units` left by group.
+        `parameters`, `flops` (per image; two per MAC), `bytes`, `training`; by kind of layer and by layer the weights
+        alive and their share of all weights alive; `units` left per group.
     """
     net, mask, size = subject.net, subject.mask, subject.image_size
     alive, report = mask.num_alive, mask.report()
-    in_order = [name for name, _ in net.named_parameters() if name in report]  # a ticket's are sorted by name
+    in_order = [name for name, _ in net.named_parameters() if name in report]  # those of a ticket are sorted by name
     layers = {name: report[name] | {"share": report[name]["alive"] / max(alive, 1)} for name in in_order}
     dense = flops(net, size)
     return {
@@ -57,18 +57,18 @@ def num_parameters(net: nn.Module) -> int:
 
 
 def state_bytes(net: nn.Module) -> int:
-    """Bytes of the tensors of a state dict; a file has a header of some KiB besides."""
+    """Bytes of the tensors of the state dict, without the header of a file (a few KiB)."""
     return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
 
 
 def training_bytes(subject: Subject) -> int:
-    """Weights, gradients, the optimizer's moments and what the backward pass keeps, in fp32, for one device's batch."""
+    """Weights, gradients, optimizer moments and activations in fp32, for the batch of one device."""
     state = 4 * num_parameters(subject.net) * (2 + subject.moments)
     return state + activation_bytes(subject.net, subject.image_size, subject.batch)
 
 
 def kind_of(weight: str) -> str:
-    """`attn.qkv` of `blocks.3.attn.qkv.weight`: what the layer is in every block."""
+    """`attn.qkv` of `blocks.3.attn.qkv.weight`: the layer, without its block."""
     return re.sub(r"^.*\.\d+\.", "", weight.removesuffix(".weight"))
 
 

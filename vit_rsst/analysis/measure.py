@@ -1,4 +1,4 @@
-"""Measurements: latency of networks side by side in this process, memory and training steps in a process of its own."""
+"""Measurements: latency of networks side by side in this process, memory and training steps in a separate one."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from vit_rsst.errors import MissingRequirement
 from vit_rsst.tickets.trained import default_device
 
 BUDGET, FEWEST, MOST = 2.0, 5, 200
-"""Seconds that a measurement may take, unless the fewest repeats need longer; repeats at most."""
+"""Time limit of a measurement in seconds, and the fewest and most repeats; the fewest are always done."""
 
 
 @torch.inference_mode()
 def latency(networks: Mapping[str, nn.Module], image_size: int, batch: int, device: torch.device) -> dict[str, dict]:
-    """Seconds of a forward pass: the networks in turns, so that a disturbance meets all of them.
+    """Seconds per forward pass; the networks take turns, so that a disturbance affects all of them.
 
     Returns:
         By network: `median`, `low` and `high` (the quartiles) in seconds, `repeats`, `images_per_s`.
@@ -31,7 +31,7 @@ def latency(networks: Mapping[str, nn.Module], image_size: int, batch: int, devi
     images = torch.randn(batch, 3, image_size, image_size, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for net in networks.values():
-        net(images)  # the first pass allocates
+        net(images)  # the first pass allocates memory
     start = time.perf_counter()
     budget = BUDGET * len(networks)
     for repeat in range(MOST):
@@ -45,7 +45,7 @@ def latency(networks: Mapping[str, nn.Module], image_size: int, batch: int, devi
 
 
 def timed(work: object, device: torch.device) -> float:
-    """Seconds of one call, the GPU's work included."""
+    """Duration of one call in seconds, including GPU work."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -60,20 +60,20 @@ def summary(seconds: list[float]) -> dict:
 
 
 def probe(header: dict[str, str], image_size: int, batch: int, train_batch: int | None = None) -> dict:
-    """Peak memory of inference and of training steps, measured in a fresh process that does nothing else.
+    """Peak memory of inference and of training steps, measured in a fresh process.
 
     Args:
-        header: what builds the network; its weights are random, which changes neither memory nor time.
-        batch: images of the forward pass.
-        train_batch: images of a training step; halved until it fits the free memory and the time. None: no training.
+        header: of the network to build; random weights, which change neither memory nor time.
+        batch: images per forward pass.
+        train_batch: images per training step, halved until it fits free memory and time limit; None: no training.
 
     Returns:
-        `kind` says what is measured: `rss`, the resident memory of the process with all its libraries, or `cuda`, what
-        torch allocated; `before` without the network, `inference` and, with training, `training` at their peaks;
-        `train_batch` and `step` with the time of a training step.
+        `kind`: `rss`, resident memory of the process including libraries, or `cuda`, memory allocated by torch. Bytes
+        `before` the network is built and at the peak of `inference` and, if asked for, `training`; `train_batch` and
+        `step`, the time of a training step.
 
     Raises:
-        MissingRequirement: the process failed, for example for want of memory.
+        MissingRequirement: the process failed, for example out of memory.
     """
     spec = {"header": header, "image_size": image_size, "batch": batch, "train_batch": train_batch}
     spec |= {"threads": torch.get_num_threads(), "device": str(default_device())}
@@ -87,9 +87,9 @@ def probe(header: dict[str, str], image_size: int, batch: int, train_batch: int 
         env={**os.environ, "PYTHONPATH": path},
     )
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise MissingRequirement(
-            f"{header['architecture']}: its memory could not be measured ({reason}); --no-latency counts alone."
+            f"{header['architecture']}: memory could not be measured ({reason}); use --no-latency to skip measurements."
         )
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,6 +1,6 @@
-"""A process that builds one network, runs it and says how much memory that took: `python -m vit_rsst.analysis.probe`.
+"""A process that builds and runs one network and reports its memory: `python -m vit_rsst.analysis.probe`.
 
-It reads what to do as JSON from its standard input and prints one line of JSON; `measure.probe` starts it.
+Reads a JSON specification from standard input and prints one line of JSON; started by `measure.probe`.
 """
 
 import json
@@ -19,7 +19,7 @@ from vit_rsst.models import zoo
 from vit_rsst.models.complexity import activation_bytes
 
 STEPS, STEP_SECONDS = 3, 2.0
-"""Training steps that are timed, after one that is not, and how long one may take."""
+"""Training steps that are timed, after one for warm-up, and the time limit of a step in seconds."""
 
 
 def main() -> None:
@@ -45,10 +45,10 @@ def main() -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes so far: allocated by torch on a GPU, else resident in the process."""
+    """Peak memory so far in bytes: allocated by torch on a GPU, otherwise resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # what getrusage says begins with the parent's memory
+    with suppress(OSError):  # getrusage also counts the parent's memory before exec
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -57,7 +57,7 @@ def peak(device: torch.device) -> int:
 
 @torch.no_grad()
 def fill_(net: nn.Module) -> None:
-    """Small random weights, and buffers that index or scale without harm."""
+    """Small random weights, and buffers that are safe as indices or scales."""
     for parameter in net.parameters():
         parameter.normal_(std=0.02)
     for buffer in net.buffers():
@@ -65,10 +65,10 @@ def fill_(net: nn.Module) -> None:
 
 
 def fitting_batch(net: nn.Module, spec: dict, seconds: float, device: torch.device) -> int:
-    """The asked batch, halved until a step fits two thirds of the free memory and the time.
+    """The requested batch, halved until a step fits in two thirds of free memory and in the time limit.
 
     Args:
-        seconds: of the forward pass of one image; backward takes about twice as long.
+        seconds: of the forward pass per image; the backward pass takes about twice as long.
     """
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     state = 16 * sum(parameter.numel() for parameter in net.parameters())
@@ -81,7 +81,7 @@ def fitting_batch(net: nn.Module, spec: dict, seconds: float, device: torch.devi
 
 
 def train(net: nn.Module, batch: int, image_size: int, device: torch.device) -> list[float]:
-    """Seconds of AdamW steps on random images, in fp32."""
+    """Seconds per AdamW step on random images, in fp32."""
     net.train()
     optimizer = torch.optim.AdamW(net.parameters())
     images = torch.randn(batch, 3, image_size, image_size, device=device)

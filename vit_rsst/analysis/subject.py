@@ -1,4 +1,4 @@
-"""Subjects: what a person can name for an analysis, as a network with its mask.
+"""Subjects of an analysis: a network with its mask.
 
 A model of the catalogue, of timm or `hf:TYPE`; a recipe; a ticket, a run folder (its last ticket) or a slim folder.
 """
@@ -26,7 +26,7 @@ from vit_rsst.tickets import ticket_file
 from vit_rsst.tickets.opening import open_ticket
 
 NUM_CLASSES = 10
-"""Of a model that is named alone, as in `vit-rsst models`."""
+"""Classes of a model given by name alone, as in `vit-rsst models`."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Subject:
     """A network to analyse.
 
     Attributes:
-        label: short name, for the head of a column.
+        label: short name, for column heads.
         kind: model, recipe or ticket.
-        header: `architecture`, `model_args` and, of a slim network, `widths`: what builds its shape again.
-        net: on the CPU, in evaluation mode, zeros where the mask says; of a model or a recipe, random weights.
+        header: `architecture`, `model_args` and, for a slim network, `widths`: enough to rebuild its shape.
+        net: on the CPU, in evaluation mode, masked; with random weights for a model or a recipe.
         mask: of the prunable weights.
-        batch: images of a training step on one device.
-        moments: tensors that the optimizer keeps for each weight.
-        file: of the ticket.
+        batch: images per training step on one device.
+        moments: values that the optimizer keeps per weight.
+        file: the ticket.
     """
 
     label: str
@@ -60,12 +60,12 @@ class Subject:
 
     @cached_property
     def kept(self) -> slim.Kept:
-        """The units of each group that a slim network keeps: at least one."""
+        """Units that the slim network keeps, by group; at least one each."""
         return slim.kept_units(self.net, self.mask)
 
     @cached_property
     def slimmed(self) -> nn.Module:
-        """The network less its dead units; itself where none is dead."""
+        """The network without its dead units; the network itself if there are none."""
         if not self.is_shrinkable:
             return self.net
         net = copy.deepcopy(self.net)
@@ -82,13 +82,13 @@ class Subject:
 
 
 def open_subject(what: str, image_size: int | None = None) -> Subject:
-    """Finds out what is meant and builds it.
+    """Resolves a name or path to a subject and builds it.
 
     Args:
-        image_size: side of the images in px; None: the one that the model was made for.
+        image_size: side of the images in px; None: the default of the model.
 
     Raises:
-        InputError: nothing of that name, or a model that does not take images of this size.
+        InputError: nothing of that name, or a model that does not accept images of this size.
         Damaged: a ticket or a slim folder that cannot be read.
     """
     path = Path(what).expanduser()
@@ -101,10 +101,10 @@ def open_subject(what: str, image_size: int | None = None) -> Subject:
     subject.net.eval()
     try:
         flops_by_module(subject.net, subject.image_size)
-    except (AssertionError, RuntimeError, ValueError) as error:  # each library says it in its own way
+    except (AssertionError, RuntimeError, ValueError) as error:  # depends on the library
         raise InputError(
-            f"{what}: it does not take images of {subject.image_size} px ({str(error).splitlines()[0].rstrip('.')}); "
-            "set --image-size to the size that it was made for."
+            f"{what}: does not accept images of {subject.image_size} px ({str(error).splitlines()[0].rstrip('.')}); "
+            "set --image-size to the input size of the model."
         ) from error
     return subject
 
@@ -160,7 +160,7 @@ def _shape(header: dict[str, str]) -> dict[str, str]:
 
 
 def size_of(net: nn.Module) -> int:
-    """Side in px of the images that a network was made for; 32 for this package's own."""
+    """Input size of a network in px; 32 for models of this package."""
     embedding = getattr(net, "patch_embed", None)
     published = (getattr(net, "pretrained_cfg", None) or {}).get("input_size") or (32,)
     found = getattr(embedding, "img_size", None) or getattr(getattr(net, "config", None), "image_size", None)

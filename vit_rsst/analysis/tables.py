@@ -1,4 +1,4 @@
-"""The analysis as text: one column a subject, then the blocks of each that has zeros. At most 120 columns wide."""
+"""The analysis as text: one column per subject, then a table of blocks for each with zeros. At most 120 wide."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,18 +11,18 @@ Row = tuple[str, list[str]]
 
 
 def analysis_text(result: Mapping) -> str:
-    """Everything but the numbers of single layers, which the JSON has too."""
+    """Everything except single layers, which are in the JSON."""
     items = result["items"]
     rows = [row for part in (counted_rows, latency_rows, memory_rows) for row in part(items)]
     parts = list(side_by_side([item["what"] for item in items], rows))
-    notes = ["FLOPs of one image; 1 multiply-accumulate (MAC) is 2 FLOPs. Effective: with non-zero weights alone."]
+    notes = ["FLOPs per image; one multiply-accumulate (MAC) is 2 FLOPs. Effective: non-zero weights only."]
     if "latency" in items[0]:
         kind = items[0]["memory"]["dense"]["kind"]
-        what = "the process, libraries included" if kind == "rss" else "what torch allocated"
+        what = "the process, including libraries" if kind == "rss" else "torch allocations"
         notes += [
             f"Time: median [quartiles], {result['precision']}, {result['device']}, {result['threads']} thread(s). "
-            "Dense holds the zeros of its mask.",
-            f"Peak memory of {what}, each in its own; above: more than before the model was built.",
+            "Dense includes the zeros of its mask.",
+            f"Peak memory of {what}, each in its own process; above: added by the model.",
         ]
     parts.append("\n".join(notes))
     parts += [block_table(item) for item in items if item["parameters"]["density"] < 1]
@@ -30,7 +30,7 @@ def analysis_text(result: Mapping) -> str:
 
 
 def side_by_side(heads: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
-    """Tables with as many columns as fit, until every subject had its own."""
+    """Tables of as many columns as fit, until every subject is shown."""
     first = max(len(label) for label, _ in rows)
     widths = [max(len(head), *(len(cells[i]) for _, cells in rows)) for i, head in enumerate(heads)]
     start = 0
@@ -53,30 +53,30 @@ def counted_rows(items: Sequence[Mapping]) -> Iterator[Row]:
     yield row("parameters", "parameters", "total", show=number)
     for key in ("prunable", "alive", "slim"):
         yield row(f"  {key}", "parameters", key, show=number)
-    yield row("density of the prunable", "parameters", "density", show="{:.4f}".format)
+    yield row("density of prunable weights", "parameters", "density", show="{:.4f}".format)
     for key in ("dense", "effective", "slim"):
         yield row(f"MFLOPs {key}", "flops", key, show=lambda value: f"{value / 1e6:,.1f}")
     yield row("ticket or slim file", "bytes", "file", show=size)
     yield row("dense in fp32", "bytes", "dense_fp32", show=size)
     yield row("slim in fp32", "bytes", "slim_fp32", show=size)
-    yield "training memory, computed", [size(item["training"]["computed_bytes"]) for item in items]
-    yield "  at a batch of", [str(item["training"]["batch"]) for item in items]
+    yield "training memory, estimated", [size(item["training"]["computed_bytes"]) for item in items]
+    yield "  at batch", [str(item["training"]["batch"]) for item in items]
 
 
 def latency_rows(items: Sequence[Mapping]) -> Iterator[Row]:
-    """Per batch: milliseconds of dense and slim, how many times as fast slim is, images a second."""
+    """Per batch: milliseconds of dense and slim, speedup of slim, images per second."""
     for batch in items[0].get("latency", {}).get("dense", {}):
         found = {name: [_at(item, ("latency", name, batch)) for item in items] for name in ("dense", "slim")}
         for name, times in found.items():
             yield f"batch {batch}: {name}, ms", [NONE if t is None else spread(t) for t in times]
         pairs = list(zip(found["dense"], found["slim"], strict=True))
-        yield "  slim, times as fast", [NONE if b is None else f"{a['median'] / b['median']:.2f}" for a, b in pairs]
+        yield "  slim, speedup", [NONE if b is None else f"{a['median'] / b['median']:.2f}" for a, b in pairs]
         for name, times in found.items():
             yield f"  {name}, images/s", [NONE if t is None else f"{t['images_per_s']:,.1f}" for t in times]
 
 
 def memory_rows(items: Sequence[Mapping]) -> Iterator[Row]:
-    """Peaks of inference and training with what they add to a process without the model, and the time of training."""
+    """Peak memory of inference and training, also relative to the empty process, and the time of training."""
     if "memory" not in items[0]:
         return
     batch = items[0]["memory"]["batch"]
@@ -84,14 +84,14 @@ def memory_rows(items: Sequence[Mapping]) -> Iterator[Row]:
         found = [_at(item, ("memory", name)) for item in items]
         yield f"peak memory, batch {batch}: {name}", [NONE if p is None else peak(p, "inference") for p in found]
     dense = [item["memory"]["dense"] for item in items]
-    yield "peak memory of training", [peak(p, "training") for p in dense]
-    yield "  measured at a batch of", [str(p["train_batch"]) for p in dense]
-    yield "  one step there, ms", [spread(p["step"]) for p in dense]
-    yield "  an epoch of 50,000 images", [duration(item["epoch_seconds"]) for item in items]
+    yield "peak memory, training", [peak(p, "training") for p in dense]
+    yield "  measured at batch", [str(p["train_batch"]) for p in dense]
+    yield "  time per step, ms", [spread(p["step"]) for p in dense]
+    yield "  epoch of 50,000 images", [duration(item["epoch_seconds"]) for item in items]
 
 
 def block_table(item: Mapping) -> str:
-    """One line a block: density of each layer and its share of all that is alive, and the units that are left."""
+    """One line per block: density of each layer, its share of all weights alive, and units left."""
     layers, blocks, units = item["layers"], {}, {}
     for name, layer in layers.items():
         blocks.setdefault(block_of(name), {})[kind_of(name)] = layer
@@ -106,7 +106,7 @@ def block_table(item: Mapping) -> str:
         cells += [_left(units, block, kind) for kind in unit_kinds]
         lines.append((block or NONE, *cells, f"{sum(layer['share'] for layer in by_kind.values()):.1%}"))
     lines = [(line[0].ljust(max(len(row[0]) for row in lines)), *line[1:]) for line in lines]
-    head = f"{item['what']}: density of each layer, its share of all that is alive, and the units that are left"
+    head = f"{item['what']}: density of each layer, its share of all weights alive, and units left"
     return f"{head}\n{aligned(lines)}"
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to a run at its first step."""
+"""Builds a run from a recipe, ready for its first step."""
 
 from collections.abc import Mapping
 
@@ -38,14 +38,14 @@ from vit_rsst.training.ema import Ema
 def build(
     recipe: Recipe, accelerator: Accelerator, folder: RunFolder, stop: StopFlag, restart: bool = False
 ) -> tuple[Run, FileLock | None]:
-    """Everything of a run at its first step. The folder is created once nothing can be wrong any more.
+    """A run before its first step. The folder is created last, once everything else has succeeded.
 
     Args:
-        stop: installed, so that a signal ends the preparations.
-        restart: keep an earlier run of this folder beside it and begin anew.
+        stop: already installed, so that a signal also ends the preparation.
+        restart: set an existing run folder aside and start over.
     """
     train, device, is_main = recipe.train, accelerator.device, accelerator.is_main_process
-    with accelerator.main_process_first():  # one process makes the cache, the others read it
+    with accelerator.main_process_first():  # one process builds the cache, the others read it
         data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
     dealing = Dealing.of(train.global_batch, train.batch_per_device, accelerator.num_processes)
     steps = steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch)
@@ -62,8 +62,8 @@ def build(
     distillation = build_distillation(recipe, data, progress, accelerator)
     if recipe.data.augment.mixes and dealing.batch_per_device == 1:
         raise InputError(
-            f"data.augment: MixUp and CutMix mix the images of a device's batch, and of a global batch of {dealing} it "
-            "has one; take a larger train.global_batch."
+            f"data.augment: MixUp and CutMix mix images within a device's batch, which has only one image of a global "
+            f"batch of {dealing}; increase train.global_batch."
         )
     watchdog = Watchdog(folder.logs / f"stacks-{accelerator.process_index}.txt", train.rank_timeout)
 
@@ -82,7 +82,7 @@ def build(
             print(f"kept the earlier run as {old}")
         lock = folder.open()
     if train.compile:
-        net.compile()  # in place: names stay, and masks written outside of it never recompile
+        net.compile()  # in place: keeps parameter names; masking outside the graph never recompiles
     model, optimizer = accelerator.prepare(net, optimizer)
     console = Console(is_main, progress, train.global_batch)
     asked = mask.density if isinstance(recipe.pruning.method, Dense | Constant) else density(1.0)
@@ -149,8 +149,8 @@ def summary(
     progress: Progress,
     device: str,
 ) -> str:
-    """What is about to happen, in a few lines."""
-    begins = f"  begins with {net.loaded.text()}\n" if hasattr(net, "loaded") else ""
+    """The run in a few lines."""
+    begins = f"  initial weights: {net.loaded.text()}\n" if hasattr(net, "loaded") else ""
     total = sum(p.numel() for p in net.parameters())
     prunable = sum(w.numel() for w in weights.values())
     rows = ", ".join(f"{count_text(data.count(split))} {split}" for split in ("train", "val", "test"))

@@ -1,4 +1,4 @@
-"""The data of a recipe: where they are, how they are varied, in which batches they come."""
+"""The data of a recipe: source, augmentation, loaders, evaluation."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,7 @@ EVALUATION_BATCH = 500
 
 
 def data_options(recipe: Recipe) -> DataOptions:
-    """What the recipe says of it; its images are always cut from the centre."""
+    """The recipe's data section as options of the data package; images are always cropped at the center."""
     data = recipe.data
     return DataOptions(**{f.name: getattr(data, f.name) for f in fields(DataOptions) if hasattr(data, f.name)})
 
@@ -35,7 +35,7 @@ def channels(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def augmentation(recipe: Recipe) -> Augmentation:
-    """What is done to whole batches on the device."""
+    """Augmentation of whole batches, on the device."""
     augment = recipe.data.augment
     hflip = 0.5 * SOURCES[recipe.data.source].hflip if augment.hflip is None else augment.hflip
     erasing = None
@@ -45,10 +45,10 @@ def augmentation(recipe: Recipe) -> Augmentation:
 
 
 def training_decoder(recipe: Recipe, data: ImageData) -> Decoder:
-    """What is done to each training image while it is decoded.
+    """Decoding of a training image, with the augmentation that happens during it.
 
     Raises:
-        InputError: timm knows no such augmentation.
+        InputError: an augmentation unknown to timm.
     """
     augment, mean = recipe.data.augment, channels(recipe)[0]
     if augment.auto_augment is not None:
@@ -63,7 +63,7 @@ def training_decoder(recipe: Recipe, data: ImageData) -> Decoder:
 
 
 def num_workers(recipe: Recipe, accelerator: Accelerator) -> int:
-    """Processes that decode for this one; without a GPU the model needs the cores itself."""
+    """Decoding processes of this training process; none by default without a GPU, where the model needs the cores."""
     if recipe.data.workers is not None:
         return recipe.data.workers
     if accelerator.device.type == "cpu":
@@ -77,7 +77,7 @@ def local_processes(accelerator: Accelerator) -> int:
 
 
 def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator: Accelerator) -> Loader:
-    """This rank's training batches, from decoded images or decoded as they are needed."""
+    """This rank's training batches, from images decoded in advance or on the fly."""
     mean, std = channels(recipe)
     decoder, device = training_decoder(recipe, data), accelerator.device
     common = {
@@ -109,13 +109,13 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
 def make_evaluate(
     net: nn.Module, data: ImageData, accelerator: Accelerator, recipe: Recipe, give_up: Callable[[], bool]
 ) -> Callable[[str], dict[str, float]]:
-    """Scores a split of the data with the network as it stands, over all ranks.
+    """A function that scores the current network on a split, over all ranks.
 
     Args:
-        give_up: asked before every batch.
+        give_up: checked before every batch.
     """
     mean, std = channels(recipe)
-    # What fits is decoded now: an image that cannot be is found before the first step, not after the last.
+    # What fits in memory is decoded now: a corrupt image is found before the first step, not after the last.
     share = 0.4 / local_processes(accelerator)
     splits = {name: data.samples(name, recipe.data.in_memory, share) for name in ("val", "test")}
     splits |= {name: placed(split, accelerator.device) for name, split in splits.items() if isinstance(split, Split)}
@@ -133,7 +133,7 @@ def make_evaluate(
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples of each split, and whether they were counted or are the published numbers; None: a stream's, unknown."""
+    """Images per split, counted or as published; None: unknown, of a stream."""
 
     train: int | None
     val: int | None
@@ -143,7 +143,7 @@ class Rows:
 
 
 def count_rows(recipe: Recipe) -> Rows:
-    """Rows of each split: counted, or the published numbers where the Hub cannot be reached."""
+    """Images per split: counted, or as published if the Hub cannot be reached."""
     info = SOURCES[recipe.data.source]
     try:
         data = open_data(data_options(recipe), recipe.seed)

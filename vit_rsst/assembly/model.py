@@ -1,4 +1,4 @@
-"""The model of a recipe, with what it starts from, and what its tickets say of it."""
+"""The model of a recipe, its initial weights, and the header of its tickets."""
 
 import json
 from dataclasses import asdict
@@ -21,10 +21,10 @@ from vit_rsst.tickets.ticket_file import Ticket
 
 
 def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | None]:
-    """The network, seeded; with the weights and the mask of `model.start_from` where it is given.
+    """The network, seeded, with the weights and the mask of `model.start_from` if set.
 
     Raises:
-        InputError, MissingRequirement, Damaged: it cannot be built, or what it starts from cannot be had.
+        InputError, MissingRequirement, Damaged: it cannot be built, or its initial weights cannot be loaded.
     """
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
     torch.manual_seed(derived_seed(recipe.seed, "model"))
@@ -40,10 +40,10 @@ def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | N
 
 
 def check_images(recipe: Recipe, size: int, num_classes: int) -> None:
-    """Lets a model look at two images of `size` px, in training.
+    """Runs the model on two images of `size` px, in training mode.
 
     Raises:
-        InputError: it does not take them, or gives something else than a logit a class.
+        InputError: it rejects them, or does not return one logit per class.
     """
     name = recipe.model.name
     architecture, args = zoo.describe(name, recipe.model.args, num_classes)
@@ -53,7 +53,7 @@ def check_images(recipe: Recipe, size: int, num_classes: int) -> None:
         px = " × ".join(map(str, dict.fromkeys(expected)))
         way_out = f"data.image_size={px}, or " if len(set(expected)) == 1 else ""
         raise InputError(
-            f"data.image_size: {name} takes images of {px} px and the data have {size} px; set {way_out}"
+            f"data.image_size: {name} expects images of {px} px, but the dataset has {size} px; set {way_out}"
             f"model.args.img_size={size}."
         )
 
@@ -66,24 +66,24 @@ def check_images(recipe: Recipe, size: int, num_classes: int) -> None:
             logits = complexity.without_numbers(look)
     except OF_A_LIBRARY as error:
         raise InputError(
-            f"model.args: {name} stops at images of {size} px ({first_line(error)}); set them, or data.image_size, so "
-            "that they fit."
+            f"model.args: {name} fails on images of {size} px ({first_line(error)}); adjust model.args or "
+            "data.image_size."
         ) from error
     shape = getattr(logits, "shape", None)
     if shape != (2, num_classes):
         given = f"a {type(logits).__name__}" if shape is None else f"{tuple(shape)}"
         raise InputError(
-            f"model.args: {name} gives {given} for two images, not a logit for each of {num_classes} classes; look at "
-            "global_pool and at what else shapes its end."
+            f"model.args: {name} returns {given} for two images instead of a logit for each of {num_classes} classes; "
+            "check global_pool and the other arguments that shape the head."
         )
 
 
 def reshape_(net: nn.Module, recipe: Recipe, architecture: str, args: dict) -> tuple[Path, Ticket] | None:
-    """Gives the network the shape of what it starts from, or of what its shape is taken from, and names that.
+    """Gives the network the shape of `model.start_from` or `model.shape_from`; returns that ticket.
 
     Raises:
-        InputError: it is a run without a ticket.
-        Damaged: it cannot be read, or is of another model.
+        InputError: a run without a ticket.
+        Damaged: it cannot be read, or belongs to another model.
     """
     field = "model.start_from" if recipe.model.start_from else "model.shape_from"
     source = recipe.model.start_from or recipe.model.shape_from
@@ -98,10 +98,10 @@ def reshape_(net: nn.Module, recipe: Recipe, architecture: str, args: dict) -> t
 
 
 def check_same_model(path: Path, ticket: Ticket, architecture: str, args: dict) -> None:
-    """Refuses a ticket of another model even where all shapes fit: as many rows may be other heads.
+    """Rejects a ticket of another model even if all shapes match: the same rows may be split into other heads.
 
     Raises:
-        Damaged: architecture or arguments differ, but for dropout and the place of published weights.
+        Damaged: architecture or arguments differ, except for dropout and the location of published weights.
     """
     their_architecture, their_args = zoo.description(ticket.metadata, str(path))
     theirs = {"architecture": their_architecture, **their_args}
@@ -109,13 +109,13 @@ def check_same_model(path: Path, ticket: Ticket, architecture: str, args: dict) 
     for key in sorted(theirs.keys() | ours.keys()):
         if "drop" not in key and key != PLACE and theirs.get(key) != ours.get(key):
             raise Damaged(
-                f"{path}: it is of another model: {key} is {theirs.get(key, 'not given')} there and "
-                f"{ours.get(key, 'not given')} in this recipe; name the same model in model.name and model.args."
+                f"{path}: belongs to another model: {key} is {theirs.get(key, 'not set')} there and "
+                f"{ours.get(key, 'not set')} in this recipe; use the same model.name and model.args."
             )
 
 
 def ticket_header(recipe: Recipe, data: ImageData, net: nn.Module) -> dict[str, str]:
-    """What every ticket of the run says of itself: enough to build the model and to prepare its images."""
+    """Header of every ticket of the run: enough to rebuild the model and to preprocess its images."""
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
     widths = slim.narrowed(net, zoo.create(architecture, args, device="meta"))
     mean, std = channels(recipe)

@@ -1,4 +1,4 @@
-"""What a run of a recipe needs, from shapes alone: memory of a process, size of a resume point."""
+"""Memory and disk that a run needs, computed from shapes alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ from vit_rsst.tickets.trained import open_trained
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes; the images of a data set that lie on the device come on top.
+    """Bytes; a dataset held on the device comes on top.
 
     Attributes:
-        device: of a process, by what takes them.
-        best: of the epoch that is kept for the end of a round, in the memory of the host.
+        device: memory of a process, by use.
+        best: host memory for the best epoch (`train.keep_best`).
         resume_point: on disk.
     """
 
@@ -29,13 +29,13 @@ class Needs:
 
 
 def needs(recipe: Recipe, net: nn.Module, prunable: int, image_size: int, images: int) -> Needs:
-    """The needs of a process.
+    """Bytes needed by one process.
 
     Args:
-        net: on any device, `meta` too.
-        prunable: weights that have a mask.
-        image_size: px.
-        images: of a micro-batch.
+        net: on any device, including `meta`.
+        prunable: number of weights with a mask.
+        image_size: in px.
+        images: per micro-batch.
 
     Raises:
         InputError, Damaged: the teacher cannot be opened.
@@ -47,8 +47,8 @@ def needs(recipe: Recipe, net: nn.Module, prunable: int, image_size: int, images
     device = {
         "weights, gradients and moments": total * (2 + moments),
         "masks": prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1),
-        "the average": average,
-        "the teacher": _teacher_bytes(train.distill.teacher, total),
+        "moving average": average,
+        "teacher": _teacher_bytes(train.distill.teacher, total),
         "activations": activations // 2 if train.precision == "bf16" else activations,
     }
     rewind = total if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0

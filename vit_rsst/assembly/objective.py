@@ -1,4 +1,4 @@
-"""What a run learns from: the loss of the labels, mixtures of images, a teacher. From the recipe to these parts."""
+"""The training objective of a recipe: loss, MixUp and CutMix, distillation."""
 
 import functools
 from pathlib import Path
@@ -22,7 +22,7 @@ from vit_rsst.training.losses import Loss, make_loss
 
 
 def build_loss(recipe: Recipe, data: ImageData, device: torch.device) -> Loss:
-    """The recipe's loss."""
+    """The loss on the labels."""
     counts = None
     if recipe.train.loss != "cross_entropy":
         counts = torch.bincount(data.rows["train"].labels, minlength=len(data.classes)).to(device)
@@ -39,10 +39,10 @@ def build_mixing(recipe: Recipe, data: ImageData) -> Mixing | None:
 def build_distillation(
     recipe: Recipe, data: ImageData, progress: Progress, accelerator: Accelerator
 ) -> Distillation | None:
-    """The teacher of the recipe; that of another run is opened now, one's own when its round is over.
+    """The teacher of the recipe: one from another run is opened now, this run's own once round 0 is done.
 
     Raises:
-        InputError: it knows other classes, or images of another size.
+        InputError: it was trained on other classes or another image size.
         Damaged: it cannot be read.
     """
     options = recipe.train.distill
@@ -52,7 +52,7 @@ def build_distillation(
 
     @functools.cache
     def opened(path: Path) -> nn.Module:
-        # Built within a step, it must not draw what the step would draw.
+        # It may be built within a step and must not disturb the step's random draws.
         with torch.random.fork_rng(devices=[]), at_field("train.distill.teacher"):
             found = open_trained(path)
         check_teacher(path, found, recipe, data)
@@ -74,21 +74,22 @@ def build_distillation(
 
 
 def check_teacher(path: Path, teacher: Trained, recipe: Recipe, data: ImageData) -> None:
-    """Refuses a teacher whose answers mean something else here.
+    """Rejects a teacher trained on other data.
 
     Raises:
-        InputError: it knows other classes, or takes images of another size or normalisation.
+        InputError: its classes, image size or normalisation differ.
     """
     info = SOURCES[recipe.data.source]
     pairs = {
         "classes": (len(teacher.classes), len(data.classes)),
-        "names of classes": (list(teacher.classes), list(data.classes)),
-        "px": (teacher.data.size, data.options.size),
-        "mean and deviation of the channels": ((teacher.mean, teacher.std), (info.mean, info.std)),
+        "class names": (list(teacher.classes), list(data.classes)),
+        "image size": (teacher.data.size, data.options.size),
+        "mean and standard deviation": ((teacher.mean, teacher.std), (info.mean, info.std)),
     }
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
-            told = f"{theirs} there, {ours} here" if isinstance(theirs, int) else "others there than here"
+            difference = f"{what} {theirs} there, {ours} here" if isinstance(theirs, int) else f"other {what}"
             raise InputError(
-                f"train.distill.teacher: {path} was trained on other data ({what}: {told}); name a teacher of the same."
+                f"train.distill.teacher: {path} was trained on different data ({difference}); use a teacher trained on "
+                "the same data."
             )

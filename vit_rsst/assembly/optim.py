@@ -25,17 +25,17 @@ def build_optimizer(net: nn.Module, options: Optim) -> torch.optim.Optimizer:
 
 
 def lr_scales(net: nn.Module, options: Optim) -> dict[str, float] | None:
-    """Share of the learning rate of each parameter; None: all have all of it."""
+    """Relative learning rate of each parameter; None: the same for all."""
     return zoo.lr_scales(net, options.layer_decay) if options.layer_decay < 1.0 else None
 
 
 def make_lr(recipe: Recipe) -> Callable[[Progress], float]:
-    """The learning rate at a progress: one schedule a round, replayed; from epoch K on with `rewind: epoch:K`."""
+    """The learning rate as a function of progress: one schedule per round, from epoch K with `rewind: epoch:K`."""
     options, epochs = recipe.optim, recipe.train.epochs
     decay = options.schedule if isinstance(options.schedule, StepDecay) else None
     one_round = recipe.pruning.method.one_round
     rewind = recipe.pruning.rewind
-    # A method of one round has one schedule over all its epochs: warm-up and milestones keep their place in epochs.
+    # A single-round method has one schedule over all epochs: warm-up and milestones are still counted in epochs.
     length = recipe.round_epochs[0] if one_round else epochs
 
     def lr(progress: Progress) -> float:

@@ -1,4 +1,4 @@
-"""The whole plan of a recipe, for `--dry-run`: rounds, densities, steps, penalty, memory, disk. Creates nothing."""
+"""The plan printed by `--dry-run`: rounds, densities, steps, penalty, memory, disk. Creates nothing."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     """The plan as text.
 
     Raises:
-        InputError, MissingRequirement: what a run of the recipe would stop at before its first step.
+        InputError, MissingRequirement: whatever would stop a run of the recipe before its first step.
     """
     rows = count_rows(recipe)
     dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, num_processes)
@@ -46,13 +46,13 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     net = zoo.create(architecture, args, recipe.model.pretrained if local else False, device="meta")
     if recipe.train.grad_checkpointing:
         zoo.checkpoint_gradients_(net)
-    lr_scales(net, recipe.optim)  # refuses a model without layers
+    lr_scales(net, recipe.optim)  # rejects a model without layers
     opened = reshape_(net, recipe, architecture, args)
     pruning = recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
     selector, density = build_selection(recipe, net, weights, groups, image_size)
     start_mask = opened[1].mask if opened and recipe.model.start_from else None
-    starting_mask(weights, start_mask, pruning.method)  # refuses what would grow back
+    starting_mask(weights, start_mask, pruning.method)  # rejects zeros that would grow back
     start = starting_density(weights, start_mask)
     densities = [min(selector.mean_density(weights, asked), start) for asked in round_densities(recipe, density)]
     total, prunable = sum(p.numel() for p in net.parameters()), sum(w.numel() for w in weights.values())
@@ -61,11 +61,11 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     parts = [
         f"plan of {recipe.name}: {recipe.pruning.method_name}, seed {recipe.seed}; nothing is created",
         f"data       {recipe.data.source}: {counts}, "
-        f"{rows.num_classes} classes ({'counted' if rows.are_counted else 'as published; the data were not reached'})",
+        f"{rows.num_classes} classes ({'counted' if rows.are_counted else 'as published; dataset not reachable'})",
         f"model      {recipe.model.name} = {architecture}: {total:,} parameters, {prunable:,} prunable in "
         f"{len(weights)} weights ({prunable / total:.1%})",
         *weights_lines(recipe, net),
-        f"batch      {dealing} with {num_processes} process(es); the same on any number that divides it",
+        f"batch      {dealing} with {num_processes} process(es); same result with any number that divides it",
         f"epoch      {steps:,} optimizer steps, {images_text(recipe, steps * recipe.train.global_batch, rows.train)}",
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
         f"{progress.total_steps * recipe.train.global_batch:,} images",
@@ -81,29 +81,29 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
 
 
 def images_text(recipe: Recipe, taken: int, there: int | None) -> str:
-    """What an epoch of so many images sees of those that are there."""
+    """Share of the dataset that an epoch of `taken` images covers."""
     repeats = recipe.data.augment.aug_repeats
-    times = f", each {repeats} times" if repeats > 1 else ""
+    times = f", each repeated {repeats} times" if repeats > 1 else ""
     if recipe.data.sampler == "class_balanced":
-        return f"{taken // repeats:,} images drawn with replacement{times}, each class as often"
+        return f"{taken // repeats:,} images drawn with replacement{times}, classes equally often"
     if repeats > 1:
         return f"{taken // repeats:,} images{times}"
-    return f"{'all' if there is None else f'{there - taken:,}'} images of the tail dropped"
+    return f"{'all' if there is None else f'{there - taken:,}'} images of the incomplete last batch dropped"
 
 
 def weights_lines(recipe: Recipe, net: nn.Module) -> list[str]:
-    """Which weights the run would begin with; those of the Hub are not fetched for a plan."""
+    """The initial weights; those on the Hub are not downloaded for a plan."""
     pretrained = recipe.model.pretrained
     if not pretrained:
         return []
-    published = "the published ones, from the Hub" if pretrained is True else f"tag {pretrained}, from the Hub"
+    published = "published, from the Hub" if pretrained is True else f"tag {pretrained}, from the Hub"
     return [f"weights    {net.loaded.text() if is_path(pretrained) else published}"]
 
 
 def round_lines(
     recipe: Recipe, progress: Progress, prunable: int, start: float, densities: list[float]
 ) -> list[tuple[str, ...]]:
-    """One line a round: density asked, weights kept and removed, epochs, steps, when the removal comes."""
+    """One line per round: target density, weights kept and removed, epochs, steps, time of removal."""
     lines = [("round", "density", "kept", "removed", "epochs", "steps", "removal")]
     before = round(start * prunable)
     for number, (epochs, density) in enumerate(zip(progress.round_epochs, densities, strict=True)):
@@ -117,7 +117,7 @@ def round_lines(
 
 
 def round_densities(recipe: Recipe, density: Callable[[float], Density]) -> list[Density]:
-    """Density that each round is asked to end with."""
+    """Target density at the end of each round."""
     method, rounds = recipe.pruning.method, recipe.pruning.schedule.num_rounds
     if isinstance(method, Dense | Constant):  # what constant starts from is read when it starts
         return [1.0]
@@ -127,7 +127,7 @@ def round_densities(recipe: Recipe, density: Callable[[float], Density]) -> list
 
 
 def unit_lines(groups: list[UnitGroup]) -> list[str]:
-    """How many units there are to remove; which ones, and so the exact density, follows from training."""
+    """Number of units by kind; which of them are removed, and so the exact density, depends on training."""
     kinds = dict.fromkeys(group.kind for group in groups)
     counts = [(kind, [group.units for group in groups if group.kind == kind]) for kind in kinds]
     return [
@@ -138,7 +138,7 @@ def unit_lines(groups: list[UnitGroup]) -> list[str]:
 
 
 def removal_text(method: Method, steps: int) -> str:
-    """When the weights of a round leave."""
+    """When the weights of a round are removed."""
     if isinstance(method, Gmp | StraightThrough):
         return f"every {method.interval} steps in {list(method.window)} of the run"
     if isinstance(method, Rsst | Rst) and method.remove_at > 0:
@@ -147,7 +147,7 @@ def removal_text(method: Method, steps: int) -> str:
 
 
 def penalty_lines(recipe: Recipe, progress: Progress) -> list[str]:
-    """What the penalty will leave of the condemned, predicted from its own arithmetic."""
+    """Predicted size of the condemned at the end of the penalty window."""
     method = recipe.pruning.method
     if not isinstance(method, Rsst | Rst) or method.remove_at == 0:
         return []
@@ -156,11 +156,11 @@ def penalty_lines(recipe: Recipe, progress: Progress) -> list[str]:
     window = penalty.steps(steps)
     if not window:
         return ["penalty    none: the window is empty"]
-    shape = f"ramp {penalty.ramp} over steps {window.start:,}–{window.stop:,} of a round, once a {penalty.span}"
+    shape = f"{penalty.ramp} ramp over steps {window.start:,}–{window.stop:,} of a round, once per {penalty.span}"
     if penalty.coupling == "decoupled":
         total = math.fsum(penalty.shrink_at(t, steps, progress.steps_per_epoch) for t in window)
         return [
-            f"penalty    {shape}; decoupled: leaves the condemned {math.exp(-total):.2e} of their size, whatever the lr"
+            f"penalty    {shape}; decoupled: shrinks the condemned to {math.exp(-total):.2e} of their size at any lr"
         ]
     lr = make_lr(recipe)
     momentum = recipe.optim.momentum
@@ -171,9 +171,7 @@ def penalty_lines(recipe: Recipe, progress: Progress) -> list[str]:
         / (1 - momentum)
         for t in window
     )
-    return [
-        f"penalty    {shape}; gradient: leaves the condemned about {math.exp(-total):.2e} of their size (Σ lr·λ/(1−μ))"
-    ]
+    return [f"penalty    {shape}; gradient: leaves about {math.exp(-total):.2e} of the condemned (Σ lr·λ/(1−μ))"]
 
 
 def resource_lines(
@@ -185,23 +183,23 @@ def resource_lines(
     rows: Rows,
     densities: list[float],
 ) -> list[str]:
-    """Memory of a process and disk of the run."""
+    """Memory per process, and disk space of the run."""
     image_size = recipe.data.image_size or SOURCES[recipe.data.source].image_size
     counts = (rows.train, rows.val, rows.test)
-    images = "decoded as they are read"
+    images = "decoded on the fly"
     if recipe.data.in_memory is not False and not recipe.data.redrawn and None not in counts:
-        images = f"decoded {size(sum(counts) * 3 * image_size**2)} where they fit"
+        images = f"{size(sum(counts) * 3 * image_size**2)} if kept decoded"
     found = needs(recipe, net, prunable, image_size, dealing.batch_per_device)
     memory = ", ".join(
         f"{name} {'about ' if name == 'activations' else ''}{size(num_bytes)}"
         for name, num_bytes in found.device.items()
         if num_bytes
     )
-    again = " and those within one block" if recipe.train.grad_checkpointing else ""
-    best = f"; the best epoch, on the host, {size(found.best)}" if found.best else ""
+    again = ", plus one block" if recipe.train.grad_checkpointing else ""
+    best = f"; best epoch, on the host, {size(found.best)}" if found.best else ""
     ticket_bytes = sum(prunable * 4 * (d + 1 / 32) + (total - prunable) * 4 for d in densities)
     return [
-        f"memory     a process: {memory} at {dealing.batch_per_device} images{again}{best}; images {images}",
+        f"memory     per process: {memory} at {dealing.batch_per_device} images{again}{best}; images {images}",
         f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
-        f"{size(found.resume_point)}, one more while it is written",
+        f"{size(found.resume_point)}, plus one while writing",
     ]

@@ -1,4 +1,4 @@
-"""What a recipe prunes: who chooses, how much, from which mask on."""
+"""The pruning of a recipe: selection, target density, initial mask."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,29 +29,29 @@ CALIBRATION_BATCH = 128
 
 
 def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None, method: Method) -> MaskSet:
-    """Everything alive, less the zeros of the ticket that the run starts from.
+    """All weights alive, except for the zeros of the ticket that the run starts from.
 
     Raises:
         InputError: the ticket has zeros in a weight that this recipe does not prune, which would grow back; or the
-            method is constant and it has none.
+            method keeps the zeros of a ticket that has none.
     """
     mask = MaskSet.full(weights)
     if found is None:
         return mask
     if isinstance(method, Constant) and found.is_full:
-        raise InputError("model.start_from: it has no zeros, and constant keeps those; start from a sparse ticket.")
+        raise InputError("model.start_from: it has no zeros for constant to keep; start from a sparse ticket.")
     freed = [name for name in found if name not in weights and not found[name].all()]
     if freed:
         raise InputError(
             f"pruning.protect: model.start_from has zeros in {freed[0]} and {len(freed) - 1} more weights that this "
-            "recipe does not prune, so that they would grow back; prune the same weights as the run it comes from."
+            "recipe does not prune, so they would grow back; prune the same weights as the run it comes from."
         )
     # A weight that was not prunable there is alive here.
     return MaskSet({n: found[n].to(w.device) if n in found.masks else mask[n] for n, w in weights.items()})
 
 
 def starting_density(weights: dict[str, nn.Parameter], found: MaskSet | None) -> float:
-    """Of the prunable weights, also where these have no values yet."""
+    """Density of the prunable weights at the start; works on `meta` too."""
     if found is None:
         return 1.0
     alive = sum(int(found[n].sum()) if n in found.masks else w.numel() for n, w in weights.items())
@@ -59,15 +59,15 @@ def starting_density(weights: dict[str, nn.Parameter], found: MaskSet | None) ->
 
 
 def check_start(method: Method, prunable: int, start: float, final: float) -> None:
-    """Refuses a ticket to start from that is as sparse already as the schedule will ever ask for.
+    """Rejects a starting ticket that is already as sparse as the schedule ever gets.
 
     Raises:
         InputError: no round would remove anything.
     """
     if not isinstance(method, Dense | Constant) and round(start * prunable) <= round(final * prunable) < prunable:
         raise InputError(
-            f"model.start_from: {start:.4f} of its prunable weights are left, and the schedule ends with {final:.4f}: "
-            "no round would remove anything; set a higher pruning.schedule.final_sparsity, or train it on with "
+            f"model.start_from: its density is already {start:.4f} and the schedule ends at {final:.4f}, so no round "
+            "would remove anything; raise pruning.schedule.final_sparsity, or fine-tune it with "
             "pruning.method=constant."
         )
 
@@ -75,10 +75,10 @@ def check_start(method: Method, prunable: int, start: float, final: float) -> No
 def build_selection(
     recipe: Recipe, net: nn.Module, weights: dict[str, nn.Parameter], groups: list[UnitGroup], image_size: int
 ) -> tuple[Selector, Callable[[float], Density]]:
-    """Who chooses what stays, and the density that the schedule asks for at a fraction of it.
+    """The selector, and the target density as a function of the fraction of the schedule.
 
     Raises:
-        InputError: the schedule cannot be reached, or a glob names no layer.
+        InputError: the schedule cannot be met, or a glob matches no layer.
     """
     pruning = recipe.pruning
     schedule, costs = pruning.schedule, {}
@@ -103,10 +103,10 @@ def build_selection(
 def spend(
     budget: Mapping[str, float], net: nn.Module, groups: list[UnitGroup], image_size: int
 ) -> tuple[dict[str, float], float]:
-    """Cost of a unit of each group, and the share of all units' cost that must go to meet the budget.
+    """Cost of a unit of each group, and the share of their total cost to remove to meet the budget.
 
     Raises:
-        InputError: what cannot be pruned is more than the budget already.
+        InputError: the parts that cannot be pruned exceed the budget.
     """
     [(what, share)] = budget.items()
     flops, params = unit_costs(net, groups, image_size)
@@ -116,8 +116,8 @@ def spend(
     final = (1.0 - share) * total / prunable
     if final >= 1.0:
         raise InputError(
-            f"pruning.schedule.budget.{what}: {share} of the model cannot be reached, since what is not prunable "
-            f"takes {1 - prunable / total:.3f} of it; ask for more than that, or prune more kinds of units."
+            f"pruning.schedule.budget.{what}: {share} of the model cannot be reached, since its parts that are not "
+            f"prunable take {1 - prunable / total:.3f}; set a larger budget, or prune more kinds of units."
         )
     return costs, final
 
@@ -130,7 +130,7 @@ def make_calibrate(
     data: ImageData,
     accelerator: Accelerator,
 ) -> Calibrate | None:
-    """Statistics over calibration images of the training split, the same ones in every round; None: not needed."""
+    """Collects statistics on calibration images from train, the same ones in every round; None: not needed."""
     needs = CRITERIA[recipe.pruning.criterion].needs
     if needs not in ("activations", "gradients") or isinstance(recipe.pruning.method, Dense | Constant):
         return None

@@ -1,1 +1,1 @@
-"""The checklist before a long run: what would go wrong, found in minutes."""
+"""Checks to run before a long training: finds in minutes what would go wrong."""

@@ -1,4 +1,4 @@
-"""The bench that checks work on: the recipe's own model, data, batches and optimizer, and how a verdict looks."""
+"""The bench that checks run on (model, data, batches and optimizer of the recipe) and their verdicts."""
 
 import time
 from collections.abc import Callable
@@ -22,19 +22,19 @@ from vit_rsst.recipe.schema import Recipe
 from vit_rsst.seeds import derived_seed
 
 LIMIT = 300.0
-"""Seconds that one check may take."""
+"""Longest time of one check, in seconds."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        state: `ok`; `warning`: look at it; `failed`: the run would not be worth its time; `skipped`.
-        text: what was seen, with numbers.
-        advice: what to try, in fields of the recipe.
+        state: `ok`; `warning`: take a look; `failed`: training would be a waste of time; `skipped`.
+        text: findings, with numbers.
+        advice: what to try, as fields of the recipe.
         details: more numbers, for the JSON.
-        blocks: why none of the checks after it can run; empty where they can.
+        blocks: why the remaining checks cannot run; empty if they can.
     """
 
     name: str
@@ -47,15 +47,14 @@ class Verdict:
 
 @dataclass
 class Bench:
-    """All that a check may use; every network is made anew and may be spoilt.
+    """Everything that a check may use; each network is freshly built, so a check may modify it.
 
     Attributes:
-        make_net: the recipe's network, seeded, on the device.
-        draw: (split, number, seed) → images and labels balanced over classes, without augmentation, as the model sees
-            them.
-        loader: the recipe's own.
-        step_seconds: of a training step on `batch` images; guessed by `first_loss`, then measured.
-        toy: a trained network, where one was trained.
+        make_net: builds the network of the recipe, seeded, on the device.
+        draw: (split, number, seed) → class-balanced images and labels, normalised, without augmentation.
+        loader: training batches of the recipe.
+        step_seconds: of a training step on `batch`; estimated by `first_loss`, then measured.
+        toy: a network trained by an earlier check, if any.
     """
 
     recipe: Recipe
@@ -71,10 +70,10 @@ class Bench:
 
     @classmethod
     def of(cls, recipe: Recipe, accelerator: Accelerator) -> "Bench":
-        """Opens the data and builds the model once.
+        """Opens the data and builds the loader.
 
         Raises:
-            RunError: what a run of the recipe would stop at before its first step.
+            RunError: whatever would stop a run of the recipe before its first step.
         """
         data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
         dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, accelerator.num_processes)
@@ -106,12 +105,12 @@ class Bench:
 
     @cached_property
     def batch(self) -> Batch:
-        """The first micro-batch that training sees, of 64 images at most."""
+        """The first micro-batch of training; at most 64 images."""
         [images, labels] = next(self.loader.steps(Progress(self.progress.steps_per_epoch, (1,))))[0]
         return images[:64], labels[:64]
 
     def batches(self, number: int) -> list[Batch]:
-        """The first micro-batches of as many steps, over epochs; of 64 images at most."""
+        """The first micro-batch of each of `number` steps, across epochs; at most 64 images each."""
         epochs = -(-number // self.progress.steps_per_epoch)
         found: list[Batch] = []
         for epoch in range(epochs):
@@ -130,12 +129,12 @@ class Bench:
         return build_optimizer(net, self.recipe.optim)
 
     def estimate(self, steps: float, images: int) -> float:
-        """Seconds of as many training steps on so many images each."""
+        """Seconds of `steps` training steps on `images` each."""
         return self.step_seconds * steps * images / max(len(self.batch[1]), 1)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> tuple[object, float]:
-    """What a call returns, and its seconds with the GPU's work."""
+    """The result of a call and its duration in seconds, including GPU work."""
     start = time.perf_counter()
     found = call()
     if device.type == "cuda":

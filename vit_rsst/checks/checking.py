@@ -1,4 +1,4 @@
-"""The checklist in its order, its verdicts as lines, and the picture of the range test."""
+"""All checks in order, their output lines, and the plot of the range test."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ CHECKS: dict[str, Callable[[Bench], Verdict]] = {
 
 
 def check(bench: Bench) -> Iterator[Verdict]:
-    """Runs all checks, one verdict after the other, up to one that leaves the others nothing to run on."""
+    """Runs the checks in order; after a verdict that blocks the rest, those are skipped."""
     blocked = ""
     for name, one in CHECKS.items():
         verdict = Verdict(name, "skipped", blocked) if blocked else one(bench)
@@ -35,13 +35,13 @@ def check(bench: Bench) -> Iterator[Verdict]:
 
 
 def line(verdict: Verdict) -> str:
-    """State, name and text; the advice below."""
+    """State, name and text; advice on a second line."""
     text = f"{verdict.state:8} {verdict.name:14} {verdict.text}"
     return f"{text}\n{'':8} {'':14} advice: {verdict.advice}" if verdict.advice else text
 
 
 def conclude(verdicts: Sequence[Verdict]) -> str:
-    """The last line.
+    """The closing line.
 
     Raises:
         CheckFailed: a check failed.
@@ -54,7 +54,7 @@ def conclude(verdicts: Sequence[Verdict]) -> str:
 
 
 def draw_range_test(verdicts: Sequence[Verdict], lr: float, path: Path) -> bool:
-    """The loss over the learning rate with the recipe's own; whether there was one to draw."""
+    """Plots loss over learning rate, with the rate of the recipe; returns whether there was data to plot."""
     found = next((v.details for v in verdicts if v.name == "learning rate" and v.details.get("rates")), None)
     if found is None:
         return False
@@ -62,10 +62,10 @@ def draw_range_test(verdicts: Sequence[Verdict], lr: float, path: Path) -> bool:
         figure = canvas.figure()
         axes = figure.subplots()
         axes.plot(found["rates"], found["losses"], color=canvas.BLUE)
-        marks = (("falls_at", "has fallen", canvas.GREEN), ("diverges_at", "diverges", canvas.RED))
+        marks = (("falls_at", "loss has fallen", canvas.GREEN), ("diverges_at", "loss diverges", canvas.RED))
         for key, label, color in (mark for mark in marks if found[mark[0]]):
             axes.axvline(found[key], color=color, linewidth=1, linestyle="--", label=f"{label}, {found[key]:.1e}")
-        axes.axvline(lr, color=canvas.ORANGE, linewidth=1.6, label=f"the recipe's, {lr:g}")
+        axes.axvline(lr, color=canvas.ORANGE, linewidth=1.6, label=f"recipe, {lr:g}")
         top = 1.6 * max(found["losses"][: max(len(found["losses"]) // 2, 1)])
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(None, top if math.isfinite(top) else None))
         figure.legend(loc="outside upper left", ncols=3)

@@ -1,4 +1,4 @@
-"""Checks of what a run costs: memory, speed of the loader against that of the model, hours of the whole recipe."""
+"""Checks of cost: memory, loader speed against model speed, total training time."""
 
 import time
 
@@ -14,7 +14,7 @@ from vit_rsst.training import optim
 
 
 def memory(bench: Bench) -> Verdict:
-    """Weights, gradients, moments, masks, average, teacher and what the backward pass keeps fit what is free."""
+    """Weights, gradients, moments, masks, moving average, teacher and activations fit in free memory."""
     recipe, net = bench.recipe, bench.make_net()
     images = bench.dealing.batch_per_device
     weights, _ = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
@@ -22,7 +22,7 @@ def memory(bench: Bench) -> Verdict:
     found = needs(recipe, net, prunable, bench.data.options.size, images)
     needed = sum(found.device.values()) + (found.best if bench.device.type == "cpu" else 0)
     free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else psutil.virtual_memory().available
-    text = f"about {size(needed)} for {images} images a device, {size(free)} free"
+    text = f"about {size(needed)} for {images} images per device, {size(free)} free"
     details = {"needed": needed, "free": free}
     if needed > free:
         return Verdict(
@@ -32,10 +32,10 @@ def memory(bench: Bench) -> Verdict:
 
 
 def speed(bench: Bench) -> Verdict:
-    """Images a second of the loader alone and of training steps alone."""
+    """Images per second of the loader alone and of training steps alone."""
     images = len(bench.batch[1])
     if (needed := bench.estimate(4, images)) > LIMIT:
-        return Verdict("speed", "skipped", f"it would take about {duration(needed)} here")
+        return Verdict("speed", "skipped", f"would take about {duration(needed)} on this machine")
     net = bench.make_net().train()
     optimizer = bench.optimizer(net)
 
@@ -50,13 +50,15 @@ def speed(bench: Bench) -> Verdict:
     bench.step_seconds = seconds
     model, loader = images / seconds, _loader_speed(bench)
     details = {"loader": loader, "model": model}
-    takes = f"the model takes {_rate(model)} on {bench.device.type}"
+    takes = f"model {_rate(model)} on {bench.device.type}"
     if loader is None:
-        text = f"{takes}; an epoch is one step, which does not tell the loader's speed"
+        text = f"{takes}; loader not measured, since an epoch has a single step"
         return Verdict("speed", "ok", text, details=details)
-    text = f"the loader gives {_rate(loader)}, {takes}"
+    text = f"loader {_rate(loader)}, {takes}"
     if loader < model:
-        advice = "the model would wait: raise data.workers, set data.in_memory=true, or make the images smaller on disk"
+        advice = (
+            "data loading is the bottleneck: raise data.workers, set data.in_memory=true, or shrink the images on disk"
+        )
         return Verdict("speed", "warning", text, advice, details)
     return Verdict("speed", "ok", text, details=details)
 
@@ -66,7 +68,7 @@ def _rate(images_per_second: float) -> str:
 
 
 def _loader_speed(bench: Bench, limit: float = 5.0) -> float | None:
-    """Images a second of this process; the first step is left out, when workers start. None: there is no other."""
+    """Images per second, without the first step, in which workers start; None: an epoch has only that step."""
     steps = bench.loader.steps(Progress(bench.progress.steps_per_epoch, (1,)))
     next(steps)
     start, images = time.perf_counter(), 0
@@ -78,12 +80,14 @@ def _loader_speed(bench: Bench, limit: float = 5.0) -> float | None:
 
 
 def hours(bench: Bench) -> Verdict:
-    """Time of the whole recipe on this machine, from the speeds above."""
+    """Total training time on this machine, from the speeds measured before."""
     world = bench.accelerator.num_processes
     steps = bench.progress.total_steps
     training = bench.estimate(steps, bench.recipe.train.global_batch / world)
     held_out = bench.data.count("val") or 0
-    passes = bench.progress.total_epochs + 3 * len(bench.progress.round_epochs)  # around removals and for each ticket
+    passes = bench.progress.total_epochs + 3 * len(
+        bench.progress.round_epochs
+    )  # before and after removals, and for each ticket
     total = training + bench.estimate(0.4 * passes, held_out / world)
-    text = f"about {duration(total)} here: {steps:,} steps and {passes} evaluations, with {world} process(es)"
+    text = f"about {duration(total)} on this machine: {steps:,} steps and {passes} evaluations with {world} process(es)"
     return Verdict("hours", "ok", text, details={"seconds": total})

@@ -1,4 +1,4 @@
-"""Checks of model and optimizer: shapes, first loss, gradients, over-fitting, range of the learning rate."""
+"""Checks of model and optimizer: shapes, first loss, gradients, over-fitting, learning rate range test."""
 
 import math
 import statistics
@@ -14,17 +14,17 @@ from vit_rsst.text import duration
 from vit_rsst.training import optim
 
 FEW, STEPS = 32, 200
-"""Images to over-fit, and steps to do it in (of a checklist for ViTs)."""
+"""Images to over-fit, and steps allowed for it."""
 
 SWEEP = 100
 """Steps of the range test."""
 
-NO_SHAPES, NOTHING_LEARNS = "the shapes do not fit", "nothing learns"
-"""Why the checks below cannot run."""
+NO_SHAPES, NOTHING_LEARNS = "shapes do not match", "nothing is trained"
+"""Why the remaining checks cannot run."""
 
 
 def shapes(bench: Bench) -> Verdict:
-    """Every stage gives what the next one takes, and the last one logit a class."""
+    """The shapes of consecutive stages match, and the last one returns one logit per class."""
     net, found = bench.make_net(), []
 
     def note(name: str) -> object:
@@ -36,8 +36,8 @@ def shapes(bench: Bench) -> Verdict:
         with torch.no_grad():
             logits, _ = timed(lambda: net(images), bench.device)
     except OF_A_LIBRARY as error:
-        text = f"the model stops on images {tuple(images.shape)}: {first_line(error)}"
-        advice = "set data.image_size or model.args so that they fit"
+        text = f"the model fails on images {tuple(images.shape)}: {first_line(error)}"
+        advice = "adjust data.image_size or model.args"
         return Verdict("shapes", "failed", text, advice, blocks=NO_SHAPES)
     for hook in hooks:
         hook.remove()
@@ -46,13 +46,13 @@ def shapes(bench: Bench) -> Verdict:
     text = " → ".join(f"{name} {'×'.join(map(str, shape[1:]))}" for name, shape in merged)
     details = {"stages": [[name, list(shape)] for name, shape in found]}
     if tuple(logits.shape) != (len(images), bench.num_classes):
-        advice = f"{bench.num_classes} classes need as many logits; look at model.args.num_classes"
+        advice = f"expected {bench.num_classes} logits, one per class; check model.args"
         return Verdict("shapes", "failed", f"{text}; logits are {tuple(logits.shape)}", advice, details, NO_SHAPES)
     return Verdict("shapes", "ok", text, details=details)
 
 
 def stages(net: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Direct parts of the network, and of each list of blocks the first and the last."""
+    """Top-level parts of the network; of each list of blocks, the first and the last."""
     found = []
     for name, module in net.named_children():
         inner = list(module.named_children())
@@ -69,39 +69,43 @@ def _shape(output: object) -> tuple[int, ...]:
 
 
 def first_loss(bench: Bench) -> Verdict:
-    """Before any step a model that knows nothing loses ln C."""
+    """The loss of an untrained model is about ln C."""
     net = bench.make_net()
     with torch.no_grad():
         loss, seconds = timed(lambda: float(bench.loss(net, bench.batch)), bench.device)
-    bench.step_seconds = 3 * seconds  # a backward pass costs two forward passes
+    bench.step_seconds = 3 * seconds  # a backward pass costs about two forward passes
     expected = math.log(bench.num_classes)
     text, details = f"{loss:.3f} before the first step; ln {bench.num_classes} is {expected:.3f}", {"loss": loss}
     if not math.isfinite(loss):
         return Verdict(
-            "first loss", "failed", text, "the weights or images are not finite: model.start_from, data", details
+            "first loss",
+            "failed",
+            text,
+            "weights or images are not finite: check model.start_from and the data",
+            details,
         )
     if loss > 1.5 * expected + 0.2:
-        advice = "the head answers loudly before it learned anything: look at normalisation and at model.args"
+        advice = "the untrained head is over-confident: check normalisation and model.args"
         return Verdict("first loss", "warning", text, advice, details)
     if loss < 0.8 * expected - 0.1 and not (bench.recipe.model.start_from or bench.recipe.model.pretrained):
         return Verdict(
-            "first loss", "warning", text, "an untrained model cannot know: do the images hold the answer?", details
+            "first loss", "warning", text, "too low for an untrained model: do the images reveal the label?", details
         )
     return Verdict("first loss", "ok", text, details=details)
 
 
 def gradients(bench: Bench) -> Verdict:
-    """Every parameter is moved: over three steps each has a gradient that is neither none nor zero nor infinite."""
+    """Within three steps every parameter gets a gradient that is non-zero and finite."""
     seconds = bench.estimate(3, len(bench.batch[1]))
     if seconds > LIMIT:
-        return Verdict("gradients", "skipped", f"they would take about {duration(seconds)} here")
+        return Verdict("gradients", "skipped", f"would take about {duration(seconds)} on this machine")
     net = bench.make_net().train()
     most = {name: 0.0 for name, _ in net.named_parameters()}
     if not bench.loss(net, bench.batch).requires_grad:
         return replace(_gradient_verdict(net, most), blocks=NOTHING_LEARNS)
     optimizer = bench.optimizer(net)
     optim.set_lr_(optimizer, min(bench.recipe.optim.lr, 1e-3))
-    for _ in range(3):  # a head of zeros gives the layers below it a gradient from the second step on
+    for _ in range(3):  # below a zero-initialised head, gradients start at the second step
         optimizer.zero_grad()
         _, bench.step_seconds = timed(lambda: bench.loss(net, bench.batch).backward(), bench.device)
         for name, parameter in net.named_parameters():
@@ -118,8 +122,8 @@ def _gradient_verdict(net: nn.Module, norms: dict[str, float]) -> Verdict:
     details = {"norms": {name: norm if math.isfinite(norm) else str(norm) for name, norm in norms.items()}}
     wrong = (
         (broken, "a gradient that is not finite", "lower optim.lr, set optim.clip_grad_norm or train.precision=no"),
-        (frozen, "no gradient because they are frozen", "every parameter should learn: requires_grad is off"),
-        (silent, "a gradient of zero", "nothing of them reaches the loss: is a part detached or not used?"),
+        (frozen, "no gradient because they are frozen", "requires_grad is off, but every parameter should train"),
+        (silent, "a gradient of zero", "they do not affect the loss: is a part detached or unused?"),
     )
     for names, what, advice in wrong:
         if names:
@@ -128,34 +132,34 @@ def _gradient_verdict(net: nn.Module, norms: dict[str, float]) -> Verdict:
     low, high = min(norms, key=norms.get), max(norms, key=norms.get)
     total = math.sqrt(sum(norm**2 for norm in norms.values()))
     ends = " to ".join(f"{norms[name]:.1e} ({name})" for name in (low, high))
-    text = f"all {len(norms)} parameters have one; norms from {ends}, of all {total:.2f}"
+    text = f"all {len(norms)} parameters have a gradient; norms from {ends}, total {total:.2f}"
     if not 1e-3 <= total <= 1e3:
-        return Verdict("gradients", "warning", text, "a norm of 0.1 to 10 is usual: look at normalisation", details)
+        return Verdict("gradients", "warning", text, "a total of 0.1 to 10 is usual: check normalisation", details)
     return Verdict("gradients", "ok", text, details=details)
 
 
 def over_fit(bench: Bench) -> Verdict:
-    """A model that can learn knows 32 images by heart within 200 steps, without augmentation, dropout and decay."""
+    """The model memorises 32 images within 200 steps, without augmentation, dropout or weight decay."""
     seconds = bench.estimate(2 * STEPS, FEW)
     if seconds > LIMIT:
-        return Verdict("over-fit", "skipped", f"it would take about {duration(seconds)} here")
+        return Verdict("over-fit", "skipped", f"would take about {duration(seconds)} on this machine")
     batch, trails = bench.draw("train", FEW, 2), {}
     for lr in (1e-3, 2e-4):
         bench.toy, trails[lr] = _learn_by_heart(bench, batch, lr)
         if trails[lr][-1][1] == 1.0:
-            text = f"{len(batch[1])} images known by heart after {len(trails[lr])} steps (AdamW, learning rate {lr:g})"
+            text = f"{len(batch[1])} images memorised after {len(trails[lr])} steps (AdamW, learning rate {lr:g})"
             return Verdict("over-fit", "ok", text, details={"losses": [loss for loss, _ in trails[lr]]})
     best = max(share for trail in trails.values() for _, share in trail)
     last = min(trail[-1][0] for trail in trails.values())
-    text = f"only {best:.0%} of {len(batch[1])} images were learnt by heart in {STEPS} steps, loss {last:.3f}"
-    advice = "the model cannot learn: look at the checks above, at frozen or detached parts and at model.args"
+    text = f"only {best:.0%} of {len(batch[1])} images were memorised in {STEPS} steps, loss {last:.3f}"
+    advice = "the model does not learn: see the checks above, look for frozen or detached parts, check model.args"
     return Verdict("over-fit", "failed", text, advice, {"losses": [loss for loss, _ in trails[1e-3]]})
 
 
 def _learn_by_heart(
     bench: Bench, batch: tuple[Tensor, Tensor], lr: float
 ) -> tuple[nn.Module, list[tuple[float, float]]]:
-    """The network and (loss, share known) of every step until all are known."""
+    """The network, and (loss, accuracy) of every step until all images are correct."""
     net, trail = bench.make_net().train(), []
     for module in net.modules():
         if isinstance(module, nn.Dropout):
@@ -180,36 +184,36 @@ def _learn_by_heart(
 
 
 def learning_rate(bench: Bench) -> Verdict:
-    """Range test (Smith 2017): the rate rises from step to step; where the loss has fallen, and where it diverges.
+    """Range test (Smith 2017): the rate grows from step to step; where has the loss fallen, where does it diverge?
 
-    The recipe's rate is right from a tenth of the first up to twice the second: a round has more than the test's
-    steps, warm-up and decay.
+    A rate between a tenth of the first and twice the second is fine: a round has more steps than the test, warm-up
+    and decay.
     """
     seconds = bench.estimate(SWEEP, len(bench.batch[1]))
     if seconds > LIMIT:
-        return Verdict("learning rate", "skipped", f"the range test would take about {duration(seconds)} here")
+        return Verdict(
+            "learning rate", "skipped", f"the range test would take about {duration(seconds)} on this machine"
+        )
     rates, losses = sweep(bench)
     falls, diverges = turning_points(rates, losses)
     lr = bench.recipe.optim.lr
     details = {"rates": rates, "losses": losses, "falls_at": falls, "diverges_at": diverges}
     if falls is None:
-        text = f"{lr:g}; in the range test the loss never fell by more than its noise"
-        return Verdict("learning rate", "warning", f"{text}: it tells nothing", "look at the checks above", details)
-    text = f"{lr:g}; in the range test the loss has fallen at {falls:.1e} and diverges at {diverges:.1e}"
+        text = f"{lr:g}; in the range test the loss never falls by more than noise"
+        return Verdict("learning rate", "warning", f"{text}: inconclusive", "see the checks above", details)
+    text = f"{lr:g}; in the range test the loss has fallen by {falls:.1e} and diverges at {diverges:.1e}"
     suggestion = f"optim.lr={_rounded(min(math.sqrt(falls * diverges), diverges / 10))}"
     if lr > 2 * diverges:
         return Verdict("learning rate", "failed", f"{text}: the run would diverge", suggestion, details)
     if lr < falls / 10:
-        return Verdict("learning rate", "failed", f"{text}: the run would be too slow", suggestion, details)
+        return Verdict("learning rate", "failed", f"{text}: training would be too slow", suggestion, details)
     if lr > diverges and not bench.recipe.optim.warmup_epochs:
-        return Verdict(
-            "learning rate", "warning", f"{text}: high for a run without warm-up", "optim.warmup_epochs", details
-        )
-    return Verdict("learning rate", "ok", f"{text}: right", details=details)
+        return Verdict("learning rate", "warning", f"{text}: high without warm-up", "set optim.warmup_epochs", details)
+    return Verdict("learning rate", "ok", f"{text}: fine", details=details)
 
 
 def sweep(bench: Bench) -> tuple[list[float], list[float]]:
-    """Learning rates and the loss met at each; ends where the loss has left for good."""
+    """Learning rates and the loss at each; ends once the loss has diverged."""
     options = bench.recipe.optim
     low, high = (1e-4, 100.0) if options.name == "sgd" else (1e-6, 10.0)
     net = bench.make_net().train()
@@ -232,13 +236,14 @@ def sweep(bench: Bench) -> tuple[list[float], list[float]]:
 
 
 def turning_points(rates: list[float], losses: list[float]) -> tuple[float | None, float]:
-    """Where the smoothed loss has fallen by three quarters of its way, and where, later, it is above its start.
+    """Rates at which the smoothed loss has fallen by three quarters, and later at which it exceeds its start.
 
-    The start are the first ten steps, at rates that move nothing; twice their deviation is noise.
+    The start is the mean of the first ten steps, whose rates are too low to change anything; twice their standard
+    deviation is noise.
 
     Returns:
-        The two rates. None for the first where the loss falls by no more than noise; for the second, the last rate
-        where it stays below.
+        The two rates. The first is None if the loss falls by no more than noise; the second is the last rate if the
+        loss never exceeds its start again.
     """
     if len(losses) < 10:
         return None, rates[-1] if rates else 0.0
@@ -252,5 +257,5 @@ def turning_points(rates: list[float], losses: list[float]) -> tuple[float | Non
 
 
 def _rounded(value: float) -> str:
-    """To one digit."""
+    """To one significant digit."""
     return f"{float(f'{value:.0e}'):g}"

@@ -1,4 +1,4 @@
-"""A removal on a toy: what the recipe would remove in the end, removed from the network that knows a few images."""
+"""Check of the removal: applies the final mask of the recipe to a network that has memorised a few images."""
 
 import copy
 
@@ -19,16 +19,16 @@ from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.text import duration
 
 LEAST = 0.01
-"""Density below which a layer hardly passes anything on."""
+"""Density below which a layer passes on hardly anything."""
 
 
 def removal(bench: Bench) -> Verdict:
-    """The final mask leaves something in every layer, has its density, and zeros that are exact; slim models agree."""
+    """The final mask meets its density, leaves no layer empty, and the slim model gives the same logits."""
     if isinstance(bench.recipe.pruning.method, Dense | Constant):
         return Verdict("removal", "skipped", f"{bench.recipe.pruning.method_name} removes nothing")
     seconds = bench.estimate(0.4, bench.recipe.pruning.calibration_images)
     if seconds > LIMIT:
-        return Verdict("removal", "skipped", f"the calibration would take about {duration(seconds)} here")
+        return Verdict("removal", "skipped", f"the calibration would take about {duration(seconds)} on this machine")
     net = bench.toy if bench.toy is not None else bench.make_net()
     mask, asked = final_mask(bench, net)
     images = bench.draw("train", FEW, 2)
@@ -37,15 +37,15 @@ def removal(bench: Bench) -> Verdict:
         for name, weight in net.named_parameters():
             if name in mask.masks:
                 weight.masked_fill_(~mask[name], 0.0)
-    text = f"density {mask.density:.3f} ({asked:.3f} asked), {mask.num_alive:,} of {mask.num_elements:,} weights left"
+    text = f"density {mask.density:.3f} (target {asked:.3f}), {mask.num_alive:,} of {mask.num_elements:,} weights left"
     if bench.toy is not None:
         left = accuracy(net, images)
-        text += f"; a toy that knows {known:.0%} of {len(images[1])} images knows {left:.0%} after the removal"
+        text += f"; accuracy on {len(images[1])} memorised images: {known:.0%} before, {left:.0%} after the removal"
     return _judged(net, mask, bench.batch[0][:2], asked, text)
 
 
 def final_mask(bench: Bench, net: nn.Module) -> tuple[MaskSet, float]:
-    """What the recipe's selection keeps of a network at its last density, and that density."""
+    """The mask selected at the final density of the recipe, and that density."""
     pruning = bench.recipe.pruning
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
     selector, density = build_selection(bench.recipe, net, weights, groups, bench.data.options.size)
@@ -57,7 +57,7 @@ def final_mask(bench: Bench, net: nn.Module) -> tuple[MaskSet, float]:
 
 @torch.no_grad()
 def accuracy(net: nn.Module, batch: Batch) -> float:
-    """Share of the images that it knows."""
+    """Share of the images classified correctly."""
     images, labels = batch
     was_training = net.training
     logits = net.eval()(images)
@@ -71,23 +71,25 @@ def _judged(net: nn.Module, mask: MaskSet, images: Tensor, asked: float, text: s
     dead = [name for name, layer in report.items() if layer["alive"] == 0]
     if dead:
         blocks = ", ".join(dict.fromkeys(block_of(name) or name for name in dead))
-        advice = "lower pruning.max_layer_sparsity, look at pruning.layer_sparsity, or use pruning.scope layer or erk"
-        return Verdict("removal", "failed", f"nothing is left of {', '.join(dead[:3])} (in {blocks})", advice, details)
+        advice = "lower pruning.max_layer_sparsity, check pruning.layer_sparsity, or use pruning.scope=layer or erk"
+        return Verdict(
+            "removal", "failed", f"all weights are removed from {', '.join(dead[:3])} (in {blocks})", advice, details
+        )
     if (difference := _slim_difference(net, mask, images)) > 1e-4:
         text = f"{text}; the slim model differs by {difference:.1e}"
-        return Verdict("removal", "failed", text, "report this: units were removed that others still read", details)
+        return Verdict("removal", "failed", text, "please report this: a removed unit is still in use", details)
     thin = min(report, key=lambda name: report[name]["density"])
     if report[thin]["density"] < LEAST:
-        text = f"{text}; only {report[thin]['density']:.2%} is left of {thin}"
+        text = f"{text}; sparsest layer: {thin} ({report[thin]['density']:.2%} of weights kept)"
         return Verdict("removal", "warning", text, "lower pruning.max_layer_sparsity to spare it", details)
     if abs(mask.density - asked) > 0.05:
-        return Verdict("removal", "warning", text, "units are coarse: the density that is asked cannot be met", details)
+        return Verdict("removal", "warning", text, "units are too coarse to meet the target density", details)
     return Verdict("removal", "ok", text, details=details)
 
 
 @torch.no_grad()
 def _slim_difference(net: nn.Module, mask: MaskSet, images: Tensor) -> float:
-    """Largest difference of logits between the masked network and the one whose dead units are cut out, as a share."""
+    """Largest relative difference of logits between the masked network and the slim one."""
     kept, full = slim.kept_units(net, mask), copy.deepcopy(net).eval()
     small = copy.deepcopy(full)
     slim.shrink_(small, kept)

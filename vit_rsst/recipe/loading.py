@@ -1,6 +1,6 @@
-"""From a YAML file and `key=value` overrides to a recipe; every error is collected, with its place.
+"""Loads a recipe from a YAML file and `key=value` overrides; collects every error with its place.
 
-Nothing heavy is imported here: a wrong recipe is refused within a moment.
+Nothing heavy is imported here, so that an invalid recipe is rejected at once.
 """
 
 import difflib
@@ -23,25 +23,25 @@ from vit_rsst.recipe.schema import Recipe
 from vit_rsst.recipe.sentences import Problem, sentences
 
 SHORTHANDS = {("pruning", "method"): "name", ("pruning", "schedule"): "name", ("data", "augment"): "preset"}
-"""Where `key: NAME` is short for `key: {name: NAME}`."""
+"""Fields where `key: NAME` is short for `key: {name: NAME}`."""
 
 AUGMENT_PRESETS = {
     "none": {"crop": "pad", "padding": 0, "hflip": 0.0},
     "plain": {},
     "strong": {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "reprob": 0.25},
 }
-"""What `data.augment: NAME` stands for; `{preset: NAME, …}` changes fields of it. Strong is that of DeiT."""
+"""Values of `data.augment: NAME`; `{preset: NAME, …}` overrides some of them. Strong is the DeiT recipe."""
 
 
 class Source:
-    """A recipe's raw tree, and where each of its keys was given."""
+    """A recipe's raw tree, and where each of its keys was set."""
 
     def __init__(self, file: Path, overrides: Sequence[str]):
         self.file = file
         try:
             self.document = strict_yaml.parse(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise InputError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+            raise InputError(f"{file}: not valid UTF-8 ({error.reason} at byte {error.start}).") from error
         self.problems = [Problem(".".join(path), sentence) for path, _, sentence in self.document.problems]
         self._problem_lines = {(".".join(p), s): line for p, line, s in self.document.problems}
         self.overridden: dict[str, str] = {}
@@ -72,7 +72,7 @@ class Source:
         node[last] = value
 
     def place(self, problem: Problem) -> str:
-        """`file:line`, or the override on the command line that gave the key or what it stands in."""
+        """`file:line`, or the command-line override that set the key or one of its parents."""
         for key, item in self.overridden.items():
             if problem.path == key or problem.path.startswith(f"{key}."):
                 return f"command line ({item})"
@@ -85,10 +85,10 @@ class Source:
 
 
 def find(name: str) -> Path:
-    """A recipe file by path, or by its name among the recipes that come with the package.
+    """A recipe file, by path or by its name among the recipes of the package.
 
     Raises:
-        InputError: neither exists.
+        InputError: there is neither.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -99,13 +99,13 @@ def find(name: str) -> Path:
         return builtin[wanted]
     near = difflib.get_close_matches(wanted, builtin, n=1, cutoff=0.4)
     raise InputError(
-        f"{name}: there is no such recipe file, nor a recipe of that name in the package; see `vit-rsst recipes`."
+        f"{name}: no recipe file or built-in recipe of that name; `vit-rsst recipes` lists them."
         + (f" Did you mean {near[0]!r}?" if near else "")
     )
 
 
 def builtin_folder() -> Path:
-    """Where the recipes lie: beside the package in a checkout, inside it in a wheel."""
+    """Folder of the recipes: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).parent.parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -119,17 +119,17 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe with `key=value` overrides.
 
     Raises:
-        InputError: with every problem, each with its place, the value, the choices and the nearest.
+        InputError: listing every problem with its place, the value, the choices and the closest match.
     """
     source = Source(file, overrides)
     _load_plugins(source)
     recipe, problems = _validate(source.tree)
     problems = [*source.problems, *problems]
-    told = {problem.path for problem in problems}
-    # The rules are told of a recipe whose faulty fields went back to their defaults, so that nothing waits its turn.
-    whole = recipe or _validate(_without(source.tree, told))[0]
+    faulty = {problem.path for problem in problems}
+    # Rules are checked with faulty fields reset to their defaults, so that all problems are reported in one go.
+    whole = recipe or _validate(_without(source.tree, faulty))[0]
     if whole is not None:
-        problems += [problem for problem in broken_rules(whole) if problem.path not in told]
+        problems += [problem for problem in broken_rules(whole) if problem.path not in faulty]
     if problems:
         lines = [f"{source.place(p)}  {p.path + ': ' if p.path else ''}{p.sentence}" for p in problems]
         count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
@@ -138,7 +138,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _spelled_out(tree: dict) -> dict:
-    """Replaces shorthands by what they are short for."""
+    """Expands shorthands and presets."""
     tree = dict(tree)
     for (parent, key), what in SHORTHANDS.items():
         if isinstance(tree.get(parent), dict) and isinstance(tree[parent].get(key), str):
@@ -152,7 +152,7 @@ def _spelled_out(tree: dict) -> dict:
 
 
 def _without(tree: dict, paths: Iterable[str]) -> dict:
-    """A copy of the tree less the named keys."""
+    """A copy of the tree without the named keys."""
     tree = json.loads(json.dumps(tree))
     tree.setdefault("name", "unnamed")
     for path in paths:
@@ -180,7 +180,7 @@ def _load_plugins(source: Source) -> None:
 
 
 def _validate(tree: dict) -> tuple[Recipe | None, list[Problem]]:
-    """Checks types, bounds and names; the method's options by the dataclass that its name stands for."""
+    """Checks types, bounds and names; the options of the method against its own dataclass."""
     problems: list[Problem] = []
     tree = json.loads(json.dumps(tree))
     method = _take_method(tree, problems)
@@ -195,7 +195,7 @@ def _validate(tree: dict) -> tuple[Recipe | None, list[Problem]]:
     if problems or recipe is None:
         return None, problems
     given = tree.get("pruning") or {}
-    # What follows from the method was filled in for the default one.
+    # These were derived from the default method.
     derived = {key: given.get(key) for key in ("criterion", "rewind")}
     return replace(recipe, pruning=replace(recipe.pruning, method=method, **derived)), []
 
@@ -216,11 +216,11 @@ def _names(tree: dict) -> Iterable[tuple[str, Any, str, Iterable[str]]]:
 
 
 def _take_method(tree: dict, problems: list[Problem]) -> Method | None:
-    """Validates `pruning.method` on its own and takes it out of the tree."""
+    """Validates `pruning.method` on its own and removes it from the tree."""
     pruning = tree.get("pruning")
     options = pruning.pop("method", {"name": "rsst"}) if isinstance(pruning, dict) else {"name": "rsst"}
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
-        problems.append(Problem("pruning.method", f"expected the name of a method: {', '.join(METHODS)}"))
+        problems.append(Problem("pruning.method", f"expected a method: {', '.join(METHODS)}"))
         return None
     name = options["name"]
     if name not in METHODS:

@@ -1,7 +1,6 @@
-"""Recipes: the typed tree that fixes one experiment, with names, defaults and bounds of every field.
+"""The recipe: a typed tree that defines one experiment, with the default and the bounds of every field.
 
-`recipe_file` reads a recipe from YAML and overrides, `recipe_errors` words what is wrong with it, and the rules that
-join several fields stand in `recipe_rules`.
+`loading` reads it from YAML and overrides, `sentences` words the errors, `rules` checks fields against each other.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from vit_rsst.training.schedules import SPARSITY_CURVES
 
 
 def section(cls: type) -> type:
-    """A frozen dataclass that pydantic validates without accepting unknown keys, infinity or NaN."""
+    """A frozen dataclass; pydantic rejects unknown keys, infinity and NaN."""
     cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
     return dataclass(frozen=True)(cls)
 
@@ -34,18 +33,18 @@ class Augment:
     """How training images are varied.
 
     Attributes:
-        crop: `pad`: a random place after zero padding; `resized`: a random part, resized; default: by the source.
-        padding: px of zeros on each side.
-        scale, ratio: of the random part: its share of the area, its width divided by its height.
-        hflip: probability of a mirror image; default: by the source.
-        auto_augment: timm's configuration of RandAugment, AutoAugment or AugMix.
+        crop: `pad`: random crop after zero padding; `resized`: random resized crop; default: that of the source.
+        padding: zeros on each side, in px.
+        scale, ratio: of the random resized crop: share of the image area, aspect ratio.
+        hflip: probability of a horizontal flip; default: that of the source.
+        auto_augment: timm's configuration string for RandAugment, AutoAugment or AugMix.
         color_jitter: strength of brightness, contrast and saturation.
-        aug_repeats: how often an image comes in a batch, varied anew each time; an epoch has as many fewer images.
-        reprob: probability of erasing a rectangle, `rearea` of the image's area and at least `reaspect` as wide as high
-            or as high as wide; filled with `const` zeros, with one normal colour (`rand`) or noise (`pixel`).
-        mixup, cutmix: α of the share that an image has in its mixture; 0: not mixed so.
-        mixup_prob: probability that a batch is mixed at all.
-        mixup_switch_prob: that it is by CutMix, where both are on.
+        aug_repeats: repeats of an image within a batch, each augmented differently; an epoch covers fewer images.
+        reprob: probability of erasing a rectangle: `rearea` is its share of the image, `reaspect` its smallest aspect
+            ratio; `remode` fills it with zeros (`const`), one random colour (`rand`) or noise (`pixel`).
+        mixup, cutmix: α of the Beta distribution of the mixing ratio; 0: off.
+        mixup_prob: probability that a batch is mixed.
+        mixup_switch_prob: probability of CutMix when both are on.
     """
 
     crop: Literal["pad", "resized"] | None = None
@@ -75,16 +74,16 @@ class Data:
     """What to train on, and how it is read.
 
     Attributes:
-        crop_pct: share of the shorter side that validation and test see, the middle; default: by the source.
-        interpolation: how images are resized; default: by the source.
-        num_classes: where labels are plain numbers, as in tars.
-        streaming: read shards row after row, without a copy in the cache.
-        shuffle_buffer: images that a stream is mixed with; encoded, in the memory of each process.
-        in_memory: keep decoded images; default: where they are small and do not differ from epoch to epoch.
-        workers: processes that decode, for each training process; default: by the machine.
-        max_corrupt: share of images that may be corrupt; they are left out and counted.
-        max_pixels: an image of more is corrupt, whatever its file's size.
-        sampler: `class_balanced` draws with replacement, each class as often as any other.
+        crop_pct: center crop for validation and test, as a share of the shorter side; default: that of the source.
+        interpolation: for resizing; default: that of the source.
+        num_classes: needed where labels are plain numbers, as in tars.
+        streaming: read shards row by row, without a copy in the cache.
+        shuffle_buffer: encoded images that a stream is shuffled with, in the memory of each process.
+        in_memory: keep decoded images; default: if they are small and the same in every epoch.
+        workers: decoding processes per training process; default: depends on the machine.
+        max_corrupt: share of images that may be corrupt; they are skipped and counted.
+        max_pixels: larger images count as corrupt.
+        sampler: `class_balanced` draws with replacement, all classes equally often.
     """
 
     source: str = "digits"
@@ -111,12 +110,12 @@ class Data:
 
     @property
     def crop(self) -> str:
-        """How training images are cropped, here or by the source's habit."""
+        """How training images are cropped: as set here, or as usual for the source."""
         return self.augment.crop or CATALOG[self.source].crop
 
     @property
     def redrawn(self) -> list[str]:
-        """What makes each look at an image another one while it is decoded, so that decoded images cannot be kept."""
+        """Random augmentations applied during decoding, with which decoded images cannot be kept in memory."""
         settings = {
             "crop: resized": self.crop == "resized",
             "auto_augment": self.augment.auto_augment is not None,
@@ -127,13 +126,13 @@ class Data:
 
 @section
 class Model:
-    """Which network: a catalogue name or any of timm's, with timm's own arguments; `hf:` names one of transformers.
+    """The network: a name of the catalogue or of timm, with timm's arguments, or `hf:NAME` of transformers.
 
     Attributes:
-        pretrained: weights to begin with: true for the published ones, else a tag of timm's, a safetensors file, or a
-            folder of timm or transformers with `model.safetensors`.
-        start_from: ticket, run or slim folder whose weights and mask the run begins with, instead of a dense round.
-        shape_from: ticket, run or slim folder whose slim shape is trained from random weights: the control of a
+        pretrained: initial weights: true for the published ones, or a timm tag, a safetensors file, or a folder of
+            timm or transformers with `model.safetensors`.
+        start_from: ticket, run or slim folder that provides the initial weights and mask, in place of a dense round.
+        shape_from: ticket, run or slim folder whose slim shape is trained from random weights: the control for
             structured pruning (Liu et al. 2019).
     """
 
@@ -146,7 +145,7 @@ class Model:
 
 @section
 class StepDecay:
-    """Times `gamma` at each of these epochs."""
+    """Multiplies the learning rate by `gamma` at each of these epochs."""
 
     steps: tuple[Annotated[float, Gt(0)], ...]
     gamma: Annotated[float, Gt(0), Lt(1)] = 0.1
@@ -154,10 +153,10 @@ class StepDecay:
 
 @section
 class Optim:
-    """The optimizer and its learning rate over a round.
+    """The optimizer and its learning rate schedule within a round.
 
     Attributes:
-        layer_decay: factor of the learning rate from each layer to the one before it; 1: all layers have the same.
+        layer_decay: learning rate of a layer relative to the layer above it; 1: the same for all layers.
     """
 
     name: Literal["sgd", "adam", "adamw"] = "adamw"
@@ -174,12 +173,12 @@ class Optim:
 
 @section
 class Distill:
-    """A teacher's answers as a second target (Hinton et al. 2015).
+    """Knowledge distillation: the teacher's predictions as a second target (Hinton et al. 2015).
 
     Attributes:
-        teacher: `dense`: the ticket of this run's round 0, for the later rounds; or a ticket, run or slim folder.
-        weight: share of the teacher in the loss.
-        temperature: that divides both logits; its square multiplies the teacher's part.
+        teacher: `dense`: this run's round 0 teaches the later rounds; or a ticket, run or slim folder.
+        weight: the teacher's share of the loss.
+        temperature: divides the logits of both; the teacher's part is multiplied by its square.
     """
 
     teacher: str | None = None
@@ -189,14 +188,14 @@ class Distill:
 
 @section
 class Train:
-    """How long, in which batches, in which precision, towards what.
+    """Epochs, batches, precision, loss and limits.
 
     Attributes:
-        loss: `class_weighted`: the rarer a class, the more its images count; `balanced_softmax`: the logarithm of each
-            class's number of images is added to its logit in training (Ren et al. 2020).
-        ema_decay: of the moving average of the weights, which is what is evaluated and what tickets hold.
-        patience: a round ends after so many epochs without a better val/top1, once nothing is to be removed any more.
-        keep_best: a round ends with the weights of its best epoch since the last removal.
+        loss: `class_weighted`: images of rare classes weigh more; `balanced_softmax`: the log of each class's image
+            count is added to its logit during training (Ren et al. 2020).
+        ema_decay: of the moving average of the weights, which is evaluated and saved in tickets.
+        patience: end a round after this many epochs without a better val/top1, once all removals are done.
+        keep_best: end a round with the weights of its best epoch since the last removal.
     """
 
     epochs: Annotated[int, Ge(1)] = 100
@@ -228,15 +227,15 @@ ByKind = dict[Literal["head", "neuron"], Share]
 
 @section
 class Schedule:
-    """Sparsity over the rounds: a curve to a final sparsity, a rate of what remains, a list, or a budget.
+    """Sparsity over the rounds: a curve up to a final sparsity, a rate per round, an explicit list, or a budget.
 
     Attributes:
-        rounds: prune events, each followed by training; round 0, dense, comes on top; 0 for dense alone.
-        final_sparsity: of the prunable weights, after the last round; also by kind, `{head: 0.5, neuron: 0.7}`.
-        rate: share of the remaining that each round removes; geometric only; also by kind.
-        sparsities: of each round, rising; `explicit` only.
-        budget: instead, the share of the whole model's FLOPs or parameters that the slim model may have, such as
-            `{flops: 0.5}`; granularities of units.
+        rounds: pruning rounds, each followed by training, after the dense round 0; only dense accepts 0.
+        final_sparsity: of the prunable weights after the last round; or per kind, `{head: 0.5, neuron: 0.7}`.
+        rate: share of the remaining weights removed per round; geometric only; or per kind.
+        sparsities: of each round, increasing; `explicit` only.
+        budget: instead of a sparsity, the share of the model's FLOPs or parameters left in the slim model, such as
+            `{flops: 0.5}`; only for granularities of units.
     """
 
     name: Literal["geometric", "cubic", "linear", "explicit"] = "geometric"
@@ -252,7 +251,7 @@ class Schedule:
 
     @property
     def final(self) -> float | dict[str, float]:
-        """Sparsity after the last round. A budget's is known with the model alone, which puts it here."""
+        """Sparsity after the last round; that of a budget depends on the model and is filled in later."""
         if self.sparsities:
             return self.sparsities[-1]
         if self.rate is not None:
@@ -260,7 +259,7 @@ class Schedule:
         return 0.9 if self.final_sparsity is None else self.final_sparsity
 
     def density(self, fraction: float) -> float | dict[str, float]:
-        """Density asked after a fraction (0 … 1) of the rounds, or of the steps of a method of one round."""
+        """Target density after a fraction (0 … 1) of the rounds, or of the steps of a single-round method."""
         if self.sparsities:
             done = round(fraction * self.num_rounds)
             sparsity = self.sparsities[done - 1] if done else 0.0
@@ -275,18 +274,18 @@ def _each(value: float | Mapping[str, float], function: Callable[[float], float]
 
 @section
 class Pruning:
-    """What is pruned, how much, by which method.
+    """What is pruned, how far, and by which method.
 
     Attributes:
         granularity: element, head, neuron, head+neuron, channel or N:M, such as 2:4 along the input dimension.
-        criterion: scores; default: the method's.
-        scope: where units compete; default: isomorphic for head+neuron, else global; N:M has none.
-        depth_ramp: scope layer: sparsity of the first and of the last block, relative to the mean.
-        layer_sparsity: glob of layers → their own final sparsity.
-        max_layer_sparsity: what no layer's sparsity exceeds.
-        min_neurons: how many every MLP keeps.
-        calibration_images: of the training split, balanced over classes, for criteria that look at activations.
-        rewind: where a round starts; default: the method's.
+        criterion: how weights or units are scored; default: that of the method.
+        scope: which units compete; default: isomorphic for head+neuron, otherwise global; none for N:M.
+        depth_ramp: with scope layer, sparsity of the first and the last block relative to the mean.
+        layer_sparsity: glob of layers → final sparsity of those layers.
+        max_layer_sparsity: upper bound of every layer.
+        min_neurons: neurons kept in every MLP.
+        calibration_images: class-balanced training images, for criteria that need activations or gradients.
+        rewind: weights and learning rate that a round starts from; default: that of the method.
     """
 
     method: Any = field(default_factory=Rsst)
@@ -304,7 +303,7 @@ class Pruning:
     protect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Fills in what follows from method and granularity, so that the saved recipe is complete."""
+        """Fills in the defaults of method and granularity, so that the saved recipe is complete."""
         windows = pattern(self.granularity)
         scope = "isomorphic" if self.granularity == "head+neuron" else None if windows else "global"
         derived = {
@@ -323,15 +322,15 @@ class Pruning:
 
     @property
     def rewind_epoch(self) -> int | None:
-        """Epochs of round 0 after which the rewind point is taken; None without one."""
+        """Epoch of round 0 whose weights are the rewind point; None: no rewind point."""
         if self.rewind == "init":
             return 0
         return int(self.rewind.split(":")[1]) if self.rewind.startswith("epoch:") else None
 
 
 def _window_schedule(schedule: Schedule, kept: int, window: int) -> Schedule:
-    """N:M fixes its own density: rounds step N down from M − 1."""
-    if kept >= window:  # a rule refuses it
+    """N:M implies its density: each round lowers N by one, from M − 1."""
+    if kept >= window:  # rejected by a rule
         return schedule
     name = "linear" if schedule.name == "geometric" else schedule.name
     final = 1.0 - kept / window if schedule.final_sparsity is None else schedule.final_sparsity
@@ -342,10 +341,10 @@ def _window_schedule(schedule: Schedule, kept: int, window: int) -> Schedule:
 
 @section
 class Tracking:
-    """Where metrics go beside metrics.jsonl.
+    """Trackers in addition to metrics.jsonl.
 
     Attributes:
-        figures: draw figures and a report into the run folder, where matplotlib is installed.
+        figures: draw figures and a report into the run folder, if matplotlib is installed.
     """
 
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(alias="with")] = ()
@@ -374,7 +373,7 @@ class Recipe:
 
     @property
     def round_epochs(self) -> tuple[int, ...]:
-        """Epochs of each round; a method of one round gets those of all together, so that budgets are equal."""
+        """Epochs of each round; a single-round method gets the sum, so that budgets are equal."""
         if isinstance(self.pruning.method, Constant):
             return (self.train.epochs,)
         later = self.train.round_epochs or self.train.epochs
@@ -385,7 +384,7 @@ class Recipe:
         return (sum(epochs),) if self.pruning.method.one_round else tuple(epochs)
 
     def tree(self) -> dict:
-        """The complete recipe as plain data, as `recipe.yaml` and the hash see it."""
+        """The complete recipe as plain data, as saved in `recipe.yaml` and hashed."""
         tree = json.loads(json.dumps(asdict(self)))
         tree["pruning"]["method"] = {"name": self.pruning.method_name, **tree["pruning"]["method"]}
         tree["tracking"]["with"] = tree["tracking"].pop("trackers")
@@ -393,9 +392,9 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over all that decides the result; not where it is written or tracked.
+        """16 hexadecimal digits over every field that affects the result.
 
-        What is null is left out: an optional field of a later version changes no fingerprint.
+        Null fields are excluded: an optional field of a later version changes no fingerprint.
         """
         given = {key: value for key, value in deciding(self.tree()).items() if value is not None}
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
@@ -413,11 +412,11 @@ FREE_FIELDS = (
     "train.save_every_steps",
     "train.keep_resume_points",
 )
-"""Fields that may change between a run and its resumption: they decide nothing."""
+"""Fields that do not affect the result and may change when a run is resumed."""
 
 
 def deciding(tree: dict) -> dict[str, Any]:
-    """The fields that decide a result, flat: dotted path → value."""
+    """The fields that affect the result, flattened: dotted path → value."""
     flat = {}
 
     def walk(prefix: str, value: Any) -> None:

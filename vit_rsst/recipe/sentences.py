@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in sentences: the value, the choices, the nearest of them."""
+"""Error messages for a recipe: the value, the valid choices, the closest match."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,28 +12,28 @@ from vit_rsst.errors import unknown
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe: dotted path and sentence."""
+    """One error in a recipe: dotted path and message."""
 
     path: str
     sentence: str
 
 
 def sentences(error: ValidationError, root: type, tree: dict, prefix: tuple[str, ...]) -> list[Problem]:
-    """pydantic's errors in the project's words; one for each place, however many branches of a union failed there."""
+    """pydantic's errors in the project's words; one per place, however many branches of a union failed there."""
     found: dict[str, Problem] = {}
     for item in error.errors(include_url=False):
         is_new_key = item["type"] in ("unexpected_keyword_argument", "missing")
         path = _real_path(tuple(str(part) for part in item["loc"]), tree, is_new_key)
         dotted = ".".join((*prefix, *path))
         if path == ("data", "augment", "preset"):
-            continue  # said as an unknown preset
+            continue  # reported as an unknown preset
         found.setdefault(dotted, Problem(dotted, _sentence(item, _siblings(root, path), root)))
-    # A mapping that fails one branch of a union by its keys fails the others as a whole: the keys say more.
+    # A mapping that fails one branch of a union by its keys fails the other branches too: the keys are more specific.
     return [p for path, p in found.items() if not any(other.startswith(f"{path}.") for other in found)]
 
 
 def _real_path(inside: tuple[str, ...], tree: Any, ends_in_new_key: bool) -> tuple[str, ...]:
-    """Drops the parts of a location that name a branch of a union and not a key."""
+    """Drops the parts of a location that name a branch of a union rather than a key."""
     path, node = [], tree
     for i, part in enumerate(inside):
         if isinstance(node, dict) and (part in node or (ends_in_new_key and i == len(inside) - 1)):
@@ -46,7 +46,7 @@ def _real_path(inside: tuple[str, ...], tree: Any, ends_in_new_key: bool) -> tup
 
 
 def _siblings(root: type, path: tuple[str, ...]) -> list[str]:
-    """Field names of the dataclass that should hold `path`."""
+    """Field names of the dataclass that `path` belongs to."""
     cls: Any = root
     for part in path[:-1]:
         hint = next((f.type for f in fields(cls) if f.name == part), None) if is_dataclass(cls) else None
@@ -100,7 +100,7 @@ def _sentence(item: dict, siblings: list[str], root: type) -> str:
         "int": "a whole number",
         "float": "a number",
         "bool": "true or false",
-        "string": "a text",
+        "string": "a string",
         "tuple": "a list",
         "dict": "a mapping",
         "dataclass": "a mapping",
@@ -113,4 +113,4 @@ def _sentence(item: dict, siblings: list[str], root: type) -> str:
 def _pattern_sentence(item: dict, value: object) -> str:
     if item["loc"][-1] == "rewind":
         return f"unknown value {value!r}; expected init, lr, none or epoch:K, such as epoch:5"
-    return f"{value!r} is not usable as the name of a folder; leave out slashes and control characters"
+    return f"{value!r} is not a valid folder name; remove slashes and control characters"

@@ -1,6 +1,6 @@
 """YAML 1.2's core schema, strictly: `5e-4` is a number, `no` a string, `2:4` a string, two equal keys an error.
 
-Every key keeps its line, so that whatever is found wrong later can be said with its place.
+Every key keeps its line number, so that later errors can name their place.
 """
 
 import re
@@ -27,7 +27,7 @@ _TAGS = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would not read as the text that it is."""
+    """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
@@ -37,7 +37,7 @@ for _tag, (_pattern, _first) in _CORE.items():
 
 
 def dump(tree: dict) -> str:
-    """The tree as text that `parse` reads back as it is."""
+    """The tree as text that `parse` reads back unchanged."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -50,8 +50,8 @@ class Document:
 
     Attributes:
         tree: nested dicts, lists and scalars.
-        lines: path of a key → the line it stands on, from 1.
-        problems: (path, line, sentence) of what the syntax itself has wrong.
+        lines: path of a key → its line, counted from 1.
+        problems: (path, line, message) of each syntax error.
     """
 
     tree: dict = field(default_factory=dict)
@@ -64,12 +64,12 @@ class _CoreLoader(yaml.SafeLoader):
 
 
 for _tag, (_pattern, _first) in _CORE.items():
-    # The empty scalar has no first letter: PyYAML looks it up under ''.
+    # PyYAML looks up the empty scalar under ''.
     _CoreLoader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first])
 
 
 def parse(text: str) -> Document:
-    """Parses one document whose top is a mapping; collects what is wrong instead of stopping at the first."""
+    """Parses one document whose top level is a mapping; collects all errors instead of stopping at the first."""
     document = Document()
     try:
         loader = _CoreLoader(text)
@@ -84,7 +84,7 @@ def parse(text: str) -> Document:
     if node is None:
         return document
     if not isinstance(node, yaml.MappingNode):
-        document.problems.append(((), node.start_mark.line + 1, "expected a mapping of sections at the top"))
+        document.problems.append(((), node.start_mark.line + 1, "expected a mapping of sections at the top level"))
         return document
     document.tree = _build(node, (), document, loader)
     return document
@@ -105,7 +105,7 @@ def parse_scalar(text: str) -> object:
 def _build(node: yaml.Node, path: Path, document: Document, loader: _CoreLoader, above: tuple = ()) -> object:
     line = node.start_mark.line + 1
     if node in above:
-        document.problems.append((path, line, "an alias inside of its own anchor has no end"))
+        document.problems.append((path, line, "alias refers to the anchor that contains it"))
         return None
     if node.tag not in _TAGS[type(node)]:
         document.problems.append((path, line, f"tag {node.tag!r} is not allowed in a recipe"))
@@ -120,7 +120,7 @@ def _build(node: yaml.Node, path: Path, document: Document, loader: _CoreLoader,
         if key in tree:
             first = document.lines[(*path, key)]
             document.problems.append(
-                ((*path, key), line, f"key given twice, first in line {first}; keep one of the two")
+                ((*path, key), line, f"duplicate key, first given in line {first}; keep one of the two")
             )
             continue
         document.lines[(*path, key)] = line
@@ -130,13 +130,13 @@ def _build(node: yaml.Node, path: Path, document: Document, loader: _CoreLoader,
 
 def _scalar(node: yaml.ScalarNode, path: Path, document: Document, loader: _CoreLoader) -> object:
     text = node.value
-    if node.tag in _CORE and not re.fullmatch(_CORE[node.tag][0], text):  # a tag written out before the value
+    if node.tag in _CORE and not re.fullmatch(_CORE[node.tag][0], text):  # an explicit tag
         kind = node.tag.rsplit(":", 1)[-1]
-        document.problems.append((path, node.start_mark.line + 1, f"{text!r} is not what its tag !!{kind} says"))
+        document.problems.append((path, node.start_mark.line + 1, f"{text!r} does not match its tag !!{kind}"))
         return None
     if node.tag == "tag:yaml.org,2002:int":
         if len(text) > 1000:  # Python reads no more than 4,300 digits
-            document.problems.append((path, node.start_mark.line + 1, f"a number of {len(text):,} digits is none here"))
+            document.problems.append((path, node.start_mark.line + 1, f"number too long ({len(text):,} digits)"))
             return None
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     return loader.construct_object(node)

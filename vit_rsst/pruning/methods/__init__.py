@@ -1,4 +1,4 @@
-"""The pruning methods, one file each. Importing this package registers them; a user's own come in by `plugins:`."""
+"""The pruning methods, one file each. Importing this package registers them; `plugins:` adds your own."""
 
 from vit_rsst.pruning.methods import constant, dense, gmp, imp, refill, rsst, rst, ste
 

@@ -1,4 +1,4 @@
-"""constant: fine-tunes a sparse model and keeps its zeros; nothing more is removed."""
+"""constant: fine-tunes a sparse model with its mask fixed."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""gmp: gradual magnitude pruning within one round (Zhu & Gupta 2017), the control of equal total epochs."""
+"""gmp: gradual magnitude pruning in a single round (Zhu & Gupta 2017); a control with equal total epochs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 @register_method("gmp")
 @dataclass(frozen=True)
 class Gmp:
-    """Raises the sparsity every `interval` steps along the schedule, continuously over all epochs.
+    """Increases the sparsity along the schedule every `interval` steps, over all epochs.
 
     Attributes:
-        window: fractions of the run between which the sparsity grows; after it the mask is fixed.
-        interval: optimizer steps between two removals.
+        window: fractions of the run between which the sparsity grows; afterwards the mask is fixed.
+        interval: optimizer steps between removals.
     """
 
     one_round: ClassVar[bool] = True

@@ -9,7 +9,7 @@ from vit_rsst.pruning.plan import PruningView, RoundPlan, register_method
 @register_method("imp")
 @dataclass(frozen=True)
 class Imp:
-    """Between rounds the weights of the lowest scores are removed at once; then the recipe's rewind applies."""
+    """Removes the lowest-scoring weights at once at the start of a round, then rewinds as the recipe says."""
 
     one_round: ClassVar[bool] = False
 

@@ -1,7 +1,7 @@
-"""refill: whole units in place of scattered elements (Chen et al. 2022, "Coarsening the Granularity").
+"""refill: whole units instead of scattered elements (Chen et al. 2022, "Coarsening the Granularity").
 
-The elements that plain imp would keep are a budget: each group keeps as many whole units as they pay for, the best
-ones, and their removed elements are put back.
+The elements that imp would keep form a budget: each group keeps as many of its best units as the budget allows, with
+their removed elements restored.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from vit_rsst.pruning.plan import PruningView, RoundPlan, register_method
 @register_method("refill")
 @dataclass(frozen=True)
 class Refill:
-    """Needs a granularity of units.
+    """Requires a granularity of units.
 
     Attributes:
-        refill_ratio: share of the otherwise removed units that is put back; 0 keeps imp's number of weights.
-        feedback: `loop`: the next round prunes what was refilled. `post`, as published: the rounds prune elements as
-            imp does, and one round more trains the refilled mask of the last.
+        refill_ratio: share of the removed units that is restored on top; 0 keeps as many weights as imp.
+        feedback: `loop`: each round starts from the refilled mask. `post`, as published: rounds prune elements like
+            imp, and an extra round trains the refilled mask of the last one.
     """
 
     one_round: ClassVar[bool] = False
@@ -31,7 +31,7 @@ class Refill:
 
     @property
     def extra_rounds(self) -> int:
-        """Rounds after those of the schedule."""
+        """Rounds in addition to those of the schedule."""
         return 1 if self.feedback == "post" else 0
 
     def plan(self, round: int, view: PruningView) -> RoundPlan:

@@ -1,7 +1,7 @@
-"""rsst: regularized sparse training. The weights that a criterion condemns glide to zero before they are removed.
+"""rsst: regularized sparse training. Condemned weights are driven to zero before they are removed.
 
-Selection on the trained weights, as in imp; then a growing penalty over a window of the round takes the condemned to
-(nearly) zero, so that removing them costs nothing, and the rest of the round recovers.
+Selects on the trained weights, like imp; then a growing penalty shrinks the condemned to (nearly) zero over a window of
+the round, so that removing them costs next to nothing, and the rest of the round recovers.
 """
 
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ class Rsst:
     """Condemns at the start of a round, removes at fraction `remove_at` of it.
 
     Attributes:
-        penalty: how the condemned are taken to zero.
-        remove_at: fraction of the round; 0 removes at once (as imp does), 1 at its end, which
-            `train.recovery_epochs` should follow.
+        penalty: shrinks the condemned.
+        remove_at: fraction of the round; 0 removes at once, like imp; 1 at its end, best followed by
+            `train.recovery_epochs`.
     """
 
     one_round: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """rst: random sparse training (Bai et al. 2022, "Dual Lottery Ticket Hypothesis").
 
-From the initial weights a random set is condemned; a growing penalty moves its information into the others, then it is
-removed and the sparse network trains. With several rounds the set grows, drawn at random among those left.
+Condemns a random set of the initial weights; a growing penalty moves its information into the others before it is
+removed and the sparse network trains. With several rounds the set grows, drawn at random from the weights left.
 """
 
 from dataclasses import dataclass, field
@@ -16,10 +16,10 @@ from vit_rsst.pruning.plan import Penalty, PruningView, RoundPlan, register_meth
 @register_method("rst")
 @dataclass(frozen=True)
 class Rst:
-    """rsst from the initial weights, with the criterion random.
+    """rsst from the initial weights, with random selection.
 
     Attributes:
-        penalty: how the condemned are taken to zero.
+        penalty: shrinks the condemned.
         remove_at: fraction of the round after which they are removed and the sparse training begins.
     """
 

@@ -1,7 +1,7 @@
 """ste: straight-through magnitude pruning, the strongest simple baseline in print (Lee et al. 2024, JaxPruner).
 
-The weights stay dense. The forward pass sees the largest of them alone, the gradient reaches them all, so that a
-removed weight may grow and come back until the window ends.
+The weights stay dense: the forward pass uses only the largest of them, but the gradient reaches all, so that a removed
+weight may grow and come back until the window ends.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 @register_method("ste")
 @dataclass(frozen=True)
 class StraightThrough:
-    """Chooses anew among all weights every `interval` steps, sparser along the schedule.
+    """Selects again among all weights every `interval` steps, sparser along the schedule.
 
     Attributes:
-        window: fractions of the run between which the sparsity grows; afterwards it stays, and the mask with it.
-        interval: optimizer steps between two choices.
+        window: fractions of the run between which the sparsity grows; afterwards the mask is fixed.
+        interval: optimizer steps between selections.
     """
 
     one_round: ClassVar[bool] = True
