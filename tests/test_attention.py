@@ -1,4 +1,4 @@
-"""Attention maps against networks that compute attention by hand, layer for layer."""
+"""Attention maps against attention computed by hand, layer by layer."""
 
 import pytest
 import timm
@@ -18,7 +18,7 @@ def images(count: int = 2, size: int = 16) -> Tensor:
 def vit(**args: object) -> nn.Module:
     torch.manual_seed(0)
     net = timm.create_model("vit_tiny_patch16_224", **{**ARGS, **args}).eval()
-    for parameter in net.parameters():  # larger than at the start, so that attention is not uniform
+    for parameter in net.parameters():  # large enough for attention to be far from uniform
         nn.init.normal_(parameter, std=0.3)
     return net
 
@@ -54,7 +54,7 @@ def test_recorded_attention_is_that_of_an_unfused_network(args, is_fused):
     assert [block.attn.fused_attn for block in net.blocks] == [is_fused] * 3
 
 
-def test_attention_of_a_model_of_transformers_is_its_own():
+def test_recorded_attention_of_a_transformers_model_is_its_own():
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def zoo_groups(net: nn.Module) -> list:
     return unit_groups(net)
 
 
-def test_rollout_worked_out_by_hand():
+def test_rollout_matches_hand_calculation():
     first = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])  # both look at token 0
     second = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])  # both look at token 1
     alive = [torch.ones(1, 1, dtype=torch.bool)] * 2
@@ -112,7 +112,7 @@ def test_maps_are_squares_of_patches_that_sum_to_one():
         torch.testing.assert_close(maps.sum((1, 2)), torch.ones(2))
 
 
-def test_a_network_without_attention_over_all_tokens_has_no_maps():
+def test_windowed_attention_has_no_maps():
     resnet = zoo.create("resnet20", {"num_classes": 10}).eval()
     layers, alive, logits = attention(resnet, images(size=32))
     assert (layers, alive, logits.shape) == ([], [], (2, 10))

@@ -1,4 +1,4 @@
-"""The command: its verbs, its exit codes, and what a run leaves, stops and goes on with."""
+"""The command: verbs, exit codes, and how runs finish, stop and resume."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ SHORT = ("train.epochs=1", "train.round_epochs=1", "train.steps_per_epoch=1", "p
 # -- where results go
 
 
-def test_a_result_goes_through_links_and_into_devices_and_pipes(tmp_path, capsys):
+def test_results_are_written_through_links_and_into_devices_and_pipes(tmp_path, capsys):
     real, link, pipe = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe"
     link.symlink_to(real)
     os.mkfifo(pipe)
@@ -67,7 +67,7 @@ def test_a_result_goes_through_links_and_into_devices_and_pipes(tmp_path, capsys
 
 
 @pytest.mark.parametrize("place", ["/dev/stdout", "/dev/fd/1", "link"])
-def test_a_result_joins_what_is_printed_where_both_go_to_one_file(tmp_path, place):
+def test_a_result_and_printed_output_may_share_a_file(tmp_path, place):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("/proc/self/fd/1")
     script = "import sys; from vit_rsst.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -80,33 +80,33 @@ def test_a_result_joins_what_is_printed_where_both_go_to_one_file(tmp_path, plac
 
 
 @pytest.mark.parametrize("place", ["{}", "{}/nowhere/x.json", "/proc/x.json", "{}/" + 300 * "n", "{}/file/x.json"])
-def test_where_nothing_can_be_written_is_said_before_any_work(tmp_path, place, capsys, monkeypatch):
+def test_an_unwritable_output_is_reported_before_any_work(tmp_path, place, capsys, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("work was done"))
     assert cli.main(["evaluate", str(tmp_path), "--json", place.format(tmp_path)]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_name_of_250_bytes_is_one_that_can_be_written(tmp_path):
+def test_a_file_name_may_have_250_bytes(tmp_path):
     (tmp_path / "empty").mkdir()
     name = tmp_path / ("n" * 250)
     assert cli.main(["runs", str(tmp_path / "empty"), "--json", str(name)]) == 0
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [name.name]
 
 
-def test_a_disk_that_is_full_by_now_is_no_traceback(tmp_path, capsys):
+def test_a_full_disk_is_no_traceback(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["runs", str(tmp_path / "empty"), "--json", "/dev/full"]) == 3
     assert "could not be written (No space left on device)" in capsys.readouterr().err
     assert Path("/dev/full").is_char_device()
 
 
-def test_a_picture_that_is_no_svg_is_refused(tmp_path, capsys):
+def test_a_picture_must_be_svg(tmp_path, capsys):
     assert cli.main(["check", "digits/quickstart", "--picture", str(tmp_path / "range.png")]) == 2
     assert "choose a file name ending in .svg" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_loses_no_file(tmp_path):
+def test_a_closed_pipe_loses_no_file(tmp_path):
     (tmp_path / "empty").mkdir()
     script = "import sys; from vit_rsst.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-uc", script, "runs", str(tmp_path / "empty"), "--json", str(tmp_path / "out.json")]
@@ -130,7 +130,7 @@ def lines(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The folder of a recipe whose run, runs/tiny, is finished. Tests leave it as it is."""
+    """The folder of a recipe and its finished run, runs/tiny. Tests must not change it."""
     folder = tmp_path_factory.mktemp("finished")
     assert tiny.command("train", tiny.write_recipe(folder)) == 0
     before = snapshot(folder)
@@ -150,21 +150,21 @@ def copied(finished, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("argv", [["--help"], *([verb, "--help"] for verb in VERBS), ["--version"]])
-def test_help_ends_with_0(argv, capsys):
+def test_help_exits_with_0(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)
     assert caught.value.code == 0
-    told = capsys.readouterr().out
-    assert ("usage: vit-rsst" in told) != (argv == ["--version"])
-    assert argv != ["--version"] or told == f"vit-rsst {__version__}\n"
+    shown = capsys.readouterr().out
+    assert ("usage: vit-rsst" in shown) != (argv == ["--version"])
+    assert argv != ["--version"] or shown == f"vit-rsst {__version__}\n"
 
 
 def test_help_names_every_verb_and_every_exit_code(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    told = capsys.readouterr().out
-    assert re.search(r"^verbs:\n  VERB\n((?:    \w+ .*\n(?:  {8,}.*\n)*)+)", told, re.MULTILINE)
-    assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == VERBS
+    shown = capsys.readouterr().out
+    assert re.search(r"^verbs:\n  VERB\n((?:    \w+ .*\n(?:  {8,}.*\n)*)+)", shown, re.MULTILINE)
+    assert re.findall(r"^    (\w+) ", shown, re.MULTILINE) == VERBS
     for code in (
         "0 success",
         "2 invalid input",
@@ -174,7 +174,7 @@ def test_help_names_every_verb_and_every_exit_code(capsys):
         "6 check",
         "75 stopped",
     ):
-        assert code in " ".join(told.split())
+        assert code in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(
@@ -237,33 +237,33 @@ def test_overrides_may_stand_before_between_and_after_options(tmp_path, capsys, 
     }[order]
     with tiny.alone_on_cpu():
         assert (cli.main(["train", *argv]) if entry == "command" else train.main(argv)) == 0
-    told = capsys.readouterr().out
-    assert "seed 7" in told
-    assert "5 epochs" in told
+    shown = capsys.readouterr().out
+    assert "seed 7" in shown
+    assert "5 epochs" in shown
 
 
 # -- the plan
 
 
-def test_the_plan_says_rounds_densities_and_steps_and_creates_nothing(tmp_path, capsys, monkeypatch):
+def test_a_dry_run_prints_rounds_densities_and_steps_and_creates_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = tiny.write_recipe(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert tiny.command("train", recipe, "--dry-run") == 0
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
-    table = [line.split() for line in told.splitlines() if re.match(r" *[0-9]+ ", line)]
+    table = [line.split() for line in shown.splitlines() if re.match(r" *[0-9]+ ", line)]
     assert [row[:3] for row in table] == [
         ["0", "1.0000", f"{tiny.NUM_PRUNABLE:,}"],
         ["1", "0.3162", f"{round(tiny.NUM_PRUNABLE * 0.1**0.5):,}"],
         ["2", "0.1000", f"{round(tiny.NUM_PRUNABLE * 0.1):,}"],
     ]
     assert [row[4:6] for row in table] == [["2", "6"]] * 3
-    assert "after step 5" in told
-    assert "6 epochs, 18 steps, 576 images" in told
-    assert "1,293 train, 144 val, 360 test, 10 classes" in told
-    assert "shrinks the condemned to 1.00e-03 of their size" in told
-    assert f"run folder {tmp_path}/runs/tiny" in told
+    assert "after step 5" in shown
+    assert "6 epochs, 18 steps, 576 images" in shown
+    assert "1,293 train, 144 val, 360 test, 10 classes" in shown
+    assert "shrinks the condemned to 1.00e-03 of their size" in shown
+    assert f"run folder {tmp_path}/runs/tiny" in shown
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_every_recipe_of_the_package_has_a_plan(capsys, monkeypatch):
     assert seen == len(builtin_recipes()) >= 3
 
 
-def test_the_plan_of_a_long_tail_counts_what_the_tail_leaves(tmp_path, monkeypatch):
+def test_the_plan_of_a_long_tail_counts_the_remaining_images(tmp_path, monkeypatch):
     def unreachable(*_):
         raise MissingRequirement("no network")
 
@@ -300,7 +300,7 @@ def test_the_plan_of_a_long_tail_counts_what_the_tail_leaves(tmp_path, monkeypat
     assert data.count_rows(load(tiny.write_recipe(tmp_path), more)).train == 5 * 4500 + 5 * 450
 
 
-# -- what is wrong is found before anything is created
+# -- invalid input is found before anything is created
 
 
 @pytest.mark.parametrize(
@@ -334,12 +334,12 @@ def test_the_plan_of_a_long_tail_counts_what_the_tail_leaves(tmp_path, monkeypat
     ],
 )
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "plan"])
-def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, overrides, code, sentence, flags):
+def test_invalid_input_is_one_sentence_and_creates_nothing(tmp_path, capsys, overrides, code, sentence, flags):
     recipe = tiny.write_recipe(tmp_path)
     assert tiny.command("train", recipe, *overrides, *flags) == code
-    told = capsys.readouterr()
-    assert told.err.startswith("error: ")
-    assert sentence in told.err
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert sentence in shown.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"]
 
 
@@ -359,7 +359,7 @@ def looks_at_numbers(pretrained=False, num_classes=10, **_):
 """
 
 
-def test_a_model_that_looks_at_numbers_is_planned_and_trained(tmp_path, monkeypatch, capsys):
+def test_a_model_that_inspects_values_is_planned_and_trained(tmp_path, monkeypatch, capsys):
     (tmp_path / "looking.py").write_text(NUMBERS)
     monkeypatch.syspath_prepend(tmp_path)
     argv = ["train", tiny.write_recipe(tmp_path), "plugins=[looking]", "model.name=looks_at_numbers", "model.args={}"]
@@ -368,7 +368,7 @@ def test_a_model_that_looks_at_numbers_is_planned_and_trained(tmp_path, monkeypa
     assert tiny.command(*argv, *SHORT) == 0
 
 
-def test_a_start_whose_zeros_would_grow_back_is_refused_and_leaves_nothing(finished, tmp_path, capsys):
+def test_a_start_whose_zeros_would_grow_back_is_rejected(finished, tmp_path, capsys):
     recipe = tiny.write_recipe(tmp_path)
     start = f"model.start_from={finished / 'runs' / 'tiny'}"
     assert tiny.command("train", recipe, start, "pruning.protect=['*.qkv.*']") == 2
@@ -376,7 +376,7 @@ def test_a_start_whose_zeros_would_grow_back_is_refused_and_leaves_nothing(finis
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"]
 
 
-def test_a_start_that_leaves_nothing_to_remove_is_refused_and_a_plan_counts_from_it(finished, tmp_path, capsys):
+def test_a_start_with_nothing_left_to_remove_is_rejected_and_the_plan_counts_from_it(finished, tmp_path, capsys):
     recipe, start = tiny.write_recipe(tmp_path), f"model.start_from={finished / 'runs' / 'tiny'}"
     for more in ((), ("--dry-run",)):
         assert tiny.command("train", recipe, start, *more) == 2
@@ -417,7 +417,7 @@ def test_a_corrupt_image_is_found_before_the_first_step(tmp_path, images, capsys
 # -- a finished run and its evaluation
 
 
-def test_a_finished_run_leaves_what_the_documents_promise(finished):
+def test_a_finished_run_has_the_documented_files(finished):
     run = finished / "runs" / "tiny"
     names = {path.name for path in run.iterdir()}
     assert names >= {
@@ -466,23 +466,23 @@ def test_a_finished_run_leaves_what_the_documents_promise(finished):
     assert about["data"]["source"] == "scikit-learn digits"
 
 
-def test_the_seconds_of_a_round_are_those_of_its_training(finished):
+def test_the_seconds_of_a_round_are_its_training_time(finished):
     assert all(0 <= float(row["seconds"]) < 60 for row in rounds(finished / "runs" / "tiny"))
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_evaluate_finds_what_the_run_found(finished, tmp_path, capsys, monkeypatch, split):
+def test_evaluate_reproduces_the_scores_of_the_run(finished, tmp_path, capsys, monkeypatch, split):
     monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 50)
     run = finished / "runs" / "tiny"
     for number, row in enumerate(rounds(run)):
         ticket = run / "tickets" / f"round_{number:02d}.safetensors"
         assert tiny.command("evaluate", ticket, "--split", split, "--json", tmp_path / "out.json") == 0
-        told = capsys.readouterr().out
+        shown = capsys.readouterr().out
         result = json.loads((tmp_path / "out.json").read_text())
-        assert f"top1 {float(row[f'{split}_top1']):.2f}  " in told
+        assert f"top1 {float(row[f'{split}_top1']):.2f}  " in shown
         assert result["top1"] == pytest.approx(float(row[f"{split}_top1"]), abs=1e-9)
         assert result["loss"] == pytest.approx(float(row[f"{split}_loss"]), rel=1e-5)
-        assert f"density {float(row['density']):.4f}" in told
+        assert f"density {float(row['density']):.4f}" in shown
         assert (result["samples"], result["split"]) == ({"test": 360, "val": 144}[split], split)
         assert sum(map(sum, result["confusion"])) == result["samples"]
         hits = sum(result["confusion"][i][i] for i in range(10))
@@ -491,12 +491,12 @@ def test_evaluate_finds_what_the_run_found(finished, tmp_path, capsys, monkeypat
         assert sum(result["support"]) == result["samples"]
 
 
-def test_evaluate_of_a_run_means_its_last_ticket(finished, capsys):
+def test_evaluate_scores_the_last_ticket_of_a_run(finished, capsys):
     assert tiny.command("evaluate", finished / "runs" / "tiny") == 0
-    told = capsys.readouterr().out
-    assert "round_02.safetensors on test (360 images)" in told
-    assert f"top1 {float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in told
-    assert len([line for line in told.splitlines() if re.match(r" *[0-9] ", line)]) == 10
+    shown = capsys.readouterr().out
+    assert "round_02.safetensors on test (360 images)" in shown
+    assert f"top1 {float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in shown
+    assert len([line for line in shown.splitlines() if re.match(r" *[0-9] ", line)]) == 10
 
 
 def test_evaluate_of_a_run_without_a_ticket_says_so(tmp_path, capsys):
@@ -504,7 +504,7 @@ def test_evaluate_of_a_run_without_a_ticket_says_so(tmp_path, capsys):
     assert "there is no ticket in this run folder yet" in capsys.readouterr().err
 
 
-def test_evaluate_finds_data_that_have_moved(tmp_path, images, capsys):
+def test_evaluate_takes_a_moved_dataset(tmp_path, images, capsys):
     assert tiny.command("train", tiny.write_recipe(tmp_path), *images) == 0
     run = tmp_path / "runs" / "tiny"
     (tmp_path / "images").rename(tmp_path / "moved")
@@ -520,9 +520,9 @@ def test_evaluate_finds_data_that_have_moved(tmp_path, images, capsys):
 
 def test_models_are_listed_with_their_sizes(capsys):
     assert tiny.command("models") == 0
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for name, number in (("vit_tiny", "2,697,610"), ("vit_small", "21,342,346"), ("vit_base", "85,152,010")):
-        [line] = [line for line in told.splitlines() if line.split()[:1] == [name]]
+        [line] = [line for line in shown.splitlines() if line.split()[:1] == [name]]
         assert number in line
         assert MODELS[name].architecture in line
     assert len(MODELS) == 16
@@ -530,9 +530,9 @@ def test_models_are_listed_with_their_sizes(capsys):
 
 def test_recipes_are_listed_by_the_name_that_train_takes(capsys):
     assert tiny.command("recipes") == 0
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == len(builtin_recipes())
-    for line in told:
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == len(builtin_recipes())
+    for line in shown:
         name, about = line.split(maxsplit=1)
         assert (tiny.REPOSITORY / "recipes" / f"{name}.yaml").exists()
         assert len(about) > 10
@@ -541,14 +541,14 @@ def test_recipes_are_listed_by_the_name_that_train_takes(capsys):
 
 def test_methods_criteria_and_sources_are_listed_with_a_line_each(capsys):
     assert tiny.command("methods") == 0
-    told = capsys.readouterr().out.splitlines()
-    found = {tuple(line.split()[:2]) for line in told}
+    shown = capsys.readouterr().out.splitlines()
+    found = {tuple(line.split()[:2]) for line in shown}
     expected = {("method", name) for name in METHODS}
     expected |= {("criterion", name) for name in ("magnitude", "random")}
     expected |= {("source", name) for name in ("digits", "cifar10", "cifar100", "imagenet1k", "folder")}
     assert found >= expected
-    assert len(told) == len(found)
-    assert all(len(line.split(maxsplit=2)[2]) > 10 for line in told)
+    assert len(shown) == len(found)
+    assert all(len(line.split(maxsplit=2)[2]) > 10 for line in shown)
 
 
 def test_runs_are_listed_with_state_and_result(finished, tmp_path, capsys, monkeypatch):
@@ -558,14 +558,14 @@ def test_runs_are_listed_with_state_and_result(finished, tmp_path, capsys, monke
     (tmp_path / "runs" / "young").mkdir()
     (tmp_path / "runs" / "young" / "status.json").write_text('{"state": "running"}')
     assert tiny.command("runs", tmp_path / "runs") == 0
-    head, *told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head, *shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert head[:2] == ["run", "state"]
     last = rounds(finished / "runs" / "tiny")[-1]
     best = max(float(row["val_top1"]) for row in rounds(finished / "runs" / "tiny"))
     scores = [f"{float(last['density']):.4f}", f"{best:.2f}", f"{float(last['test_top1']):.2f}", "rsst"]
-    assert told[0][:9] == ["tiny", "finished", "████████", "100%", "2", *scores]
-    assert told[1][:8] == ["young", "running", "–", "0", "–", "–", "–", "?"]
-    assert len(told) == 2
+    assert shown[0][:9] == ["tiny", "finished", "████████", "100%", "2", *scores]
+    assert shown[1][:8] == ["young", "running", "–", "0", "–", "–", "–", "?"]
+    assert len(shown) == 2
 
 
 def test_runs_of_an_empty_and_of_a_missing_folder(tmp_path, capsys):
@@ -578,27 +578,27 @@ def test_runs_of_an_empty_and_of_a_missing_folder(tmp_path, capsys):
 # -- the same command again
 
 
-def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
+def test_a_finished_run_is_left_unchanged(finished, capsys):
     before = snapshot(finished)
     capsys.readouterr()
     assert tiny.command("train", finished / "tiny.yaml") == 0
-    told = capsys.readouterr().out
-    assert "is already finished; use --restart to start over" in told
-    assert f"{float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in told
+    shown = capsys.readouterr().out
+    assert "is already finished; use --restart to start over" in shown
+    assert f"{float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in shown
     assert snapshot(finished) == before
 
 
-def test_another_recipe_in_the_same_folder_is_refused_with_what_differs(finished, capsys):
+def test_a_different_recipe_in_the_same_folder_is_rejected_with_the_differences(finished, capsys):
     before = snapshot(finished)
     assert tiny.command("train", finished / "tiny.yaml", "seed=5", "optim.lr=1e-4") == 2
-    told = capsys.readouterr().err
-    assert "2 fields differ" in told
-    assert "optim.lr: 0.003 there, 0.0001 now" in told
-    assert "seed: 0 there, 5 now" in told
+    shown = capsys.readouterr().err
+    assert "2 fields differ" in shown
+    assert "optim.lr: 0.003 there, 0.0001 now" in shown
+    assert "seed: 0 there, 5 now" in shown
     assert snapshot(finished) == before
 
 
-def test_a_restart_begins_anew_and_keeps_the_old_folder(copied, capsys):
+def test_a_restart_keeps_the_old_folder(copied, capsys):
     runs = copied.parent / "runs"
     before = snapshot(runs / "tiny")
     assert tiny.command("train", copied, "--restart", "seed=5", *SHORT) == 0
@@ -609,7 +609,7 @@ def test_a_restart_begins_anew_and_keeps_the_old_folder(copied, capsys):
     assert not [e for e in lines(runs / "tiny") if e["event"] == "resume"]
 
 
-def test_a_restart_with_wrong_input_leaves_the_run_where_it_is(copied, capsys):
+def test_a_restart_with_invalid_input_leaves_the_run_in_place(copied, capsys):
     runs = copied.parent / "runs"
     before = snapshot(runs)
     assert tiny.command("train", copied, "--restart", "model.name=no_such_model") == 2
@@ -624,9 +624,9 @@ def test_damaged_resume_points_end_with_5_in_the_status_too(copied, capsys):
     for path in run.glob("checkpoints/step-*/model.safetensors"):
         path.write_bytes(b"")
     assert tiny.command("train", copied) == 5
-    told = capsys.readouterr().err
-    assert "set aside" in told
-    assert "no intact resume point is left" in told
+    shown = capsys.readouterr().err
+    assert "set aside" in shown
+    assert "no intact resume point is left" in shown
     found = tiny.status(run)
     assert (found["state"], found["exit_code"]) == ("failed", 5)
 
@@ -634,12 +634,12 @@ def test_damaged_resume_points_end_with_5_in_the_status_too(copied, capsys):
 # -- divergence
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, capsys):
+def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, capsys):
     recipe = tiny.write_recipe(tmp_path)
     assert tiny.command("train", recipe, "optim.lr=1e30") == 4
-    told = capsys.readouterr().err
-    [where] = re.findall(r"round 0, epoch \d, step \d", told)
-    assert "optim.lr" in told
+    shown = capsys.readouterr().err
+    [where] = re.findall(r"round 0, epoch \d, step \d", shown)
+    assert "optim.lr" in shown
     run = tmp_path / "runs" / "tiny"
     found = tiny.status(run)
     assert (found["state"], found["exit_code"]) == ("failed", 4)
@@ -651,7 +651,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, ca
 
 @pytest.fixture
 def one_bad_batch(monkeypatch):
-    """The second training batch of this process is not a number."""
+    """The second training batch of this process is NaN."""
     normalize, count = transforms.normalize, 0
 
     def broken(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
@@ -662,13 +662,13 @@ def one_bad_batch(monkeypatch):
     monkeypatch.setattr(transforms, "normalize", broken)
 
 
-def test_one_bad_step_stops_a_run_that_tolerates_none(tmp_path, one_bad_batch, capsys):
+def test_a_non_finite_step_stops_a_run_that_tolerates_none(tmp_path, one_bad_batch, capsys):
     assert tiny.command("train", tiny.write_recipe(tmp_path)) == 4
     assert "round 0, epoch 0, step 1" in capsys.readouterr().err
 
 
 @pytest.mark.fault("F18")
-def test_as_many_bad_steps_are_skipped_as_the_recipe_tolerates(tmp_path, one_bad_batch, capsys):
+def test_non_finite_steps_are_skipped_up_to_the_limit(tmp_path, one_bad_batch, capsys):
     assert (
         tiny.command("train", tiny.write_recipe(tmp_path), "train.max_skipped_steps=1", "train.log_every_steps=50") == 0
     )
@@ -681,7 +681,7 @@ def test_as_many_bad_steps_are_skipped_as_the_recipe_tolerates(tmp_path, one_bad
     assert tiny.status(run)["step"] == 18
 
 
-# -- stopping and going on
+# -- stopping and resuming
 
 LONG = ("train.steps_per_epoch=8", "train.log_every_steps=2", "pruning.rewind=epoch:1", "model.args.drop_path_rate=0.1")
 TOTAL = 3 * 2 * 8
@@ -711,7 +711,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def outcome(run: Path) -> Iterator[object]:
-    """All that two runs of one recipe have in common, bit by bit."""
+    """Everything that two runs of one recipe must share, bit for bit."""
     for path in sorted((run / "tickets").glob("*.safetensors")):
         yield path.name, {name: t.flatten().view(torch.uint8).tolist() for name, t in load_file(path).items()}
     yield [{k: v for k, v in row.items() if k != "seconds"} for row in rounds(run)]
@@ -729,7 +729,7 @@ def is_as_undisturbed(run: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.fault("F1")
-def test_a_terminated_process_ends_with_75_and_the_same_command_ends_bit_identical(tmp_path, undisturbed, capsys):
+def test_a_terminated_run_exits_with_75_and_resumes_bit_for_bit(tmp_path, undisturbed, capsys):
     recipe = tiny.write_recipe(tmp_path)
     run = tmp_path / "runs" / "tiny"
     stop_at = 2 * 8 + 3  # in round 1, within the penalty's window
@@ -746,7 +746,7 @@ def test_a_terminated_process_ends_with_75_and_the_same_command_ends_bit_identic
     is_as_undisturbed(run, undisturbed)
 
 
-def test_a_run_stops_when_its_time_is_up_and_goes_on_with_more(tmp_path, undisturbed, capsys):
+def test_a_run_stops_at_its_time_limit_and_resumes_with_a_new_one(tmp_path, undisturbed, capsys):
     recipe = tiny.write_recipe(tmp_path)
     run = tmp_path / "runs" / "tiny"
     assert tiny.command("train", recipe, *LONG, "train.max_minutes=1e-6") == 75
@@ -757,19 +757,19 @@ def test_a_run_stops_when_its_time_is_up_and_goes_on_with_more(tmp_path, undistu
     is_as_undisturbed(run, undisturbed)
 
 
-def test_output_that_nobody_reads_any_more_is_no_traceback():
+def test_a_closed_output_pipe_is_no_traceback():
     command = [sys.executable, "-m", "vit_rsst.cli", "methods"]
     process = subprocess.Popen(
         command, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     process.stdout.close()
-    told = process.stderr.read()
-    assert (process.wait(timeout=60), told) == (141, "")
+    shown = process.stderr.read()
+    assert (process.wait(timeout=60), shown) == (141, "")
 
 
 @pytest.mark.parametrize("stops", [[1], [8], [13, 14], [TOTAL - 1], [TOTAL]])
 def test_a_run_may_be_stopped_at_any_step(tmp_path, undisturbed, monkeypatch, stops):
-    """In the first step, at the end of an epoch, twice in a row, before the last step and after it."""
+    """In the first step, at the end of an epoch, twice in a row, before and after the last step."""
     recipe = tiny.write_recipe(tmp_path)
     run = tmp_path / "runs" / "tiny"
     step_of = console.Console.step
@@ -788,7 +788,7 @@ def test_a_run_may_be_stopped_at_any_step(tmp_path, undisturbed, monkeypatch, st
     is_as_undisturbed(run, undisturbed)
 
 
-def test_a_second_interrupt_ends_at_once_and_the_same_command_goes_on(tmp_path, undisturbed, monkeypatch):
+def test_a_second_interrupt_exits_at_once_and_the_run_still_resumes(tmp_path, undisturbed, monkeypatch):
     recipe = tiny.write_recipe(tmp_path)
     run = tmp_path / "runs" / "tiny"
     step_of = console.Console.step
@@ -808,7 +808,7 @@ def test_a_second_interrupt_ends_at_once_and_the_same_command_goes_on(tmp_path, 
     is_as_undisturbed(run, undisturbed)
 
 
-def test_fields_that_decide_nothing_may_change_when_a_run_goes_on(tmp_path, undisturbed, monkeypatch):
+def test_fields_that_do_not_affect_results_may_change_on_resume(tmp_path, undisturbed, monkeypatch):
     recipe = tiny.write_recipe(tmp_path)
     step_of = console.Console.step
 

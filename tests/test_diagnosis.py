@@ -1,4 +1,4 @@
-"""Diagnosis: a table of synthetic curves with the verdict of each, and silence over a healthy real run."""
+"""Diagnosis: synthetic curves with the expected findings, and none for a healthy real run."""
 
 import csv
 import math
@@ -17,10 +17,10 @@ RSST = {"pruning": {"method": {"name": "rsst", "penalty": {"residual": 1e-3}}}}
 
 
 def curve(train: list, val: list | None = None, top1: tuple = (90, 89), start: float = 10, **more: object) -> list:
-    """Epoch events of one round: losses, and top-1 of training and validation at the end, a line from `start` on.
+    """Epoch events of one round: losses, and final training and validation top-1, linear from `start`.
 
     Args:
-        more: other metrics, the same in each epoch or a list over epochs.
+        more: other metrics, constant or a list over epochs.
     """
     val, number, events = val or train, len(train), []
     for i in range(number):
@@ -31,7 +31,7 @@ def curve(train: list, val: list | None = None, top1: tuple = (90, 89), start: f
     return events
 
 
-def told(
+def history_of(
     *of_rounds: list,
     rows: list = (),
     pruning: list = (),
@@ -39,7 +39,7 @@ def told(
     state: str = "running",
     shrinking: int = 0,
 ) -> History:
-    """A run of these rounds, in whose last one there are condemned weights for so many epochs."""
+    """A run of these rounds, with condemned weights during the first `shrinking` epochs of the last one."""
     events = [event | {"round": round} for round, events in enumerate(of_rounds) for event in events]
     for event in events[len(events) - len(of_rounds[-1]) :][:shrinking] if of_rounds else ():
         event["prune/condemned_left"] = 0.5
@@ -61,26 +61,32 @@ LAYERS = {"blocks.0.mlp.fc1.weight": {"density": 0.4}, "blocks.1.mlp.fc1.weight"
 ENDED = {"state": "finished"}
 
 CURVES = {
-    "healthy": (told(curve(down(20))), []),
-    "healthy, with rounds": (told(curve(down(20)), curve(down(10, 0.8)), rows=[row(0, 90), row(1, 89.5, 6.0)]), []),
-    "healthy, of four epochs": (told(curve(FLAT[:4], top1=(10, 10))), []),
-    "healthy, a spike": (told(curve([*down(10), 0.9, 0.5, 0.4])), []),
-    "healthy, low but fitted": (told(curve(down(20, 2.3, 1.4), top1=(50, 46)), **ENDED), []),
-    "healthy, one bad epoch of validation": (told(curve(down(20), [*down(18), 0.9, 0.34], top1=(99, 85))), []),
-    "flat": (told(curve(FLAT, top1=(10, 10))), ["not learning"]),
-    "slow among a thousand classes": (told(curve(down(8, 6.9, 6.5), top1=(1.2, 1.1), start=0.1)), []),
-    "flat among a thousand classes": (told(curve([6.91, 6.90] * 3, top1=(0.12, 0.1), start=0.1)), ["not learning"]),
-    "flat loss, rising accuracy": (told(curve(FLAT, top1=(40, 40))), []),
+    "healthy": (history_of(curve(down(20))), []),
+    "healthy, with rounds": (
+        history_of(curve(down(20)), curve(down(10, 0.8)), rows=[row(0, 90), row(1, 89.5, 6.0)]),
+        [],
+    ),
+    "healthy, of four epochs": (history_of(curve(FLAT[:4], top1=(10, 10))), []),
+    "healthy, a spike": (history_of(curve([*down(10), 0.9, 0.5, 0.4])), []),
+    "healthy, low but fitted": (history_of(curve(down(20, 2.3, 1.4), top1=(50, 46)), **ENDED), []),
+    "healthy, one bad epoch of validation": (history_of(curve(down(20), [*down(18), 0.9, 0.34], top1=(99, 85))), []),
+    "flat": (history_of(curve(FLAT, top1=(10, 10))), ["not learning"]),
+    "slow among a thousand classes": (history_of(curve(down(8, 6.9, 6.5), top1=(1.2, 1.1), start=0.1)), []),
+    "flat among a thousand classes": (
+        history_of(curve([6.91, 6.90] * 3, top1=(0.12, 0.1), start=0.1)),
+        ["not learning"],
+    ),
+    "flat loss, rising accuracy": (history_of(curve(FLAT, top1=(40, 40))), []),
     "flat, with the noise of a few validation images": (
-        told(curve(FLAT, top1=(10, 10), **{"val/top1": [8.3, 14.6, 10.4, 6.3, 9.7, 11.1]})),
+        history_of(curve(FLAT, top1=(10, 10), **{"val/top1": [8.3, 14.6, 10.4, 6.3, 9.7, 11.1]})),
         ["not learning"],
     ),
     "thrown to chance by the first steps": (
-        told(curve([13.8, 4.1, 2.57, 2.4, 2.34, 2.33, 2.32, 2.32, *[2.31] * 8], top1=(10, 10)), **ENDED),
+        history_of(curve([13.8, 4.1, 2.57, 2.4, 2.34, 2.33, 2.32, 2.32, *[2.31] * 8], top1=(10, 10)), **ENDED),
         ["not learning"],
     ),
     "thrown far from chance, on the way down": (
-        told(
+        history_of(
             curve(
                 [44.9, 66.6, 36.8, 23.1, 12.4, 6.4, 4.4, 3.1, 2.6, 2.35],
                 top1=(10.6, 10.6),
@@ -90,99 +96,114 @@ CURVES = {
         ["not learning"],
     ),
     "climbing and then stuck": (
-        told(curve([*down(15), *[2.3] * 5], **{"train/top1": [*[60.0] * 15, *[10.0] * 5]}, top1=(60, 59)), **ENDED),
+        history_of(
+            curve([*down(15), *[2.3] * 5], **{"train/top1": [*[60.0] * 15, *[10.0] * 5]}, top1=(60, 59)), **ENDED
+        ),
         ["diverging"],
     ),
     "learning what validation does not ask": (
-        told(curve(down(8, 4.6, 1.9), **{"train/top1": [2, 6, 14, 22, 29, 36, 41, 45], "val/top1": [1.0, 1.4] * 4})),
+        history_of(
+            curve(down(8, 4.6, 1.9), **{"train/top1": [2, 6, 14, 22, 29, 36, 41, 45], "val/top1": [1.0, 1.4] * 4})
+        ),
         [],
     ),
-    "flat from published weights": (told(curve([0.2] * 9, top1=(96, 95), start=95)), []),
-    "thrown to chance later": (told(curve([2.3, 1.5, 0.9, 2.3, 2.31, 2.3, 2.3])), ["diverging"]),
+    "flat from published weights": (history_of(curve([0.2] * 9, top1=(96, 95), start=95)), []),
+    "thrown to chance later": (history_of(curve([2.3, 1.5, 0.9, 2.3, 2.31, 2.3, 2.3])), ["diverging"]),
     "climbing while weights leave": (
-        told(curve([*down(6), 0.5, 0.8, 1.2], **{"prune/density": [1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.2]})),
+        history_of(curve([*down(6), 0.5, 0.8, 1.2], **{"prune/density": [1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.2]})),
         [],
     ),
     "climbing while the condemned shrink": (
-        told(curve(down(9)), curve([0.4, 0.7, 1.1, 0.5, 0.4], **{"prune/density": [1, 1, 1, 0.5, 0.5]}), shrinking=3),
+        history_of(
+            curve(down(9)), curve([0.4, 0.7, 1.1, 0.5, 0.4], **{"prune/density": [1, 1, 1, 0.5, 0.5]}), shrinking=3
+        ),
         [],
     ),
-    "not a number": (told(curve([2.3, 2.0, math.nan])), ["diverging"]),
-    "infinite, as the log has it": (told(curve([2.3, 2.0, "inf"], [2.3, 2.0, 2.0])), ["diverging"]),
-    "climbing": (told(curve([2.3, 1.8, 1.2, 1.6, 2.4, 3.9])), ["diverging"]),
-    "climbing in a later round": (told(curve(down(9)), curve([0.5, 0.4, 0.7, 1.1, 1.9])), ["diverging"]),
+    "not a number": (history_of(curve([2.3, 2.0, math.nan])), ["diverging"]),
+    "infinite, as the log has it": (history_of(curve([2.3, 2.0, "inf"], [2.3, 2.0, 2.0])), ["diverging"]),
+    "climbing": (history_of(curve([2.3, 1.8, 1.2, 1.6, 2.4, 3.9])), ["diverging"]),
+    "climbing in a later round": (history_of(curve(down(9)), curve([0.5, 0.4, 0.7, 1.1, 1.9])), ["diverging"]),
     "overfitted": (
-        told(curve(down(20, 2.3, 0.02), [*down(10, 2.3, 1.0), *(1.1 + 0.08 * i for i in range(10))], top1=(99, 62))),
+        history_of(
+            curve(down(20, 2.3, 0.02), [*down(10, 2.3, 1.0), *(1.1 + 0.08 * i for i in range(10))], top1=(99, 62))
+        ),
         ["overfitting"],
     ),
-    "overfitted but no worse": (told(curve(down(20, 2.3, 0.02), down(20, 2.3, 1.0), top1=(99, 62))), []),
-    "cut short": (told(curve([2.3 - 0.07 * i for i in range(16)], top1=(45, 46)), **ENDED), ["underfitting"]),
-    "still in its round": (told(curve([2.3 - 0.07 * i for i in range(16)], top1=(45, 46))), []),
-    "stuck": (told(curve([2.3, 2.0, *[1.8] * 14], top1=(32, 33)), **ENDED), ["underfitting"]),
+    "overfitted but no worse": (history_of(curve(down(20, 2.3, 0.02), down(20, 2.3, 1.0), top1=(99, 62))), []),
+    "cut short": (history_of(curve([2.3 - 0.07 * i for i in range(16)], top1=(45, 46)), **ENDED), ["underfitting"]),
+    "still in its round": (history_of(curve([2.3 - 0.07 * i for i in range(16)], top1=(45, 46))), []),
+    "stuck": (history_of(curve([2.3, 2.0, *[1.8] * 14], top1=(32, 33)), **ENDED), ["underfitting"]),
     "low in training alone, under strong augmentation": (
-        told(curve([6.0 - 0.1 * i for i in range(16)], [5 - 0.2 * i for i in range(16)], top1=(40, 72)), **ENDED),
+        history_of(curve([6.0 - 0.1 * i for i in range(16)], [5 - 0.2 * i for i in range(16)], top1=(40, 72)), **ENDED),
         [],
     ),
-    "waiting for images": (told(curve(down(6), **{"time/loader_wait": 0.6})), ["loader-bound"]),
-    "waiting a little": (told(curve(down(6), **{"time/loader_wait": 0.1})), []),
+    "waiting for images": (history_of(curve(down(6), **{"time/loader_wait": 0.6})), ["loader-bound"]),
+    "waiting a little": (history_of(curve(down(6), **{"time/loader_wait": 0.1})), []),
     "penalty in vain": (
-        told(curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.35}]),
+        history_of(curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.35}]),
         ["penalty without effect"],
     ),
-    "penalty at work": (told(curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.004}]), []),
+    "penalty at work": (history_of(curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.004}]), []),
     "no penalty": (
-        told(curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.35}], recipe={"pruning": {"method": "imp"}}),
+        history_of(
+            curve(down(6)), pruning=[{"round": 1, "condemned_ratio": 0.35}], recipe={"pruning": {"method": "imp"}}
+        ),
         [],
     ),
-    "an empty layer": (told(curve(down(6)), pruning=[{"round": 2, "layers": LAYERS}]), ["layer nearly empty"]),
-    "a dear removal": (told(curve(down(6)), rows=[row(0, 90.0), row(1, 84.0, 12.0)]), ["removal costs accuracy"]),
-    "a dear removal of a few images": (
-        told(curve(down(6)), rows=[row(0, 17.4), row(1, 13.9, 2.8)], pruning=[{"round": 1, "what_if_loss_gap": 0.014}]),
+    "an empty layer": (history_of(curve(down(6)), pruning=[{"round": 2, "layers": LAYERS}]), ["layer nearly empty"]),
+    "a costly removal": (
+        history_of(curve(down(6)), rows=[row(0, 90.0), row(1, 84.0, 12.0)]),
+        ["removal costs accuracy"],
+    ),
+    "a costly removal on a few images": (
+        history_of(
+            curve(down(6)), rows=[row(0, 17.4), row(1, 13.9, 2.8)], pruning=[{"round": 1, "what_if_loss_gap": 0.014}]
+        ),
         [],
     ),
     "a round that lost what it shrank": (
-        told(curve(down(6)), rows=[row(0, 57.6, loss=1.2), row(1, 26.4, 0.0, 2.0)]),
+        history_of(curve(down(6)), rows=[row(0, 57.6, loss=1.2), row(1, 26.4, 0.0, 2.0)]),
         ["removal costs accuracy"],
     ),
     "a round that lost accuracy and no loss": (
-        told(curve(down(6)), rows=[row(0, 17.4, loss=2.2), row(1, 11.8, 0.0, 2.21)]),
+        history_of(curve(down(6)), rows=[row(0, 17.4, loss=2.2), row(1, 11.8, 0.0, 2.21)]),
         [],
     ),
-    "a removal that was won back": (told(curve(down(6)), rows=[row(0, 90.0), row(1, 89.5, 12.0)]), []),
+    "a removal that was recovered from": (history_of(curve(down(6)), rows=[row(0, 90.0), row(1, 89.5, 12.0)]), []),
     "two at once": (
-        told(curve(FLAT, top1=(10, 10), **{"time/loader_wait": 0.6})),
+        history_of(curve(FLAT, top1=(10, 10), **{"time/loader_wait": 0.6})),
         ["not learning", "loader-bound"],
     ),
-    "nothing yet": (told(), []),
+    "nothing yet": (history_of(), []),
 }
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_each_curve_has_its_verdict(name):
+def test_each_curve_has_its_diagnosis(name):
     given, expected = CURVES[name]
     found = diagnose(given)
     assert [diagnosis.name for diagnosis in found] == expected
     for diagnosis in found:
-        assert any(letter.isdigit() for letter in diagnosis.seen), "what is seen is a number"
+        assert any(letter.isdigit() for letter in diagnosis.seen), "the symptom is quantified"
         assert diagnosis.seen.endswith(".")
         assert diagnosis.advice
 
 
-def test_the_table_has_a_curve_for_every_rule():
+def test_every_rule_has_a_curve():
     assert len({name for _, names in CURVES.values() for name in names}) == len(RULES) == 8
 
 
-def test_numbers_and_fields_are_named():
-    [found] = diagnose(CURVES["a dear removal"][0])
+def test_a_diagnosis_names_numbers_and_fields():
+    [found] = diagnose(CURVES["a costly removal"][0])
     assert str(found) == (
-        "removal costs accuracy: in round 1 the removal cost 12.00 points at once, and 6.00 were still missing at its "
-        "end, at density 0.500. Try more pruning.schedule.rounds, pruning.method=rsst or a longer penalty.window, more "
-        "train.round_epochs."
+        "removal costs accuracy: in round 1 removal cost 12.00 points immediately, and 6.00 points were still missing "
+        "at the end of the round, at density 0.500. Try more pruning.schedule.rounds, pruning.method=rsst, a longer "
+        "penalty.window, or more train.round_epochs."
     )
 
 
-def test_a_healthy_real_run_has_no_diagnosis_at_any_time():
-    """The curves of the quick start as they were measured, with all the noise of 144 validation images."""
+def test_a_healthy_real_run_never_has_a_diagnosis():
+    """Measured curves of the quick start, with the noise of 144 validation images."""
     with open(Path(__file__).with_name("quickstart_curve.csv"), encoding="utf-8") as file:
         rows = [{name: float(value) for name, value in line.items()} for line in csv.DictReader(file)]
     assert len(rows) == 140
@@ -194,11 +215,11 @@ def test_a_healthy_real_run_has_no_diagnosis_at_any_time():
         for i, r in enumerate(rows, 1)
     ]  # fmt: skip
     for number in range(1, 141):
-        told_so_far = History(Path(), RSST, {}, {"state": "running" if number < 140 else "finished"}, events[:number])
-        assert diagnose(told_so_far) == [], number
+        so_far = History(Path(), RSST, {}, {"state": "running" if number < 140 else "finished"}, events[:number])
+        assert diagnose(so_far) == [], number
 
 
-def test_the_log_says_it_once_and_the_report_too(tmp_path, capsys, monkeypatch):
+def test_log_and_report_say_it_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pictures, "PICTURES", ())
     monkeypatch.setattr(curves, "DRAWINGS", ())
     text = tiny.RECIPE.replace("figures: false", "figures: true").replace("lr: 3e-3", "lr: 1e-9")
@@ -211,14 +232,14 @@ def test_the_log_says_it_once_and_the_report_too(tmp_path, capsys, monkeypatch):
     assert page.count("not learning: after 5 epochs") == 1
 
 
-def test_warnings_of_the_report_are_told_once_each():
+def test_the_report_shows_each_warning_once():
     texts = ["a", "a", "b", f"{PREFIX}not learning: x"]
-    given = told(curve(down(3)))
+    given = history_of(curve(down(3)))
     given.events.extend({"event": "warning", "step": i, "text": text} for i, text in enumerate(texts, 1))
-    assert list(story.warnings(given)) == ["Step 1 and 1 times more: a", "Step 3: b"]
+    assert list(story.warnings(given)) == ["Step 1 (and 1 more): a", "Step 3: b"]
 
 
 @pytest.mark.parametrize(("epochs", "due"), [(6, [5]), (100, [5, 10, 15]), (300, [5, 15, 30])])
-def test_curves_are_looked_at_now_and_then(epochs, due):
+def test_curves_are_checked_periodically(epochs, due):
     moments = [e for e in range(1, epochs + 1) if watching._is_due(Progress(1, (epochs,), 0, e))]
     assert moments[: len(due)] == due

@@ -1,4 +1,4 @@
-"""Figures: drawn during and after a run without being asked, from any run folder, and never at the run's cost."""
+"""Figures: drawn during and after a run by default, from any run folder, and never at the run's cost."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from vit_rsst.tickets import rounds, ticket_file
 DRAWN = tiny.RECIPE.replace("figures: false", "figures: true")
 UNITS = DRAWN.replace("pruning:\n", "pruning:\n  granularity: head+neuron\n").replace("0.9", "0.5")
 MODEL = {"confusion", "confused", "attention", "dense_beside_pruned"}
-TOLD = {"curves", "rate_and_penalty", "accuracy_by_density", "layers", "sizes"}
+CURVES = {"curves", "rate_and_penalty", "accuracy_by_density", "layers", "sizes"}
 
 
 def trained(folder: Path, text: str = DRAWN, *overrides: str) -> Path:
@@ -38,26 +38,24 @@ def names(run: Path) -> set[str]:
     return {path.stem for path in (run / "figures").glob("*.svg")}
 
 
-def test_a_run_leaves_its_figures_without_being_asked(run):
-    assert names(run) == MODEL | TOLD | {"units"}
+def test_a_run_draws_its_figures_by_default(run):
+    assert names(run) == MODEL | CURVES | {"units"}
     assert not [event for event in tiny.events(run) if event["event"] == "warning"]
     for path in (run / "figures").glob("*.svg"):
         text = path.read_text(encoding="utf-8")
         assert text.rstrip().endswith("</svg>"), path
-        assert canvas.GROUND in text, "it stands on white where nothing else gives a ground"
+        assert canvas.GROUND in text, "it has a background in any viewer"
         assert "http" not in re.sub(r'(xmlns\S*|rdf:\w+)="[^"]*"|<!DOCTYPE[^>]*>', "", text), path
 
 
-@pytest.mark.parametrize(("share", "expected"), [(1e9, TOLD), (0.0, set())])
-def test_figures_follow_a_round_while_the_run_goes_on_as_far_as_their_time_allows(
-    tmp_path, monkeypatch, share, expected
-):
+@pytest.mark.parametrize(("share", "expected"), [(1e9, CURVES), (0.0, set())])
+def test_figures_are_drawn_after_a_round_if_time_allows(tmp_path, monkeypatch, share, expected):
     monkeypatch.setattr(watching, "SHARE", share)
     monkeypatch.setattr(watching.Watcher, "finish", lambda self: None)
     assert names(trained(tmp_path)) == expected
 
 
-def test_a_figure_that_fails_is_one_warning_and_no_failure(tmp_path, monkeypatch, capsys):
+def test_a_failing_figure_is_one_warning_and_the_run_continues(tmp_path, monkeypatch, capsys):
     def broken(*_: object) -> None:
         raise RuntimeError("no ink")
 
@@ -67,13 +65,13 @@ def test_a_figure_that_fails_is_one_warning_and_no_failure(tmp_path, monkeypatch
     monkeypatch.setattr(curves, "DRAWINGS", drawings)
     run = trained(tmp_path, DRAWN, "pruning.schedule.rounds=1")
     assert tiny.status(run)["state"] == "finished"
-    told = [event["text"] for event in tiny.events(run) if event["event"] == "warning"]
-    assert told == ["figures: layers could not be made (no ink)"]
+    warnings = [event["text"] for event in tiny.events(run) if event["event"] == "warning"]
+    assert warnings == ["figures: cannot draw layers (no ink)"]
     assert capsys.readouterr().err.count("no ink") == 1
-    assert names(run) == TOLD - {"layers"}
+    assert names(run) == CURVES - {"layers"}
 
 
-def test_figures_change_nothing_of_a_run(tmp_path, run):
+def test_figures_do_not_change_a_run(tmp_path, run):
     other = trained(tmp_path, UNITS, "tracking.figures=false")
     assert not (other / "figures").exists()
     for path in sorted((run / "tickets").glob("*.safetensors")):
@@ -83,7 +81,7 @@ def test_figures_change_nothing_of_a_run(tmp_path, run):
             assert torch.equal(tensor, without.state[name]), (path.name, name)
 
 
-def test_without_matplotlib_a_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_a_run_says_so_and_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(watching, "is_possible", lambda: False)
     run = trained(tmp_path)
     assert not (run / "figures").exists()
@@ -112,7 +110,7 @@ def test_the_histogram_counts_living_weights_by_size():
     assert "condemned" not in watching.histogram(weights, mask, None)
 
 
-def test_the_condemned_of_a_round_are_seen_to_shrink(run):
+def test_histograms_show_the_condemned_shrink(run):
     moments = [event for event in history.read(run).weights if event.get("condemned")]
     assert len(moments) > 1
     means = [
@@ -121,7 +119,7 @@ def test_the_condemned_of_a_round_are_seen_to_shrink(run):
     assert means[1] < means[0]
 
 
-def test_the_confusion_of_the_figures_is_that_of_evaluate(run, tmp_path):
+def test_the_confusion_matrix_is_that_of_evaluate(run, tmp_path):
     assert tiny.command("evaluate", run, "--json", tmp_path / "e.json") == 0
     expected = json.loads((tmp_path / "e.json").read_text())
     found = history.read(run).scores
@@ -129,7 +127,7 @@ def test_the_confusion_of_the_figures_is_that_of_evaluate(run, tmp_path):
     assert found["ticket"] == "round_02.safetensors"
 
 
-def test_images_are_found_by_their_place_in_the_split(run):
+def test_images_are_found_by_position_in_the_split(run):
     exhibit = pictures.Exhibit.of(run, torch.device("cpu"))
     positions = torch.tensor([3, 200, 7]).numpy()
     picked = exhibit.pictures(positions)
@@ -141,8 +139,8 @@ def test_images_are_found_by_their_place_in_the_split(run):
     assert again.labels.tolist() == picked.labels.tolist()
 
 
-def test_corrupt_images_shift_nobody(run, tmp_path):
-    """Positions are those among the images that can be decoded, as the outcomes have them."""
+def test_corrupt_images_shift_no_position(run, tmp_path):
+    """Positions count decodable images, as the outcomes do."""
     exhibit = pictures.Exhibit.of(run, torch.device("cpu"))
     whole, rows = exhibit.data.test, exhibit.data.rows["test"]
     images = [image if i not in (0, 2, 5) else {"bytes": b"no image", "path": None}
@@ -158,12 +156,12 @@ def test_corrupt_images_shift_nobody(run, tmp_path):
     assert torch.equal(picked.images, whole.images[[1, 4, 3, 12]])
     assert picked.labels.tolist() == whole.labels[[1, 4, 3, 12]].tolist()
     assert exhibit.samples.labels.unique().numel() == pictures.SHOWN
-    one_by_one = outcomes_of(trained, data, "test", 1, torch.device("cpu"))[0]  # the first batch has no image
+    one_by_one = outcomes_of(trained, data, "test", 1, torch.device("cpu"))[0]  # the first batch is empty
     assert one_by_one.labels.tolist() == exhibit.outcomes.labels.tolist()
 
 
 class Encoded(list):
-    """Images that are asked for by rows, as a table is."""
+    """Images indexed by rows, like a table."""
 
     def __getitem__(self, rows: list[int]) -> list:
         return [list.__getitem__(self, row) for row in rows]
@@ -177,19 +175,19 @@ class Encoded(list):
         ([1.0, 0.98, 0.5, 0.45, 0.11, 0.1], [1.0, 0.5, 0.1]),
     ],
 )
-def test_densities_on_the_axis_stand_apart(densities, expected):
+def test_density_ticks_do_not_overlap(densities, expected):
     assert curves._apart(densities) == expected
 
 
-def test_thirty_rounds_and_one_epoch_stay_readable():
+def test_thirty_rounds_and_one_epoch_stay_legible():
     rows = [rounds.RoundRow(i, 1, 0.926**i, 50.0, 90.0, 1.0, None, None, None, 1, 1.0, 1) for i in range(31)]
     events = [{"event": "epoch", "step": 2, "round": 0, "epoch": 1, "train/loss": 2.0, "val/loss": 2.1}]
-    told = history.History(Path(), {}, {}, {}, events, rows)
+    run_history = history.History(Path(), {}, {}, {}, events, rows)
     with canvas.drawing():
-        figure = curves.accuracy_by_density(told)
+        figure = curves.accuracy_by_density(run_history)
         figure.draw_without_rendering()
         boxes = [label.get_window_extent() for label in figure.axes[1].get_xticklabels()]
-        loss = curves.curves(told).axes[0]
+        loss = curves.curves(run_history).axes[0]
     assert all(a.x1 < b.x0 or b.x1 < a.x0 for a, b in itertools.pairwise(boxes))
     assert loss.get_xticks().tolist() == [1]
     assert [line.get_marker() for line in loss.lines] == ["o", "o"]
@@ -205,20 +203,20 @@ def test_a_model_without_attention_has_no_maps(run):
         assert pictures.dense_beside_pruned(dataclasses.replace(exhibit, dense=None)) is None
 
 
-def test_a_folder_with_half_a_line_is_still_told(run, tmp_path):
+def test_a_folder_with_a_truncated_line_is_still_read(run, tmp_path):
     for name in ("recipe.yaml", "status.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"event": "epoch", "step": 99, "val/to')
-    told = history.read(tmp_path)
-    assert (len(told.epochs), told.rows, told.scores) == (6, [], {})
+    run_history = history.read(tmp_path)
+    assert (len(run_history.epochs), run_history.rows, run_history.scores) == (6, [], {})
     with canvas.drawing():
-        drawn = {drawing.name for drawing in curves.DRAWINGS if drawing.draw(told) is not None}
+        drawn = {drawing.name for drawing in curves.DRAWINGS if drawing.draw(run_history) is not None}
     assert drawn == {"curves", "rate_and_penalty", "sizes"}
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="this is no run folder"):
+def test_a_folder_that_is_not_a_run_is_rejected(tmp_path):
+    with pytest.raises(InputError, match="not a run folder"):
         history.read(tmp_path)
 
 
@@ -231,8 +229,7 @@ def test_a_page_gives_a_figure_its_own_colours(run):
     assert "currentColor" in part
 
 
-def test_figures_of_a_real_run_come_at_every_number_of_rounds():
-    """The catalogue of drawings takes runs of one round, and rounds without a removal."""
+def test_a_single_round_without_removal_draws_nothing():
     row = rounds.RoundRow(0, 1.0, 1.0, 50.0, 90.0, 1.0, None, None, None, 1, 1.0, 1)
-    told = history.History(Path(), {}, {}, {}, [], [row], [{"layers": {}, "units": {}}])
-    assert [drawing.name for drawing in curves.DRAWINGS if drawing.draw(told) is not None] == []
+    run_history = history.History(Path(), {}, {}, {}, [], [row], [{"layers": {}, "units": {}}])
+    assert [drawing.name for drawing in curves.DRAWINGS if drawing.draw(run_history) is not None] == []

@@ -1,4 +1,4 @@
-"""`vit-rsst runs`: the table of all runs, on wide and narrow terminals, in any script, with and without colour."""
+"""`vit-rsst runs`: wide and narrow terminals, any script, with and without colour."""
 
 import datetime
 import json
@@ -19,7 +19,7 @@ NOW = datetime.datetime(2026, 1, 10, 12, 0, tzinfo=datetime.UTC)
 
 
 def run_folder(folder: Path, name: str, host: str = "elsewhere", **status: object) -> Path:
-    """A run as far as its status goes: 6 epochs in 3 rounds."""
+    """A run folder without results: 6 epochs in 3 rounds."""
     path = folder / name
     path.mkdir(parents=True)
     tree = loading.load(tiny.write_recipe(folder)).tree()
@@ -63,17 +63,17 @@ def test_a_narrow_terminal_keeps_state_progress_best_and_size():
         "failed 50% 91.25 4.8 MiB",
         "running 50% 91.25 4.8 MiB",
     ]
-    assert "a-run-…e-that-goes-on" in text, "names differ at their ends"
+    assert "a-run-…e-that-goes-on" in text, "names differ at the end"
 
 
 @pytest.mark.parametrize(
     ("width", "expected"), [(99, "剪枝 abcdefgh"), (9, "剪…cdefgh"), (8, "剪…defgh"), (2, "…h"), (1, "…")]
 )
-def test_a_name_is_cut_in_its_middle(width, expected):
+def test_a_long_name_is_clipped_in_the_middle(width, expected):
     assert clipped("剪枝 abcdefgh", width) == expected
 
 
-def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
+def test_a_wide_table_is_complete_and_aligned():
     text = listing.table(items(), NOW, None, False)
     head, first, *_ = text.splitlines()
     assert head.split("  ")[0] == "run"
@@ -81,10 +81,10 @@ def test_a_wide_table_has_everything_and_columns_stand_under_their_heads():
         assert part in first
     assert "a-run-with-a-rather-long-name-that-goes-on" in text
     ends = [width_of(line[: line.index(word) + len(word)]) for line, word in ((head, "density"), (first, "0.1000"))]
-    assert ends[0] == ends[1], "a Chinese character takes two columns"
+    assert ends[0] == ends[1], "a Chinese character is two cells wide"
 
 
-def test_color_changes_nothing_but_color():
+def test_color_changes_nothing_else():
     assert plain(listing.table(items(), NOW, 80, True)) == listing.table(items(), NOW, 80, False)
 
 
@@ -117,21 +117,21 @@ def test_progress_counts_epochs_over_all_rounds(tmp_path):
     assert listing.listed(tmp_path / "young", tmp_path).progress is None
 
 
-def test_a_run_that_nobody_runs_any_more_is_lost(tmp_path):
+def test_a_run_without_a_process_is_lost(tmp_path):
     path = run_folder(tmp_path, "r", host=socket.gethostname())
     lock = FileLock(path / ".lock")
     with lock:
         assert listing.listed(path, tmp_path).state == "running"
     (path / ".lock").touch()
     assert listing.listed(path, tmp_path).state == "lost"
-    with lock.acquire(timeout=0):  # looking took nothing away
+    with lock.acquire(timeout=0):  # reading did not take the lock
         pass
     away = run_folder(tmp_path, "away", host="another machine")
     (away / ".lock").touch()
     assert listing.listed(away, tmp_path).state == "running"
 
 
-def test_runs_are_found_in_a_folder_of_folders_and_written_as_json(tmp_path, capsys):
+def test_nested_runs_are_found_and_written_as_json(tmp_path, capsys):
     for name in ("study/a", "study/b", "c"):
         run_folder(tmp_path / "all" / Path(name).parent, Path(name).name)
     (tmp_path / "all" / "notes.txt").write_text("no run")
@@ -142,7 +142,7 @@ def test_runs_are_found_in_a_folder_of_folders_and_written_as_json(tmp_path, cap
     assert tiny.command("runs", tmp_path / "all" / "c") == 0
 
 
-def test_a_folder_that_was_edited_by_hand_does_not_hide_the_others(tmp_path, capsys):
+def test_a_hand_edited_folder_does_not_hide_the_others(tmp_path, capsys):
     path = run_folder(tmp_path, "odd", round="two", epoch=None)
     run_folder(tmp_path, "sound", state="finished")
     (path / "tickets").mkdir()
@@ -156,7 +156,7 @@ def test_a_folder_that_was_edited_by_hand_does_not_hide_the_others(tmp_path, cap
         assert [line.split()[:2] for line in lines[1:]] == [["odd", "running"], ["sound", "finished"]]
 
 
-def test_a_name_cannot_steer_the_terminal():
+def test_control_characters_in_a_name_are_not_printed():
     [item] = items(1)
     evil = Listed(**{**vars(item), "run": "a\x1b[2Jb\nc"})
     assert "\x1b" not in listing.table([evil], NOW, None, False)
@@ -175,11 +175,11 @@ def test_a_name_cannot_steer_the_terminal():
         ("", "–"),
     ],
 )
-def test_times_are_said_as_people_do(when, expected):
+def test_times_are_relative(when, expected):
     assert listing.ago(when, NOW) == expected
 
 
-def test_the_list_needs_no_torch(tmp_path):
+def test_listing_does_not_import_torch(tmp_path):
     run_folder(tmp_path / "runs", "r")
     code = "import sys; from vit_rsst import cli; cli.main(['runs', sys.argv[1]]); print('torch' in sys.modules)"
     done = tiny.python("-c", code, tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""Counting: every property against a count made the long way round."""
+"""Progress: every property against a count made step by step."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from vit_rsst.progress import Progress, at_fraction
 
 
 @pytest.mark.parametrize("round_epochs", [(2, 1, 3), (0, 2), (1,), (3, 3, 3, 1)])
-def test_all_counts_agree_with_counting_every_step_one_by_one(round_epochs):
+def test_all_counts_agree_with_counting_step_by_step(round_epochs):
     progress = Progress(3, round_epochs)
     seen = 0
     for round in progress.remaining_rounds():
@@ -23,13 +23,13 @@ def test_all_counts_agree_with_counting_every_step_one_by_one(round_epochs):
     assert seen == progress.total_steps == 3 * progress.total_epochs
 
 
-def test_a_round_without_epochs_is_visited_and_trains_nothing():
+def test_a_round_without_epochs_is_visited_but_trains_nothing():
     progress = Progress(5, (0, 1))
     visited = [(round, list(progress.remaining_epochs())) for round in progress.remaining_rounds() if round == 0]
     assert visited == [(0, [])]
 
 
-def test_what_remains_is_counted_from_where_a_resumed_run_stands():
+def test_a_resumed_run_continues_from_its_position():
     progress = Progress(2, (2, 2))
     progress.load_state_dict({"round": 1, "epoch": 1, "step": 1})
     walked = []
@@ -41,13 +41,13 @@ def test_what_remains_is_counted_from_where_a_resumed_run_stands():
     assert walked == [(1, 1, 1)]
 
 
-def test_a_round_that_is_over_but_not_finished_has_no_epoch_left_and_its_number_still():
+def test_a_completed_round_has_no_epochs_left_but_is_still_current():
     progress = Progress(2, (1, 1), round=0, epoch=1)
     first = next(progress.remaining_rounds())
     assert (first, list(progress.remaining_epochs()), progress.global_step) == (0, [], 2)
 
 
-def test_the_state_is_three_numbers_that_come_back():
+def test_the_state_is_three_numbers_and_round_trips():
     progress = Progress(7, (2, 2, 2), round=2, epoch=1, step=5)
     other = Progress(7, (2, 2, 2))
     other.load_state_dict(progress.state_dict())
@@ -59,5 +59,5 @@ def test_the_state_is_three_numbers_that_come_back():
     "fraction, steps, expected",
     [(0.0, 10, 0), (0.3, 10, 3), (1.0, 10, 10), (0.3, 391, 117), (0.26, 10, 3), (0.3, 1, 0)],
 )
-def test_a_fraction_is_the_nearest_number_of_steps(fraction, steps, expected):
+def test_a_fraction_rounds_to_the_nearest_step(fraction, steps, expected):
     assert at_fraction(fraction, steps) == expected

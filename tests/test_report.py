@@ -1,4 +1,4 @@
-"""Reports: of runs in every state, with any name, on one page that loads nothing, and of several runs compared."""
+"""Reports: runs in every state, under any name, on one self-contained page; comparisons of several runs."""
 
 import base64
 import dataclasses
@@ -37,7 +37,7 @@ def make_run(
     density: float = 0.5,
     **status: object,
 ) -> Path:
-    """A run folder as a run leaves it, less its tensors: two epochs a round, numbers that a test can foresee."""
+    """A run folder without its tensors: two epochs per round, predictable numbers."""
     path = folder / name
     (path / "tickets").mkdir(parents=True)
     text = tiny.RECIPE.replace("name: rsst, remove_at: 0.8", f"name: {method}").replace(
@@ -69,7 +69,7 @@ def make_run(
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would see of a page."""
+    """A page as a browser sees it."""
 
     VOID = ("meta", "br", "img", "link", "input", "wbr")
 
@@ -100,7 +100,7 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
     @property
-    def told(self) -> str:
+    def shown(self) -> str:
         return " ".join(" ".join(self.text).split())
 
 
@@ -115,33 +115,39 @@ def page(*argv: object) -> Page:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A real run, with figures, that wrote its report itself."""
+    """A real run with figures that wrote its own report."""
     folder = tmp_path_factory.mktemp("reported")
     text = tiny.RECIPE.replace("figures: false", "figures: true")
     assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
     return folder / "runs" / "tiny"
 
 
-def test_a_run_writes_its_report_itself(run):
-    told = Page(run / "report.html").told
+def test_a_run_writes_its_own_report(run):
+    shown = Page(run / "report.html").shown
     row = history.read(run).rows[-1]
-    assert f"scores {row.test_top1:.2f} % on test images" in told
+    assert f"reaches {row.test_top1:.2f} % test top-1" in shown
     assert (run / "report.md").read_text().startswith("# tiny (finished)\n")
 
 
-def test_the_report_of_a_run_has_every_part(run, capsys):
+def test_the_report_has_every_section(run, capsys):
     assert tiny.command("report", run, "--out", run.parent / "again") == 0
     found = Page(run.parent / "again" / "report.html")
-    for title in ("Question", "What the numbers say", "Rounds", "Figures", "Classes", "Complexity", "Recipe",
-                  "Data and environment", "How to reproduce"):  # fmt: skip
-        assert title in found.told
-    for text in ("Confusion matrix", "Where it looks", "ms at batch 1", "scikit-learn digits", "vit-rsst evaluate"):
-        assert text in found.told, text
+    for title in ("Question", "Key findings", "Rounds", "Figures", "Classes", "Complexity", "Recipe",
+                  "Data and environment", "Reproduce this run"):  # fmt: skip
+        assert title in found.shown
+    for text in (
+        "Confusion matrix",
+        "Attention maps",
+        "latency at batch 1, ms",
+        "scikit-learn digits",
+        "vit-rsst evaluate",
+    ):
+        assert text in found.shown, text
     assert found.tags.count("svg") == 9
     assert capsys.readouterr().out.splitlines()[-1].endswith("report.md")
 
 
-def test_the_markdown_names_figures_that_are_there(run):
+def test_the_markdown_links_to_existing_figures(run):
     text = (run / "report.md").read_text(encoding="utf-8")
     links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert len(links) == 9
@@ -153,7 +159,7 @@ def test_the_markdown_names_figures_that_are_there(run):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"state": "running"}, "The run was last heard of at round 2, epoch 2, step 60"),
+        ({"state": "running"}, "The run is in progress, last seen at round 2, epoch 2, step 60"),
         ({"state": "stopped", "exit_code": 75}, "The run stopped cleanly at round 2"),
         (
             {"state": "failed", "exit_code": 4, "reason": "the loss is <not> finite"},
@@ -161,25 +167,25 @@ def test_the_markdown_names_figures_that_are_there(run):
         ),
     ],
 )
-def test_a_run_in_another_state_is_reported_as_far_as_it_went(tmp_path, changes, expected):
-    assert expected in page(make_run(tmp_path, **changes)).told
+def test_an_unfinished_run_is_reported_as_far_as_it_went(tmp_path, changes, expected):
+    assert expected in page(make_run(tmp_path, **changes)).shown
 
 
-def test_a_run_that_has_just_begun_is_reported(tmp_path):
+def test_a_run_that_has_just_started_is_reported(tmp_path):
     path = make_run(tmp_path, state="running", rounds=1)
     (path / "metrics.jsonl").write_text("")
     (path / "tickets" / "round_00.json").unlink()
-    assert "No epoch has ended yet" in page(path).told
+    assert "No epoch has finished yet" in page(path).shown
     (path / "recipe.yaml").unlink()
-    assert "a run" in page(path).told
+    assert "a run" in page(path).shown
 
 
 @pytest.mark.parametrize("name", ["two words", "剪枝 实验", "<script>alert(1)</script>", "a&b|c`d*e_f#g\"'", "x" * 150])
-def test_any_name_is_shown_as_it_is(tmp_path, name):
+def test_any_name_is_shown_verbatim(tmp_path, name):
     name = name.replace("/", "∕")  # no folder has it in its name
     path = make_run(tmp_path, name)
     found = page(path)
-    assert name in found.told
+    assert name in found.shown
     assert found.tags.count("script") == 0
     text = (path / "report.md").read_text(encoding="utf-8")
     assert "<script" not in text.split("## Recipe")[0]
@@ -194,7 +200,7 @@ def test_text_that_looks_like_html_stays_text(tmp_path):
     (path / "figures").mkdir()
     (path / "figures" / history.SCORES).write_text(json.dumps(scores))
     found = page(path)
-    assert found.told.count(evil) >= 3
+    assert found.shown.count(evil) >= 3
     text = (path / "report.md").read_text(encoding="utf-8")
     assert "<img" not in text
     assert r"| b\|c |" in text
@@ -222,12 +228,12 @@ def test_every_figure_of_a_real_run_is_a_plain_drawing(run):
     assert all(canvas.is_plain(path.read_text(encoding="utf-8")) for path in drawings)
 
 
-def test_a_figure_that_fails_leaves_the_rest_of_the_report(tmp_path, monkeypatch):
-    def broken(told: object) -> None:
+def test_a_failing_figure_does_not_break_the_report(tmp_path, monkeypatch):
+    def broken(shown: object) -> None:
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(curves, "DRAWINGS", [curves.Drawing("broken", "t", "c", broken), *curves.DRAWINGS])
-    told, failed = history.read(make_run(tmp_path)), []
+    shown, failed = history.read(make_run(tmp_path)), []
 
     def guard(name: str, call: object) -> object:
         try:
@@ -236,23 +242,23 @@ def test_a_figure_that_fails_leaves_the_rest_of_the_report(tmp_path, monkeypatch
             failed.append(name)
             return None
 
-    assert {image.name for image in story.images(told, guard)} == {"curves", "rate_and_penalty", "accuracy_by_density",
+    assert {image.name for image in story.images(shown, guard)} == {"curves", "rate_and_penalty", "accuracy_by_density",
                                                                  "layers"}  # fmt: skip
     assert failed == ["broken"]
 
 
-def test_what_is_no_run_or_named_twice_is_refused(tmp_path, capsys):
+def test_a_folder_that_is_not_a_run_or_is_given_twice_is_rejected(tmp_path, capsys):
     path = make_run(tmp_path)
     for argv, message in (
-        ([tmp_path / "nothing"], "this is no run folder"),
-        ([path, path], "named twice"),
+        ([tmp_path / "nothing"], "not a run folder"),
+        ([path, path], "given twice"),
         ([path, "--out", path / "recipe.yaml"], "is a file; name a folder"),
     ):
         assert tiny.command("report", *argv) == 2
         assert message in capsys.readouterr().err
 
 
-def test_pages_are_made_for_phones_paper_and_the_dark(run):
+def test_pages_support_phones_print_and_dark_mode(run):
     text = (run / "report.html").read_text(encoding="utf-8")
     for needed in ("width=device-width", "prefers-color-scheme: dark", "@media print", "overflow-x: auto"):
         assert needed in text
@@ -298,7 +304,7 @@ def test_a_page_fits_the_window_and_loads_nothing(run, pages, tab, kind, width, 
     assert sum(map(int, re.findall(r"\d+", ink)[:3])) > 600 or scheme == "light"
 
 
-def test_a_page_is_printed_in_black_on_white(run, tab):
+def test_a_page_prints_black_on_white(run, tab):
     tab.open(run / "report.html", 1280, "dark")
     tab.call("Emulation.setEmulatedMedia", media="print")
     assert tab.value("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
@@ -314,28 +320,31 @@ def said(path: Path) -> str:
     return "\n".join(findings(history.read(path), {}))
 
 
-def test_the_sentences_are_those_of_the_numbers(tmp_path):
-    told = said(make_run(tmp_path, top1=80.0, rounds=3, density=0.25))
-    assert "holds 25.0% of the prunable weights and scores 78.00 % on test images, 2.00 points below" in told
-    assert "best ticket is that of round 0, of density 1.00: 79.00 % there, 80.00 % on the test split" in told
-    assert "cost 1.00 points of validation top-1 in sum over 2 rounds; the dearest was +0.50 in round 2" in told
-    assert "takes 1000 B, 0.33 of the one of round 0" in told
+def test_findings_follow_from_the_numbers(tmp_path):
+    shown = said(make_run(tmp_path, top1=80.0, rounds=3, density=0.25))
+    assert "keeps 25.0% of the prunable weights and reaches 78.00 % test top-1, 2.00 points below" in shown
+    assert (
+        "Best ticket by validation: round 0 at density 1.00, with 79.00 % validation top-1 and 80.00 % test top-1."
+        in shown
+    )
+    assert "cost 1.00 points of validation top-1 in total over 2 rounds; the largest gap is +0.50, in round 2" in shown
+    assert "takes 1000 B, 0.33 × the ticket of round 0" in shown
 
 
-def test_the_standard_error_is_that_of_a_share(tmp_path):
+def test_the_standard_error_is_binomial(tmp_path):
     path = make_run(tmp_path, top1=52.0)
     (path / "figures").mkdir()
     scores = {"classes": ["a", "b"], "confusion": [[50, 0], [49, 1]], "ticket": "t"}
     (path / "figures" / history.SCORES).write_text(json.dumps(scores))
-    assert "On 100 test images one standard error is 5.00 points" in said(path)  # √(50 · 50 / 100)
-    assert "Most often b is taken for a: 49 of 50 images" in said(path)
+    assert "One standard error on 100 test images is 5.00 points" in said(path)  # √(50 · 50 / 100)
+    assert "Most frequent confusion: b predicted as a, 49 of 50 images" in said(path)
 
 
 # -- comparisons
 
 
 def make_many(folder: Path) -> list[Path]:
-    """Two experiments of three seeds, and a third that had half the budget."""
+    """Two experiments of three seeds, and a third with a smaller budget."""
     paths = [make_run(folder, f"exp-imp-s{i}", "imp", i, 80.0 + 0.1 * i) for i in range(3)]
     paths += [make_run(folder, f"exp-rsst-s{i}", "rsst", i, 85.0 + 0.1 * i) for i in range(3)]
     return [*paths, make_run(folder, "exp-half", "rst", rounds=2, density=0.9, state="running", step=30)]
@@ -346,7 +355,7 @@ def many(tmp_path) -> list[Path]:
     return make_many(tmp_path)
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_experiment(many):
+def test_runs_that_differ_only_in_the_seed_are_one_experiment(many):
     groups = grouped([history.read(path) for path in many])
     assert [(group.label, len(group.runs)) for group in groups] == [("imp", 3), ("rsst", 3), ("half", 1)]
     assert groups[0].mean == pytest.approx(78.1)
@@ -355,7 +364,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_experiment(many):
     assert groups[0].images == 60 * 32
 
 
-def test_runs_that_go_on_from_rounds_of_several_seeds_are_one_experiment(tmp_path):
+def test_runs_that_start_from_dense_rounds_of_several_seeds_are_one_experiment(tmp_path):
     paths = []
     for seed in range(3):
         dense = make_run(tmp_path, f"dense-s{seed}", "dense", seed, rounds=1)
@@ -383,7 +392,7 @@ def test_runs_that_name_each_other_are_compared(tmp_path):
     assert len(grouped([history.read(path) for path in paths])) == 3
 
 
-def test_what_a_round_left_out_counts_for_no_budget(tmp_path):
+def test_steps_skipped_by_an_early_stop_are_not_in_the_budget(tmp_path):
     path = make_run(tmp_path)
     lines = (path / "metrics.jsonl").read_text().splitlines()
     (path / "metrics.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["epoch"] == 1) + "\n")
@@ -398,7 +407,7 @@ def test_round_100_comes_after_round_99(tmp_path):
     assert rounds.last_ticket(tmp_path).stem == "round_100"
 
 
-def test_a_page_breaks_fields_and_paths_at_their_parts():
+def test_fields_and_paths_wrap_at_their_parts():
     assert breakable("a.b_c/d <e>. 0.5") == "a.<wbr>b_<wbr>c/<wbr>d &lt;e&gt;. 0.<wbr>5"
 
 
@@ -422,32 +431,32 @@ MANGLED = {
 
 
 @pytest.mark.parametrize(("file", "text"), [(file, text) for file, texts in MANGLED.items() for text in texts])
-def test_a_file_of_another_shape_is_as_if_it_were_missing(tmp_path, file, text, capsys):
+def test_a_malformed_file_counts_as_missing(tmp_path, file, text, capsys):
     path = make_run(tmp_path / "runs")
     (path / "figures").mkdir()
     if text is None:
         (path / file).unlink()
     else:
         (path / file).write_text(text, encoding="utf-8")
-    assert "What the numbers say" in page(path).told
+    assert "Key findings" in page(path).shown
     capsys.readouterr()
     assert tiny.command("runs", tmp_path / "runs") == 0
     assert "a run" in capsys.readouterr().out
-    assert "2 runs compared" in page(path, make_run(tmp_path, "b"), "--out", tmp_path / "out").told
+    assert "Comparison of 2 runs" in page(path, make_run(tmp_path, "b"), "--out", tmp_path / "out").shown
 
 
 @pytest.mark.parametrize("pruning", [None, [], {"layers": None, "units": 3}, {"layers": {"a": 1}, "units": {"b": {}}}])
-def test_a_round_report_of_another_shape_is_as_if_it_were_missing(tmp_path, pruning):
+def test_a_malformed_round_report_counts_as_missing(tmp_path, pruning):
     path = make_run(tmp_path)
     report = rounds.of_rounds(path, ".json")[-1]
     report.write_text(json.dumps({**json.loads(report.read_text()), "pruning": pruning}))
-    told = history.read(path)
-    assert len(told.rows) == len(told.pruning) == 3
-    assert told.pruning[-1] == {}
-    assert "What the numbers say" in page(path).told
+    shown = history.read(path)
+    assert len(shown.rows) == len(shown.pruning) == 3
+    assert shown.pruning[-1] == {}
+    assert "Key findings" in page(path).shown
 
 
-def test_a_run_without_anything_that_can_be_read_is_listed(tmp_path, capsys):
+def test_a_run_without_readable_files_is_listed(tmp_path, capsys):
     path = make_run(tmp_path / "runs")
     (path / "status.json").unlink()
     (path / "recipe.yaml").write_text("- 1")
@@ -457,31 +466,31 @@ def test_a_run_without_anything_that_can_be_read_is_listed(tmp_path, capsys):
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["a run", "sound"]
 
 
-def test_a_killed_run_is_no_running_one(tmp_path):
+def test_a_killed_run_is_shown_as_lost(tmp_path):
     path = make_run(tmp_path, state="running")
     (path / "environment.json").write_text(json.dumps({"host": socket.gethostname()}))
     (path / ".lock").touch()
-    told = page(path).told
-    assert "lost" in told.split("How accurate")[0]
-    assert "no process holds it any more" in told
-    assert f"{path.name} (lost)" in page(path, make_run(tmp_path, "b"), "--out", tmp_path / "out").told
+    shown = page(path).shown
+    assert "lost" in shown.split("How accurate")[0]
+    assert "no process is working on it" in shown
+    assert f"{path.name} (lost)" in page(path, make_run(tmp_path, "b"), "--out", tmp_path / "out").shown
 
 
-def test_a_comparison_says_what_may_be_concluded(many, tmp_path):
-    told = page(*many, "--out", tmp_path / "out").told
-    assert "7 runs compared" in told
-    assert "At density 0.50 rsst leads with 83.10 %, 5.00 points above imp, on 3 seeds: more than noise" in told
-    assert "half (0.67) had only that share of the largest, 1,920 images" in told
-    assert "≠ 0.67" in told
-    assert "Not all runs are finished: exp-half (running)" in told
-    assert "The last tickets differ in density (0.90, 0.50)" in told
-    assert "imp: the removals cost 1.00 points in sum over 2 rounds" in told
-    assert "pruning.method.name" in told
+def test_a_comparison_draws_its_conclusions(many, tmp_path):
+    shown = page(*many, "--out", tmp_path / "out").shown
+    assert "Comparison of 7 runs" in shown
+    assert "At density 0.50, rsst leads with 83.10 %, 5.00 points ahead of imp over 3 seeds: above noise" in shown
+    assert "no fair comparison: half (0.67) of the largest, 1,920 images" in shown
+    assert "≠ 0.67" in shown
+    assert "Unfinished runs: exp-half (running)" in shown
+    assert "Final densities differ (0.90, 0.50)" in shown
+    assert "imp: removal alone cost 1.00 points in total over 2 rounds" in shown
+    assert "pruning.method.name" in shown
     assert (tmp_path / "out" / "report.md").is_file()
     assert Page(tmp_path / "out" / "report.html").tags.count("svg") == 2
 
 
-def test_scores_of_two_splits_are_never_compared(tmp_path):
+def test_scores_on_different_splits_are_never_compared(tmp_path):
     paths = [make_run(tmp_path, "a", "imp", top1=80.0), make_run(tmp_path, "b", "rsst", top1=80.0)]
     report = rounds.of_rounds(paths[1], ".json")[-1]
     found = json.loads(report.read_text())
@@ -493,22 +502,22 @@ def test_scores_of_two_splits_are_never_compared(tmp_path):
     assert last.test_top1 not in (None, last.val_top1)
     assert [group.split for group in groups] == ["validation"] * 2
     assert [group.mean for group in groups] == [last.val_top1, 99.0]
-    told = page(*paths, "--out", tmp_path / "out").told
-    assert f"b leads with 99.00 %, {99.0 - last.val_top1:.2f} points above a" in told
-    assert "Not every ticket has met the test split yet: all are compared by validation." in told
+    shown = page(*paths, "--out", tmp_path / "out").shown
+    assert f"b leads with 99.00 %, {99.0 - last.val_top1:.2f} points ahead of a" in shown
+    assert "Some tickets have no test score yet, so all are compared on validation." in shown
     first = history.read(paths[1]).rows[0]
-    assert f"({first.val_top1:.2f} %)" in page(paths[1]).told  # one run alone, killed while its tickets were scored
+    assert f"({first.val_top1:.2f} %)" in page(paths[1]).shown  # one run alone, killed while its tickets were scored
 
 
-def test_a_small_lead_of_one_seed_is_a_tie(tmp_path):
+def test_a_small_lead_with_one_seed_is_a_tie(tmp_path):
     paths = [make_run(tmp_path, "a", "imp", top1=80.0), make_run(tmp_path, "b", "rsst", top1=80.9)]
     [sentence] = leader(sorted(grouped([history.read(path) for path in paths]), key=lambda g: -g.mean))
     assert "b leads" in sentence
-    assert "on one seed: within noise (1.00 points): a tie so far" in sentence
+    assert "over one seed: within noise (1.00 points), so far a tie" in sentence
 
 
 @pytest.mark.parametrize(("names", "columns"), [(("a", "b", "c"), 2), (("a" * 27, "b" * 3, "剪枝" * 60), 1)])
-def test_long_names_leave_the_others_in_the_legend(tmp_path, names, columns):
+def test_long_names_fit_the_legend(tmp_path, names, columns):
     groups = grouped([history.read(make_run(tmp_path))])
     groups = [dataclasses.replace(groups[0], label=name) for name in names]
     with canvas.drawing():
@@ -522,7 +531,7 @@ def test_long_names_leave_the_others_in_the_legend(tmp_path, names, columns):
     assert [columns_of(text.get_text()) <= 56 for text in legend.get_texts()] == [True] * len(groups)
 
 
-def test_the_front_is_what_no_other_beats():
+def test_the_front_is_pareto_optimal():
     points = [
         Point(0.5, 80, 0),
         Point(1.0, 80, 0),
@@ -544,24 +553,24 @@ def test_the_front_is_what_no_other_beats():
         (["剪枝 甲", "剪枝 乙"], ["甲", "乙"]),
     ],
 )
-def test_labels_leave_out_what_all_begin_with(labels, expected):
+def test_labels_drop_their_common_prefix(labels, expected):
     assert shortened(labels) == expected
 
 
-# -- the two forms
+# -- the two formats
 
 
-def test_both_forms_hold_the_same_blocks():
+def test_both_formats_hold_the_same_blocks():
     nasty = "a<b> & `c` | *d*"
-    told = Document("t", "", "l", [Section("S", [Bullets([nasty]), Table(("h", "k"), [(nasty, "1")], "n")])])
-    found = html.unescape(re.sub(r"<[^>]*>", "", document.as_html(told)))
+    shown = Document("t", "", "l", [Section("S", [Bullets([nasty]), Table(("h", "k"), [(nasty, "1")], "n")])])
+    found = html.unescape(re.sub(r"<[^>]*>", "", document.as_html(shown)))
     assert found.count(nasty) == 2
-    text = document.as_markdown(told)
+    text = document.as_markdown(shown)
     assert r"- a&lt;b&gt; &amp; \`c\` \| \*d\*" in text
     assert r"| a&lt;b&gt; &amp; \`c\` \| \*d\* | 1 |" in text
     assert "| --- | ---: |" in text
 
 
-def test_code_with_backticks_is_fenced_by_more():
-    told = Document("t", "", "l", [Section("S", [document.Code("```\ncode")])])
-    assert "````\n```\ncode\n````" in document.as_markdown(told)
+def test_code_with_backticks_gets_a_longer_fence():
+    shown = Document("t", "", "l", [Section("S", [document.Code("```\ncode")])])
+    assert "````\n```\ncode\n````" in document.as_markdown(shown)

@@ -1,4 +1,4 @@
-"""Searches: fields that are refused, trials that go on, are pruned or fail, and one real search on the digits."""
+"""Searches: invalid fields, trials that resume, are pruned or fail, and a real search on the digits."""
 
 import json
 import math
@@ -20,7 +20,7 @@ EPOCHS = 3
 
 
 class Formula:
-    """A trainer that trains nothing: an epoch each time it is looked at, best at lr 0.01 and without decay."""
+    """A fake trainer: one epoch per poll, best at lr 0.01 without weight decay."""
 
     started: list[str]
     signal_at: int | None
@@ -55,7 +55,7 @@ class Formula:
 
 @pytest.fixture
 def started(monkeypatch) -> list[str]:
-    """Names of the trials that were started, of which none trains."""
+    """Names of started trials; none trains."""
     names: list[str] = []
     monkeypatch.setattr(Formula, "started", names, raising=False)
     monkeypatch.setattr(Formula, "signal_at", None, raising=False)
@@ -78,14 +78,14 @@ def drawn(folder: Path) -> list[tuple]:
     return sorted((t.user_attrs["run"], *t.params.values(), t.value) for t in ended)
 
 
-def test_the_best_trial_comes_first_and_as_a_command_line(tmp_path, started, capsys):
+def test_the_best_trial_comes_first_and_as_a_command(tmp_path, started, capsys):
     assert searched(tmp_path, 6, "train.label_smoothing=0.1") == 0
     assert started == [f"trial-{i:03d}" for i in range(6)]
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     found = drawn(tmp_path)
     _, lr, decay, value = max(found, key=lambda trial: trial[-1])
     assert value == pytest.approx(80 - 10 * abs(math.log10(lr) + 2) - 50 * float(decay))
-    best = told.strip().splitlines()[-1].split()
+    best = shown.strip().splitlines()[-1].split()
     assert best[:2] == ["vit-rsst", "train"]
     assert best[3:] == [
         "train.label_smoothing=0.1",
@@ -93,12 +93,12 @@ def test_the_best_trial_comes_first_and_as_a_command_line(tmp_path, started, cap
         f"optim.weight_decay={decay}",
         "name=tiny-best",
     ]
-    values = [float(line.split()[1]) for line in told.splitlines() if line.lstrip().startswith("trial-")]
+    values = [float(line.split()[1]) for line in shown.splitlines() if line.lstrip().startswith("trial-")]
     assert len(values) == 6
     assert values == sorted(values, reverse=True)
 
 
-def test_a_search_goes_on_as_if_it_had_never_stopped(tmp_path, started, monkeypatch, capsys):
+def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, started, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
@@ -106,7 +106,7 @@ def test_a_search_goes_on_as_if_it_had_never_stopped(tmp_path, started, monkeypa
     started.clear()
     monkeypatch.setattr(Formula, "signal_at", 2)  # a signal within the second trial
     assert searched(parts, 3) == 75
-    assert "SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert "stopped by SIGTERM; run the same command to resume" in capsys.readouterr().err
     monkeypatch.setattr(Formula, "signal_at", None)
     assert searched(parts, 3) == 0
     assert started == ["trial-000", "trial-001", "trial-001", "trial-002"]
@@ -117,7 +117,7 @@ def test_a_search_goes_on_as_if_it_had_never_stopped(tmp_path, started, monkeypa
     assert started == []
 
 
-def test_a_trial_whose_search_was_killed_is_taken_up_in_its_own_folder(tmp_path, started):
+def test_a_trial_of_a_killed_search_resumes_in_its_own_folder(tmp_path, started):
     search = searching.Search(tiny.write_recipe(tmp_path), (), (space.parse(LR), space.parse(DECAY)))
     with search.opened():
         params = search.draw().params  # and nothing more: the process is gone
@@ -127,18 +127,18 @@ def test_a_trial_whose_search_was_killed_is_taken_up_in_its_own_folder(tmp_path,
     assert drawn(tmp_path)[0][1:3] == tuple(params.values())
 
 
-def test_hopeless_trials_are_stopped_early(tmp_path, started, capsys):
+def test_hopeless_trials_are_pruned(tmp_path, started, capsys):
     assert searched(tmp_path, 12, "--prune") == 0
-    told = capsys.readouterr().out
-    pruned = [line for line in told.splitlines() if "pruned after" in line]
+    shown = capsys.readouterr().out
+    pruned = [line for line in shown.splitlines() if "pruned after" in line]
     assert pruned
     assert all("pruned after 1 epochs" in line or "pruned after 2 epochs" in line for line in pruned)
-    states = [line.split()[3] for line in told.split("state")[1].splitlines() if line.lstrip().startswith("trial-")]
+    states = [line.split()[3] for line in shown.split("state")[1].splitlines() if line.lstrip().startswith("trial-")]
     assert states == sorted(states)  # finished before pruned
     assert len(states) == 12
 
 
-def test_values_that_do_not_go_together_fail_one_trial(tmp_path, started, capsys):
+def test_incompatible_values_fail_a_single_trial(tmp_path, started, capsys):
     method = "pruning.method"
     fields = (LR, DECAY, f"{method}.penalty.window=choice([0,0.3],[0,0.6])", f"{method}.remove_at=choice(0.3,0.8)")
     assert searched(tmp_path, 8, fields=fields) == 0
@@ -152,31 +152,31 @@ WRONG = {
     "optim.lrr=uniform(1,2)": "unknown key; did you mean 'lr'?",
     "optim.lr=uniform(-1,2)": "optim.lr",
     "optim.lr=loguniform(0,1)": "two numbers above 0",
-    "optim.lr=uniform(2,1)": "the smaller one first",
+    "optim.lr=uniform(2,1)": "the smaller first",
     "optim.lr=normal(0,1)": "expected KEY=KIND(VALUES)",
     "optim.lr": "expected KEY=KIND(VALUES)",
     "train.epochs=int(1.5,3)": "two whole numbers",
     "pruning.method=choice(imp,rstt)": "unknown method 'rstt'",
-    "seed=int(0,3)": "seed is set by the search",
+    "seed=int(0,3)": "the search sets seed",
     "train.epochs=int(2,3)": "given twice",
 }
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_a_wrong_field_starts_nothing(tmp_path, started, capsys, text):
+def test_an_invalid_field_starts_nothing(tmp_path, started, capsys, text):
     assert searched(tmp_path, 2, "train.epochs=2", fields=(DECAY, text)) == 2
-    told = capsys.readouterr().err
-    assert WRONG[text] in told
-    assert len(told.splitlines()) == 1
+    shown = capsys.readouterr().err
+    assert WRONG[text] in shown
+    assert len(shown.splitlines()) == 1
     assert started == []
     assert not (tmp_path / "runs").exists()
 
 
-def test_another_search_in_the_same_folder_is_refused(tmp_path, started, capsys):
+def test_a_different_search_in_the_same_folder_is_rejected(tmp_path, started, capsys):
     assert searched(tmp_path, 1) == 0
     for more in (("optim.betas=[0.8,0.9]",), ("--metric", "val/loss")):
         assert searched(tmp_path, 2, *more) == 2
-        assert "holds another search" in capsys.readouterr().err
+        assert "holds a different search" in capsys.readouterr().err
     assert searched(tmp_path, 2, fields=(LR, "optim.weight_decay=choice(0.0,0.2)")) == 2
     assert searched(tmp_path, 2, "optim.betas=[0.8,0.9]", "name=other") == 0
 

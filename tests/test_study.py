@@ -1,4 +1,4 @@
-"""Studies: the runs that follow from a file, trainers that fail or stop, resumption, the arithmetic of the table."""
+"""Studies: runs that follow from a file, trainers that fail or stop, resuming, the arithmetic of the table."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def write_study(folder: Path, text: str = STUDY) -> Path:
 
 @pytest.fixture
 def started(monkeypatch) -> list[str]:
-    """Names of the runs that were started, each within this process."""
+    """Names of started runs, each trained within this process."""
     names: list[str] = []
     monkeypatch.setattr(tiny.TrainerHere, "started", names)
     monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=tiny.TrainerHere, DEVNULL=None, STDOUT=None))
@@ -51,7 +51,7 @@ def started(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("option", ["--csv", "--markdown"])
-def test_a_place_that_cannot_be_written_is_said_before_any_run(tmp_path, started, capsys, option):
+def test_an_unwritable_output_is_reported_before_any_run(tmp_path, started, capsys, option):
     argv = [str(write_study(tmp_path)), option, str(tmp_path / "nowhere" / "x")]
     assert tiny.command("study", *argv) == 2
     assert "cannot be written" in capsys.readouterr().err
@@ -65,11 +65,11 @@ def test_a_study_trains_each_run_once_and_compares_the_arms(tmp_path, started, c
         == 0
     )
     assert started == ["dense-round-s0", "dense-round-s1", "imp-s0", "rsst-s0", "imp-s1", "rsst-s1"]
-    told, _, *table = (tmp_path / "arms.md").read_text("utf-8").splitlines()
-    assert told.startswith("Comparisons with imp, seed by seed: 1;")
+    summary, _, *table = (tmp_path / "arms.md").read_text("utf-8").splitlines()
+    assert summary.startswith("Paired comparisons with imp: 1.")
     heads, _, imp, rsst = (line.split(" | ") for line in table)
     assert (imp[0], rsst[0], imp[2], imp[7], rsst[7]) == ("| imp", "| rsst", "2", "3", "3")
-    assert heads[-2:] == ["test − imp", "which is |"]
+    assert heads[-2:] == ["test − imp", "verdict |"]
     assert "noise" in rsst[-1]
     with open(tmp_path / "runs.csv", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
@@ -79,7 +79,7 @@ def test_a_study_trains_each_run_once_and_compares_the_arms(tmp_path, started, c
     assert [row.epochs for row in pruned] == [0, 1]
     dense = rounds.load_rows(folder / "dense-round-s1")
     assert [row.epochs for row in dense] == [2]
-    assert pruned[0].test_top1 == dense[0].test_top1  # it goes on from the dense round of its own seed
+    assert pruned[0].test_top1 == dense[0].test_top1  # it starts from the dense round of its own seed
     assert float(rows[-1]["test"]) == pruned[-1].test_top1
 
     started.clear()
@@ -87,11 +87,11 @@ def test_a_study_trains_each_run_once_and_compares_the_arms(tmp_path, started, c
     assert started == []
     assert "| rsst | default | 2 |" in capsys.readouterr().out
     assert tiny.command("study", str(file), "--dry-run") == 0
-    assert "6 runs" in (told := capsys.readouterr().out)
-    assert "8 epochs, 0 of them to train; time: 0s" in told
+    assert "6 runs" in (shown := capsys.readouterr().out)
+    assert "8 epochs, 0 left to train; estimated time: 0s" in shown
 
 
-def test_a_failed_arm_stops_no_other_and_is_tried_again(tmp_path, started, capsys):
+def test_a_failed_arm_does_not_stop_the_others_and_is_retried(tmp_path, started, capsys):
     text = (
         STUDY.replace("[0, 1]", "[0]")
         .replace("dense: {{train.epochs: 2}}\n", "")
@@ -100,31 +100,31 @@ def test_a_failed_arm_stops_no_other_and_is_tried_again(tmp_path, started, capsy
     file = write_study(tmp_path, text)
     assert tiny.command("study", str(file), "train.epochs=1") == 1
     assert started == ["imp-s0", "broken-s0", "rsst-s0"]
-    told = capsys.readouterr()
-    assert "| rsst | default | 1 |" in told.out
-    assert "did not finish:\nbroken-s0: " in told.out
-    assert "/nowhere" in told.out.split("did not finish:")[1]
-    assert "1 of 3 runs did not finish" in told.err
+    shown = capsys.readouterr()
+    assert "| rsst | default | 1 |" in shown.out
+    assert "did not finish:\nbroken-s0: " in shown.out
+    assert "/nowhere" in shown.out.split("did not finish:")[1]
+    assert "1 of 3 runs did not finish" in shown.err
     started.clear()
     assert tiny.command("study", str(file), "train.epochs=1") == 1
     assert started == ["broken-s0"]
 
 
-def test_arms_of_a_dense_round_that_failed_are_not_started(tmp_path, started, capsys):
+def test_arms_of_a_failed_dense_round_are_not_started(tmp_path, started, capsys):
     file = write_study(tmp_path, STUDY.replace("train.epochs: 2", "train.epochs: 2, model.pretrained: /nowhere"))
     assert tiny.command("study", file) == 1
     assert started == ["dense-round-s0", "dense-round-s1"]
-    told = capsys.readouterr()
-    assert "imp-s1: not started: it goes on from dense-round-s1, which did not finish" in told.out
-    assert "no arm has a finished run yet" in told.out
-    assert "6 of 6 runs did not finish" in told.err
+    shown = capsys.readouterr()
+    assert "imp-s1: not started: it starts from dense-round-s1, which did not finish" in shown.out
+    assert "no run has finished yet" in shown.out
+    assert "6 of 6 runs did not finish" in shown.err
 
 
 WRONG = {
     "arms:\n  imp: {{pruning.method: imp, trian.epochs: 3}}": "trian: unknown key; did you mean 'train'?",
     "arms:\n  imp: {{pruning.method: impp}}": "Did you mean 'imp'?",
-    "arms:\n  imp: {{seed: 3}}": "arm 'imp': seed is set by the study",
-    "arms:\n  imp: {{train.epochs: 3}}": "train.epochs means nothing here",
+    "arms:\n  imp: {{seed: 3}}": "arm 'imp': the study sets seed",
+    "arms:\n  imp: {{train.epochs: 3}}": "train.epochs has no effect",
     "arms:\n  a b: {{pruning.method: imp}}\n  a?b: {{}}": "would share the folder",
     "reference: rsst\narms:\n  imp: {{pruning.method: imp}}": "unknown arm 'rsst'",
     "arm: {{}}\narms:\n  imp: {{pruning.method: imp}}": "study.yaml:5  arm: unknown key; did you mean 'arms'?",
@@ -135,12 +135,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_a_wrong_study_starts_nothing(tmp_path, started, capsys, text):
+def test_an_invalid_study_starts_nothing(tmp_path, started, capsys, text):
     file = write_study(tmp_path, f"name: wrong\nrecipe: {{recipe}}\nseeds: [0, 1]\ndense: {{{{}}}}\n{text}\n")
     assert tiny.command("study", file) == 2
-    told = capsys.readouterr().err
-    assert WRONG[text] in told
-    assert len(told.splitlines()) == 1
+    shown = capsys.readouterr().err
+    assert WRONG[text] in shown
+    assert len(shown.splitlines()) == 1
     assert started == []
     assert not (tmp_path / "runs").exists()
 
@@ -150,23 +150,23 @@ def test_a_wrong_study_starts_nothing(tmp_path, started, capsys, text):
     [
         ("seeds: [0, 0]\ndense: {{}}", "seeds: 0 is given twice"),
         ("seeds: []\ndense: {{}}", "seeds: is empty; expected at least 1"),
-        ("seeds: [0]\ndense: {{pruning.method: imp}}", "dense: pruning.method means nothing"),
+        ("seeds: [0]\ndense: {{pruning.method: imp}}", "dense: pruning.method has no effect"),
     ],
 )
-def test_wrong_seeds_and_a_dense_round_that_is_none_start_nothing(tmp_path, started, capsys, text, message):
+def test_invalid_seeds_and_dense_rounds_start_nothing(tmp_path, started, capsys, text, message):
     file = write_study(tmp_path, "name: wrong\nrecipe: {recipe}\narms: {{imp: {{}}}}\n" + text + "\n")
     assert tiny.command("study", file) == 2
     assert message in capsys.readouterr().err
     assert started == []
 
 
-def test_unequal_budgets_are_refused_with_the_sums(tmp_path):
+def test_unequal_budgets_are_rejected_with_the_sums(tmp_path):
     file = write_study(tmp_path, STUDY.replace("remove_at: 0.5", "remove_at: 0.5, train.round_epochs: 3"))
     with pytest.raises(InputError, match=r"imp 2 \+ 0 \+ 1 = 3; rsst 2 \+ 0 \+ 3 = 5"):
         study_file.read(file)
 
 
-def test_one_round_methods_get_the_epochs_of_all_rounds_after_a_shared_one(tmp_path):
+def test_single_round_methods_train_the_epochs_of_all_rounds_after_a_shared_one(tmp_path):
     text = STUDY + "points: {{longer: {{set: {{train.round_epochs: 4}}, arms: [imp, gmp, dense]}}}}\n"
     text = text.replace("  rsst:", "  gmp: {{pruning.method: gmp}}\n  dense: {{pruning.method: dense}}\n  rsst:")
     runs = {run.name: run for run in study_file.read(write_study(tmp_path, text), ["pruning.schedule.rounds=3"]).runs}
@@ -177,7 +177,7 @@ def test_one_round_methods_get_the_epochs_of_all_rounds_after_a_shared_one(tmp_p
     assert runs["imp-s1"].recipe.model.start_from == str(tmp_path / "runs" / "methods" / "dense-round-s1")
 
 
-def test_a_dense_round_serves_the_arms_of_its_network_and_data(tmp_path):
+def test_a_dense_round_is_shared_by_arms_with_the_same_model_and_data(tmp_path):
     text = STUDY + "grid: {{optim.lr: [1e-3, 2e-3], model.args.depth: [1, 2]}}\n"
     runs = study_file.read(write_study(tmp_path, text)).runs
     dense = [run for run in runs if not run.arm]
@@ -191,7 +191,7 @@ def test_a_dense_round_serves_the_arms_of_its_network_and_data(tmp_path):
     assert runs[4].point == "lr=0.001, depth=1"
 
 
-def test_a_folder_of_another_recipe_is_refused_and_new_fields_take_their_defaults(tmp_path):
+def test_a_folder_of_a_different_recipe_is_rejected_and_new_fields_take_their_defaults(tmp_path):
     file = write_study(tmp_path)
     run = study_file.read(file).runs[-1]
     tree = run.recipe.tree()
@@ -201,7 +201,7 @@ def test_a_folder_of_another_recipe_is_refused_and_new_fields_take_their_default
     study_file.read(file)
     tree["optim"]["lr"] = 0.5
     (run.folder / "recipe.yaml").write_text(json.dumps(tree), encoding="utf-8")
-    with pytest.raises(InputError, match=r"rsst-s1 holds a run of another recipe: optim.lr \(0.5 there, 0.003 now\)"):
+    with pytest.raises(InputError, match=r"rsst-s1 holds a run of a different recipe: optim.lr \(was 0.5, now 0.003\)"):
         study_file.read(file)
 
 
@@ -222,7 +222,7 @@ def test_a_signal_stops_all_trainers_cleanly(tmp_path, monkeypatch):
     runs = [
         SimpleNamespace(name=name, folder=tmp_path / "runs" / name, after=None, is_finished=False) for name in "abc"
     ]
-    told: list[tuple[str, str]] = []
+    shown: list[tuple[str, str]] = []
 
     def interrupt() -> None:
         limit = time.monotonic() + 20
@@ -231,12 +231,12 @@ def test_a_signal_stops_all_trainers_cleanly(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(Stopped, match="SIGINT; the same command goes on"):
-        running.Crew(jobs=2).train(runs, lambda run, event: told.append((run.name, event.split(" (")[0])))
+    with pytest.raises(Stopped, match="stopped by SIGINT; run the same command to resume"):
+        running.Crew(jobs=2).train(runs, lambda run, event: shown.append((run.name, event.split(" (")[0])))
     assert {name: (tmp_path / name).read_text() for name in "ab"} == dict.fromkeys("ab", "left a resume point")
     assert not (tmp_path / "c").exists()
-    assert told[:2] == [("a", "started"), ("b", "started")]
-    assert len(told) == 4
+    assert shown[:2] == [("a", "started"), ("b", "started")]
+    assert len(shown) == 4
 
 
 def result(arm: str, seed: int, test: float, gap: float | None = None) -> tables.Result:
@@ -245,7 +245,7 @@ def result(arm: str, seed: int, test: float, gap: float | None = None) -> tables
     return tables.Result(SimpleNamespace(arm=arm, point="", seed=seed, name=f"{arm}-s{seed}", epochs=(2, 1)), rows)
 
 
-def test_means_spreads_and_paired_differences_are_those_worked_out_by_hand(monkeypatch):
+def test_means_spreads_and_paired_differences_match_hand_calculation(monkeypatch):
     found = [result("imp", s, t, g) for s, t, g in ((0, 50.0, 4.0), (1, 52.0, 5.0), (2, 54.0, 6.0))]
     found += [result("rsst", s, t, 0.5) for s, t in ((0, 51.0), (1, 53.5), (2, 55.0))]
     found += [result("gmp", s, t) for s, t in ((0, 50.0), (1, 55.0), (2, 51.0))]
@@ -254,15 +254,15 @@ def test_means_spreads_and_paired_differences_are_those_worked_out_by_hand(monke
     _, imp, rsst, gmp = tables.cells(study)
     # Deviations of 50, 52, 54 from 52: √((4 + 0 + 4) / 2) = 2.
     assert imp[:9] == ("imp", "default", "3", "0.100", "53.00 ± 2.00", "52.00 ± 2.00", "5.00 ± 1.00", "3", "1.0")
-    # Pairs 1, 1.5, 1: mean 3.5 / 3, deviation √((2 · (1/6)² + (1/3)²) / 2) = √(1/12) = 0.2887, three of them 0.87: less
-    # than the point that it takes at least.
-    assert rsst[-2:] == ("+1.17 ± 0.29", "more than noise (1.00)")
+    # Pairs 1, 1.5, 1: mean 3.5 / 3, deviation √((2 · (1/6)² + (1/3)²) / 2) = √(1/12) = 0.2887, three of them 0.87:
+    # below the minimum of one point.
+    assert rsst[-2:] == ("+1.17 ± 0.29", "above noise (1.00)")
     # Pairs 0, 3, −3: mean 0, deviation √(18 / 2) = 3.
     assert gmp[-2:] == ("+0.00 ± 3.00", "within noise (9.00)")
     assert (gmp[6], rsst[6]) == ("–", "0.50 ± 0.00")
 
 
-def test_a_difference_below_a_point_is_noise_however_alike_the_seeds_are():
+def test_a_difference_below_a_point_is_noise_however_close_the_seeds_are():
     imp, rsst = ([result(arm, s, t) for s, t in pairs] for arm, pairs in (
         ("imp", [(0, 50.0), (1, 50.0), (3, 10.0)]), ("rsst", [(0, 50.8), (1, 51.0), (2, 90.0)])
     ))  # fmt: skip
@@ -271,7 +271,7 @@ def test_a_difference_below_a_point_is_noise_however_alike_the_seeds_are():
     assert tables.difference_text(rsst[2:], imp) == ("–", "–")
 
 
-def test_the_studies_of_the_repository_can_be_read():
+def test_the_studies_of_the_repository_are_valid():
     files = sorted((tiny.SCRIPTS / "studies").glob("*.yaml"))
     assert files
     for file in files:

@@ -1,4 +1,4 @@
-"""Where a run stands: round, epoch, step. The only place that turns epochs and fractions into steps."""
+"""Position in a run: round, epoch, step. The only place that converts epochs and fractions to steps."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ class Progress:
     """Counts optimizer steps within epochs within rounds.
 
     Attributes:
-        steps_per_epoch: optimizer steps of one epoch, the same on every rank.
-        round_epochs: epochs of round 0, 1, …; round 0 may have none when it starts from a trained model.
-        round: the round under way.
+        steps_per_epoch: optimizer steps per epoch, the same on every rank.
+        round_epochs: epochs of round 0, 1, …; 0 for round 0 if it starts from a trained model.
+        round: the current round.
         epoch: epochs done in this round.
         step: steps done in this epoch.
     """
@@ -23,13 +23,13 @@ class Progress:
     step: int = 0
 
     def remaining_rounds(self) -> Iterator[int]:
-        """Yields the round under way and those after it, moving on when the caller asks for the next."""
+        """Yields the current round and those after it; advances when the caller asks for the next."""
         while self.round < len(self.round_epochs):
             yield self.round
             self.round, self.epoch, self.step = self.round + 1, 0, 0
 
     def remaining_epochs(self) -> Iterator[int]:
-        """Yields the epoch under way in this round and those after it; `advance` moves them on."""
+        """Yields the current epoch of this round and those after it; `advance` moves on."""
         while self.epoch < self.round_epochs[self.round]:
             yield self.epoch
 
@@ -40,27 +40,27 @@ class Progress:
             self.epoch, self.step = self.epoch + 1, 0
 
     def end_round(self) -> None:
-        """Leaves out what remains of the round under way; its steps count as done."""
+        """Skips the rest of the current round; its steps count as done."""
         self.epoch, self.step = self.round_epochs[self.round], 0
 
     @property
     def round_steps(self) -> int:
-        """Steps of the round under way."""
+        """Steps in the current round."""
         return self.round_epochs[self.round] * self.steps_per_epoch
 
     @property
     def round_step(self) -> int:
-        """Steps done in the round under way."""
+        """Steps done in the current round."""
         return self.epoch * self.steps_per_epoch + self.step
 
     @property
     def global_epoch(self) -> int:
-        """Epochs done since the run began, the one under way not counted."""
+        """Epochs completed since the start of the run."""
         return sum(self.round_epochs[: self.round]) + self.epoch
 
     @property
     def global_step(self) -> int:
-        """Steps done since the run began."""
+        """Steps done since the start of the run."""
         return self.global_epoch * self.steps_per_epoch + self.step
 
     @property
@@ -79,5 +79,5 @@ class Progress:
 
 
 def at_fraction(fraction: float, num_steps: int) -> int:
-    """Number of steps done at a fraction of `num_steps`, rounded to the nearest."""
+    """Steps done at a fraction of `num_steps`, rounded to the nearest."""
     return round(fraction * num_steps)

@@ -1,4 +1,4 @@
-"""Text in the columns of a terminal, where a Chinese character takes two."""
+"""Text for terminals and logs: tables, durations, sizes. A Chinese character is two cells wide."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Many trainers: each an ordinary run in a process of its own, so many at a time, stopped cleanly together."""
+"""Runs trainers in parallel: each an ordinary run in its own process, all stopped cleanly together."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from typing import Protocol
 from vit_rsst.errors import Stopped
 
 POLL = 0.2
-"""Seconds between two looks at the trainers."""
+"""Seconds between two polls of the trainers."""
 
 
 class Planned(Protocol):
@@ -38,35 +38,35 @@ def cores() -> int:
 
 @dataclass
 class Crew:
-    """The trainers under way.
+    """The running trainers.
 
     Attributes:
         jobs: how many at a time.
-        signal: the one that asked to stop; None so far.
-        leaving: names of those that were asked to leave a resume point and end.
-        failed: name of a run → why it did not finish.
+        signal: the signal to stop; None so far.
+        stopping: names of runs asked to save a resume point and exit.
+        failed: run name → why it did not finish.
     """
 
     jobs: int = 1
     signal: int | None = None
     running: dict[str, tuple[Planned, subprocess.Popen]] = field(default_factory=dict)
-    leaving: set[str] = field(default_factory=set)
+    stopping: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
 
     def train(
         self,
         runs: Sequence[Planned],
-        tell: Callable[[Planned, str], None],
+        notify: Callable[[Planned, str], None],
         is_enough: Callable[[Planned], bool] = lambda run: False,
     ) -> None:
-        """Trains what is not finished; a run that fails stops no other.
+        """Trains every unfinished run; a failing run does not stop the others.
 
         Args:
-            tell: is called with a run and `started`, `finished`, or why it failed.
-            is_enough: is asked again and again about a run under way, and stops it with a resume point.
+            notify: called with a run and `started`, `finished`, or why it failed.
+            is_enough: polled for each running run; True stops it with a resume point.
 
         Raises:
-            Stopped: on SIGTERM or SIGINT, once all trainers have left their resume points.
+            Stopped: on SIGTERM or SIGINT, once all trainers have saved their resume points.
         """
         waiting = [run for run in runs if not run.is_finished]
         with self._signals():
@@ -74,25 +74,25 @@ class Crew:
                 while (run := self._next(waiting)) is not None:
                     waiting.remove(run)
                     self.start(run)
-                    tell(run, "started")
+                    notify(run, "started")
                 time.sleep(POLL)
-                self._let_go(is_enough)
+                self._stop_enough(is_enough)
                 for run in (*self._ended(), *self._orphans(waiting)):
-                    tell(run, self.failed.get(run.name, "finished"))
+                    notify(run, self.failed.get(run.name, "finished"))
         if self.signal is not None:
-            raise Stopped(f"stopped on {signal.Signals(self.signal).name}; the same command goes on from there.")
+            raise Stopped(f"stopped by {signal.Signals(self.signal).name}; run the same command to resume.")
 
     def _next(self, waiting: Sequence[Planned]) -> Planned | None:
-        """The first one that may start now."""
+        """The first run that may start now."""
         if len(self.running) == self.jobs or self.signal is not None:
             return None
         return next((run for run in waiting if run.after is None or run.after.is_finished), None)
 
-    def _let_go(self, is_enough: Callable[[Planned], bool]) -> None:
-        """Asks trainers to leave a resume point and end; each once, since a second signal cuts that short."""
+    def _stop_enough(self, is_enough: Callable[[Planned], bool]) -> None:
+        """Asks trainers to save a resume point and exit; once each, since a second signal would cut that short."""
         for name, (run, process) in self.running.items():
-            if name not in self.leaving and (self.signal is not None or is_enough(run)):
-                self.leaving.add(name)
+            if name not in self.stopping and (self.signal is not None or is_enough(run)):
+                self.stopping.add(name)
                 process.terminate()
 
     def _ended(self) -> list[Planned]:
@@ -104,15 +104,15 @@ class Crew:
         return [run for run, _ in found]
 
     def _orphans(self, waiting: list[Planned]) -> list[Planned]:
-        """Takes those out that wait for a run that did not finish."""
+        """Drops runs that depend on one that did not finish."""
         found = [run for run in waiting if run.after is not None and run.after.name in self.failed]
         for run in found:
             waiting.remove(run)
-            self.failed[run.name] = f"not started: it goes on from {run.after.name}, which did not finish"
+            self.failed[run.name] = f"not started: it starts from {run.after.name}, which did not finish"
         return found
 
     def start(self, run: Planned) -> None:
-        """Starts a trainer in a process group of its own: Ctrl-C reaches it once, through this process."""
+        """Starts a trainer in its own process group: Ctrl-C reaches it once, through this process."""
         path = output_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(cores() // self.jobs, 1))
@@ -124,7 +124,7 @@ class Crew:
         self.running[run.name] = (run, process)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.signal = number  # a trainer may just be starting: the loop asks them all
+        self.signal = number  # a trainer may be starting right now: the loop stops them all
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -133,21 +133,21 @@ class Crew:
         try:
             yield
         finally:
-            for _, process in self.running.values():  # after an error here: no trainer is left behind
+            for _, process in self.running.values():  # after an error here: leave no trainer behind
                 process.terminate()
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
 
 
 def output_path(run: Planned) -> Path:
-    """Where a trainer's output goes: beside the run folders, since a refused run has none."""
+    """A trainer's log: beside the run folders, since a rejected run has none."""
     return run.folder.parent / "output" / f"{run.name}.txt"
 
 
 def reason(run: Planned, code: int) -> str:
-    """Why a trainer ended without finishing, as far as its output tells."""
+    """Why a trainer exited without finishing, according to its log."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; see {output_path(run)}"
     lines = [line.strip() for line in output_path(run).read_text("utf-8", "replace").splitlines() if line.strip()]
-    told = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
-    return f"{told.removeprefix('error: ')} (exit code {code})"
+    last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
+    return f"{last.removeprefix('error: ')} (exit code {code})"

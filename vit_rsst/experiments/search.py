@@ -1,10 +1,10 @@
-"""Tunes fields of a recipe: many trials, each an ordinary run, the next one drawn by what the others reached.
+"""Tunes recipe fields over many trials: each an ordinary run, sampled from the results of the earlier ones.
 
 vit-rsst search RECIPE --trials N --field 'optim.lr=loguniform(1e-4,1e-2)' [--field …] [--metric val/top1] [--prune]
                [key=value …]
 
-The trials lie in <output_dir>/<name>-search/, with their numbers in search.db; the same command goes on until N trials
-have ended. Needs optuna: pip install 'vit_rsst[hpo]'.
+Trials lie in <output_dir>/<name>-search/, their results in search.db; the same command resumes until N trials have
+ended. Needs optuna: pip install 'vit_rsst[hpo]'.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from vit_rsst.text import aligned
 
 
 def run_search(arguments: argparse.Namespace) -> None:
-    """Runs the trials that are missing, then shows all of them, also when stopped.
+    """Runs the missing trials, then prints all of them, also when stopped.
 
     Raises:
-        InputError: a field is wrong, or the folder holds another search.
+        InputError: a field is invalid, or the folder holds a different search.
         RunError: no trial has finished.
     """
     base = loading.find(arguments.recipe)
@@ -36,5 +36,7 @@ def run_search(arguments: argparse.Namespace) -> None:
             print(f"\n{aligned(search.table())}", flush=True)
         best = search.best_overrides()
     if best is None:
-        raise RunError(f"no trial has finished; {search.folder / 'output'} holds what the trainers said.")
-    print("\nthe best one again, under a name of its own:\n  " + shlex.join(["vit-rsst", "train", str(base), *best]))
+        raise RunError(f"no trial has finished; see the logs in {search.folder / 'output'}.")
+    print(
+        "\nTo train the best trial again under its own name:\n  " + shlex.join(["vit-rsst", "train", str(base), *best])
+    )

@@ -1,6 +1,6 @@
-"""A search: trials drawn by optuna's TPE, each trained as an ordinary run, kept in SQLite so that it goes on.
+"""A search: trials sampled by optuna's TPE, each trained as an ordinary run, stored in SQLite so that it can resume.
 
-A trial that was cut short is drawn again with the same values and in the same run folder, where the trainer goes on.
+An interrupted trial is enqueued again with the same values and the same run folder, which the trainer resumes.
 """
 
 import math
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 METRICS = {"val/top1": "maximize", "val/top5": "maximize", "val/loss": "minimize"}
-"""What may be sought → in which direction; the test split decides nothing."""
+"""Metric → direction; the test split decides nothing."""
 
 
 @dataclass
 class Search:
-    """What is sought, and where.
+    """A search over fields of one recipe.
 
     Attributes:
-        overrides: of all trials.
-        is_pruning: stop trials that are worse than the median of the others.
-        study: optuna's, while the search is open.
+        overrides: for all trials.
+        is_pruning: stop trials that fall behind the median of the others.
+        study: optuna's study, while the search is open.
     """
 
     base: Path
@@ -57,11 +57,11 @@ class Search:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Opens or begins the search, for this process alone.
+        """Opens or creates the search, exclusively.
 
         Raises:
-            InputError: the folder holds another search.
-            MissingRequirement: optuna is missing, or another process searches there.
+            InputError: the folder holds a different search.
+            MissingRequirement: optuna is missing, or another process runs this search.
         """
         optuna = import_optuna()
         if differ := differences(self.folder / "base.yaml", self.recipe):
@@ -70,7 +70,7 @@ class Search:
         try:
             lock = FileLock(self.folder / ".lock").acquire(timeout=0)
         except Timeout as error:
-            raise MissingRequirement(f"{self.folder}: another process searches there; wait for it.") from error
+            raise MissingRequirement(f"{self.folder}: another process is running this search; wait for it.") from error
         with lock:
             files.write_text(self.folder / "base.yaml", strict_yaml.dump(self.recipe.tree()))
             pruner = optuna.pruners.MedianPruner() if self.is_pruning else optuna.pruners.NopPruner()
@@ -83,7 +83,7 @@ class Search:
             yield
 
     def _check_question(self) -> None:
-        """The fields and the metric are those of the trials that are there."""
+        """Checks that fields and metric are those of the existing trials."""
         asked = {"metric": self.metric, "fields": sorted(map(str, self.fields))}
         there = {key: self.study.user_attrs.get(key, value) for key, value in asked.items()}
         if there != asked:
@@ -92,10 +92,10 @@ class Search:
             self.study.set_user_attr(key, value)
 
     def _is_another(self, how: str) -> InputError:
-        return InputError(f"{self.folder} holds another search: {how}. Give this one another name (name=…).")
+        return InputError(f"{self.folder} holds a different search: {how}. Give this one another name (name=…).")
 
     def _take_up(self) -> None:
-        """Draws again what was under way when an earlier process was killed."""
+        """Enqueues the trials that were running when an earlier process was killed."""
         from optuna.trial import TrialState
 
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
@@ -109,10 +109,10 @@ class Search:
             self.study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
 
     def run(self, num_trials: int, say: Callable[[str], None]) -> None:
-        """Runs trials until so many have ended.
+        """Runs trials until `num_trials` have ended.
 
         Raises:
-            Stopped: on a signal; the trial under way goes on next time.
+            Stopped: on a signal; the running trial resumes next time.
         """
         while (number := len(self.ended())) < num_trials:
             trial = self.draw()
@@ -125,7 +125,7 @@ class Search:
             say(f"[{number + 1}/{num_trials}] {trial.user_attrs['run']}  {outcome}")
 
     def draw(self) -> "Trial":
-        """The next trial; what is drawn follows from the seed and the trials so far, not from this process."""
+        """The next trial; its values depend on the seed and the trials so far, not on this process."""
         from optuna.samplers import TPESampler
 
         runs = {trial.user_attrs.get("run") for trial in self.study.get_trials(deepcopy=False)} - {None}
@@ -136,12 +136,12 @@ class Search:
         return trial
 
     def train(self, trial: "Trial") -> str:
-        """Trains a trial and tells the study what came of it; returns that in words."""
+        """Trains a trial and records the result; returns it in words."""
         from optuna.trial import TrialState
 
         try:
             run = self.planned(trial)
-        except InputError as error:  # values that do not go together
+        except InputError as error:  # incompatible values
             return self._failed(trial, str(error))
         watched, crew = Watched(trial, self.metric, run), Crew()
         crew.train([run], lambda *_: None, watched.is_hopeless)
@@ -174,7 +174,7 @@ class Search:
         return [one.override(params[one.key]) for one in self.fields]
 
     def ended(self) -> list["FrozenTrial"]:
-        """Trials that finished, were pruned or failed by themselves; best first."""
+        """Trials that finished, were pruned or failed on their own; best first."""
         from optuna.trial import TrialState
 
         ends = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -188,7 +188,7 @@ class Search:
         return sorted(found, key=rank)
 
     def table(self) -> list[tuple[str, ...]]:
-        """Trials as lines, best first; those that finished before those that did not."""
+        """Trials as lines, finished ones first, best first."""
         lines = [("trial", self.metric, "epochs", "state", *(one.key for one in self.fields))]
         words = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
         for trial in self.ended():
@@ -199,7 +199,7 @@ class Search:
         return lines
 
     def best_overrides(self) -> list[str] | None:
-        """The overrides of the best trial, with a name of its own; None where none has finished."""
+        """The overrides of the best trial, with its own name; None if none has finished."""
         best = next((trial for trial in self.ended() if trial.state.name == "COMPLETE"), None)
         name = f"name={value_text(f'{self.recipe.name}-best')}"
         return None if best is None else [*self.overrides, *self.chosen(best.params), name]
@@ -207,11 +207,11 @@ class Search:
 
 @dataclass
 class Watched:
-    """A trial under way: its epochs are reported to the pruner.
+    """A running trial whose epochs are reported to the pruner.
 
     Attributes:
-        values: of the metric, an epoch each.
-        is_ended: the pruner has seen enough.
+        values: of the metric, one per epoch.
+        is_ended: the pruner has stopped it.
     """
 
     trial: "Trial"
@@ -221,7 +221,7 @@ class Watched:
     is_ended: bool = False
 
     def report(self) -> None:
-        """Reports the epochs that are new in metrics.jsonl."""
+        """Reports new epochs from metrics.jsonl."""
         if not (self.run.folder / "metrics.jsonl").exists():
             return
         found = [history.number(event, self.metric) for event in history.read(self.run.folder).epochs]
@@ -240,7 +240,7 @@ class Watched:
 
 
 def last_value(trial: "FrozenTrial") -> float | None:
-    """What a trial reached; of one that was cut short, so far."""
+    """The result of a trial; so far, if it was stopped."""
     if trial.value is not None:
         return trial.value
     return trial.intermediate_values[max(trial.intermediate_values)] if trial.intermediate_values else None

@@ -1,7 +1,7 @@
 """Fields that a search varies: `optim.lr=loguniform(1e-4,1e-2)`, `train.label_smoothing=uniform(0,0.2)`,
 `pruning.schedule.rounds=int(1,4)` or `optim.weight_decay=choice(0.01,0.05,0.1)`.
 
-Only `Field.distribution` needs optuna: a wrong field is refused without it.
+Only `Field.distribution` needs optuna: an invalid field is rejected without it.
 """
 
 import re
@@ -22,10 +22,10 @@ KINDS = ("uniform", "loguniform", "int", "choice")
 
 @dataclass(frozen=True)
 class Field:
-    """One field and what it may be.
+    """One field and its range.
 
     Attributes:
-        values: lowest and highest; of a choice the texts to choose from.
+        values: lowest and highest; for a choice, the texts to choose from.
     """
 
     key: str
@@ -45,7 +45,7 @@ class Field:
         return d.FloatDistribution(*self.values, log=self.kind == "loguniform")
 
     def override(self, value: object) -> str:
-        """The field as `key=value`; the texts of a choice are values already."""
+        """The field as `key=value`; the texts of a choice are already YAML."""
         return f"{self.key}={value if self.kind == 'choice' else value_text(value)}"
 
 
@@ -53,7 +53,7 @@ def parse(text: str) -> Field:
     """Reads `key=kind(values)`.
 
     Raises:
-        InputError: it is not that.
+        InputError: it is something else.
     """
     found = re.fullmatch(rf"([\w.]+)=({'|'.join(KINDS)})\((.*)\)", text.strip())
     try:
@@ -62,12 +62,12 @@ def parse(text: str) -> Field:
         values = None
     if not values:
         raise InputError(
-            f"--field {text!r}: expected KEY=KIND(VALUES), such as 'optim.lr=loguniform(1e-4,1e-2)', with uniform, "
-            "loguniform, int or choice."
+            f"--field {text!r}: expected KEY=KIND(VALUES) with KIND uniform, loguniform, int or choice, such as "
+            "'optim.lr=loguniform(1e-4,1e-2)'."
         )
     key, kind = found[1], found[2]
     if key in OWN_FIELDS:
-        raise InputError(f"--field {text!r}: {key} is set by the search in each trial; vary another field.")
+        raise InputError(f"--field {text!r}: the search sets {key} in each trial; vary another field.")
     if kind == "choice":
         return Field(key, kind, tuple(dict.fromkeys(map(value_text, values))))
     numbers = int if kind == "int" else int | float
@@ -76,12 +76,12 @@ def parse(text: str) -> Field:
         raise InputError(f"--field {text!r}: {kind} takes two {'whole ' if kind == 'int' else ''}numbers{least}.")
     low, high = values
     if low > high or (kind == "loguniform" and low <= 0):
-        raise InputError(f"--field {text!r}: expected two numbers{least}, the smaller one first.")
+        raise InputError(f"--field {text!r}: expected two numbers{least}, the smaller first.")
     return Field(key, kind, (low, high) if kind == "int" else (float(low), float(high)))
 
 
 def check(fields: Sequence[Field], base: Path, overrides: Sequence[str]) -> None:
-    """Looks whether the recipe takes every field at its ends, or each of its choices.
+    """Checks that the recipe accepts every field at both ends, or each of its choices.
 
     Raises:
         InputError: it does not, or a field is given twice.
@@ -89,6 +89,6 @@ def check(fields: Sequence[Field], base: Path, overrides: Sequence[str]) -> None
     given = [item.partition("=")[0] for item in overrides]
     for i, field in enumerate(fields):
         if field.key in given or field.key in [other.key for other in fields[:i]]:
-            raise InputError(f"--field '{field}': {field.key} is given twice; leave one out.")
+            raise InputError(f"--field '{field}': {field.key} is given twice; remove one.")
         for value in field.values:
             load(f"--field '{field}'", base, [*overrides, field.override(value)])

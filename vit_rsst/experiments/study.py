@@ -1,9 +1,9 @@
-"""Runs a grid of experiments by a study file, goes on where it stopped, and compares what is finished.
+"""Runs a grid of experiments from a study file, resumes where it stopped, and compares the finished runs.
 
 vit-rsst study FILE [key=value …] [--jobs N] [--dry-run] [--csv FILE] [--markdown FILE]
 
-Each run is an ordinary run folder, <output_dir>/<study>/<arm>-<point>-s<seed>, trained by a process of its own; what
-is finished is not trained again. `study_file.py` shows a study file. Exit code 0: all runs are finished.
+Each run is an ordinary run folder, <output_dir>/<study>/<arm>-<point>-s<seed>, trained in its own process; finished
+runs are not trained again. `study_file.py` shows a study file. Exit code 0: all runs are finished.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from vit_rsst.tickets.rounds import load_rows
 
 
 def run_study(arguments: argparse.Namespace) -> None:
-    """Trains what is not finished, then shows the table, also when stopped or failed.
+    """Trains every unfinished run, then prints the table, also when stopped or failed.
 
     Raises:
         RunError: a run did not finish.
@@ -34,15 +34,17 @@ def run_study(arguments: argparse.Namespace) -> None:
     try:
         crew.train(study.runs, lambda run, event: print(event_text(study, run, event), flush=True))
     finally:
-        tell(study, crew, arguments)
+        conclude(study, crew, arguments)
     if crew.failed:
         left = len(crew.failed)
-        raise RunError(f"{left} of {len(study.runs)} runs did not finish (above); the same command tries them again.")
+        raise RunError(
+            f"{left} of {len(study.runs)} runs did not finish (see above); run the same command to retry them."
+        )
 
 
-def tell(study: Study, crew: Crew, arguments: argparse.Namespace) -> None:
-    """Writes what was asked for, and prints the table and the failures."""
-    text = tables.told(study)
+def conclude(study: Study, crew: Crew, arguments: argparse.Namespace) -> None:
+    """Writes the requested files, then prints the table and the failures."""
+    text = tables.summary(study)
     failures = [f"{name}: {why}" for name, why in crew.failed.items()]
     leave(arguments.markdown, files.write_text, text + "\n")
     rows = tables.rows(study, crew.failed)
@@ -51,7 +53,7 @@ def tell(study: Study, crew: Crew, arguments: argparse.Namespace) -> None:
 
 
 def event_text(study: Study, run: PlannedRun, event: str) -> str:
-    """One line: how many runs are finished, which run, what happened to it."""
+    """One line: finished runs so far, the run, and what happened to it."""
     done = sum(other.is_finished for other in study.runs)
     line = f"[{done}/{len(study.runs)}] {run.name}  {event}"
     if event == "finished":
@@ -61,22 +63,22 @@ def event_text(study: Study, run: PlannedRun, event: str) -> str:
 
 
 def plan_text(study: Study, jobs: int) -> str:
-    """The runs, what each trains itself, and how long the rest will take by what is finished."""
+    """The runs, the epochs each will train, and the time left, estimated from finished runs."""
     lines = [("run", "epochs", "rounds", "state")]
     for run in study.runs:
-        state = "finished" if run.is_finished else "goes on" if run.folder.exists() else "new"
+        state = "finished" if run.is_finished else "to resume" if run.folder.exists() else "new"
         rounds = " + ".join(map(str, run.recipe.round_epochs))
         lines.append((run.name, str(sum(run.recipe.round_epochs)), rounds, state))
     left = sum(sum(run.recipe.round_epochs) for run in study.runs if not run.is_finished)
     total = sum(sum(run.recipe.round_epochs) for run in study.runs)
-    seconds = seconds_an_epoch(study)
-    time = "unknown, since nothing is finished" if seconds is None else duration(left * seconds / jobs)
-    total_text = f"{len(study.runs)} runs in {study.folder}, {total:,} epochs, {left:,} of them to train"
-    return f"{aligned(lines)}\n\n{total_text}; time: {time}; {jobs} at a time"
+    seconds = seconds_per_epoch(study)
+    time = "unknown until a run has finished" if seconds is None else duration(left * seconds / jobs)
+    total_text = f"{len(study.runs)} runs in {study.folder}, {total:,} epochs, {left:,} left to train"
+    return f"{aligned(lines)}\n\n{total_text}; estimated time: {time}, {jobs} at a time"
 
 
-def seconds_an_epoch(study: Study) -> float | None:
-    """Mean over the finished runs, evaluations included; None where there is none."""
+def seconds_per_epoch(study: Study) -> float | None:
+    """Mean over finished runs, evaluation included; None without any."""
     rows = [row for run in study.runs if run.is_finished for row in load_rows(run.folder)]
     epochs = sum(row.epochs for row in rows)
     return sum(row.seconds for row in rows) / epochs if epochs else None

@@ -1,20 +1,20 @@
-"""A study file: which arms meet at which points and with which seeds, and the runs that follow from it.
+"""A study file: arms, points and seeds, and the runs that follow from them.
 
-    name: cifar10-penalty                  # the runs lie in <output_dir>/<name>/
-    recipe: recipes/cifar10/study.yaml     # what all runs have in common
+    name: cifar10-penalty                  # runs lie in <output_dir>/<name>/
+    recipe: recipes/cifar10/study.yaml     # base recipe of all runs
     seeds: [0, 1, 2]
     common: {optim.lr: 2e-3}               # fields of all runs
-    dense: {train.epochs: 12}              # one dense round a seed, which all arms go on from; left out: each its own
-    arms:                                  # what is compared: name → fields
+    dense: {train.epochs: 12}              # a dense round per seed, shared by all arms; default: each its own
+    arms:                                  # what to compare: name → fields
       imp: {pruning.method: imp}
       rsst: {pruning.method: rsst}
     grid: {optim.lr: [1e-3, 3e-3]}         # every arm at every combination
-    points:                                # beside the default: what changes there; arms left out: all
+    points:                                # variations of the default, for some arms or (without `arms`) all
       long: {set: {train.round_epochs: 10}, arms: [imp]}
-    budget: equal                          # at each point all arms train the same number of epochs, or nothing starts
-    reference: imp                         # the arm that the others are compared with, seed by seed
+    budget: equal                          # refuse to start unless all arms of a point train the same number of epochs
+    reference: imp                         # arm that the others are compared with, seed by seed
 
-Nothing heavy is imported here: a wrong study is refused within a moment.
+Nothing heavy is imported here: an invalid study is rejected at once.
 """
 
 import itertools
@@ -35,14 +35,14 @@ from vit_rsst.recipe.sentences import sentences
 from vit_rsst.run.folder import RunFolder
 
 OWN_FIELDS = ("name", "seed", "output_dir")
-"""Fields of a recipe that the study sets in each of its runs."""
+"""Recipe fields that the study sets in each run."""
 
 Fields = dict[str, Any]
 
 
 @section
 class Point:
-    """What changes beside the default (one field, where one factor is varied at a time), and the arms that go there."""
+    """Fields that differ from the default (a single one, to vary one factor at a time), and the arms they apply to."""
 
     set: Annotated[Fields, MinLen(1)]
     arms: tuple[str, ...] | None = None
@@ -50,7 +50,7 @@ class Point:
 
 @section
 class StudyFile:
-    """The file as it is written; the module shows each field."""
+    """The file as written; the module docstring shows each field."""
 
     name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
     recipe: str
@@ -69,10 +69,10 @@ class PlannedRun:
     """One run of a study.
 
     Attributes:
-        arm: empty for a dense round that arms go on from.
-        point: where in the grid, in words; empty at the default.
-        file, overrides: what the trainer is started with.
-        after: the dense round that it goes on from; it must be finished before.
+        arm: empty for a shared dense round.
+        point: place in the grid, in words; empty at the default.
+        file, overrides: arguments of the trainer.
+        after: the dense round that it starts from, which must finish first.
     """
 
     arm: str
@@ -93,7 +93,7 @@ class PlannedRun:
 
     @property
     def epochs(self) -> tuple[int, ...]:
-        """Of each round, the shared one first."""
+        """Epochs of each round, the shared one first."""
         own = self.recipe.round_epochs
         return own if self.after is None else (*self.after.epochs, *own)
 
@@ -104,7 +104,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study and its runs, in the order in which they start: dense rounds, then seed after seed."""
+    """A study and its runs in starting order: dense rounds, then seed by seed."""
 
     name: str
     folder: Path
@@ -120,10 +120,10 @@ def read(file: Path, overrides: Sequence[str] = ()) -> Study:
     """Reads a study file and every recipe that follows from it.
 
     Args:
-        overrides: `key=value` for all runs; what an arm or a point sets comes after them.
+        overrides: `key=value` for all runs; arms and points take precedence.
 
     Raises:
-        InputError: the file, or a recipe that follows from it, is wrong, or a folder holds another experiment.
+        InputError: the file or a recipe is invalid, or a folder holds a different experiment.
     """
     written = parse(file)
     base = loading.find(written.recipe)
@@ -143,7 +143,7 @@ def read(file: Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def parse(file: Path) -> StudyFile:
-    """The file's own fields.
+    """The fields of the file.
 
     Raises:
         InputError: with every problem and its line.
@@ -151,7 +151,7 @@ def parse(file: Path) -> StudyFile:
     try:
         document = strict_yaml.parse(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); expected a study file.") from error
+        raise InputError(f"{file}: cannot read it ({error}); expected a study file.") from error
     problems = [(line, f"{'.'.join(path)}: {text}" if path else text) for path, line, text in document.problems]
     written = None
     try:
@@ -166,7 +166,7 @@ def parse(file: Path) -> StudyFile:
 
 
 def value_text(value: object) -> str:
-    """A value as an override on the command line says it."""
+    """A value as a command-line override spells it."""
     if isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value) and strict_yaml.parse_scalar(value) == value:
         return value
     return json.dumps(value, ensure_ascii=False)
@@ -177,7 +177,7 @@ def as_overrides(fields: Mapping[str, Any]) -> list[str]:
 
 
 def load(where: str, base: Path, overrides: Sequence[str]) -> Recipe:
-    """A recipe; what is wrong with it is said with the place in the study that asks for it.
+    """A recipe; errors name the place in the study that asks for it.
 
     Raises:
         InputError: naming that place.
@@ -185,13 +185,13 @@ def load(where: str, base: Path, overrides: Sequence[str]) -> Recipe:
     try:
         return loading.load(base, overrides)
     except InputError as error:
-        told = str(error).splitlines()
-        raise InputError("\n".join(f"{where}: {line}" for line in told[1:] or told)) from error
+        lines = str(error).splitlines()
+        raise InputError("\n".join(f"{where}: {line}" for line in lines[1:] or lines)) from error
 
 
 @dataclass(frozen=True)
 class Place:
-    """A point in the grid: its words, and what changes there."""
+    """A point in the grid: its words and overrides."""
 
     words: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -204,7 +204,7 @@ def _pairs(file: Path, written: StudyFile) -> Iterator[tuple[str, Place]]:
     """Every arm at each of its places.
 
     Raises:
-        InputError: an arm is named that is none.
+        InputError: an unknown arm is named.
     """
     named = {f"points.{name}.arms": point.arms or () for name, point in written.points.items()}
     for place, arms in (named | {"reference": filter(None, [written.reference])}).items():
@@ -220,7 +220,7 @@ def _pairs(file: Path, written: StudyFile) -> Iterator[tuple[str, Place]]:
 
 
 def _grid(written: StudyFile) -> list[Place]:
-    """All combinations; without a grid one, the default."""
+    """All combinations; without a grid, only the default."""
     combinations = itertools.product(*written.grid.values())
     texts = [[value_text(value) for value in values] for values in combinations]
     return [
@@ -233,10 +233,10 @@ def _grid(written: StudyFile) -> list[Place]:
 
 
 def _refuse_own_fields(file: Path, written: StudyFile, overrides: Sequence[str]) -> None:
-    """What the study sets itself may be set nowhere else.
+    """Rejects fields that the study sets itself.
 
     Raises:
-        InputError: naming the field and where it may be set.
+        InputError: naming the field and where to set it.
     """
     asked = {f"arm {arm!r}": fields for arm, fields in written.arms.items()}
     asked |= {f"point {name!r}": point.set for name, point in written.points.items()}
@@ -244,28 +244,26 @@ def _refuse_own_fields(file: Path, written: StudyFile, overrides: Sequence[str])
     shared = ("train.epochs", "model.start_from") if written.dense is not None else ()
     for seed in written.seeds:
         if written.seeds.count(seed) > 1:
-            raise InputError(f"{file}: seeds: {seed} is given twice; name each seed once.")
+            raise InputError(f"{file}: seeds: {seed} is given twice; list each seed once.")
     for key in written.dense or {}:
         if key.split(".")[0] == "pruning":
-            raise InputError(
-                f"{file}: dense: {key} means nothing here: the shared round removes nothing; leave it out."
-            )
+            raise InputError(f"{file}: dense: {key} has no effect: the shared round removes nothing; delete it.")
     for place, fields in asked.items():
         for key in fields:
             if key in OWN_FIELDS:
-                raise InputError(f"{file}: {place}: {key} is set by the study in each run; leave it out.")
+                raise InputError(f"{file}: {place}: the study sets {key} in each run; delete it.")
             if key in shared and place != "dense":
                 raise InputError(
-                    f"{file}: {place}: {key} means nothing here, since all arms go on from one dense round; set "
-                    "train.epochs in dense, or leave dense out."
+                    f"{file}: {place}: {key} has no effect, because all arms start from a shared dense round; set "
+                    "train.epochs in dense, or delete dense."
                 )
     for item in overrides:
         if item.partition("=")[0] in ("name", "seed"):
-            raise InputError(f"command line ({item}): the study names its runs and seeds; change {file} instead.")
+            raise InputError(f"command line ({item}): the study sets names and seeds; change {file} instead.")
 
 
 class _Maker:
-    """Makes the runs, and each dense round once."""
+    """Makes the runs, and each shared dense round once."""
 
     def __init__(self, file: Path, written: StudyFile, base: Path, overrides: list[str]):
         self.file, self.written, self.base, self.overrides = file, written, base, overrides
@@ -284,17 +282,19 @@ class _Maker:
         return PlannedRun(arm, str(place), seed, self.base, tuple(overrides), recipe, dense)
 
     def dense_round(self, fields: Sequence[str], seed: int) -> PlannedRun:
-        """The dense round of a seed for a network and its data: other fields of an arm do not touch it."""
+        """The dense round of a seed for one model and dataset; other fields of an arm do not affect it."""
         own = [item for item in fields if item.partition("=")[0].split(".")[0] in ("data", "model")]
         key = (seed, *own)
         if key not in self.dense:
             asked = [*self.overrides, f"seed={seed}", *own, *as_overrides(self.written.dense)]
             epochs = load(f"{self.file}: dense", self.base, asked).train.epochs
             if epochs < 2:
-                raise InputError(f"{self.file}: dense: train.epochs is {epochs}; a shared dense round takes 2 or more.")
+                raise InputError(
+                    f"{self.file}: dense: train.epochs is {epochs}; a shared dense round needs at least 2."
+                )
             number = sum(run.seed == seed for run in self.dense.values())
             name = slug(f"dense-round{number + 1 if number else ''}", seed)
-            # A run of dense is one round of all epochs together, that of its prune events included.
+            # A dense run is a single round of all epochs, those of its pruning rounds included.
             asked += ["pruning={method: dense, schedule: {rounds: 1}}", f"train.epochs={epochs - 1}"]
             asked += ["train.round_epochs=1", "train.recovery_epochs=0", f"name={name}"]
             recipe = load(f"{self.file}: dense", self.base, asked)
@@ -314,13 +314,13 @@ def _check_names(file: Path, study: Study) -> None:
             other = seen[run.name]
             raise InputError(
                 f"{file}: {run.arm!r} {run.point} and {other.arm!r} {other.point} would share the folder {run.folder}; "
-                "give one of the arms another name, and each seed once."
+                "rename one of the arms, and list each seed once."
             )
         seen[run.name] = run
 
 
 def _check_budget(file: Path, study: Study) -> None:
-    """At each point all arms train as many epochs.
+    """Checks that all arms of a point train the same number of epochs.
 
     Raises:
         InputError: with the sums that differ.
@@ -330,31 +330,30 @@ def _check_budget(file: Path, study: Study) -> None:
         if len({sum(epochs) for epochs in sums.values()}) > 1:
             listed = "; ".join(f"{arm} {' + '.join(map(str, e))} = {sum(e)}" for arm, e in sums.items())
             raise InputError(
-                f"{file}: budget: the arms do not train as many epochs{f' at {point}' if point else ''}: {listed}. "
-                "Change train.round_epochs or the rounds of an arm, or leave budget out."
+                f"{file}: budget: arms train different numbers of epochs{f' at {point}' if point else ''}: {listed}. "
+                "Change train.round_epochs or the rounds of an arm, or delete budget."
             )
 
 
 def check_folder(run: PlannedRun) -> None:
-    """Looks whether the run's folder holds the run, where it holds one.
+    """Checks that the run's folder, if it exists, holds this run.
 
     Raises:
-        InputError: it holds another one, with the fields that differ.
+        InputError: it holds a different one; names the fields that differ.
     """
     if differ := differences(run.folder / "recipe.yaml", run.recipe):
         raise InputError(
-            f"{run.folder} holds a run of another recipe: {differ}. Give the study another name, or move that folder "
-            "away."
+            f"{run.folder} holds a run of a different recipe: {differ}. Rename the study, or move that folder away."
         )
 
 
 def differences(saved: Path, recipe: Recipe) -> str:
-    """In which fields a recipe that was saved earlier is another one; those that are new since have their defaults."""
+    """Fields in which a saved recipe differs; fields added since then take their defaults."""
     if not saved.exists():
         return ""
     try:
         then, now = (deciding(one.tree()) for one in (loading.load(saved), recipe))
     except InputError:
-        return "it cannot be read by this version"
+        return "this version cannot read it"
     fields = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    return ", ".join(f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)" for key in fields)
+    return ", ".join(f"{key} (was {then.get(key)!r}, now {now.get(key)!r})" for key in fields)

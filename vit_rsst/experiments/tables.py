@@ -1,4 +1,4 @@
-"""What the runs of a study say together: a line an arm and point, means and spreads over seeds, paired differences."""
+"""Results of a study: one line per arm and point, means and spreads over seeds, paired differences."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +14,12 @@ HEADS = ("arm", "point", "n", "density", "val top-1", "test top-1", "what-if gap
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run as its rows tell it.
+    """A finished run, summarised.
 
     Attributes:
-        gaps: sum of the what-if gaps, points; None where the method has none.
+        gaps: sum of the what-if gaps in points; None if the method has none.
         minutes: of its own rounds.
-        epochs: of all its rounds, a shared one included.
+        epochs: of all rounds, a shared one included.
     """
 
     run: PlannedRun
@@ -52,12 +52,12 @@ class Result:
 
 
 def results(runs: Iterable[PlannedRun]) -> list[Result]:
-    """Of those runs that are finished."""
+    """Results of the finished runs."""
     return [Result(run, load_rows(run.folder)) for run in runs if run.is_finished]
 
 
 def grouped(found: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
-    """(arm, point) → its seeds."""
+    """(arm, point) → results of its seeds."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in found:
         groups.setdefault((result.run.arm, result.run.point), []).append(result)
@@ -65,15 +65,15 @@ def grouped(found: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def spread_text(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± standard deviation; the mean alone of a single value."""
+    """Mean ± standard deviation; the mean alone for a single value."""
     mean = f"{statistics.mean(values):{sign}.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def difference_text(group: Sequence[Result], reference: Sequence[Result]) -> tuple[str, str]:
-    """Mean difference of test top-1 over the seeds that both have, and whether it is noise.
+    """Mean difference in test top-1 over common seeds, and whether it is noise.
 
-    The pairs share their data, their order and their dense round, so that the spread of the differences decides.
+    Pairs share data, data order and dense round, so the spread of their differences decides.
     """
     scores = {result.run.seed: result.test for result in reference}
     pairs = [result.test - scores[result.run.seed] for result in group if result.run.seed in scores]
@@ -81,16 +81,16 @@ def difference_text(group: Sequence[Result], reference: Sequence[Result]) -> tup
         return "–", "–"
     bound = noise([statistics.stdev(pairs)] if len(pairs) > 1 else [])
     mean = statistics.mean(pairs)
-    verdict = f"within noise ({bound:.2f})" if abs(mean) <= bound else f"more than noise ({bound:.2f})"
+    verdict = f"within noise ({bound:.2f})" if abs(mean) <= bound else f"above noise ({bound:.2f})"
     return spread_text(pairs, "+"), verdict
 
 
 def cells(study: Study) -> list[tuple[str, ...]]:
-    """The table: its head, then a line for each arm at each of its points; empty while nothing is finished."""
+    """The table: header, then one line per arm and point; empty until a run has finished."""
     groups = grouped(results(study.compared))
     if not groups:
         return []
-    against = (f"test − {study.reference}", "which is") if study.reference else ()
+    against = (f"test − {study.reference}", "verdict") if study.reference else ()
     lines = [(*HEADS, *against)]
     for arm, point in dict.fromkeys((run.arm, run.point) for run in study.compared):
         if group := groups.get((arm, point)):
@@ -116,30 +116,30 @@ def _numbers(group: Sequence[Result]) -> tuple[str, ...]:
     )
 
 
-def told(study: Study) -> str:
-    """The table as Markdown, below how many comparisons it holds; a sentence while nothing is finished."""
+def summary(study: Study) -> str:
+    """The table as Markdown, below the number of comparisons; a sentence until a run has finished."""
     lines = cells(study)
     if not lines:
-        return "no arm has a finished run yet"
+        return "no run has finished yet"
     if not study.reference:
         return markdown(lines)
     compared = sum(line[-1] != "–" for line in lines[1:])
     head = (
-        f"Comparisons with {study.reference}, seed by seed: {compared}; the more there are, the more pass by chance. "
-        f"Noise is three standard deviations of the differences, and {NOISE:g} point at least."
+        f"Paired comparisons with {study.reference}: {compared}. The more there are, the more likely one exceeds "
+        f"noise by chance. Noise: three standard deviations of the paired differences, at least {NOISE:g} point."
     )
     return f"{head}\n\n{markdown(lines)}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is the head."""
+    """A Markdown table; the first line is the header."""
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     escaped.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def rows(study: Study, reasons: Mapping[str, str]) -> list[dict[str, object]]:
-    """A line a run, for --csv."""
+    """One row per run, for --csv."""
     found = {result.run.name: result for result in results(study.runs)}
     return [_row(run, found.get(run.name), reasons.get(run.name, "")) for run in study.runs]
 

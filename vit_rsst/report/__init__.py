@@ -1,1 +1,1 @@
-"""What a person sees of a run: figures, a report, comparisons, a diagnosis in words."""
+"""What a person sees of a run: figures, the report, comparisons and a diagnosis in words."""

@@ -1,7 +1,7 @@
-"""Attention maps: what every head looks at, recorded while a model runs its own fused attention.
+"""Attention maps, recorded while a model runs its own fused attention.
 
-A `TorchFunctionMode` sees each call of scaled dot-product attention and computes its weights beside it: no model is
-rewritten, and timm's, transformers' and slim networks are all the same here.
+A `TorchFunctionMode` intercepts scaled dot-product attention and computes the weights alongside: no model is rewritten,
+and timm, transformers and slim networks all work the same way.
 """
 
 import math
@@ -37,9 +37,9 @@ def _weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (batch, heads, tokens, tokens) and which heads live, (batch, heads).
+    """Weights (batch, heads, tokens, tokens) and a mask of living heads, (batch, heads).
 
-    A head without weights has the same value at every token, that of its bias: where it looks changes nothing.
+    A pruned head has the same value at every token, its bias, so its attention has no effect.
     """
     scores = query.float() @ key.float().transpose(-2, -1) * (scale or 1.0 / math.sqrt(query.shape[-1]))
     if attn_mask is not None:
@@ -50,7 +50,7 @@ def _weights(
 
 @contextmanager
 def _fused(net: nn.Module) -> Iterator[None]:
-    """timm's modules can compute attention by hand, which nobody would see."""
+    """Switches timm modules that would compute attention by hand, unseen by the recorder."""
     switched = [module for module in net.modules() if getattr(module, "fused_attn", None) is False]
     for module in switched:
         module.fused_attn = True
@@ -70,20 +70,20 @@ def attention(net: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor
         images: normalised, (batch, 3, size, size).
 
     Returns:
-        By layer: weights (batch, heads, tokens, tokens), and which heads live, (batch, heads); and the logits. No layer
-        where the model has none that spans all tokens.
+        Per layer, weights (batch, heads, tokens, tokens) and living heads (batch, heads); and the logits. No layers if
+        attention does not span all tokens.
     """
     with _fused(net), _Recorder() as recorder:
         logits = net(images)
     found = [(w, alive) for w, alive in recorder.layers if w.ndim == 4 and len(w) == len(images)]
     tokens = {w.shape[-2:] for w, _ in found}
-    if len(tokens) != 1 or len(set(tokens.pop())) != 1:  # windows, or a number of tokens that changes
+    if len(tokens) != 1 or len(set(tokens.pop())) != 1:  # windowed attention, or a varying number of tokens
         return [], [], logits
     return [w for w, _ in found], [alive for _, alive in found], logits
 
 
 def mean_of_heads(weights: Tensor, alive: Tensor) -> Tensor:
-    """Mean over the living heads, (batch, tokens, tokens); each token itself where none lives."""
+    """Mean over living heads, (batch, tokens, tokens); the identity if there are none."""
     share = alive.float() / alive.sum(1, keepdim=True).clamp(min=1)  # (batch, heads)
     mean = (weights * share[:, :, None, None]).sum(1)
     own = torch.eye(weights.shape[-1], device=weights.device)
@@ -91,7 +91,7 @@ def mean_of_heads(weights: Tensor, alive: Tensor) -> Tensor:
 
 
 def rollout(layers: list[Tensor], alive: list[Tensor]) -> Tensor:
-    """Attention through all layers, (batch, tokens, tokens): half of each layer passes by (Abnar & Zuidema 2020)."""
+    """Attention rollout, (batch, tokens, tokens): half of each layer is residual (Abnar & Zuidema 2020)."""
     total = None
     for weights, heads in zip(layers, alive, strict=True):
         own = torch.eye(weights.shape[-1], device=weights.device)
@@ -101,19 +101,19 @@ def rollout(layers: list[Tensor], alive: list[Tensor]) -> Tensor:
 
 
 def over_patches(attended: Tensor) -> Tensor | None:
-    """What the answer looks at, as a square of patches summing to one, (batch, side, side).
+    """Attention over the square of patches, summing to one, (batch, side, side).
 
     Args:
-        attended: (batch, tokens, tokens). Tokens besides the square of patches come first: the class token is asked;
-            without one, the mean over all.
+        attended: (batch, tokens, tokens), tokens other than patches first. Attention is that of the class token;
+            without one, the mean over all patches.
 
     Returns:
-        None where no square is left.
+        None if the patches form no square.
     """
     tokens = attended.shape[-1]
     side = math.isqrt(tokens)
     prefix = tokens - side * side
-    if prefix > 5:  # a class token and up to four registers, as published models have
+    if prefix > 5:  # a class token and up to four registers, as in published models
         return None
     asked = attended[:, 0] if prefix else attended.mean(1)
     patches = asked[:, prefix:]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3c82c8", "#df7a35", "#2f9d6c", "#cf4a5c", "#8d6cc0", "#898e97"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, "#b08a1e", "#2aa5b5", GREY)
 INK, GROUND = "#1f2328", "#fffffe"
-"""Of text and of the ground: no drawing uses these two for anything else, so that a page can replace them."""
+"""Text and background. No figure uses these two for anything else, so a page can replace them."""
 
 SCRIPTS = (
     "Noto Sans CJK SC",
@@ -35,7 +35,7 @@ SCRIPTS = (
     "PingFang SC",
     "Microsoft YaHei",
 )
-"""Fonts of more scripts than matplotlib's own, for images; the reader of an SVG has others."""
+"""Fonts for more scripts than matplotlib ships; used for bitmaps. An SVG uses the fonts of its viewer."""
 
 ELEMENTS = {
     *("svg", "g", "defs", "style", "path", "text", "tspan", "use", "image", "clippath", "rect", "metadata"),
@@ -46,15 +46,15 @@ ELEMENTS = {
 
 HEAT = "viridis"
 LINES = (0.25, 0.88)
-"""The part of it in which a line is seen on white and on black."""
+"""The part of it in which lines are visible on white and on black."""
 
 WIDTH = 5.2
-"""Inches: a phone of 390 px shows a point as 0.9 px, so that 10 points stay readable."""
+"""Inches. On a 390 px phone a point is 0.9 px, so 10 points stay legible."""
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style, for everything drawn inside.
+    """The style for everything drawn inside.
 
     Raises:
         MissingRequirement: matplotlib is not installed.
@@ -86,7 +86,7 @@ def drawing() -> Iterator[None]:
         "figure.facecolor": GROUND,
         "axes.facecolor": "none",
         "savefig.facecolor": GROUND,
-        "svg.fonttype": "none",  # text stays text: in the reader's font, so that any script shows
+        "svg.fonttype": "none",  # text stays text: the viewer's fonts cover any script
         **{name: INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
     }
     with matplotlib.rc_context(style), warnings.catch_warnings():
@@ -95,14 +95,14 @@ def drawing() -> Iterator[None]:
 
 
 def figure(height: float = 2.6, width: float = WIDTH) -> "Figure":
-    """An empty figure that lays itself out; no display and no global state."""
+    """An empty figure with constrained layout; no display, no global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def count(axes: "Axes", values: Iterable[int]) -> None:
-    """Whole numbers on the horizontal axis; a single one in its middle."""
+    """Integer ticks on the horizontal axis; a single value is centred."""
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(found := set(values)) == 1:
         [only] = found
@@ -111,10 +111,10 @@ def count(axes: "Axes", values: Iterable[int]) -> None:
 
 
 def svg(drawn: "Figure", salt: str) -> str:
-    """The figure as SVG, the same bytes for the same drawing.
+    """The figure as SVG, byte-identical for identical input.
 
     Args:
-        salt: keeps the ids of several figures on one page apart.
+        salt: makes the ids of several figures on one page differ.
     """
     import matplotlib
 
@@ -126,13 +126,13 @@ def svg(drawn: "Figure", salt: str) -> str:
 
 
 def save(drawn: "Figure", path: Path) -> None:
-    """Writes the SVG file, whole or not at all."""
+    """Writes the SVG file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, svg(drawn, path.stem))
 
 
 def pixels(drawn: "Figure", dpi: int = 150) -> np.ndarray:
-    """The figure as an image, uint8 (height, width, 3), for what shows no SVG."""
+    """The figure as a bitmap, uint8 (height, width, 3), for trackers without SVG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     drawn.set_dpi(dpi)

@@ -1,4 +1,4 @@
-"""The report of several runs side by side: means and spreads over seeds, fronts, budgets, and what may be concluded."""
+"""The report of several runs: means and spreads over seeds, Pareto fronts, budgets, and what follows from them."""
 
 import itertools
 import json
@@ -11,37 +11,37 @@ from vit_rsst.report.document import Bullets, Code, Document, Gallery, Section, 
 from vit_rsst.report.fronts import images
 from vit_rsst.report.groups import NOT_OF_THE_EXPERIMENT, Group, grouped, noise
 from vit_rsst.report.history import History, at
-from vit_rsst.report.story import is_told, measured, reproduction, state_text
+from vit_rsst.report.story import has_content, measured, reproduction, state_text
 from vit_rsst.text import duration, size
 from vit_rsst.tickets.rounds import RoundRow
 
 SAME = 0.02
-"""Relative difference up to which two densities or budgets are the same."""
+"""Relative difference below which two budgets count as equal."""
 
 
 def compare(histories: Sequence[History], is_timed: bool = False) -> Document:
     """The report of several runs.
 
     Args:
-        is_timed: measure latency, which takes seconds a run.
+        is_timed: measure latency, which takes seconds per run.
     """
     groups = grouped(histories)
     timed = timings(groups) if is_timed else {}
     sections = [
-        Section("What the numbers say", [Bullets(list(findings(groups)))]),
+        Section("Key findings", [Bullets(list(findings(groups)))]),
         Section("Results", list(result_blocks(groups, timed))),
         Section("Figures", [Gallery(images(groups, timed))]),
         Section("Tickets", list(ticket_blocks(groups))),
-        Section("Differences of the recipes", list(difference_blocks(groups))),
-        Section("How to reproduce", [Code("\n\n".join(reproduction(run) for run in histories))]),
+        Section("Recipe differences", list(difference_blocks(groups))),
+        Section("Reproduce these runs", [Code("\n\n".join(reproduction(run) for run in histories))]),
     ]
     names = ", ".join(history.name for history in histories)
-    title = f"{len(histories)} runs compared"
-    return Document(title, "", names, [section for section in sections if is_told(section)])
+    title = f"Comparison of {len(histories)} runs"
+    return Document(title, "", names, [section for section in sections if has_content(section)])
 
 
 def timings(groups: Sequence[Group]) -> dict[int, list[Mapping]]:
-    """Latency of each group's slim network by batch, all in turns; empty where the images differ in size."""
+    """Latency of each group's slim network by batch size, measured alternately; empty if image sizes differ."""
     subjects = [next((s for s in group.subjects if isinstance(s, Subject)), None) for group in groups]
     known = [subject for subject in subjects if subject is not None]
     if not known or len({subject.image_size for subject in known}) > 1:
@@ -58,31 +58,31 @@ def timings(groups: Sequence[Group]) -> dict[int, list[Mapping]]:
 
 
 def findings(groups: Sequence[Group]) -> Iterator[str]:
-    """What may be concluded, and what may not."""
+    """What follows from the numbers, and what does not."""
     known = [group for group in groups if group.scores]
     unfinished = [run for group in groups for run in group.runs if run.state != "finished"]
     if unfinished:
         names = ", ".join(f"{run.name} ({state_text(run)})" for run in unfinished)
-        yield f"Not all runs are finished: {names}. Their numbers are those so far."
+        yield f"Unfinished runs: {names}. Their numbers are preliminary."
     if any(group.split == "validation" for group in known):
-        yield "Not every ticket has met the test split yet: all are compared by validation."
+        yield "Some tickets have no test score yet, so all are compared on validation."
     for _, alike in itertools.groupby(sorted(known, key=lambda g: -g.density), key=lambda g: round(g.density, 2)):
         yield from leader(sorted(alike, key=lambda group: -group.mean))
     densities = {round(group.density, 2) for group in known}
     if len(densities) > 1:
         listed = ", ".join(f"{density:.2f}" for density in sorted(densities, reverse=True))
-        yield f"The last tickets differ in density ({listed}): compare along the front, not by their last number."
+        yield f"Final densities differ ({listed}): compare along the Pareto front, not by the final scores."
     yield from budget_findings([group for group in groups if group.images])
     for group in known:
         gaps = [[row.what_if_gap for row in run.rows if row.what_if_gap is not None] for run in group.runs]
         sums = [sum(of_run) for of_run in gaps if of_run]
         if sums:
             mean = statistics.mean(sums)
-            yield f"{group.label}: the removals cost {mean:.2f} points in sum over {len(gaps[0])} rounds."
+            yield f"{group.label}: removal alone cost {mean:.2f} points in total over {len(gaps[0])} rounds."
 
 
 def leader(groups: Sequence[Group]) -> Iterator[str]:
-    """The best at one density, and whether it leads by more than noise; two of them at least."""
+    """The best of two or more at one density, and whether its lead exceeds noise."""
     if len(groups) < 2:
         return
     first, second = groups[:2]
@@ -91,12 +91,12 @@ def leader(groups: Sequence[Group]) -> Iterator[str]:
     spreads = [group.spread for group in (first, second) if group.spread is not None]
     bound = noise(spreads)
     verdict = (
-        f"more than noise ({bound:.2f} points)" if lead > bound else f"within noise ({bound:.2f} points): a tie so far"
+        f"above noise ({bound:.2f} points)" if lead > bound else f"within noise ({bound:.2f} points), so far a tie"
     )
     seeds_text = "one seed" if seeds == 1 else f"{seeds} seeds"
     yield (
-        f"At density {first.density:.2f} {first.label} leads with {first.mean:.2f} %, {lead:.2f} points above "
-        f"{second.label}, on {seeds_text}: {verdict}."
+        f"At density {first.density:.2f}, {first.label} leads with {first.mean:.2f} %, {lead:.2f} points ahead of "
+        f"{second.label} over {seeds_text}: {verdict}."
     )
 
 
@@ -106,10 +106,10 @@ def budget_findings(groups: Sequence[Group]) -> Iterator[str]:
     most = max(group.images for group in groups)
     less = [group for group in groups if group.images < (1 - SAME) * most]
     if not less:
-        yield f"All were trained on the same budget, {most:,} images."
+        yield f"All experiments had the same training budget: {most:,} images."
         return
     names = ", ".join(f"{group.label} ({group.images / max(most, 1):.2f})" for group in less)
-    yield f"The budgets differ: {names} had only that share of the largest, {most:,} images; they are no equals."
+    yield f"Training budgets differ, so this is no fair comparison: {names} of the largest, {most:,} images."
 
 
 def result_blocks(groups: Sequence[Group], timed: Mapping) -> Iterator[object]:
@@ -121,9 +121,8 @@ def result_blocks(groups: Sequence[Group], timed: Mapping) -> Iterator[object]:
         ms = [f"{1000 * found[i]['median']:.2f}" if found[i] else "–" for found in timed.values()]
         rows.append((group.label, *score_cells(group), *cost_cells(group, group.images / max(most, 1)), *ms))
     note = (
-        f"Of the last tickets; top-1 on the {groups[0].split} split, ± one standard deviation over seeds. Budget: the "
-        "images trained on; ≠ and the share of the largest where it is less. Parameters, MFLOPs and ms: dead units cut "
-        "out."
+        f"Last tickets; {groups[0].split} top-1 ± one standard deviation over seeds. Budget: training images; ≠ marks "
+        "a smaller one, with its share of the largest. Parameters, MFLOPs and latency with dead units cut out."
     )
     yield Table(heads, rows, note)
 
@@ -138,7 +137,7 @@ def score_cells(group: Group) -> Iterator[str]:
 
 
 def mean_and_spread(scores: Sequence[float]) -> str:
-    """`83.10 ± 0.10`; of one seed without the latter."""
+    """`83.10 ± 0.10`; the mean alone for one seed."""
     if not scores:
         return "–"
     return f"{statistics.mean(scores):.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else "")
@@ -155,7 +154,7 @@ def cost_cells(group: Group, share: float) -> Iterator[str]:
 
 
 def ticket_blocks(groups: Sequence[Group]) -> Iterator[object]:
-    """Every round of every experiment, means over seeds."""
+    """Every round of every experiment, averaged over seeds."""
     rows = []
     for group in groups:
         for of_round in itertools.zip_longest(*(run.rows for run in group.runs)):
@@ -175,7 +174,7 @@ def ticket_blocks(groups: Sequence[Group]) -> Iterator[object]:
 
 
 def difference_blocks(groups: Sequence[Group]) -> Iterator[object]:
-    """Fields that are not the same in all recipes."""
+    """Fields in which the recipes differ."""
     fields = [deciding(dict(group.runs[0].recipe)) for group in groups]
     names = [name for name in dict.fromkeys(itertools.chain(*fields)) if name not in NOT_OF_THE_EXPERIMENT]
     rows = [(name, *(as_yaml(of[name]) if name in of else "–" for of in fields)) for name in names]
@@ -183,5 +182,5 @@ def difference_blocks(groups: Sequence[Group]) -> Iterator[object]:
 
 
 def as_yaml(value: object) -> str:
-    """A value as a recipe has it."""
+    """A value as a recipe spells it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

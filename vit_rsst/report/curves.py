@@ -1,4 +1,4 @@
-"""Figures that need the run folder alone: curves, rounds, sparsity by layer, units left, sizes of the weights."""
+"""Figures that need only the run folder: curves, rounds, sparsity by layer, units left, weight magnitudes."""
 
 import itertools
 import math
@@ -20,9 +20,9 @@ class Drawing:
     """A figure of a run.
 
     Attributes:
-        name: of its file, without the ending.
+        name: of its file, without suffix.
         title, caption: for the report.
-        draw: the figure; None where the run has nothing to show in it.
+        draw: returns the figure; None if the run has nothing to show.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Drawing:
 
 
 def curves(history: History) -> "Figure | None":
-    """Loss and accuracy of training and validation over epochs, with the rounds."""
+    """Training and validation loss and accuracy over epochs, with round boundaries."""
     epochs = history.epochs
     if not epochs:
         return None
@@ -51,7 +51,7 @@ def curves(history: History) -> "Figure | None":
 
 
 def rate_and_penalty(history: History) -> "Figure | None":
-    """Learning rate, penalty and what is left of the condemned over steps."""
+    """Learning rate, penalty and remaining size of the condemned weights over steps."""
     rates = sorted([*history.steps, *history.epochs], key=lambda event: event["step"])
     if not rates:
         return None
@@ -62,7 +62,7 @@ def rate_and_penalty(history: History) -> "Figure | None":
     axes[0].set_ylabel("learning rate")
     if penalised:
         parts = {"prune/penalty": ("o-", "penalty", canvas.RED)}
-        parts["prune/condemned_left"] = ("s-", "size left of the condemned", canvas.PURPLE)
+        parts["prune/condemned_left"] = ("s-", "condemned size left", canvas.PURPLE)
         for round, group in itertools.groupby(penalised, key=lambda event: event["round"]):
             events = list(group)
             for key, (style, label, color) in parts.items():
@@ -76,7 +76,7 @@ def rate_and_penalty(history: History) -> "Figure | None":
 
 
 def accuracy_by_density(history: History) -> "Figure | None":
-    """Accuracy of every round's ticket over its density, and what each removal cost at once."""
+    """Accuracy of each round's ticket over its density, and the immediate cost of each removal."""
     rows = [row for row in history.rows if row.density > 0]
     if len(rows) < 2:
         return None
@@ -92,7 +92,7 @@ def accuracy_by_density(history: History) -> "Figure | None":
     bottom.vlines([r.density for r in gaps], 0, [r.what_if_gap for r in gaps], color=canvas.RED, linewidth=4)
     bottom.axhline(0, color=canvas.GREY, linewidth=0.8)
     shown = [r.what_if_gap for r in gaps]
-    limits = (min([-0.5, *shown]), 1.1 * max([1.0, *shown]))  # noise below a point is no cliff
+    limits = (min([-0.5, *shown]), 1.1 * max([1.0, *shown]))  # noise below a point must not look like a cliff
     bottom.set(ylabel="what-if gap", xlabel="density of the prunable weights", ylim=limits)
     bottom.set_xscale("log")
     ticks = _apart([r.density for r in rows])
@@ -103,7 +103,7 @@ def accuracy_by_density(history: History) -> "Figure | None":
 
 
 def layers(history: History) -> "Figure | None":
-    """Sparsity of each layer over the rounds: a panel a kind of layer, a row a block, a column a round."""
+    """Sparsity by layer over rounds: one panel per kind of layer, one row per block, one column per round."""
     found = [report["layers"] for report in history.pruning if report.get("layers")]
     if not found or all(layer["density"] == 1.0 for report in found for layer in report.values()):
         return None
@@ -131,7 +131,7 @@ def layers(history: History) -> "Figure | None":
 
 
 def units(history: History) -> "Figure | None":
-    """Heads, neurons and channels that are left, by block, over the rounds."""
+    """Heads, neurons and channels left in each block, round by round."""
     found = [report["units"] for report in history.pruning if report.get("units")]
     if not found:
         return None
@@ -155,9 +155,9 @@ def units(history: History) -> "Figure | None":
 
 
 def sizes(history: History) -> "Figure | None":
-    """How large kept and condemned weights are, at moments of the round in which most was seen of the condemned."""
-    told = [event for event in history.weights if sum(event["kept"])]
-    by_round = [list(events) for _, events in itertools.groupby(told, key=lambda event: event["round"])]
+    """Magnitudes of kept and condemned weights, at moments of the round that saw most of the condemned."""
+    filled = [event for event in history.weights if sum(event["kept"])]
+    by_round = [list(events) for _, events in itertools.groupby(filled, key=lambda event: event["round"])]
     if not by_round:
         return None
     moments = _spread(max(by_round, key=lambda events: (sum("condemned" in e for e in events), events[0]["round"])), 5)
@@ -175,28 +175,27 @@ def sizes(history: History) -> "Figure | None":
     _legend(panels[0])
     panels[0].set_title(f"round {moments[0]['round']}", loc="left")
     seen = [edge for event in moments for part in ("kept", "condemned") for edge in _extent(event, part)]
-    panels[-1].set(xlabel="log₁₀ |weight|, each part scaled to its own peak", xlim=(min(seen) - 0.2, max(seen) + 0.2))
+    panels[-1].set(xlabel="log₁₀ |weight| (each histogram scaled to its peak)", xlim=(min(seen) - 0.2, max(seen) + 0.2))
     return figure
 
 
 DRAWINGS = (
-    Drawing("curves", "Loss and accuracy", "Dotted lines part the rounds.", curves),
+    Drawing("curves", "Loss and accuracy", "Dotted lines separate rounds.", curves),
     Drawing(
         "rate_and_penalty",
         "Learning rate and penalty",
-        "The penalty takes the condemned weights towards zero before they are removed.",
+        "The penalty shrinks the condemned weights, those about to be removed, towards zero.",
         rate_and_penalty,
     ),
     Drawing(
         "accuracy_by_density",
-        "Accuracy against density",
-        "Each point is the ticket of a round. The what-if gap is what the removal alone cost, in points of validation "
-        "top-1.",
+        "Accuracy by density",
+        "One point per round. The what-if gap is the drop in validation top-1 caused by the removal alone, in points.",
         accuracy_by_density,
     ),
-    Drawing("layers", "Sparsity by layer", "One panel a kind of layer; bright is empty.", layers),
-    Drawing("units", "Units left", "Living units of every block, round by round.", units),
-    Drawing("sizes", "Sizes of the weights", "Kept and condemned weights at moments of one round.", sizes),
+    Drawing("layers", "Sparsity by layer", "One panel per kind of layer; bright is sparse.", layers),
+    Drawing("units", "Units left", "Units left in each block, round by round.", units),
+    Drawing("sizes", "Weight magnitudes", "Kept and condemned weights over the course of one round.", sizes),
 )
 
 
@@ -209,7 +208,7 @@ def _line(axes: "Axes", events: Sequence[dict], x: str, y: str, style: str = "-"
 
 
 def _legend(axes: "Axes") -> None:
-    """Above the axes, where no line runs; none where there is none."""
+    """Above the axes, clear of the lines; omitted without labels."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1)
 
@@ -221,13 +220,13 @@ def _round_marks(axes: "Axes", history: History) -> None:
 
 
 def _name_cells(set_ticks: Callable, names: Sequence[str], most: int) -> None:
-    """Names in the middle of the cells of a row, at most so many of them."""
+    """Tick labels in the middle of the cells, at most `most` of them."""
     every = -(-len(names) // most)
     set_ticks([i + 0.5 for i in range(len(names))][::every], names[::every])
 
 
 def _apart(densities: Sequence[float], least: float = 0.12) -> list[float]:
-    """The first, the last, and those between that stand at least a share of the logarithmic axis from all others."""
+    """The first, the last, and those in between at least a share of the log axis apart from the others."""
     first, *between, last = densities
     span, kept = math.log(first / last), [first]
     for density in between:
@@ -237,7 +236,7 @@ def _apart(densities: Sequence[float], least: float = 0.12) -> list[float]:
 
 
 def _extent(event: dict, part: str) -> tuple[float, ...]:
-    """The outermost edges between which a histogram has weights."""
+    """The outermost edges of a histogram's filled bins."""
     filled = [i for i, count in enumerate(event.get(part, ())) if count]
     return (event["edges"][filled[0]], event["edges"][filled[-1] + 1]) if filled else ()
 
@@ -253,7 +252,7 @@ def _natural(name: str) -> list:
 
 
 def _spread(items: Sequence, most: int) -> list:
-    """At most so many, the first and the last among them."""
+    """At most `most` items, evenly spread, first and last included."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

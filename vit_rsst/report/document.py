@@ -1,6 +1,6 @@
-"""A report as plain blocks, and the two forms of it: one HTML page that needs nothing else, and Markdown with files.
+"""A report as plain blocks, rendered as one self-contained HTML page and as Markdown with figure files.
 
-What stands in a block is text as it was written: escaping is the business of the two forms alone.
+Blocks hold raw text; only the two renderers escape.
 """
 
 import functools
@@ -29,7 +29,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Bullets:
-    """Sentences one below the other."""
+    """A list of sentences."""
 
     items: Sequence[str]
     kind: str = "bullets"
@@ -37,7 +37,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values."""
+    """Names with values."""
 
     items: Sequence[tuple[str, str]]
     kind: str = "facts"
@@ -45,7 +45,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head; the first column holds names, the others numbers."""
+    """Rows of cells under a header; names in the first column, numbers in the others."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -55,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to be copied."""
+    """Lines to copy."""
 
     text: str
     kind: str = "code"
@@ -63,7 +63,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Image:
-    """A drawing as SVG text."""
+    """A figure as SVG text."""
 
     name: str
     title: str
@@ -94,8 +94,8 @@ class Document:
     """A report.
 
     Attributes:
-        badge: the state of the run in a word.
-        lead: what it is about, below the title.
+        badge: state of the run, in a word.
+        lead: the line below the title.
     """
 
     title: str
@@ -109,10 +109,10 @@ class Document:
 
 
 def write(document: Document, folder: Path) -> Path:
-    """Writes report.html and report.md with its figures into a folder; returns the page.
+    """Writes report.html, report.md and the figures into a folder; returns the path of the page.
 
     Raises:
-        MissingRequirement: jinja2 is not installed, or the folder cannot be written.
+        MissingRequirement: jinja2 is not installed, or the folder is not writable.
     """
     page, text = as_html(document), as_markdown(document)
     try:
@@ -123,7 +123,9 @@ def write(document: Document, folder: Path) -> Path:
         files.write_text(folder / "report.md", text)
         files.write_text(folder / "report.html", page)
     except OSError as error:
-        raise MissingRequirement(f"{folder}: the report cannot be written ({error}); name another folder.") from error
+        raise MissingRequirement(
+            f"{folder}: cannot write the report ({error}); name another folder with --out."
+        ) from error
     return folder / "report.html"
 
 
@@ -133,19 +135,19 @@ def as_html(document: Document) -> str:
 
 
 def as_markdown(document: Document) -> str:
-    """GitHub's Markdown; figures are links to files below `figures/`."""
+    """GitHub Markdown; figures link to files in `figures/`."""
     text = _environment().get_template("report.md.j2").render(document=document)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def markdown(value: object) -> str:
-    """Text that stays text in Markdown, in a table too."""
+    """Text escaped for Markdown, tables included."""
     text = html.escape(str(value), quote=False).replace("\n", " ")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
 
 
 def breakable(text: object) -> str:
-    """For a page: a path or a field of a recipe, which may go on in another line after each of its parts."""
+    """For HTML: a path or recipe field that may wrap after each of its parts."""
     return re.sub(r"([/._])(?=\w)", r"\1<wbr>", html.escape(str(text)))
 
 
@@ -172,12 +174,12 @@ def _environment() -> object:
 
 
 def _fence(text: str) -> str:
-    """Enough backticks to hold a text that has some."""
+    """A fence longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     return "`" * max(3, longest + 1)
 
 
 def shown_path(path: Path) -> str:
-    """A path as a command takes it, from here where that is shorter."""
+    """A path for a command line, relative if that is shorter."""
     here = os.path.relpath(path)
     return here if len(here) < len(str(path)) and not here.startswith("../..") else str(path)

@@ -1,4 +1,4 @@
-"""Figures of several experiments: accuracy over epochs, and against what a ticket costs."""
+"""Figures of several experiments: accuracy over epochs and against the cost of a ticket."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """One ticket, or the mean of the same round over seeds."""
+    """One ticket."""
 
     x: float
     y: float
@@ -24,7 +24,7 @@ class Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats: none costs at most as much and scores more, or costs less and scores as much."""
+    """The Pareto front: points that no other matches or beats in both cost and score."""
     best, found = -math.inf, []
     for point in sorted(points, key=lambda p: (p.x, -p.y)):
         if point.y > best:
@@ -36,11 +36,16 @@ def front(points: Sequence[Point]) -> list[Point]:
 def images(groups: Sequence[Group], timed: Mapping) -> list[Image]:
     with canvas.drawing():
         drawn = [
-            ("compared_curves", "Accuracy over epochs", "Validation top-1, a line a run.", curves(groups)),
+            (
+                "compared_curves",
+                "Accuracy over epochs",
+                "Validation top-1 and density, one line per run.",
+                curves(groups),
+            ),
             (
                 "fronts",
-                "Fronts",
-                "Top-1 against what a ticket costs. The grey line joins the tickets that no other beats.",
+                "Pareto fronts",
+                "Top-1 against the cost of a ticket. The grey line is the Pareto front.",
                 fronts(groups, timed),
             ),
         ]
@@ -48,7 +53,7 @@ def images(groups: Sequence[Group], timed: Mapping) -> list[Image]:
 
 
 def curves(groups: Sequence[Group]) -> "Figure | None":
-    """Validation accuracy and density over epochs, as far as each run went."""
+    """Validation accuracy and density over epochs."""
     if not any(run.epochs for group in groups for run in group.runs):
         return None
     figure = _figure(groups, 3.6)
@@ -70,17 +75,17 @@ def curves(groups: Sequence[Group]) -> "Figure | None":
 
 
 def _label(group: Group) -> str:
-    """At most as long as the figure is wide."""
+    """Clipped to the width of the figure."""
     return clipped(group.label, 56)
 
 
 def _columns(groups: Sequence[Group]) -> int:
-    """Of the legend: two where all labels are short."""
+    """Legend columns: two if all labels are short."""
     return 2 if max(width_of(group.label) for group in groups) <= 26 else 1
 
 
 def _figure(groups: Sequence[Group], height: float) -> "Figure":
-    """A figure of so many inches below its legend."""
+    """A figure with `height` inches below its legend."""
     return canvas.figure(height + 0.2 * -(-len(groups) // _columns(groups)))
 
 
@@ -89,13 +94,13 @@ def _legend(figure: "Figure", groups: Sequence[Group]) -> None:
 
 
 def look(group: int) -> tuple[str, str, str]:
-    """Colour, line and marker of a group: another line and marker where the colours begin anew."""
+    """Colour, line style and marker of a group; style and marker change when the colours repeat."""
     turn = group // len(canvas.CYCLE)
     return canvas.CYCLE[group % len(canvas.CYCLE)], ("-", "--", ":", "-.")[turn % 4], ("o", "s", "^", "D")[turn % 4]
 
 
 def costs(groups: Sequence[Group], timed: Mapping) -> dict[str, list[Point]]:
-    """Points by what the x axis says; FLOPs and latency are known of last tickets alone."""
+    """Points by x-axis label; FLOPs and latency only for last tickets."""
     found: dict[str, list[Point]] = {"density": [], "ticket, MiB": [], "MFLOPs, slim": [], "ms at batch 1, slim": []}
     for i, group in enumerate(groups):
         for run in group.runs:

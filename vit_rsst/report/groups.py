@@ -1,4 +1,4 @@
-"""Runs of one experiment over several seeds, together, with a label that tells it from the others."""
+"""Experiments: runs that differ only in their seed, under a label that sets each apart."""
 
 import itertools
 import math
@@ -22,16 +22,17 @@ NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
 """Fields in which runs of one experiment may differ."""
 
 OTHER_RUNS = ("model.start_from", "model.shape_from", "train.distill.teacher")
-"""Fields that name another run, which may differ in the same."""
+"""Fields that name another run, which may differ in the same fields."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one experiment, over seeds, with the network of each one's last ticket.
+    """Runs of one experiment over seeds, each with the network of its last ticket.
 
     Attributes:
-        label: what tells the experiment from the others.
-        split: on which all that are compared are scored.
+        label: what sets the experiment apart.
+        subjects: one per run; a sentence if the ticket cannot be opened.
+        split: on which all experiments are compared.
     """
 
     label: str
@@ -40,7 +41,7 @@ class Group:
     split: str
 
     def top1(self, row: RoundRow) -> float:
-        """Of a ticket, on the split that all are compared on."""
+        """Of a ticket, on the common split."""
         return top1(row, self.split)
 
     @cached_property
@@ -63,7 +64,7 @@ class Group:
 
     @property
     def images(self) -> int:
-        """Images trained on, over all rounds: the budget."""
+        """Training images over all rounds: the budget."""
         steps = max((run.steps_taken for run in self.runs), default=0)
         return steps * int(at(self.runs[0].recipe, "train.global_batch", 0))
 
@@ -74,7 +75,7 @@ class Group:
 
 
 def grouped(histories: Sequence[History]) -> list[Group]:
-    """Runs whose recipes differ in the seed alone, together; in the order in which they were named."""
+    """Runs grouped by experiment, in the order given."""
     found: dict[tuple, list[History]] = {}
     for history in histories:
         found.setdefault(experiment(history.recipe), []).append(history)
@@ -87,17 +88,17 @@ def grouped(histories: Sequence[History]) -> list[Group]:
 
 
 def experiment(recipe: Mapping, seen: tuple[Path, ...] = ()) -> tuple:
-    """What runs of one experiment have in common: all that decides, but for the seed, of the runs that it names too.
+    """What identifies an experiment: every field that affects results except the seed, also of the runs it names.
 
     Args:
-        seen: runs on the way here; folders that were copied or edited may name each other.
+        seen: runs visited on the way; copied or edited folders may name each other.
     """
     fields = {k: v for k, v in deciding(dict(recipe)).items() if k not in NOT_OF_THE_EXPERIMENT}
     for key in OTHER_RUNS:
         if fields.get(key) in (None, "dense"):
             continue
         path = Path(str(fields[key])).expanduser()
-        folder = (path.parent.parent if path.is_file() else path).resolve()  # a ticket lies in a folder of its run
+        folder = (path.parent.parent if path.is_file() else path).resolve()  # a ticket lies two levels below its run
         if folder not in seen:
             with suppress(InputError):
                 fields[key] = (path.name if path.is_file() else "", experiment(read(folder).recipe, (*seen, folder)))
@@ -105,13 +106,13 @@ def experiment(recipe: Mapping, seen: tuple[Path, ...] = ()) -> tuple:
 
 
 def _beginning(names: Sequence[str]) -> str:
-    """What all names begin with."""
+    """The common prefix."""
     alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     return "".join(letters[0] for letters in alike)
 
 
 def _common(names: Sequence[str]) -> str:
-    """The name of one run; of several, what they begin with, without the word before the seed."""
+    """The name of a single run; otherwise the common prefix without the word before the seed."""
     if len(names) == 1:
         return names[0]
     found = _beginning(names).rstrip(" -_.0123456789")
@@ -119,20 +120,20 @@ def _common(names: Sequence[str]) -> str:
 
 
 def shortened(labels: Sequence[str]) -> list[str]:
-    """Labels without the words that all begin with; with numbers where two would be the same."""
+    """Labels without their common leading words; numbered if two would be equal."""
     shared = re.search(r".*[ \-_/]", _beginning(labels)) if len(labels) > 1 else None
     short = [label[shared.end() :] if shared and len(label) > shared.end() else label for label in labels]
     return [label if short.count(label) == 1 else f"{label} ({i})" for i, label in enumerate(short, 1)]
 
 
 NOISE = 1.0
-"""Points of top-1 below which a difference says nothing, however alike the seeds are."""
+"""Points of top-1; smaller differences count as noise, however close the seeds are."""
 
 
 def noise(spreads: Sequence[float]) -> float:
-    """Points up to which a difference is noise: three standard deviations over seeds, and a point at least.
+    """Points up to which a difference is noise: three standard deviations over seeds, at least one point.
 
     Args:
-        spreads: standard deviations over seeds; none where there is one seed.
+        spreads: standard deviations over seeds; empty for a single seed.
     """
     return max([NOISE, *(3 * spread for spread in spreads)])

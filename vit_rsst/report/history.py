@@ -1,4 +1,4 @@
-"""What a run folder tells of its run, as plain data: also of one that goes on, failed, or was killed within a line."""
+"""A run folder as plain data, whatever the state of the run: in progress, failed, or killed mid-line."""
 
 import fcntl
 import json
@@ -19,18 +19,18 @@ from vit_rsst.tickets import rounds
 from vit_rsst.tickets.rounds import RoundRow
 
 SCORES = "test_outcomes.json"
-"""In `figures/`: what became of the test images under the last ticket."""
+"""In `figures/`: outcomes of the last ticket on the test images."""
 
 
 @dataclass(frozen=True)
 class History:
-    """A run as its folder tells it.
+    """A run, read from its folder.
 
     Attributes:
-        recipe, environment, status: as they were written; empty where they are not.
-        events: lines of metrics.jsonl that could be read.
-        rows: of the rounds that have ended.
-        pruning: report of each of these.
+        recipe, environment, status: as written; empty if missing.
+        events: readable lines of metrics.jsonl.
+        rows: one per finished round.
+        pruning: the pruning report of each of these.
     """
 
     path: Path
@@ -47,12 +47,12 @@ class History:
 
     @cached_property
     def state(self) -> str:
-        """As written; `lost` where it says running and nobody is, `unknown` where nothing is written."""
+        """As written; `lost` if it says running but no process is, `unknown` if nothing is written."""
         state = self.status.get("state", "unknown")
         return "lost" if state == "running" and self._is_lost() else state
 
     def _is_lost(self) -> bool:
-        """Whether it ran on this machine, and no process holds its lock."""
+        """Whether it ran on this machine and no process holds its lock."""
         if self.environment.get("host") != socket.gethostname():
             return False
         with suppress(OSError), open(self.path / ".lock", "rb") as lock:
@@ -66,7 +66,7 @@ class History:
 
     @cached_property
     def epochs(self) -> list[dict]:
-        """Epoch events in order, numbered by `global_epoch` from 1."""
+        """Epoch events in order, with a `global_epoch` from 1."""
         found = {event["step"]: event for event in self._of("epoch")}
         return [found[step] | {"global_epoch": i} for i, step in enumerate(sorted(found), 1)]
 
@@ -77,7 +77,7 @@ class History:
 
     @property
     def steps_taken(self) -> int:
-        """Optimizer steps, without those that a round left out because it ended early."""
+        """Optimizer steps, without those skipped by rounds that ended early."""
         steps = int(self.status.get("step", 0))
         if not self.epochs:
             return steps
@@ -86,7 +86,7 @@ class History:
 
     @cached_property
     def weights(self) -> list[dict]:
-        """Histograms of the weights, the last of each moment: a resumed run writes its first one again."""
+        """Weight histograms, the last of each moment: a resumed run repeats its first."""
         found = {(event["round"], event["epoch"]): event for event in self._of("weights")}
         return [found[key] for key in sorted(found)]
 
@@ -96,12 +96,12 @@ class History:
 
     @property
     def is_one_round(self) -> bool:
-        """Whether the method has a single round, so that there are no rounds to compare."""
+        """Whether the method has a single round, so there are no rounds to compare."""
         return at(self.recipe, "pruning.method.name") in ("dense", "gmp", "ste", "constant")
 
     @cached_property
     def scores(self) -> dict:
-        """Outcomes on the test split: `classes`, `confusion`, `ticket`, `density`; empty where there are none."""
+        """Test outcomes: `classes`, `confusion`, `ticket`, `density`; empty if there are none."""
         return shapes.scores(files.read_json(self.path / "figures" / SCORES))
 
     def _of(self, kind: str) -> list[dict]:
@@ -112,11 +112,11 @@ def read(path: Path) -> History:
     """Reads a run folder.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a run folder.
     """
     recipe, status = _recipe(path), shapes.status(RunFolder(path).status())
     if not recipe and not is_run(path):
-        raise InputError(f"{path}: this is no run folder: it has neither recipe.yaml nor status.json.")
+        raise InputError(f"{path}: not a run folder: it has neither recipe.yaml nor status.json.")
     reports = [files.read_json(file) for file in rounds.of_rounds(path, ".json")]
     reports = [report for report in reports if shapes.row(report.get("row"))]
     return History(
@@ -131,7 +131,7 @@ def read(path: Path) -> History:
 
 
 def is_run(path: Path) -> bool:
-    """Whether it is a run's: by its status, or by the tickets beside its recipe; a recipe alone may lie anywhere."""
+    """Whether it is a run folder: it has a status, or tickets beside a recipe; a recipe alone may lie anywhere."""
     return bool(RunFolder(path).status()) or ((path / "tickets").is_dir() and (path / "recipe.yaml").is_file())
 
 
@@ -142,7 +142,7 @@ def _recipe(path: Path) -> dict:
 
 
 def number(event: Mapping, key: str) -> float:
-    """A metric of an event; NaN where it has none, and infinities as they were logged."""
+    """A metric of an event; NaN if missing, infinities as logged."""
     with suppress(TypeError, ValueError):
         return float(event.get(key, math.nan))
     return math.nan
@@ -152,23 +152,23 @@ def _events(path: Path) -> list[dict]:
     found = []
     with suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):  # a line cut short by a kill
+            with suppress(ValueError):  # a line truncated by a kill
                 found.append(shapes.event(json.loads(line)))
     return [event for event in found if event is not None]
 
 
 def at(tree: Mapping, path: str, default: object = "?") -> object:
-    """`at(recipe, "model.name")`; the default where there is none, as in older runs."""
+    """`at(recipe, "model.name")`; the default if missing, as in older runs."""
     for key in path.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return default if tree is None else tree
 
 
 def common_split(rows: Iterable[RoundRow]) -> str:
-    """On which tickets can be compared: `validation` as long as one of them has not met the `test` split."""
+    """The split on which tickets can be compared: `validation` until every one has a `test` score."""
     return "validation" if any(row.test_top1 is None for row in rows) else "test"
 
 
 def top1(row: RoundRow, split: str) -> float:
-    """Of a ticket on a split of `common_split`."""
+    """Top-1 of a ticket on a split from `common_split`."""
     return row.test_top1 if split == "test" else row.val_top1

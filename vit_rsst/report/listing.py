@@ -1,4 +1,4 @@
-"""All runs of a folder in a table: state, progress, best ticket, size; no wider than the terminal, colour or not."""
+"""`vit-rsst runs`: the runs of a folder in a table no wider than the terminal."""
 
 import datetime
 import os
@@ -27,8 +27,7 @@ LEAST_NEEDED = {
     "size": 16,
     "progress": 16,
 }
-"""What a narrow terminal does without, the first of them first, until the name has so many columns. The bar is that of
-the progress."""
+"""What to drop in a narrow terminal, in this order, until the name has this many columns; `bar` is the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,10 @@ class Listed:
 
     Attributes:
         state: see `History.state`.
-        progress: share of all epochs; None where the recipe cannot be read by this version.
+        progress: share of all epochs; None if this version cannot read the recipe.
         density: of the last ticket.
-        best: highest validation top-1 of a ticket; `test`: test top-1 of the last one.
+        best: highest validation top-1 of any ticket.
+        test: test top-1 of the last ticket.
     """
 
     run: str
@@ -55,7 +55,7 @@ class Listed:
 
 
 def find(folder: Path) -> Iterator[Path]:
-    """Run folders: the folder itself, or those below it, up to two levels deep."""
+    """The folder itself if it is a run, else run folders up to two levels below it."""
     if history.is_run(folder):
         yield folder
         return
@@ -67,40 +67,40 @@ def find(folder: Path) -> Iterator[Path]:
 
 
 def listed(path: Path, root: Path) -> Listed:
-    told = history.read(path)
-    rows = told.rows
+    run = history.read(path)
+    rows = run.rows
     return Listed(
         run=str(path.relative_to(root)) if path != root else path.name,
-        state=told.state,
-        progress=progress(told),
-        round=int(told.status.get("round") or 0),
+        state=run.state,
+        progress=progress(run),
+        round=int(run.status.get("round") or 0),
         density=rows[-1].density if rows else None,
         best=max((row.val_top1 for row in rows), default=None),
         test=rows[-1].test_top1 if rows else None,
-        method=str(at(told.recipe, "pruning.method.name")),
+        method=str(at(run.recipe, "pruning.method.name")),
         size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        updated=str(told.status.get("updated", "")),
+        updated=str(run.status.get("updated", "")),
     )
 
 
-def progress(told: History) -> float | None:
-    """Share of all epochs that are done; None where that cannot be told."""
-    if told.state == "finished":
+def progress(run: History) -> float | None:
+    """Share of all epochs done; None if unknown."""
+    if run.state == "finished":
         return 1.0
-    if told.state == "unknown":
+    if run.state == "unknown":
         return None
     try:
-        epochs = loading.load(told.path / "recipe.yaml").round_epochs
-    except (InputError, OSError):  # of another version, or with a plugin that is not here
+        epochs = loading.load(run.path / "recipe.yaml").round_epochs
+    except (InputError, OSError):  # from another version, or with a plugin that is missing here
         return None
-    round, epoch = (int(told.status.get(key) or 0) for key in ("round", "epoch"))
+    round, epoch = (int(run.status.get(key) or 0) for key in ("round", "epoch"))
     return min((sum(epochs[:round]) + epoch) / max(sum(epochs), 1), 1.0)
 
 
 def cells(item: Listed, now: datetime.datetime) -> dict[str, str]:
     done = "–" if item.progress is None else f"{bar(item.progress)} {item.progress:4.0%}"
     return {
-        "run": re.sub(r"[\x00-\x1f\x7f]", "?", item.run),  # nothing in a name may steer the terminal
+        "run": re.sub(r"[\x00-\x1f\x7f]", "?", item.run),  # no control characters
         "state": item.state,
         "progress": done,
         "round": str(item.round),
@@ -114,13 +114,13 @@ def cells(item: Listed, now: datetime.datetime) -> dict[str, str]:
 
 
 def bar(share: float) -> str:
-    """Eight cells, filled from the left."""
+    """A bar of eight cells."""
     full = int(share * BAR + 1e-9)
     return "█" * full + "░" * (BAR - full)
 
 
 def ago(when: str, now: datetime.datetime) -> str:
-    """`3 min ago`; the day where it is longer ago than a week."""
+    """`3 min ago`; the date after a week."""
     with suppress(ValueError):
         then = datetime.datetime.fromisoformat(when)
         seconds = max((now - then).total_seconds(), 0.0)

@@ -1,4 +1,4 @@
-"""Figures that need the model and its test images: confusions, and what the model looks at."""
+"""Figures that need the model and its test images: confusions and attention maps."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN, NAME = 6, 11
-"""Images a row, and the columns that a class's name may take above one."""
+"""Images per row, and the longest class name above one, in columns."""
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A ticket and what it makes of the test images.
+    """A ticket and its predictions on the test images.
 
     Attributes:
-        dense: of round 0, to stand beside; None where it is the ticket itself.
+        dense: the ticket of round 0, for comparison; None if it is the same.
     """
 
     trained: Trained
@@ -52,10 +52,10 @@ class Exhibit:
 
     @classmethod
     def of(cls, run: Path, device: torch.device) -> "Exhibit":
-        """Of the last ticket of a run folder.
+        """The last ticket of a run folder.
 
         Raises:
-            RunError: there is no ticket, it cannot be read, or the data are gone.
+            RunError: there is no ticket, it cannot be read, or the dataset is missing.
         """
         last, first = rounds.last_ticket(run), rounds.ticket_path(run, 0)
         dense = open_trained(first) if first.is_file() and first != last else None
@@ -72,18 +72,18 @@ class Exhibit:
 
     @cached_property
     def confusion(self) -> np.ndarray:
-        """Images by true and by predicted class."""
+        """Number of images by true and predicted class."""
         number, found = len(self.classes), self.outcomes
         return np.bincount(found.labels * number + found.predictions, minlength=number**2).reshape(number, number)
 
     @cached_property
     def samples(self) -> Split:
-        """One image of each of the first classes that the test split has."""
+        """One test image from each of the first few classes."""
         _, first = np.unique(self.outcomes.labels, return_index=True)
         return self.pictures(np.sort(first[:SHOWN]))
 
     def pictures(self, positions: np.ndarray) -> Split:
-        """Test images by their positions among those that can be decoded, as the outcomes have them."""
+        """Test images by position among the decodable ones, as in the outcomes."""
         samples, last = self.data.samples("test"), int(positions.max())
         if isinstance(samples, Split):
             return Split(samples.images[positions], samples.labels[positions])
@@ -103,7 +103,7 @@ class Exhibit:
         return Split(torch.from_numpy(np.stack(images)), torch.tensor(labels))
 
     def save_scores(self, folder: Path) -> None:
-        """Leaves the confusion matrix for reports."""
+        """Saves the confusion matrix for reports."""
         found = {
             "ticket": self.trained.path.name,
             "density": self.trained.mask.density,
@@ -115,7 +115,7 @@ class Exhibit:
 
 
 def _decodable(samples: Iterator[Sample], decoder: Decoder) -> Iterator[tuple[np.ndarray, int]]:
-    """Pixels and label of each image that is not corrupt."""
+    """Pixels and label of each image that can be decoded."""
     for sample in samples:
         [fetched] = decoder.fetched([sample])
         with suppress(Corrupt):
@@ -123,7 +123,7 @@ def _decodable(samples: Iterator[Sample], decoder: Decoder) -> Iterator[tuple[np
 
 
 def confusion(exhibit: Exhibit) -> "Figure":
-    """Share of every true class that was taken for each class."""
+    """Share of each true class predicted as each class."""
     counts, classes = exhibit.confusion, exhibit.classes
     number = len(classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -147,11 +147,11 @@ def confusion(exhibit: Exhibit) -> "Figure":
 
 
 def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
-    """The most frequent confusions, each with images of it: a row a pair."""
+    """The most frequent confusions, one row of images per pair of classes."""
     wrong = exhibit.confusion * (1 - np.eye(len(exhibit.classes), dtype=int))
     most = [divmod(int(i), len(wrong)) for i in np.argsort(-wrong, axis=None, kind="stable")[:pairs]]
     most = [pair for pair in most if wrong[pair]]
-    if not most or exhibit.trained.data.max_corrupt:  # all images before the last one would be decoded to find it
+    if not most or exhibit.trained.data.max_corrupt:  # finding an image would mean decoding all before it
         return None
     found = exhibit.outcomes
     figure = canvas.figure(0.35 + 0.85 * len(most))
@@ -163,7 +163,7 @@ def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
         for axes in row:
             axes.set_axis_off()
         meant, said = (clipped(exhibit.classes[i], 24) for i in (true, predicted))
-        names = f"{meant} taken for {said} ({wrong[true, predicted]})"
+        names = f"{meant} predicted as {said} ({wrong[true, predicted]})"
         row[-1].set_title(" ", fontsize=9)  # keeps the height; as a title, the names would widen the first column
         above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 9}
         row[0].annotate(names, (0, 1), xycoords="axes fraction", **above).set_in_layout(False)
@@ -171,12 +171,12 @@ def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
 
 
 def attended(exhibit: Exhibit) -> "Figure | None":
-    """Where the pruned model looks: the last layer alone, and through all layers."""
+    """Attention of the pruned model: in the last layer, and rolled out through all layers."""
     return _maps(exhibit, [("last layer", exhibit.trained, last_layer), ("rollout", exhibit.trained, through_all)])
 
 
 def dense_beside_pruned(exhibit: Exhibit) -> "Figure | None":
-    """The same images through the ticket of round 0 and through the last one."""
+    """Attention on the same images: the ticket of round 0 and the last one."""
     if exhibit.dense is None:
         return None
     names = [f"density {trained.mask.density:.2g}" for trained in (exhibit.dense, exhibit.trained)]
@@ -192,7 +192,7 @@ def through_all(layers: list[Tensor], alive: list[Tensor]) -> Tensor:
 
 
 def _maps(exhibit: Exhibit, rows: list[tuple[str, Trained, Callable]]) -> "Figure | None":
-    """Images above, a row of maps below for each (label, model, way), the prediction over each map."""
+    """A row of images, then a row of maps for each (label, model, method), with the prediction above each map."""
     images = exhibit.samples.images
     found = [(label, *_looked(trained, images, exhibit.device, way)) for label, trained, way in rows]
     if any(maps is None for _, maps, _ in found):
@@ -220,7 +220,7 @@ def _looked(trained: Trained, images: Tensor, device: torch.device, way: Callabl
 
 
 def _show(axes: "Axes", picture: Tensor, looked: Tensor | None = None) -> None:
-    """An image, under a map of what is looked at where there is one."""
+    """An image, under an attention map if there is one."""
     pixels = picture.permute(1, 2, 0).cpu().numpy()
     if looked is not None:
         pixels = np.repeat(pixels.mean(2, keepdims=True), 3, 2).astype(np.uint8)
@@ -245,19 +245,21 @@ class Picture:
 
 
 PICTURES = (
-    Picture("confusion", "Confusion matrix", "Test images under the last ticket.", confusion),
-    Picture("confused", "Most confused", "The most frequent confusions of the last ticket, with images.", confused),
+    Picture("confusion", "Confusion matrix", "Last ticket on the test split.", confusion),
+    Picture(
+        "confused", "Most confused classes", "The last ticket's most frequent confusions, with test images.", confused
+    ),
     Picture(
         "attention",
-        "Where it looks",
-        "Attention of the class token (of all patches where there is none) in the last layer, and through all layers "
-        "by rollout (Abnar & Zuidema 2020).",
+        "Attention maps",
+        "What the class token attends to (or the average patch, without a class token): in the last layer, and through "
+        "all layers by attention rollout (Abnar & Zuidema 2020).",
         attended,
     ),
     Picture(
         "dense_beside_pruned",
-        "Dense beside pruned",
-        "Rollout of the ticket of round 0 above that of the last one, with what each says.",
+        "Dense against pruned",
+        "Attention rollout and predictions of the ticket of round 0 (top) and of the last ticket (bottom).",
         dense_beside_pruned,
     ),
 )

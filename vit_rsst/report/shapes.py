@@ -1,6 +1,6 @@
-"""What a part of a run folder has to look like to be believed; anything else is as if it were missing.
+"""Validation of what a run folder holds; anything of another shape counts as missing.
 
-A folder may have been edited by hand, written by another version, or cut short by a full disk.
+A folder may have been edited by hand, written by another version or truncated by a full disk.
 """
 
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ MAYBE_EMPTY = ("test_top1", "test_loss", "what_if_gap")
 
 
 def status(found: Mapping) -> dict:
-    """Of status.json; with a round, an epoch and a step wherever there is anything."""
+    """status.json; round, epoch and step default to 0 unless it is empty."""
     status = _typed(found, state=str, updated=str, round=int, epoch=int, step=int)
     return {"round": 0, "epoch": 0, "step": 0} | status if status else {}
 
 
 def environment(found: Mapping) -> dict:
-    """Of environment.json."""
+    """environment.json."""
     return _typed(found, data=dict, versions=dict, command=list)
 
 
 def event(found: object) -> dict | None:
-    """A line of metrics.jsonl: it has a step, and histograms where it tells of weights."""
+    """A line of metrics.jsonl: it needs a step, and histograms if it is about weights."""
     if not isinstance(found, dict) or not isinstance(found.get("step"), int):
         return None
     if found.get("event") == "weights" and not all(isinstance(found.get(part), list) for part in ("kept", "edges")):
@@ -33,7 +33,7 @@ def event(found: object) -> dict | None:
 
 
 def row(found: object) -> RoundRow | None:
-    """Of a round's report: it has a number in each column, or none where there may be none."""
+    """The row of a round's report: a number in each column, except those that may be empty."""
     if not isinstance(found, dict):
         return None
     cells = {name: found.get(name) for name in COLUMNS}
@@ -42,7 +42,7 @@ def row(found: object) -> RoundRow | None:
 
 
 def pruning(found: object) -> dict:
-    """Of a round's report: layers and units have their numbers."""
+    """The pruning part of a round's report: layers and units need their numbers."""
     report = _typed(found, layers=dict, units=dict) if isinstance(found, dict) else {}
     for part, needed in (("layers", {"density": int | float}), ("units", {"units": int, "alive": int, "kind": str})):
         items = report.get(part, {}).values()
@@ -52,14 +52,14 @@ def pruning(found: object) -> dict:
 
 
 def scores(found: Mapping) -> dict:
-    """Of the outcomes on the test split: a name for each row of a square confusion matrix."""
+    """Test outcomes: a square confusion matrix with one class name per row."""
     classes, confusion = found.get("classes"), found.get("confusion")
     is_square = _are(confusion, list) and all(len(row) == len(confusion) and _are(row, int) for row in confusion)
     return dict(found) if is_square and _are(classes, str) and len(classes) == len(confusion) else {}
 
 
 def _typed(found: Mapping, **types: type) -> dict:
-    """Without the entries that are of other types than these."""
+    """Without the entries of the wrong type."""
     return {key: value for key, value in found.items() if isinstance(value, types.get(key, object))}
 
 

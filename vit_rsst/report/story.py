@@ -1,4 +1,4 @@
-"""The report of one run: question, what the numbers say, rounds, figures, complexity, recipe, how to reproduce it."""
+"""The report of one run: question, key findings, rounds, figures, complexity, recipe, how to reproduce it."""
 
 import itertools
 import shlex
@@ -22,30 +22,30 @@ from vit_rsst.text import duration, size
 from vit_rsst.tickets.trained import default_device
 
 BATCHES = (1, 32)
-"""At which latency is measured."""
+"""Batch sizes at which latency is measured."""
 
 Guard = Callable[[str, Callable[[], object]], object]
-"""(what, call) → what the call returns, or None where it failed and that may be."""
+"""(what, call) → what the call returns; None if it failed and may."""
 
 
 def plainly(what: str, call: Callable[[], object]) -> object:
-    """A guard that lets every error through."""
+    """The guard that lets every error through."""
     return call()
 
 
 def tell(history: History, is_timed: bool = False, guard: Guard = plainly) -> Document:
-    """The report of a run in whatever state it is.
+    """The report of a run in any state.
 
     Args:
         is_timed: measure latency, which takes seconds.
-        guard: around each figure.
+        guard: called around each figure.
     """
     subject = last_subject(history)
     counted = count(subject) if isinstance(subject, Subject) else {}
     timed = measured([subject]) if is_timed and counted else {}
     sections = [
         Section("Question", [Text(question(history))]),
-        Section("What the numbers say", [Bullets(list(findings(history, counted)))]),
+        Section("Key findings", [Bullets(list(findings(history, counted)))]),
         Section("Diagnosis", [Bullets([str(found) for found in diagnose(history)])]),
         Section("Rounds", list(round_blocks(history))),
         Section("Figures", [Gallery(images(history, guard))]),
@@ -54,21 +54,21 @@ def tell(history: History, is_timed: bool = False, guard: Guard = plainly) -> Do
         Section("Warnings", [Bullets(list(warnings(history)))]),
         Section("Recipe", [Facts(recipe_facts(history.recipe)), Code(strict_yaml.dump(dict(history.recipe)))]),
         Section("Data and environment", [Facts(environment_facts(history.environment))]),
-        Section("How to reproduce", [Code(reproduction(history))]),
+        Section("Reproduce this run", [Code(reproduction(history))]),
     ]
-    return Document(history.name, state_text(history), lead(history), [s for s in sections if is_told(s)])
+    return Document(history.name, state_text(history), lead(history), [s for s in sections if has_content(s)])
 
 
 def warnings(history: History) -> Iterator[str]:
-    """Of the log, each text once; a diagnosis is told elsewhere."""
+    """Logged warnings, repeats counted; diagnoses have a section of their own."""
     for text, events in itertools.groupby(history.warnings, key=lambda event: str(event.get("text"))):
         steps = [event["step"] for event in events]
         if not text.startswith(PREFIX):
-            yield f"Step {steps[0]:,}{f' and {len(steps) - 1} times more' if len(steps) > 1 else ''}: {text}"
+            yield f"Step {steps[0]:,}{f' (and {len(steps) - 1} more)' if len(steps) > 1 else ''}: {text}"
 
 
-def is_told(section: Section) -> bool:
-    """Whether there is anything below its title."""
+def has_content(section: Section) -> bool:
+    """Whether the section has anything below its title."""
 
     def content(block: object) -> object:
         return next(getattr(block, name) for name in ("items", "rows", "images", "text") if hasattr(block, name))
@@ -85,23 +85,24 @@ def lead(history: History) -> str:
     r = history.recipe
     method = at(r, "pruning.method.name")
     updated = str(history.status.get("updated", "")).replace("T", " ").replace("+00:00", " UTC")
-    what = f"{method} on {at(r, 'data.source')} with {at(r, 'model.name')}, seed {at(r, 'seed')}."
-    return f"{what} Last written {updated}." if updated else what
+    what = f"{at(r, 'model.name')} on {at(r, 'data.source')}, pruned with {method}, seed {at(r, 'seed')}."
+    return f"{what} Updated {updated}." if updated else what
 
 
 def question(history: History) -> str:
     r = history.recipe
     model, data, method = (at(r, name) for name in ("model.name", "data.source", "pruning.method.name"))
     if method == "dense":
-        return f"How accurate does {model} become on {data} without any pruning?"
+        return f"How accurate does {model} get on {data} without pruning?"
     if method == "constant":
         return (
-            f"How accurate does the sparse ticket {at(r, 'model.start_from')} become on {data} when it is trained on?"
+            f"How accurate does the ticket {at(r, 'model.start_from')} get on {data} with further training at its "
+            "sparsity?"
         )
     asked = at(r, "pruning.schedule.final_sparsity", None)
     goal = f"{asked:.0%} of its prunable weights are removed" if isinstance(asked, float) else "it is pruned"
-    chosen = f"units of kind {at(r, 'pruning.granularity')}, chosen by {at(r, 'pruning.criterion')}"
-    return f"How accurate does {model} stay on {data} when {goal} by {method}, over {chosen}?"
+    chosen = f"{at(r, 'pruning.granularity')} granularity, {at(r, 'pruning.criterion')} criterion"
+    return f"How accurate is {model} on {data} when {goal} with {method} ({chosen})?"
 
 
 def round_blocks(history: History) -> Iterator[object]:
@@ -122,7 +123,7 @@ def round_blocks(history: History) -> Iterator[object]:
         )
         for row in history.rows
     ]
-    note = "What-if gap: points of validation top-1 lost by the removal, measured just before and just after it."
+    note = "What-if gap: validation top-1 just before a removal minus just after it, in points."
     yield Table(heads, rows, note if any(row.what_if_gap is not None for row in history.rows) else "")
 
 
@@ -131,7 +132,7 @@ def maybe(value: float | None, form: str) -> str:
 
 
 def images(history: History, guard: Guard = plainly) -> list[Image]:
-    """Drawn anew from the numbers; those that need the model as the run left them."""
+    """Curves redrawn from the numbers; figures that need the model as the run saved them."""
     found = []
     with canvas.drawing():
         for drawing in curves.DRAWINGS:
@@ -151,7 +152,7 @@ def images(history: History, guard: Guard = plainly) -> list[Image]:
 
 
 def class_blocks(history: History, most: int = 20) -> Iterator[object]:
-    """Recall and precision of the classes, the worst first where there are many."""
+    """Recall and precision by class; the worst first if there are many."""
     counts, names = history.scores.get("confusion", ()), history.scores.get("classes", ())
     taken = [sum(column) for column in zip(*counts, strict=True)]
     rows = []
@@ -160,23 +161,23 @@ def class_blocks(history: History, most: int = 20) -> Iterator[object]:
         rows.append((name, hits / max(images, 1), hits / max(taken[i], 1), images))
     shown = rows if len(rows) <= most else sorted(rows, key=lambda row: row[1])[:most]
     cells = [(name, f"{100 * recall:.2f}", f"{100 * precision:.2f}", f"{n:,}") for name, recall, precision, n in shown]
-    which = "" if len(rows) <= most else f"The {most} classes of the lowest recall of {len(rows)}. "
+    which = "" if len(rows) <= most else f"The {most} of {len(rows)} classes with the lowest recall. "
     note = f"{which}Test split, ticket {history.scores.get('ticket', '')}." if cells else ""
     yield Table(("class", "recall", "precision", "images"), cells, note)
 
 
 def last_subject(history: History) -> Subject | str:
-    """The last ticket's network, or why there is none."""
+    """The network of the last ticket, or why there is none."""
     if not history.rows:
         return "No ticket yet."
     try:
         return open_subject(str(history.path))
     except RunError as error:
-        return f"The last ticket could not be opened: {error}"
+        return f"Cannot open the last ticket: {error}"
 
 
 def measured(subjects: Sequence[Subject]) -> dict[int, dict[str, dict]]:
-    """Latency by batch, of all networks in turns: `dense` (zeros included) and `slim` of each."""
+    """Latency by batch size of `dense` (zeros included) and `slim` networks, measured alternately."""
     device = default_device()
     networks = {}
     for i, subject in enumerate(subjects):
@@ -193,16 +194,16 @@ def complexity_blocks(subject: Subject | str, counted: Mapping, timed: Mapping) 
     parameters, flops = counted["parameters"], counted["flops"]
     rows = [
         ("parameters", f"{parameters['total']:,}", f"{parameters['slim']:,}"),
-        ("MFLOPs an image", f"{flops['dense'] / 1e6:,.1f}", f"{flops['slim'] / 1e6:,.1f}"),
-        ("in fp32", size(counted["bytes"]["dense_fp32"]), size(counted["bytes"]["slim_fp32"])),
+        ("MFLOPs per image", f"{flops['dense'] / 1e6:,.1f}", f"{flops['slim'] / 1e6:,.1f}"),
+        ("size in fp32", size(counted["bytes"]["dense_fp32"]), size(counted["bytes"]["slim_fp32"])),
     ]
     for batch, found in timed.items():
         dense, slim = found["0 dense"], found.get("0 slim", found["0 dense"])
-        rows.append((f"ms at batch {batch}", spread(dense), spread(slim)))
+        rows.append((f"latency at batch {batch}, ms", spread(dense), spread(slim)))
         rows.append((f"images/s at batch {batch}", *(f"{part['images_per_s']:,.0f}" for part in (dense, slim))))
-    note = f"Of the last ticket, at {counted['image_size']} px. Slim: its dead heads, neurons and channels cut out."
+    note = f"Last ticket at {counted['image_size']} px. Slim: dead heads, neurons and channels cut out."
     if timed:
-        note += f" Latency on {default_device().type}, {torch.get_num_threads()} thread(s): median [quartiles]."
+        note += f" Latency: median [quartiles] on {default_device().type}, {torch.get_num_threads()} thread(s)."
     yield Table(("", "masked", "slim"), rows, note)
 
 
@@ -217,9 +218,9 @@ def recipe_facts(recipe: Mapping) -> list[tuple[str, str]]:
         "starts from": at(recipe, "model.start_from", ""),
         "method": " ".join(filter(None, (str(method.get("name", "?")), f"({options})" if options else ""))),
         "penalty": ", ".join(f"{key} {value}" for key, value in penalty.items()),
-        "chosen by": ", ".join(f"{key} {at(pruning, key)}" for key in ("criterion", "granularity", "scope")),
+        "selection": ", ".join(f"{key} {at(pruning, key)}" for key in ("criterion", "granularity", "scope")),
         "optimizer": f"{at(optim, 'name')}, learning rate {at(optim, 'lr')}, weight decay {at(optim, 'weight_decay')}",
-        "batch": f"{at(recipe, 'train.global_batch')} images a step, precision {at(recipe, 'train.precision')}",
+        "batch": f"{at(recipe, 'train.global_batch')} images per step, precision {at(recipe, 'train.precision')}",
     }
     return [(name, str(value)) for name, value in facts.items() if value] if recipe else []
 
@@ -234,12 +235,12 @@ def environment_facts(environment: Mapping) -> list[tuple[str, str]]:
 
 
 def reproduction(history: History) -> str:
-    """Commands that train the same again, from the recipe that the run left."""
+    """Commands that repeat the run from its saved recipe."""
     recipe = shlex.quote(shown_path(history.path / "recipe.yaml"))
     name, processes = shlex.quote(f"name={history.name}-again"), at(history.environment, "processes", 1)
     lines = []
     if commit := at(history.environment, "commit", ""):
-        changed = "   # and changes that were not committed" if str(commit).endswith("+") else ""
+        changed = "   # plus uncommitted changes" if str(commit).endswith("+") else ""
         lines.append(f"git checkout {str(commit).rstrip('+')}{changed}")
     launch = "vit-rsst train" if processes == 1 else f"accelerate launch --num_processes {processes} -m vit_rsst.train"
     lines.append(f"{launch} {recipe} {name}")

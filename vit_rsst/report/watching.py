@@ -1,6 +1,6 @@
-"""Figures while a run goes on and after it: on the hook of the loop, within a share of its time, never at its cost.
+"""Figures during and after a run: on the loop's hook, within a share of its time, never at its cost.
 
-They go into the run folder, and to the trackers. What fails is warned of once and left out; the run does not notice.
+They go to the run folder and to the trackers. A figure that fails is skipped with one warning; the run continues.
 """
 
 import importlib.util
@@ -19,13 +19,13 @@ from vit_rsst.report import canvas, curves, diagnosis, history, pictures, report
 from vit_rsst.run.tracking import Tracker
 
 SHARE = 0.01
-"""Of the time so far that figures may take while the run goes on."""
+"""Share of the elapsed time that figures may take during a run."""
 
 LOWEST, HIGHEST, BINS = -8.0, 1.0, 72
 """Histogram of log₁₀ |weight|."""
 
 SAMPLE = 2_000_000
-"""Weights that are looked at, evenly over all."""
+"""Most weights in a histogram, sampled evenly."""
 
 
 def is_possible() -> bool:
@@ -34,12 +34,12 @@ def is_possible() -> bool:
 
 
 class Watcher:
-    """Looks on at a run and draws.
+    """Draws figures of a run.
 
     Args:
         run: the run folder.
-        tracker: records histograms, shows warnings.
-        device: where the model of the last figures runs.
+        tracker: records histograms and warnings.
+        device: runs the model for the final figures.
     """
 
     def __init__(self, run: Path, tracker: Tracker, device: torch.device):
@@ -49,10 +49,10 @@ class Watcher:
         self._step = 0
 
     def __call__(self, moment: str, progress: Progress, controller: Controller) -> None:
-        """Records the weights; at the end of a round draws what the folder tells, where time allows."""
+        """Records the weights; at the end of a round draws the curves, if time allows."""
         start, self._step = time.monotonic(), progress.global_step
         if moment == "round ended" or (moment == "epoch ended" and _is_due(progress)):
-            self._guarded("the diagnosis", self._diagnose)
+            self._guarded("diagnosis", self._diagnose)
         if moment == "round ended":
             if self._spent + self._last <= SHARE * (start - self._began):
                 self._guarded("curves", self._draw_history)
@@ -62,11 +62,11 @@ class Watcher:
         self._spent += time.monotonic() - start
 
     def finish(self) -> Path | None:
-        """Draws everything and writes the report; where it lies, or None where it failed."""
+        """Draws everything and writes the report; returns its path, or None if it failed."""
         self._guarded("pictures", self._draw_pictures)
-        if self._tracker.trackers:  # the report draws these for itself
+        if self._tracker.trackers:  # the report draws its own
             self._guarded("curves", self._draw_history)
-        page = self._guarded("the report", lambda: reporting.report([self._run], guard=self._guarded))
+        page = self._guarded("report", lambda: reporting.report([self._run], guard=self._guarded))
         if page is not None:
             self._tracker.report(self._step, page)
         return page
@@ -77,18 +77,18 @@ class Watcher:
         self._tracker.log("weights", progress.global_step, where | found)
 
     def _diagnose(self) -> None:
-        """Says what the curves show, each thing once in the life of the run."""
-        told = history.read(self._run)
-        known = {str(event.get("text")).removeprefix(diagnosis.PREFIX).split(":")[0] for event in told.warnings}
-        for found in diagnosis.diagnose(told):
+        """Warns of what the curves show, once per finding and run."""
+        so_far = history.read(self._run)
+        known = {str(e.get("text")).removeprefix(diagnosis.PREFIX).split(":")[0] for e in so_far.warnings}
+        for found in diagnosis.diagnose(so_far):
             if found.name not in known:
                 self._tracker.warning(self._step, f"{diagnosis.PREFIX}{found}")
 
     def _draw_history(self) -> None:
-        told = history.read(self._run)
+        so_far = history.read(self._run)
         with canvas.drawing():
             for drawing in curves.DRAWINGS:
-                self._guarded(drawing.name, lambda drawing=drawing: self._save(drawing.name, drawing.draw(told)))
+                self._guarded(drawing.name, lambda drawing=drawing: self._save(drawing.name, drawing.draw(so_far)))
 
     def _draw_pictures(self) -> None:
         exhibit = pictures.Exhibit.of(self._run, self._device)
@@ -105,14 +105,14 @@ class Watcher:
     def _guarded(self, name: str, call: Callable[[], object]) -> object:
         try:
             return call()
-        except Exception as error:  # whatever a figure raises, the run goes on
+        except Exception as error:  # whatever a figure raises, the run continues
             if name not in self._warned:
                 self._warned.add(name)
-                self._tracker.warning(self._step, f"figures: {name} could not be made ({first_line(error)})")
+                self._tracker.warning(self._step, f"figures: cannot draw {name} ({first_line(error)})")
 
 
 def _is_due(progress: Progress) -> bool:
-    """At the fifth epoch of a round, and twenty times over it."""
+    """At the fifth epoch of a round, and about twenty times per round."""
     epochs = progress.round_epochs[progress.round]
     return progress.epoch == 5 or progress.epoch % max(epochs // 20, 5) == 0
 
@@ -128,7 +128,7 @@ def _is_telling(moment: str, progress: Progress, controller: Controller) -> bool
 
 @torch.no_grad()
 def histogram(weights: Mapping[str, Tensor], mask: MaskSet, condemned: MaskSet | None) -> dict[str, list]:
-    """How many living weights are how large: `edges` of log₁₀ |weight|, counts of `kept` and of `condemned`."""
+    """Histogram of the living weights: `edges` in log₁₀ |weight|, counts `kept` and `condemned`."""
     stride = -(-mask.num_elements // SAMPLE)
     counts = {"kept": torch.zeros(BINS), "condemned": torch.zeros(BINS)}
     for name, weight in weights.items():
