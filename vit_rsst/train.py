@@ -172,11 +172,13 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
     from accelerate.utils import GradientAccumulationPlugin
 
     from vit_rsst.data.loaders import Dealing
+    from vit_rsst.training import switches
 
+    switches.set_precision_(recipe.train.precision, bool(recipe.train.deterministic))
     state = start_processes()
     dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, state.num_processes)
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # always set by the launcher; `no` by default
-    if asked not in ("no", recipe.train.precision) and state.is_main_process:
+    if asked not in ("no", recipe.train.mixed_precision) and state.is_main_process:
         print(
             f"warning: the launcher requests mixed precision {asked!r}; the recipe's train.precision "
             f"{recipe.train.precision!r} is used instead.",
@@ -184,7 +186,7 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
         )
     # Without sync_with_dataloader only micro-batches are counted: an epoch is whole windows by construction.
     accumulation = GradientAccumulationPlugin(num_steps=dealing.accumulation, sync_with_dataloader=False)
-    return Accelerator(mixed_precision=recipe.train.precision, gradient_accumulation_plugin=accumulation)
+    return Accelerator(mixed_precision=recipe.train.mixed_precision, gradient_accumulation_plugin=accumulation)
 
 
 def start_processes() -> "PartialState":

@@ -30,6 +30,7 @@ from vit_rsst.run.signals import StopFlag
 from vit_rsst.run.state import Run
 from vit_rsst.run.tracking import Tracker, to_stderr
 from vit_rsst.run.watchdog import Watchdog
+from vit_rsst.training import switches
 from vit_rsst.training.best import Best
 from vit_rsst.training.counters import RunningLoss
 from vit_rsst.training.ema import Ema
@@ -52,7 +53,7 @@ def build(
     progress = Progress(steps, recipe.round_epochs)
     check_images(recipe, data.options.size, len(data.classes))
     net, start_mask = build_model(recipe, data)
-    net.to(device)
+    net.to(device, memory_format=switches.memory_format(net, device))
     weights, groups = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
     selector, density = build_selection(recipe, net, weights, groups, data.options.size)
     mask = starting_mask(weights, start_mask, recipe.pruning.method)
@@ -73,6 +74,7 @@ def build(
 
     evaluate = make_evaluate(net, data, accelerator, recipe, give_up)
     lock, record = None, environment(accelerator.num_processes, str(device), data.identity)
+    record["attention"] = switches.attention_backend(device, train.precision)
     if hasattr(net, "loaded"):
         record["weights"] = net.loaded.record()
     if distillation is not None and distillation.source:
@@ -81,8 +83,7 @@ def build(
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")
         lock = folder.open()
-    if train.compile:
-        net.compile()  # in place: keeps parameter names; masking outside the graph never recompiles
+    switches.compile_(net, train.compile)  # keeps parameter names; masking stays outside the graphs
     model, optimizer = accelerator.prepare(net, optimizer)
     console = Console(is_main, progress, train.global_batch)
     asked = mask.density if isinstance(recipe.pruning.method, Dense | Constant) else density(1.0)

@@ -17,6 +17,7 @@ from vit_rsst.recipe.schema import Recipe
 from vit_rsst.tickets import rounds, slim_folder
 from vit_rsst.tickets.opening import open_ticket
 from vit_rsst.tickets.trained import Trained, open_trained
+from vit_rsst.training import switches
 from vit_rsst.training.distill import Distillation
 from vit_rsst.training.losses import Loss, make_loss
 
@@ -57,8 +58,7 @@ def build_distillation(
             found = open_trained(path)
         check_teacher(path, found, recipe, data)
         net = found.net.to(accelerator.device).eval().requires_grad_(False)
-        if recipe.train.compile:
-            net.compile()
+        switches.compile_(net, recipe.train.compile)
         return net
 
     def teacher() -> nn.Module | None:

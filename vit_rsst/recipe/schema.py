@@ -191,6 +191,9 @@ class Train:
     """Epochs, batches, precision, loss and limits.
 
     Attributes:
+        precision: `no`: fp32 throughout; `tf32`: fp32 with products in TF32 on GPUs; `bf16`: autocast.
+        compile: the mode of `torch.compile`, block by block; true is `default`.
+        deterministic: algorithms that give the same bits each time, on a GPU too; slower.
         loss: `class_weighted`: images of rare classes weigh more; `balanced_softmax`: the log of each class's image
             count is added to its logit during training (Ren et al. 2020).
         ema_decay: of the moving average of the weights, which is evaluated and saved in tickets.
@@ -203,14 +206,15 @@ class Train:
     recovery_epochs: Annotated[int, Ge(0)] = 0
     global_batch: Annotated[int, Ge(1)] = 256
     batch_per_device: Annotated[int, Ge(1)] | None = None
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["no", "tf32", "bf16"] = "no"
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     loss: Literal["cross_entropy", "class_weighted", "balanced_softmax"] = "cross_entropy"
     distill: Distill = field(default_factory=Distill)
     ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
     patience: Annotated[int, Ge(1)] | None = None
     keep_best: bool = False
-    compile: bool = False
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune"] = False
+    deterministic: bool | None = None
     grad_checkpointing: bool = False
     steps_per_epoch: Annotated[int, Ge(1)] | None = None
     max_skipped_steps: Annotated[int, Ge(0)] = 0
@@ -219,6 +223,18 @@ class Train:
     log_every_steps: Annotated[int, Ge(1)] = 50
     save_every_steps: Annotated[int, Ge(1)] | None = None
     keep_resume_points: Annotated[int, Ge(1)] = 2
+
+    def __post_init__(self) -> None:
+        """Gives what has two spellings one, so that the fingerprint does not depend on them."""
+        if self.compile == "default":
+            object.__setattr__(self, "compile", True)
+        if self.deterministic is False:
+            object.__setattr__(self, "deterministic", None)
+
+    @property
+    def mixed_precision(self) -> str:
+        """In Accelerate's terms."""
+        return "bf16" if self.precision == "bf16" else "no"
 
 
 Share = Annotated[float, Gt(0), Lt(1)]

@@ -1,0 +1,322 @@
+"""What the project does on a GPU: correct, fast, worth its zeros, and a run to the end.
+
+Four parts, each of which stands alone and fits into a few minutes:
+
+a  the tests marked `gpu` (tests/test_gpu.py), one row a test;
+b  training steps of six ViTs in bf16: this project eager, in a penalty window, compiled and with CUDA graphs, beside a
+   bare PyTorch loop and one like timm's train.py, alternated in one process, with model FLOPs utilisation;
+c  inference: slim against dense, 2:4 sparse against dense;
+d  recipes/cifar100/vit_tiny_rsst_short.yaml and its controls, until the time is up.
+
+Every row is written as soon as it exists: `--json gpu.json` leaves gpu-a.json and gpu-a.md, gpu-b.json and so on. The
+same command again skips the rows that are there and measures the others. A part that fails leaves the error as its row
+and ends no other part. `--rehearse` runs everything in miniature, on the CPU where there is no GPU, so that nothing
+meets a GPU untried.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from _common import environment
+
+PARTS = "abcd"
+MINUTES = {"a": 2.0, "b": 4.0, "c": 1.0, "d": 9.0}
+"""Part → how long it may go on beginning rows."""
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+Row = dict[str, object]
+
+
+@dataclass
+class Ledger:
+    """The rows of one part, in a JSON file with a Markdown table beside it; written after each row.
+
+    Attributes:
+        headers: field of a row → column of the table.
+    """
+
+    path: Path
+    headers: Mapping[str, str]
+    environment: dict
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path.is_file():
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if found["environment"]["device"] == self.environment["device"]:  # rows of another card are no beginning
+                self.rows = {name: row for name, row in found["rows"].items() if "error" not in row}
+
+    def add(self, name: str, row: Row) -> None:
+        self.rows[name] = row
+        shown = ", ".join(f"{key} {text_of(value)}" for key, value in row.items() if not isinstance(value, dict | list))
+        print(f"{name}: {shown}", flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"environment": self.environment, "rows": self.rows}
+        replace(self.path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        replace(self.path.with_suffix(".md"), self.markdown())
+
+    @contextmanager
+    def guarded(self, name: str) -> Iterator[None]:
+        """An error becomes the row."""
+        try:
+            yield
+        except Exception as error:  # one measurement must not cost the others their time on the machine
+            traceback.print_exc()
+            self.add(name, {"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:300]})
+
+    def markdown(self) -> str:
+        where = self.environment
+        lines = [["", *self.headers.values()], ["---"] * (len(self.headers) + 1)]
+        for name, row in self.rows.items():
+            cells = [text_of(row.get(key, "")) for key in self.headers]
+            lines.append([name, *([row["error"].replace("\n", " ")] if "error" in row else cells)])
+        head = f"{where['device']}; torch {where['versions']['torch']}; commit {where['commit']}; {where['date']}"
+        return head + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def text_of(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return str(value)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+# -- a
+
+
+@dataclass
+class Watching:
+    """A plugin of pytest: one row a test, and no further test once the time is up."""
+
+    ledger: Ledger
+    time_left: Callable[[], float]
+
+    def pytest_runtest_setup(self, item: object) -> None:
+        if self.time_left() <= 0:
+            item.session.shouldstop = "the time is up"
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            name = report.nodeid.split("::", 1)[1]
+            numbers = "; ".join(f"{key} {value}" for key, value in report.user_properties)
+            row = {"outcome": report.outcome, "seconds": report.duration, "numbers": numbers}
+            if report.outcome == "failed":
+                row["error"] = report.longrepr.reprcrash.message[:300]
+            self.ledger.add(name, row)
+
+
+def tests(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
+    import pytest
+
+    if args.rehearse:
+        os.environ["VIT_RSST_REHEARSE"] = "1"
+    os.chdir(REPOSITORY)
+    options = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "--tb=short", "tests/test_gpu.py"]
+    options += [f"--deselect=tests/test_gpu.py::{name}" for name in ledger.rows]
+    code = pytest.main(options, plugins=[Watching(ledger, time_left)])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED, 2):
+        raise RuntimeError(f"pytest ended with code {int(code)}")
+
+
+# -- b and c stand in modules of their own, since they import the project
+
+
+def steps(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
+    import _gpu_steps
+
+    for case in _gpu_steps.cases(args.rehearse):
+        if time_left() <= 0:
+            return
+        if not any(name.startswith(f"{case}: ") for name in ledger.rows):
+            with ledger.guarded(str(case)):
+                _gpu_steps.measure(case, ledger, args.rehearse)
+
+
+def inference(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
+    import _gpu_inference
+
+    for name, measure in _gpu_inference.cases(args.rehearse).items():
+        if time_left() <= 0:
+            return
+        if not any(row.startswith(f"{name}: ") for row in ledger.rows):
+            with ledger.guarded(name):
+                measure(ledger)
+
+
+# -- d
+
+METHODS = ("rsst", "imp", "gmp", "dense")
+"""Runs of the same recipe and as many epochs; the first is the recipe's own."""
+
+MINIATURE = {
+    "data.source": "digits",
+    "data.augment": "{preset: strong, auto_augment: null}",
+    "model.args": "{embed_dim: 24, depth: 2, num_heads: 3}",
+    "train.epochs": 2,
+    "train.round_epochs": 1,
+    "train.global_batch": 64,
+    "train.steps_per_epoch": 2,
+    "train.precision": "no",
+    "optim.warmup_epochs": 0,
+}
+
+
+def runs(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
+    """Starts `--jobs` runs at a time; one that runs out of time stops with a resume point, and goes on next time."""
+    open_runs = [name for name in METHODS if ledger.rows.get(name, {}).get("state") != "finished"]
+    for i in range(0, len(open_runs), args.jobs):
+        if time_left() <= 0.5:
+            return
+        together = open_runs[i : i + args.jobs]
+        began = time.monotonic()
+        processes = {name: start_run(name, max(time_left() - 0.3, 0.1), args) for name in together}
+        for name, process in processes.items():
+            with ledger.guarded(name):
+                process.wait()
+                ledger.add(name, read_run(args.runs / name, process.returncode) | {"seconds": time.monotonic() - began})
+
+
+def start_run(name: str, minutes: float, args: argparse.Namespace) -> subprocess.Popen:
+    from vit_rsst.recipe.loading import load
+
+    path = REPOSITORY / "recipes" / "cifar100" / "vit_tiny_rsst_short.yaml"
+    recipe = load(path)
+    overrides = {
+        "name": name,
+        "output_dir": args.runs,
+        "data.workers": max((os.cpu_count() or 1) // args.jobs - 1, 1),
+        "train.max_minutes": round(minutes, 2),
+        "train.epochs": max(recipe.train.epochs // args.shorten, 1),
+        "train.round_epochs": max(recipe.train.round_epochs // args.shorten, 1),
+        "optim.warmup_epochs": recipe.optim.warmup_epochs / args.shorten,
+        "tracking.with": "[]",
+        "tracking.figures": "false",
+        "pruning.method": name,
+    }
+    if args.data:
+        overrides["data.path"] = args.data.resolve()
+    if args.rehearse:
+        overrides |= MINIATURE
+    paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, "-m", "vit_rsst.train", str(path), *(f"{key}={value}" for key, value in overrides.items())],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def read_run(folder: Path, code: int) -> Row:
+    """How far a run came and what its rounds scored."""
+    from vit_rsst.tickets.rounds import load_rows
+
+    status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    rows = load_rows(folder)
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rates = [event["time/images_per_s"] for event in events if "time/images_per_s" in event]
+    last = rows[-1] if rows else None
+    return {
+        "state": status["state"],
+        "exit_code": code,
+        "epochs": sum("val/top1" in event for event in events),
+        "images_per_s": sorted(rates)[len(rates) // 2] if rates else "",
+        "density": last.density if last else "",
+        "val_top1": last.val_top1 if last else "",
+        "test_top1": last.test_top1 if last and last.test_top1 is not None else "",
+        "rounds": [vars(row) for row in rows],
+    }
+
+
+@dataclass(frozen=True)
+class Part:
+    measure: Callable[[Ledger, Callable[[], float], argparse.Namespace], None]
+    headers: Mapping[str, str]
+
+
+BY_LETTER = {
+    "a": Part(tests, {"outcome": "outcome", "seconds": "s", "numbers": "numbers"}),
+    "b": Part(
+        steps,
+        {
+            "images_per_s": "images/s",
+            "ms": "ms a step",
+            "ratio": "step to the bare loop's [95 %]",
+            "mfu": "MFU",
+            "peak_gib": "peak GiB",
+        },
+    ),
+    "c": Part(
+        inference, {"ms": "ms", "images_per_s": "images/s", "speed": "times as fast as dense [95 %]", "error": "error"}
+    ),
+    "d": Part(
+        runs,
+        {
+            "state": "state",
+            "epochs": "epochs",
+            "seconds": "s",
+            "images_per_s": "images/s",
+            "density": "density",
+            "val_top1": "val top-1",
+            "test_top1": "test top-1",
+        },
+    ),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=list(PARTS), help="one part alone; without it all four, each a process")
+    parser.add_argument("--minutes", type=float, help="begin no row after so long; without it by part")
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="rows go to FILE-a.json, FILE-a.md …")
+    parser.add_argument("--rehearse", action="store_true", help="everything in miniature; shows that it runs")
+    parser.add_argument("--data", type=Path, help="part d: a folder with the parquet files of CIFAR-100")
+    parser.add_argument("--runs", type=Path, help="part d: the run folders; default: beside the rows")
+    parser.add_argument("--shorten", type=int, default=1, help="part d: divide all epochs by so many")
+    parser.add_argument("--jobs", type=int, default=1, help="part d: runs at a time")
+    args = parser.parse_args(argv)
+    args.runs = args.runs or args.json.parent / "gpu-runs"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if not (args.rehearse or torch.cuda.is_available()):
+        print("gpu.py: torch sees no GPU; --rehearse runs everything in miniature on the CPU", file=sys.stderr)
+        return 2
+    if args.part is None:
+        given = sys.argv[1:] if argv is None else list(argv)
+        codes = [subprocess.call([sys.executable, __file__, *given, "--part", part]) for part in PARTS]
+        return max(codes)
+    return run_part(args)
+
+
+def run_part(args: argparse.Namespace) -> int:
+    part, device = BY_LETTER[args.part], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = args.json.with_name(f"{args.json.stem}-{args.part}.json")
+    ledger = Ledger(path, part.headers, environment(device, args.rehearse))
+    end = time.monotonic() + 60 * (args.minutes if args.minutes is not None else MINUTES[args.part])
+    with ledger.guarded(f"part {args.part}"):
+        part.measure(ledger, lambda: (end - time.monotonic()) / 60, args)
+    print(f"\n{ledger.markdown()}")
+    failed = [name for name, row in ledger.rows.items() if "error" in row or row.get("outcome") == "FAILED"]
+    print(f"failed: {', '.join(failed)}" if failed else f"part {args.part}: nothing failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

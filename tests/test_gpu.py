@@ -1,0 +1,124 @@
+"""What must hold on a GPU as on the CPU. Skipped where torch sees none; `scripts/benchmarks/gpu.py --part a` runs them.
+
+With VIT_RSST_REHEARSE=1 they run on the CPU, so that none meets a GPU untried.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import alone_on_cpu, events, status, write_recipe
+
+from vit_rsst import cli
+from vit_rsst.models import zoo
+from vit_rsst.models.anatomy import prunable_parts
+from vit_rsst.pruning.contest import keep_windows
+from vit_rsst.pruning.criteria import CRITERIA, Evidence
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.selector import Selector
+from vit_rsst.tickets import ticket_file
+
+IS_REHEARSED = os.environ.get("VIT_RSST_REHEARSE") == "1"
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (HAS_GPU or IS_REHEARSED), reason="torch sees no GPU"),
+]
+
+
+def train(folder: Path, *overrides: object, verb: str = "train") -> int:
+    """`vit-rsst train` of the tiny recipe in this process, on the GPU; the exit code."""
+    with alone_on_cpu():
+        if HAS_GPU:
+            os.environ.pop("ACCELERATE_USE_CPU")
+        return cli.main([verb, str(write_recipe(folder)), *map(str, overrides)])
+
+
+def losses(folder: Path, name: str = "tiny") -> list[float]:
+    return [event["train/loss"] for event in events(folder / "runs" / name) if event["event"] == "step"]
+
+
+def network(device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return zoo.create(*zoo.describe("vit_tiny", {"embed_dim": 48, "depth": 2, "num_heads": 3}, 10)).to(device)
+
+
+@pytest.mark.parametrize("granularity", ["element", "2:4", "head", "neuron"])
+def test_a_selection_is_the_one_of_the_cpu(granularity: str) -> None:
+    found = []
+    for device in (torch.device("cpu"), DEVICE):
+        weights, groups = prunable_parts(network(device), granularity, (), ())
+        selector = Selector(CRITERIA["magnitude"], granularity, groups)
+        mask = selector.units(Evidence(weights, MaskSet.full(weights), 0, None), 0.4)
+        assert all(bits.device.type == device.type for bits in mask.tensors())
+        found.append(mask.fingerprint())
+    assert found[0] == found[1]
+
+
+def test_ties_break_by_index_on_every_device() -> None:
+    scores = torch.randint(0, 4, (64, 64), generator=torch.Generator().manual_seed(0)).float()
+    alive = torch.ones_like(scores, dtype=torch.bool)
+    ours = keep_windows(scores.to(DEVICE), alive.to(DEVICE), 2, 4).cpu()
+    assert torch.equal(ours, keep_windows(scores, alive, 2, 4))
+
+
+def test_a_ticket_is_the_same_file_from_every_device(tmp_path: Path) -> None:
+    found = []
+    for device in (torch.device("cpu"), DEVICE):
+        net = network(device)
+        weights, _ = prunable_parts(net, "element", (), ())
+        mask = MaskSet({name: weight.abs() > 0.01 for name, weight in weights.items()})
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.masked_fill_(~mask[name], 0.0)
+        path = tmp_path / f"{device.type}-{len(found)}.safetensors"
+        ticket_file.save(path, net.state_dict(), mask, {"round": "0"})
+        found.append(load_file(path))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("method", ["rsst", "imp", "gmp", "ste", "refill"])
+def test_a_run_leaves_its_tickets(method: str, tmp_path: Path) -> None:
+    units = ["pruning.granularity=head+neuron", "pruning.min_neurons=2", "pruning.schedule.final_sparsity=0.6"]
+    more = units if method == "refill" else []
+    assert train(tmp_path, f"pruning.method={method}", "train.ema_decay=0.9", *more) == 0
+    assert status(tmp_path / "runs" / "tiny")["state"] == "finished"
+
+
+def test_bf16_learns_as_fp32_does(tmp_path: Path) -> None:
+    longer = ("train.steps_per_epoch=20", "train.log_every_steps=10")
+    for precision in ("no", "bf16"):
+        assert train(tmp_path, f"name={precision}", f"train.precision={precision}", *longer) == 0
+    full, half = (losses(tmp_path, precision) for precision in ("no", "bf16"))
+    assert half == pytest.approx(full, rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_run_learns_as_an_eager_one(mode: str, tmp_path: Path) -> None:
+    import torch._dynamo
+
+    assert train(tmp_path, "name=eager") == 0
+    torch.compiler.reset()
+    assert train(tmp_path, "name=compiled", f"train.compile={mode}") == 0
+    assert losses(tmp_path, "compiled") == pytest.approx(losses(tmp_path, "eager"), rel=1e-3)
+
+
+def test_too_little_memory_says_which_batch_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not HAS_GPU:
+        pytest.skip("only a GPU's memory can be limited")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.5e9 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        code = train(
+            tmp_path, "data.image_size=224", "model.name=vit_base_patch16_224", "model.args={}",
+            "train.global_batch=512", "train.steps_per_epoch=1",
+        )  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert code == 4
+    assert "train.batch_per_device=256" in capsys.readouterr().err
