@@ -3,4 +3,4 @@
 Importing the package is free: neither torch nor datasets is loaded until a part that needs them is.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

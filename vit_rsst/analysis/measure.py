@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def latency(networks: Mapping[str, nn.Module], image_size: int, batch: int, devi
     }
 
 
-def timed(work: object, device: torch.device) -> float:
+def timed(work: Callable[[], object], device: torch.device) -> float:
     """Duration of one call in seconds, including GPU work."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()

@@ -1,6 +1,7 @@
 """The analysis as text: one column per subject, then a table of blocks for each with zeros. At most 120 wide."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from vit_rsst.analysis.counts import block_of, kind_of
 from vit_rsst.text import aligned, duration, size
@@ -46,7 +47,7 @@ def side_by_side(heads: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
 
 
 def counted_rows(items: Sequence[Mapping]) -> Iterator[Row]:
-    def row(label: str, *path: str, show: object) -> Row:
+    def row(label: str, *path: str, show: Callable[[Any], str]) -> Row:
         return label, [NONE if _at(item, path) is None else show(_at(item, path)) for item in items]
 
     yield row("image size, px", "image_size", show=str)

@@ -13,6 +13,7 @@ from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import Dealing, DecodingLoader, InMemoryLoader, Loader, evaluation_batches, placed
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
+from vit_rsst.data.streams import Stream
 from vit_rsst.data.tables import Split, class_balanced
 from vit_rsst.data.transforms import Augmentation, Erasing
 from vit_rsst.errors import MissingRequirement
@@ -97,8 +98,11 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
         samples = data.samples("train", recipe.data.in_memory, 0.4 / local_processes(accelerator))
     if isinstance(samples, Split):
         return InMemoryLoader(split=placed(samples, device), weights=weights, **common)
+    if weights is not None:
+        assert not isinstance(samples, Stream), "the rules refuse a balanced stream"
+        samples = replace(samples, weights=weights)
     return DecodingLoader(
-        rows=samples if weights is None else replace(samples, weights=weights),
+        rows=samples,
         decoder=decoder,
         workers=num_workers(recipe, accelerator),
         max_corrupt=recipe.data.max_corrupt,

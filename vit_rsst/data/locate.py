@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,7 +170,7 @@ def columns(features: "Features | None", options: DataOptions) -> Columns:
     return Columns(image, label, classes)
 
 
-def _column(features: dict, fits: object, what: str, asked: str | None, options: DataOptions) -> str:
+def _column(features: dict, fits: Callable[[object], bool], what: str, asked: str | None, options: DataOptions) -> str:
     candidates = [name for name, feature in features.items() if fits(feature)]
     if asked is not None:
         if asked in candidates:

@@ -7,11 +7,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from timm.data.random_erasing import RandomErasing
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Erasing:
         return images
 
     @cached_property
-    def _of_timm(self) -> object:
+    def _of_timm(self) -> "RandomErasing":
         from timm.data.random_erasing import RandomErasing
 
         return RandomErasing(self.prob, *self.area, min_aspect=self.aspect, mode=self.mode)

@@ -5,6 +5,7 @@ Models of transformers go as they are; a plain ViT of timm becomes ViTForImageCl
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image
@@ -15,6 +16,9 @@ from vit_rsst.data.decoding import resized_side
 from vit_rsst.errors import InputError
 from vit_rsst.export.work import Target, Work
 from vit_rsst.models import hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 USAGE = """\
 import torch
@@ -48,7 +52,7 @@ def write(work: Work, folder: Path) -> None:
     from transformers import ViTImageProcessor
 
     trained, classes, size = work.trained, work.trained.classes, work.trained.data.size
-    net = work.net if work.is_hub else converted(work.net)
+    net = cast("PreTrainedModel", work.net) if work.is_hub else converted(work.net)
     net.config.id2label = dict(enumerate(classes))
     net.config.label2id = {name: number for number, name in enumerate(classes)}
     with hub.quiet():
@@ -81,7 +85,7 @@ def logits(folder: Path, images: Tensor) -> Tensor:
     return net.eval()(images).logits
 
 
-def converted(net: nn.Module) -> nn.Module:
+def converted(net: nn.Module) -> "PreTrainedModel":
     """A plain ViT of timm as transformers' ViTForImageClassification.
 
     Raises:
@@ -103,8 +107,8 @@ def converted(net: nn.Module) -> nn.Module:
         patch_size=patch.patch_size[0],
         num_channels=patch.proj.in_channels,
         qkv_bias=block.attn.qkv.bias is not None,
-        num_labels=net.num_classes,
     )
+    config.num_labels = net.num_classes
     twin = ViTForImageClassification(config).to(net.head.weight.dtype)
     twin.load_state_dict(dict(_renamed(net.state_dict())))
     return twin.eval()

@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 import timm
 import torch
@@ -19,6 +20,9 @@ from vit_rsst.models.dynamic_vit import DynamicVit
 from vit_rsst.models.gated_vit import GatedVit
 from vit_rsst.models.lightweight_vit import LightweightVit
 from vit_rsst.models.resnet import CifarResNet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OWN: dict[str, type[nn.Module]] = {
     "resnet20": CifarResNet,
@@ -140,7 +144,7 @@ def lr_scales(net: nn.Module, decay: float) -> dict[str, float]:
             f"optim.layer_decay: {type(net).__name__} does not say which layers it has, as timm's models do; leave it "
             "out."
         )
-    layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    layers = group_parameters(net, cast(VisionTransformer, net).group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 
@@ -153,9 +157,9 @@ def checkpoint_gradients_(net: nn.Module) -> None:
     """
     try:
         if hasattr(net, "gradient_checkpointing_enable"):  # transformers
-            net.gradient_checkpointing_enable({"use_reentrant": False})
+            cast("PreTrainedModel", net).gradient_checkpointing_enable({"use_reentrant": False})
         else:
-            net.set_grad_checkpointing(True)
+            cast(VisionTransformer, net).set_grad_checkpointing(True)
     except (AttributeError, AssertionError, ValueError) as error:
         raise InputError(
             f"train.grad_checkpointing: {type(net).__name__} cannot compute its blocks again ({first_line(error)}); "

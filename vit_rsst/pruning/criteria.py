@@ -102,6 +102,11 @@ class Criterion:
     def __doc__(self) -> str:
         return (self.elements or self.units).__doc__
 
+    def of_elements(self, evidence: Evidence) -> dict[str, Tensor]:
+        """Scores by weight name; for criteria that score elements."""
+        assert self.elements is not None, "this criterion scores units alone"
+        return self.elements(evidence)
+
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
 

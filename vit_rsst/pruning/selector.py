@@ -130,7 +130,7 @@ class Selector:
             scores = criterion.units(evidence, group)
         else:
             owned = {member.name: evidence.weights[member.name] for member in group.members}
-            scores = pool(group, criterion.elements(replace(evidence, weights=owned)))
+            scores = pool(group, criterion.of_elements(replace(evidence, weights=owned)))
         scores = scores.float().cpu()
         return _relative(scores) if criterion.relative != "nothing" else scores
 
@@ -150,7 +150,7 @@ class Selector:
         ]
 
     def _elements(self, evidence: Evidence, density: float, criterion: Criterion, allocation: Allocation) -> MaskSet:
-        scores = criterion.elements(evidence)
+        scores = criterion.of_elements(evidence)
         if criterion.relative == "all":
             scores = {name: _relative(score) for name, score in scores.items()}
         entries = self._weight_entries(evidence.weights, scores, evidence.alive)
@@ -159,7 +159,7 @@ class Selector:
     def _windows(self, evidence: Evidence, density: float, final: int, window: int) -> MaskSet:
         """N:M: the same number in every window; the schedule steps it down to N."""
         kept = max(final, round(density * window))
-        scores = self.criterion.elements(evidence)
+        scores = self.criterion.of_elements(evidence)
         return MaskSet(
             {name: keep_windows(scores[name], evidence.alive[name], kept, window) for name in evidence.weights}
         )
