@@ -103,7 +103,7 @@ def figure(height: float = 2.6, width: float = WIDTH) -> "Figure":
 
 def count(axes: "Axes", values: Iterable[int]) -> None:
     """Integer ticks on the horizontal axis; a single value is centred."""
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if len(found := set(values)) == 1:
         [only] = found
         axes.set_xlim(only - 0.5, only + 0.5)
