@@ -1,9 +1,11 @@
-"""Chromium without a window, as far as tests of pages need it: over the pipe of its debugging protocol, no package.
+"""Headless Chromium for tests of pages, driven over the pipe of its debugging protocol; no package needed.
 
 Not a test module. https://chromedevtools.github.io/devtools-protocol names all methods and events.
 """
 
+import base64
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -19,7 +23,12 @@ LAYOUT = """(() => {
     const found = {clipped: [], small: [], over: []};
     found.wide = document.documentElement.scrollWidth - innerWidth;
     found.broken = [...document.images].filter(image => !image.complete || !image.naturalWidth).length;
-    for (const svg of document.querySelectorAll('figure svg')) {
+    for (const image of document.querySelectorAll('figure img')) {
+        const bytes = Uint8Array.from(atob(image.src.split(',')[1]), letter => letter.charCodeAt(0));
+        const parsed = new DOMParser().parseFromString(new TextDecoder().decode(bytes), 'image/svg+xml');
+        const svg = document.importNode(parsed.documentElement, true), size = image.getBoundingClientRect();
+        svg.setAttribute('width', size.width), svg.setAttribute('height', size.height);
+        image.replaceWith(svg);
         const frame = svg.getBoundingClientRect(), texts = [...svg.querySelectorAll('text')];
         const boxes = texts.map(text => text.getBoundingClientRect());
         texts.forEach((text, i) => {
@@ -37,8 +46,8 @@ LAYOUT = """(() => {
     }
     return found;
 })()"""
-"""What is wrong with a page: pictures that are broken, texts of figures that are cut off, under 7 px or over another
-one, and how many px it is wider than the window."""
+"""What is wrong with a page: broken images, texts of figures that are cut off, under 7 px or overlapping, and how many
+px it is wider than the window. Puts each figure's SVG in place of its image to measure it."""
 
 
 def executable() -> str | None:
@@ -49,8 +58,8 @@ class Page:
     """One tab.
 
     Attributes:
-        said: messages of the console and errors of scripts, since the last page was opened.
-        asked: addresses that were asked for, likewise, without data that the page has within.
+        said: console messages and script errors since the last page was opened.
+        asked: requested URLs since then, except data URIs.
     """
 
     def __init__(self, pipe_in: int, pipe_out: int):
@@ -65,7 +74,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: object) -> dict:
-        """What a method answers; events that come before the answer are noted."""
+        """The result of a method; records the events that arrive before it."""
         self._number += 1
         request = {"id": self._number, "method": method, "params": params, **self._session}
         os.write(self._in, json.dumps(request).encode() + b"\0")
@@ -75,7 +84,7 @@ class Page:
         return found["result"]
 
     def open(self, path: Path, width: int, scheme: str) -> None:
-        """Opens a file as a window of so many px shows it, in the light or the dark scheme, and waits for all of it."""
+        """Opens a file in a window `width` px wide, in the light or dark scheme, and waits until it has loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.said, self.asked, self._events = [], [], []
@@ -84,10 +93,18 @@ class Page:
             self._note(self._message())
 
     def value(self, expression: str) -> object:
-        """Of JavaScript, as plain data."""
+        """The value of a JavaScript expression as plain data."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def picture(self, selector: str) -> Image.Image:
+        """The pixels of an element."""
+        box = self.value(f"(({{x, y, width, height}}) => [x + scrollX, y + scrollY, width, height])"
+                         f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())")  # fmt: skip
+        clip = dict(zip(("x", "y", "width", "height"), box, strict=True), scale=1)
+        found = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        return Image.open(io.BytesIO(base64.b64decode(found["data"]))).convert("RGB")
 
     def _message(self) -> dict:
         while b"\0" not in self._rest:
@@ -107,7 +124,7 @@ class Page:
 
 
 def beyond_4(descriptor: int) -> int:
-    """The same under a number that takes the place of no descriptor that Chromium knows."""
+    """The same descriptor under a number that Chromium does not use."""
     moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(descriptor)
     return moved
@@ -115,7 +132,7 @@ def beyond_4(descriptor: int) -> int:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Page]:
-    """A tab of a fresh Chromium, which keeps its files in `folder`."""
+    """A tab of a fresh Chromium with its profile in `folder`."""
     (child_in, pipe_in), (pipe_out, child_out) = os.pipe(), os.pipe()
     child_in, child_out = beyond_4(child_in), beyond_4(child_out)
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe")

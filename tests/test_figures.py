@@ -1,5 +1,6 @@
 """Figures: drawn during and after a run by default, from any run folder, and never at the run's cost."""
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -220,13 +221,12 @@ def test_a_folder_that_is_not_a_run_is_rejected(tmp_path):
         history.read(tmp_path)
 
 
-def test_a_page_gives_a_figure_its_own_colours(run):
+def test_the_text_of_a_figure_follows_the_scheme_of_the_page(run):
     text = (run / "figures" / "curves.svg").read_text(encoding="utf-8")
-    part = canvas.inline(text, "a label")
-    assert part.startswith('<svg role="img" aria-label="a label" ')
-    assert canvas.INK not in part
-    assert canvas.GROUND not in part
-    assert "currentColor" in part
+    embedded = base64.b64decode(canvas.data_uri(text).removeprefix("data:image/svg+xml;base64,")).decode()
+    assert embedded.count(canvas.INK) == 1, "in the style sheet alone"
+    assert canvas.GROUND not in embedded
+    assert embedded.count("var(--ink)") == text.count(canvas.INK) > 10
 
 
 def test_a_single_round_without_removal_draws_nothing():

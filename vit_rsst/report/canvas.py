@@ -1,7 +1,6 @@
-"""The look of every figure: one palette that stands on white and on black, sizes for a phone, SVG with live text.
+"""The look of every figure: one palette for light and dark pages, sizes for a phone, SVG with live text.
 
-A file on disk has a white ground, so that any viewer shows it; `inline` gives the same drawing for a page, where text
-takes the page's colour and the ground is the page's.
+A file on disk has a white background, so any viewer shows it; `data_uri` gives the same drawing to a page.
 """
 
 import base64
@@ -27,6 +26,9 @@ CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, "#b08a1e", "#2aa5b5", GREY)
 INK, GROUND = "#1f2328", "#fffffe"
 """Text and background. No figure uses these two for anything else, so a page can replace them."""
 
+SCHEMES = f"<style>svg {{ --ink: {INK} }} @media (prefers-color-scheme: dark) {{ svg {{ --ink: #e4e7eb }} }}</style>"
+"""Colours of the text in a page, as in `report.html.j2`."""
+
 SCRIPTS = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -36,13 +38,6 @@ SCRIPTS = (
     "Microsoft YaHei",
 )
 """Fonts for more scripts than matplotlib ships; used for bitmaps. An SVG uses the fonts of its viewer."""
-
-ELEMENTS = {
-    *("svg", "g", "defs", "style", "path", "text", "tspan", "use", "image", "clippath", "rect", "metadata"),
-    *("rdf:rdf", "cc:work", "dc:type", "dc:date", "dc:format", "dc:creator", "cc:agent", "dc:title"),
-    *("lineargradient", "stop", "circle", "ellipse", "line", "polygon", "polyline", "title"),
-}
-"""All that a drawing may consist of, to be put into a page."""
 
 HEAT = "viridis"
 LINES = (0.25, 0.88)
@@ -110,16 +105,12 @@ def count(axes: "Axes", values: Iterable[int]) -> None:
         axes.set_xticks([only])
 
 
-def svg(drawn: "Figure", salt: str) -> str:
-    """The figure as SVG, byte-identical for identical input.
-
-    Args:
-        salt: makes the ids of several figures on one page differ.
-    """
+def svg(drawn: "Figure") -> str:
+    """The figure as SVG, byte-identical for identical input."""
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.hashsalt": "vit_rsst"}):
         drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
@@ -128,7 +119,7 @@ def svg(drawn: "Figure", salt: str) -> str:
 def save(drawn: "Figure", path: Path) -> None:
     """Writes the SVG file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, svg(drawn, path.stem))
+    files.write_text(path, svg(drawn))
 
 
 def pixels(drawn: "Figure", dpi: int = 150) -> np.ndarray:
@@ -141,29 +132,8 @@ def pixels(drawn: "Figure", dpi: int = 150) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def inline(text: str, label: str) -> str:
-    """An SVG file as a part of a page: no prologue, the page's colours, a label for who cannot see it.
-
-    A file that holds more than a drawing, which none of ours does, is shut into an image, where nothing of it runs.
-
-    Args:
-        label: HTML-escaped.
-    """
-    if not is_plain(text):
-        data = base64.b64encode(text.encode("utf-8")).decode("ascii")
-        return f'<img alt="{label}" src="data:image/svg+xml;base64,{data}">'
-    body = re.sub(r"<metadata>.*?</metadata>", "", text[text.find("<svg") :], flags=re.DOTALL)
-    body = body.replace(GROUND, "none").replace(INK, "currentColor")
-    return body.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-
-
-def is_plain(text: str) -> bool:
-    """Whether an SVG is a drawing alone: no script, no handler, no style sheet from elsewhere, no outside reference."""
-    lowered = text.lower()
-    elements = set(re.findall(r"<([a-z:]+)", lowered))
-    links = re.findall(r"""href\s*=\s*["']([^"']*)""", lowered)
-    return (
-        elements <= ELEMENTS
-        and not re.search(r"[\s/\"']on[a-z]+\s*=|javascript:|@import|url\((?!#)", lowered)
-        and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
-    )
+def data_uri(text: str) -> str:
+    """An SVG file as the `src` of an image: nothing in it can run or load; its text follows light and dark mode."""
+    text = text.replace(GROUND, "none").replace(INK, "var(--ink)")
+    text = re.sub(r"<svg\b[^>]*>", lambda tag: tag[0] + SCHEMES, text, count=1)
+    return f"data:image/svg+xml;base64,{base64.b64encode(text.encode('utf-8')).decode('ascii')}"

@@ -151,11 +151,6 @@ def breakable(text: object) -> str:
     return re.sub(r"([/._])(?=\w)", r"\1<wbr>", html.escape(str(text)))
 
 
-def drawn(image: Image) -> str:
-    """The drawing for a page: inline where it is nothing but a drawing, else shut into an image."""
-    return canvas.inline(image.svg, html.escape(image.title))
-
-
 @functools.cache
 def _environment() -> object:
     try:
@@ -169,7 +164,13 @@ def _environment() -> object:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"md": markdown, "drawn": drawn, "breakable": breakable, "quote": quote, "fence": _fence}
+    environment.filters |= {
+        "md": markdown,
+        "data_uri": canvas.data_uri,
+        "breakable": breakable,
+        "quote": quote,
+        "fence": _fence,
+    }
     return environment
 
 

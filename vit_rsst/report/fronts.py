@@ -49,7 +49,7 @@ def images(groups: Sequence[Group], timed: Mapping) -> list[Image]:
                 fronts(groups, timed),
             ),
         ]
-        return [Image(name, title, about, canvas.svg(f, name)) for name, title, about, f in drawn if f is not None]
+        return [Image(name, title, about, canvas.svg(f)) for name, title, about, f in drawn if f is not None]
 
 
 def curves(groups: Sequence[Group]) -> "Figure | None":

@@ -139,7 +139,7 @@ def images(history: History, guard: Guard = plainly) -> list[Image]:
 
             def as_svg(drawing: curves.Drawing = drawing) -> str | None:
                 figure = drawing.draw(history)
-                return None if figure is None else canvas.svg(figure, drawing.name)
+                return None if figure is None else canvas.svg(figure)
 
             if (svg := guard(drawing.name, as_svg)) is not None:
                 found.append(Image(drawing.name, drawing.title, drawing.caption, svg))
