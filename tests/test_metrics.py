@@ -1,5 +1,6 @@
-"""Reported scores against answers worked out by hand and against torchmetrics."""
+"""Reported scores against hand-calculated answers and torchmetrics."""
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -7,13 +8,14 @@ import torchmetrics.functional.classification as reference
 from torch import Tensor, nn
 
 from vit_rsst.evaluation.outcomes import Outcomes, outcomes
-from vit_rsst.evaluation.reported import CalibrationError, ClassificationReport, report
+from vit_rsst.evaluation.reported import ClassificationReport, calibration, scores
+from vit_rsst.evaluation.reported import __file__ as reported_file
 from vit_rsst.training import counters
 
 
 def reported(logits: list[list[float]] | Tensor, labels: list[int] | Tensor) -> dict:
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
-    return report(Outcomes.of(logits, labels), logits.shape[1])
+    return scores(Outcomes.of(logits, labels), logits.shape[1])
 
 
 def drawn(case: str) -> tuple[Tensor, Tensor]:
@@ -83,11 +85,17 @@ def test_a_report_worked_out_by_hand():
     assert found["weighted_recall"] == pytest.approx(found["accuracy"]) == pytest.approx(4 / 6)
 
 
+def test_the_report_is_a_metric_that_evaluate_loads(tmp_path, monkeypatch):
+    for name in ("HF_MODULES_CACHE", "HF_EVALUATE_CACHE"):
+        monkeypatch.setattr(evaluate.config, name, tmp_path)
+    given = {"predictions": [0, 1, 1], "references": [0, 0, 1], "num_classes": 3}
+    loaded = evaluate.load(reported_file, cache_dir=str(tmp_path))
+    assert loaded.compute(**given) == ClassificationReport(keep_in_memory=True).compute(**given)
+
+
 def test_calibration_worked_out_by_hand():
     # Two bins, [0, 0.5] and (0.5, 1]: a bound belongs to the bin below it, and 1.0 to the last.
-    found = CalibrationError(keep_in_memory=True).compute(
-        predictions=[0.5, 0.4, 0.8, 1.0], references=[True, False, True, False], bins=2
-    )
+    found = calibration(np.array([0.5, 0.4, 0.8, 1.0]), np.array([True, False, True, False]), bins=2)
     assert found["calibration"]["images"] == [2, 2]
     assert found["calibration"]["accuracy"] == [0.5, 0.5]
     assert found["calibration"]["confidence"] == pytest.approx([0.45, 0.9])
@@ -102,8 +110,8 @@ def test_among_equal_logits_the_lower_class_comes_first():
     assert found["top1"] == pytest.approx(100 / 3)  # class 0 alone
     assert found["top5"] == pytest.approx(200 / 3)  # classes 0 to 4
     assert found["confusion"][5][0] == 1
-    scores = counters.score(nn.Identity(), [(logits, labels)], torch.device("cpu"))
-    assert (scores["top1"], scores["top5"]) == pytest.approx((found["top1"], found["top5"]))
+    counted = counters.score(nn.Identity(), [(logits, labels)], torch.device("cpu"))
+    assert (counted["top1"], counted["top5"]) == pytest.approx((found["top1"], found["top5"]))
 
 
 def test_fewer_than_five_classes_are_all_among_the_first_five():

@@ -15,7 +15,7 @@ from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
 from vit_rsst.errors import Damaged, InputError
-from vit_rsst.evaluation.outcomes import Outcomes, outcomes
+from vit_rsst.evaluation.outcomes import Outcomes, most_confused, outcomes
 from vit_rsst.export import onnx_file
 from vit_rsst.models import published
 from vit_rsst.models.anatomy import prunable_weights
@@ -65,7 +65,7 @@ def evaluate(
             f"{trained.path}: it gives logits that are not finite: its weights diverged; take another ticket."
         )
 
-    from vit_rsst.evaluation.reported import report
+    from vit_rsst.evaluation.reported import scores
 
     result = {
         "ticket": str(trained.path),
@@ -76,7 +76,7 @@ def evaluate(
         "processes": state.num_processes,
         "device": str(state.device),
     }
-    return result | report(found, len(classes)) | {"classes": classes}
+    return result | scores(found, len(classes)) | {"classes": classes}
 
 
 def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
@@ -164,19 +164,8 @@ def report_text(result: dict, most_classes: int = 20) -> str:
     return f"{head}\n{aligned(lines)}{note}\n\n{_confusions_text(result)}"
 
 
-def confusions(result: dict, most: int = 5) -> list[tuple[int, int, int]]:
-    """The most frequent confusions: (images, true label, predicted label)."""
-    pairs = [
-        (count, true, predicted)
-        for true, row in enumerate(result["confusion"])
-        for predicted, count in enumerate(row)
-        if true != predicted and count
-    ]
-    return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:most]
-
-
 def _confusions_text(result: dict) -> str:
-    names, found = result["classes"], confusions(result)
+    names, found = result["classes"], most_confused(result["confusion"])
     if not found:
         return "no confusions"
     return "most confused: " + ", ".join(f"{names[a]} taken for {names[b]} ({n})" for n, a, b in found)

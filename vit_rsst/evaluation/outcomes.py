@@ -1,10 +1,10 @@
-"""Outcomes: what became of every image of an evaluation, in the order of the images, whatever the number of ranks.
+"""Outcomes of an evaluation, one entry per image in dataset order, whatever the number of ranks.
 
-Nothing is summed before all ranks are together: so any number of ranks computes the same to the last bit.
+Nothing is summed before all ranks are gathered, so any number of ranks computes the same to the last bit.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -18,12 +18,12 @@ from vit_rsst.training.counters import ranks
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One entry an image; all of shape (images,).
+    """One entry per image; all of shape (images,).
 
     Attributes:
         labels: the true class.
-        predictions: the class of the largest logit, the first of equals.
-        ranks: how many classes come before the true one; 0 is a hit.
+        predictions: the class with the largest logit, the first of equals.
+        ranks: number of classes ahead of the true one; 0 is a hit.
         losses: cross-entropy in nats.
         confidences: probability of the predicted class, float64.
     """
@@ -61,21 +61,21 @@ class Outcomes:
 def outcomes(
     net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], rank: int = 0, num_processes: int = 1
 ) -> tuple[Outcomes, float]:
-    """Outcomes of all images of all ranks and images a second, on every rank; collective.
+    """Outcomes of all images on all ranks, and images per second; collective, the same on every rank.
 
     Args:
-        net: gives logits (batch, classes), in evaluation mode.
-        batches: every `num_processes`-th batch of the split, from the `rank`-th on.
+        net: returns logits (batch, classes); in evaluation mode.
+        batches: every `num_processes`-th batch of the split, starting at the `rank`-th.
 
     Raises:
-        ValueError: there was no image on any rank.
+        ValueError: no rank has an image.
     """
     found, began, warm = [], time.perf_counter(), 0
     for turn, (images, labels) in enumerate(batches):
         if not len(labels):  # none of its images can be decoded
             continue
         found.append((turn * num_processes + rank, Outcomes.of(net(images), labels)))
-        if not warm:  # the first pass allocates: it counts when it is the only one
+        if not warm:  # the first pass allocates: it counts only if it is the only one
             first, warm = time.perf_counter(), len(labels)
     now, done = time.perf_counter(), sum(len(part) for _, part in found)
     rate = (done - warm) / (now - first) if done > warm else done / max(now - began, 1e-9)
@@ -85,3 +85,14 @@ def outcomes(
     if not found:
         raise ValueError("the split is empty")
     return Outcomes.joined(part for _, part in sorted(found, key=lambda item: item[0])), rate
+
+
+def most_confused(confusion: Sequence[Sequence[int]], most: int = 5) -> list[tuple[int, int, int]]:
+    """The most frequent confusions, (images, true label, predicted label), of a matrix `confusion[true][predicted]`."""
+    pairs = [
+        (count, true, predicted)
+        for true, row in enumerate(confusion)
+        for predicted, count in enumerate(row)
+        if true != predicted and count
+    ]
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:most]

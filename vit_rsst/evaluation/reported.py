@@ -1,9 +1,7 @@
-"""`evaluate.Metric` classes for reported results; scikit-learn and numpy do the arithmetic, nothing is downloaded.
+"""Scores that `vit-rsst evaluate` reports, by scikit-learn and numpy; nothing is downloaded.
 
-Instantiated directly with `keep_in_memory=True`: `evaluate.load` would look for a script on the Hub.
+The classification report is a metric of `evaluate`: `evaluate.load` takes the path of this file.
 """
-
-from collections.abc import Mapping
 
 import datasets
 import evaluate
@@ -16,27 +14,19 @@ BINS = 15
 """Of the calibration error, as in Guo et al. 2017."""
 
 
-def _info(about: str, citation: str, inputs: str, features: Mapping[str, str]) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=about,
-        citation=citation,
-        inputs_description=inputs,
-        features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
-    )
-
-
 class ClassificationReport(evaluate.Metric):
     """accuracy (fraction); precision, recall and f1 by class, macro and weighted; support; confusion[true][predicted].
 
-    What has no denominator, such as the recall of a class without images, is 0.
+    A score without a denominator, such as the recall of a class without images, is 0.
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info(
-            "Classification report: accuracy, precision, recall and F1, and the confusion matrix.",
-            "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 2011",
-            "predictions and references: class numbers; num_classes: how many there are.",
-            {"predictions": "int64", "references": "int64"},
+        label = datasets.Value("int64")
+        return evaluate.MetricInfo(
+            description="Classification report: accuracy, precision, recall and F1, and the confusion matrix.",
+            citation="Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 2011",
+            inputs_description="predictions and references: class numbers; num_classes: how many there are.",
+            features=datasets.Features({"predictions": label, "references": label}),
         )
 
     def _compute(self, predictions: list[int], references: list[int], num_classes: int) -> dict:
@@ -54,63 +44,36 @@ class ClassificationReport(evaluate.Metric):
         }
 
 
-class CalibrationError(evaluate.Metric):
-    """Expected calibration error (fraction) over bins of equal width, each without its lower bound, and the bins.
+def calibration(confidences: np.ndarray, hits: np.ndarray, bins: int = BINS) -> dict:
+    """Expected calibration error (Guo et al. 2017, eq. 3): the mean over images of
+    |accuracy − confidence| in the bin of each.
 
-    The mean over all images of |share of hits − mean confidence| in the bin of each (Guo et al. 2017, eq. 3).
+    Args:
+        confidences: probability of each predicted class, (images,).
+        hits: whether it is the true class, (images,).
+        bins: of equal width over [0, 1], each without its lower bound.
+
+    Returns:
+        `ece`, a fraction, and the bins as `calibration`.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(
-            "Expected calibration error.",
-            "Guo et al., On Calibration of Modern Neural Networks, ICML 2017",
-            "predictions: probability of the predicted class; references: whether it is the true one; bins: how many.",
-            {"predictions": "float64", "references": "bool"},
-        )
-
-    def _compute(self, predictions: list[float], references: list[bool], bins: int = BINS) -> dict:
-        confidences, hits = np.asarray(predictions), np.asarray(references, dtype=float)
-        bounds = np.linspace(0.0, 1.0, bins + 1)
-        bin_of = np.clip(np.searchsorted(bounds, confidences, side="left") - 1, 0, bins - 1)
-        count = np.bincount(bin_of, minlength=bins)
-        sums = [np.bincount(bin_of, weights=values, minlength=bins) for values in (hits, confidences)]
-        accuracy, confidence = (total / np.maximum(count, 1) for total in sums)
-        return {
-            "ece": float((count * np.abs(accuracy - confidence)).sum() / count.sum()),
-            "calibration": {
-                "images": count.tolist(),
-                "accuracy": accuracy.tolist(),
-                "confidence": confidence.tolist(),
-            },
-        }
+    bounds = np.linspace(0.0, 1.0, bins + 1)
+    bin_of = np.clip(np.searchsorted(bounds, confidences, side="left") - 1, 0, bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    sums = [np.bincount(bin_of, weights=values, minlength=bins) for values in (hits, confidences)]
+    accuracy, confidence = (total / np.maximum(count, 1) for total in sums)
+    return {
+        "ece": float((count * np.abs(accuracy - confidence)).sum() / count.sum()),
+        "calibration": {"images": count.tolist(), "accuracy": accuracy.tolist(), "confidence": confidence.tolist()},
+    }
 
 
-class MeanScores(evaluate.Metric):
-    """top1 and top5 in percent, loss in nats: means over images."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info(
-            "Top-1 and top-5 accuracy and mean cross-entropy.",
-            "",
-            "predictions: how many classes come before the true one; references: its cross-entropy.",
-            {"predictions": "int64", "references": "float64"},
-        )
-
-    def _compute(self, predictions: list[int], references: list[float]) -> dict:
-        rank = np.asarray(predictions)
-        shares = {f"top{k}": float(100.0 * np.count_nonzero(rank < k) / len(rank)) for k in (1, 5)}
-        return shares | {"loss": float(np.mean(references))}
-
-
-def report(found: Outcomes, num_classes: int) -> dict:
-    """Everything that is reported of an evaluation, as plain data."""
-    hits = found.predictions == found.labels
-    parts = (
-        (MeanScores, found.ranks, found.losses.astype(np.float64), {}),
-        (CalibrationError, found.confidences, hits, {}),
-        (ClassificationReport, found.predictions, found.labels, {"num_classes": num_classes}),
-    )
-    result = {}
-    for metric, predictions, references, options in parts:
-        result |= metric(keep_in_memory=True).compute(predictions=predictions, references=references, **options)
-    return result
+def scores(found: Outcomes, num_classes: int) -> dict:
+    """Every reported score as plain data: top1 and top5 in percent, loss in nats, calibration, report by class."""
+    report = ClassificationReport(keep_in_memory=True)  # `evaluate.load` would copy this file into a cache
+    return {
+        "top1": float(100.0 * np.count_nonzero(found.ranks < 1) / len(found)),
+        "top5": float(100.0 * np.count_nonzero(found.ranks < 5) / len(found)),
+        "loss": float(np.mean(found.losses, dtype=np.float64)),
+        **calibration(found.confidences, found.predictions == found.labels),
+        **report.compute(predictions=found.predictions, references=found.labels, num_classes=num_classes),
+    }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 
+from vit_rsst.evaluation.outcomes import most_confused
 from vit_rsst.report.history import History, common_split, number, top1
 from vit_rsst.text import size
 
@@ -100,13 +101,7 @@ def complexity_finding(counted: Mapping) -> str:
 
 
 def confusion_findings(scores: Mapping) -> Iterator[str]:
-    pairs = [
-        (n, a, b)
-        for a, row in enumerate(scores.get("confusion", ()))
-        for b, n in enumerate(row)
-        if a != b and n > 1
-    ]  # fmt: skip
-    if pairs:
-        n, a, b = max(pairs)
-        names, images = scores["classes"], sum(scores["confusion"][a])
-        yield f"Most frequent confusion: {names[a]} predicted as {names[b]}, {n} of {images} images."
+    for n, true, predicted in most_confused(scores.get("confusion", ()), 1):
+        if n > 1:
+            names, images = scores["classes"], sum(scores["confusion"][true])
+            yield f"Most frequent confusion: {names[true]} predicted as {names[predicted]}, {n} of {images} images."

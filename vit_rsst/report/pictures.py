@@ -21,7 +21,7 @@ from vit_rsst.data.sources import open_data
 from vit_rsst.data.tables import Rows, Split
 from vit_rsst.data.transforms import normalize
 from vit_rsst.evaluation.evaluate import outcomes_of
-from vit_rsst.evaluation.outcomes import Outcomes
+from vit_rsst.evaluation.outcomes import Outcomes, most_confused
 from vit_rsst.report import canvas
 from vit_rsst.report.attention import attention, mean_of_heads, over_patches, rollout
 from vit_rsst.report.history import SCORES
@@ -148,22 +148,20 @@ def confusion(exhibit: Exhibit) -> "Figure":
 
 def confused(exhibit: Exhibit, pairs: int = 5) -> "Figure | None":
     """The most frequent confusions, one row of images per pair of classes."""
-    wrong = exhibit.confusion * (1 - np.eye(len(exhibit.classes), dtype=int))
-    most = [divmod(int(i), len(wrong)) for i in np.argsort(-wrong, axis=None, kind="stable")[:pairs]]
-    most = [pair for pair in most if wrong[pair]]
+    most = most_confused(exhibit.confusion.tolist(), pairs)
     if not most or exhibit.trained.data.max_corrupt:  # finding an image would mean decoding all before it
         return None
     found = exhibit.outcomes
     figure = canvas.figure(0.35 + 0.85 * len(most))
     grid = figure.subplots(len(most), SHOWN, squeeze=False)
-    for (true, predicted), row in zip(most, grid, strict=True):
+    for (count, true, predicted), row in zip(most, grid, strict=True):
         of_pair = np.flatnonzero((found.labels == true) & (found.predictions == predicted))[:SHOWN]
         for axes, picture in zip(row, exhibit.pictures(of_pair).images, strict=False):
             _show(axes, picture)
         for axes in row:
             axes.set_axis_off()
         meant, said = (clipped(exhibit.classes[i], 24) for i in (true, predicted))
-        names = f"{meant} predicted as {said} ({wrong[true, predicted]})"
+        names = f"{meant} predicted as {said} ({count})"
         row[-1].set_title(" ", fontsize=9)  # keeps the height; as a title, the names would widen the first column
         above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 9}
         row[0].annotate(names, (0, 1), xycoords="axes fraction", **above).set_in_layout(False)
