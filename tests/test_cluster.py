@@ -117,10 +117,8 @@ def test_a_signal_is_answered_whatever_the_run_is_doing(tmp_path, undisturbed, p
     assert code == 75, out
     assert "Traceback" not in out
     assert re.search("stopped (on|by) SIGTERM", out)
-    if place == "start":
-        assert not run.exists(), "there was nothing to save"
-        return
-    assert tiny.status(run)["exit_code"] == 75
+    assert (tiny.status(run)["state"], tiny.status(run)["exit_code"]) == ("stopped", 75)
+    assert (run / "checkpoints").exists() == (place != "start"), "before the first step there is nothing to save"
     code, out, _ = ended(start(tmp_path, ""))
     assert code == 0, out
     assert tickets(run) == tickets(undisturbed)

@@ -15,11 +15,20 @@ CELLS = [
     Cell(Setting("map-style", 1, 0), "first step of a round", "TERM"),
     Cell(Setting("stream", 2, 0), "mid-epoch", "TERM"),
     Cell(Setting("techniques", 2, 0), "penalty window", "TERM"),
+    Cell(Setting("two buckets", 3, 0), "mid-epoch", "TERM"),
 ]
 SLOW = [
     Cell(Setting("stream", 1, 2), "epoch end", "KILL"),
     Cell(Setting("map-style", 1, 2), "penalty window", "KILL"),
     Cell(Setting("stream", 2, 2), "evaluation", "TERM"),
+    *(
+        Cell(Setting("two buckets", 4, 0), moment, name)
+        for moment, name in (("mid-epoch", "TERM"), ("epoch end", "KILL"))
+    ),
+    *(
+        Cell(Setting("two buckets", 3, 0), moment, name)
+        for moment, name in (("penalty window", "KILL"), ("evaluation", "TERM"))
+    ),
 ]
 
 
@@ -36,8 +45,18 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(bench, cell):
 
 
 def test_every_cell_is_one_that_means_something():
-    assert len(interruptions.CELLS) == 11 * 6 * 2
+    assert len(interruptions.CELLS) == 13 * 6 * 2
     assert len({str(cell) for cell in interruptions.CELLS}) == len(interruptions.CELLS)
+
+
+@pytest.mark.slow
+def test_without_settled_buckets_three_ranks_resume_to_other_numbers(tmp_path):
+    """So that the cells above can fail."""
+    bench = Bench(tmp_path / "unsettled")
+    bench.settles = False
+    survived, why = bench.survives(Cell(Setting("two buckets", 3, 0), "mid-epoch", "TERM"))
+    assert not survived
+    assert "tickets" in why, why
 
 
 def test_a_difference_of_one_batch_is_seen(bench):

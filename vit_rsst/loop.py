@@ -16,6 +16,7 @@ import torch
 from vit_rsst.data.loaders import Batch
 from vit_rsst.errors import Diverged, Stopped
 from vit_rsst.progress import Progress
+from vit_rsst.pruning.agreement import check_same_weights
 from vit_rsst.pruning.controller import RoundReport
 from vit_rsst.run import resume
 from vit_rsst.run.state import Run
@@ -57,12 +58,13 @@ def train_rounds(run: Run) -> None:
 def train_epoch(run: Run) -> None:
     """From the step at which `progress` stands to the end of its epoch."""
     run.model.train()
+    run.ranks.heartbeat.enter("reading images")
     for micro_batches in run.loader.steps(run.progress):
         seed_step(run)
         optim.set_lr_(run.optimizer, run.lr(run.progress))
         loss, grad_norm = train_step(run, micro_batches)
         run.progress.advance()
-        run.watchdog.beat()
+        run.ranks.heartbeat.step_done(run.progress.global_step)
         run.console.step(loss)
         if run.progress.global_step % run.log_every_steps == 0:
             log_step(run, loss, grad_norm)
@@ -81,6 +83,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> tuple[float, float]:
             place = micro * run.accelerator.num_processes + run.accelerator.process_index  # in the global batch
             seed = derived_seed(run.seed, "mixing", run.progress.global_step, place)
             images, labels = run.mixing(images, labels, seed)
+        run.ranks.heartbeat.enter("forward")
         with run.accelerator.accumulate(run.model):
             logits = run.model(images)
             loss = run.loss(logits, labels)
@@ -88,9 +91,11 @@ def train_step(run: Run, micro_batches: list[Batch]) -> tuple[float, float]:
                 loss = run.distillation(loss, logits, images)
             if run.own_loss is not None:
                 loss = loss + run.own_loss()
+            run.ranks.heartbeat.enter("backward")
             run.accelerator.backward(loss)  # divides by the accumulation
         run.meter.add(logits, labels, loss)
         total = total + loss.detach()
+    run.ranks.heartbeat.enter("update")
     run.controller.after_backward(run.progress)
     norm = float(run.accelerator.clip_grad_norm_(run.model.parameters(), run.clip_grad_norm or math.inf))
     if is_finite := math.isfinite(norm):  # a loss that is not finite on any rank makes every rank's norm so
@@ -138,6 +143,7 @@ def finish_epoch(run: Run) -> None:
     """Evaluates, logs, shows and saves the epoch that has just ended."""
     run.epoch_is_open = True
     try:
+        check_same_weights(run.net)
         with run.controller.as_deployed():
             scores = run.evaluate("val")
     except Interrupted:
@@ -183,41 +189,40 @@ def finish_round(run: Run) -> None:
     report = run.controller.end_round()
     with run.controller.as_deployed():
         scores = run.evaluate("val")
-        leave_ticket(run, report, scores)
+        run.ranks.on_main("writing the ticket", lambda: leave_ticket(run, report, scores))
     run.watch("round ended", run.progress, run.controller)
-    run.accelerator.wait_for_everyone()
 
 
 def leave_ticket(run: Run, report: RoundReport, scores: dict[str, float]) -> None:
     """The ticket of the weights as they stand, its report and its row; on the main process."""
-    if run.accelerator.is_main_process:
-        path = rounds.ticket_path(run.folder.path, report.round)
-        header = run.header | {"round": str(report.round), "density": repr(report.density)}
-        num_bytes = ticket_file.save(path, run.net.state_dict(), run.controller.mask, header)
-        row = rounds.RoundRow(
-            round=report.round,
-            density_asked=report.density_asked,
-            density=report.density,
-            val_top1=scores["top1"],
-            val_top5=scores["top5"],
-            val_loss=scores["loss"],
-            test_top1=None,
-            test_loss=None,
-            what_if_gap=report.what_if_gap,
-            epochs=run.best.ended_after or run.progress.round_epochs[report.round],
-            seconds=round(run.seconds + time.monotonic() - run.clock, 1),
-            ticket_bytes=num_bytes,
-        )
-        rounds.save_row(run.folder.path, row, asdict(report))
-        if report.round + 1 < len(run.progress.round_epochs):  # the last table comes with the test scores
-            run.console.rounds(rounds.load_rows(run.folder.path))
-        run.tracker.log("round", run.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
+    path = rounds.ticket_path(run.folder.path, report.round)
+    header = run.header | {"round": str(report.round), "density": repr(report.density)}
+    num_bytes = ticket_file.save(path, run.net.state_dict(), run.controller.mask, header)
+    row = rounds.RoundRow(
+        round=report.round,
+        density_asked=report.density_asked,
+        density=report.density,
+        val_top1=scores["top1"],
+        val_top5=scores["top5"],
+        val_loss=scores["loss"],
+        test_top1=None,
+        test_loss=None,
+        what_if_gap=report.what_if_gap,
+        epochs=run.best.ended_after or run.progress.round_epochs[report.round],
+        seconds=round(run.seconds + time.monotonic() - run.clock, 1),
+        ticket_bytes=num_bytes,
+    )
+    rounds.save_row(run.folder.path, row, asdict(report))
+    if report.round + 1 < len(run.progress.round_epochs):  # the last table comes with the test scores
+        run.console.rounds(rounds.load_rows(run.folder.path))
+    run.tracker.log("round", run.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
 
 
 def score_tickets(run: Run) -> None:
     """Every ticket meets the test split, once, read back from its file."""
-    run.checkpointer.settle()
-    for row in rounds.load_rows(run.folder.path):
+    run.ranks.on_main("writing the last resume point", run.checkpointer.settle)
+    for row in run.ranks.on_main("reading rounds.csv", lambda: list(map(asdict, rounds.load_rows(run.folder.path)))):
+        row = rounds.RoundRow(**row)
         path = rounds.ticket_path(run.folder.path, row.round)
         ticket_file.load_into_(run.net, ticket_file.load(path), str(path))
         scores = run.evaluate("test")
@@ -233,15 +238,15 @@ def score_tickets(run: Run) -> None:
 def stop_if_asked(run: Run) -> None:
     """Leaves a resume point at this step on every rank, then stops."""
     if run.stop.agreed(run.progress.global_step):
-        leave(run, save=bool(run.progress.step))  # the end of an epoch has its point already
+        leave(run, save=True)
 
 
 def leave(run: Run, save: bool) -> NoReturn:
     """Stops cleanly; collective."""
     if save:
-        resume.save(run)
-    run.checkpointer.wait()
-    run.accelerator.wait_for_everyone()  # a launcher soon ends the others when the first process has ended
+        resume.save_last(run)
+    else:
+        run.ranks.on_main("writing the last resume point", run.checkpointer.wait)
     reason = run.stop.reason or "another rank was asked to stop"
     raise Stopped(f"stopped on {reason} at step {run.progress.global_step}; the same command goes on from there.")
 

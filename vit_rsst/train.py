@@ -5,6 +5,7 @@ The recipe is checked before any heavy import, so a mistake costs a second and n
 
 import argparse
 import contextlib
+import datetime
 import io
 import os
 import sys
@@ -13,13 +14,25 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vit_rsst.arguments import Parser
-from vit_rsst.errors import Damaged, InputError, RunError
+from vit_rsst.errors import (
+    CheckFailed,
+    Damaged,
+    Diverged,
+    InputError,
+    MissingRequirement,
+    RunError,
+    Stopped,
+    first_line,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
     from vit_rsst.recipe.schema import Recipe
     from vit_rsst.report.watching import Watcher
+    from vit_rsst.run.folder import RunFolder
+    from vit_rsst.run.ranks import Ranks
+    from vit_rsst.run.signals import StopFlag
     from vit_rsst.run.state import Run
 
 
@@ -32,6 +45,12 @@ SHARDED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
 """Environment variable set by the launcher → what it asks for."""
+
+PREPARATION = datetime.timedelta(hours=24)
+"""Timeout of collectives: the heartbeat names a lost rank long before, and one rank may prepare the data for all."""
+
+AGAIN_ALIKE = {kind.exit_code: kind for kind in (InputError, Diverged, Damaged, CheckFailed, Stopped)}
+"""Exit codes of runs that a launcher must not restart by itself."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -95,58 +114,119 @@ def run_recipe(
     recipe: "Recipe", restart: bool = False, allow_world_size_change: bool = False, allow_data_change: bool = False
 ) -> None:
     """Trains a recipe, resuming where an earlier run of it stopped."""
-    from vit_rsst.assembly.build import build
     from vit_rsst.run.folder import RunFolder
-    from vit_rsst.run.signals import StopFlag
+    from vit_rsst.run.signals import StopFlag, before_first_step
+
+    is_first, ranks = os.environ.get("RANK", "0") == "0", None
+    folder, minutes = RunFolder(recipe.run_folder), recipe.train.max_minutes
+
+    def when_blocked(name: str) -> None:
+        if not stop.is_training:  # nothing to save, and nothing that this process could still do
+            if is_first:
+                folder.record_stop(before_first_step(name))
+            os._exit(Stopped.exit_code)
+        if ranks is not None and (found := ranks.heartbeat.missing()[0]):  # a launcher ends the others of a dead rank
+            ranks.heartbeat.end(found)
+
+    stop = StopFlag(deadline=time.monotonic() + 60 * minutes if minutes else None, when_blocked=when_blocked)
+    stop.install()  # before the imports that take seconds
+    try:
+        if is_first:
+            folder.check_place()
+        accelerator = make_accelerator(recipe)
+        ranks = join_ranks(recipe, folder)
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        restart = restart and not attempt  # what the first attempt left is of this run
+        if ranks.on_main("looking at the run folder", lambda: is_finished(folder, recipe, restart, attempt)):
+            return
+        train_to_the_end(recipe, accelerator, folder, stop, ranks, restart, allow_world_size_change, allow_data_change)
+    except BaseException as error:
+        raise failed(error, recipe, folder, stop, ranks) from error
+    finally:
+        stop.close()
+        if ranks is not None:
+            ranks.heartbeat.close()
+
+
+def join_ranks(recipe: "Recipe", folder: "RunFolder") -> "Ranks":
+    """The processes of this run, which from now on watch each other."""
+    from vit_rsst.run.explanations import lost_rank
+    from vit_rsst.run.ranks import Ranks
+
+    def on_loss(found: str) -> None:
+        text = str(lost_rank(found, folder))
+        time.sleep(0.2 * min(ranks.rank, 10))  # rank 0 records it; if that is the one that is lost, the next one does
+        if folder.path.is_dir() and folder.status().get("reason") != text:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            folder.write_status("failed", MissingRequirement.exit_code, text)
+
+    ranks = Ranks.join(recipe.train.rank_timeout, folder.logs, on_loss)
+    return ranks
+
+
+def is_finished(folder: "RunFolder", recipe: "Recipe", restart: bool, attempt: int) -> bool:
+    """Whether there is nothing left to do in the run folder; says so.
+
+    Args:
+        attempt: how often an elastic launcher (`--max_restarts`) has started the processes before.
+
+    Raises:
+        InputError: the folder holds a run of a different recipe.
+        RunError: the launcher restarts a run that was stopped, or that would fail again.
+    """
     from vit_rsst.tickets.rounds import load_rows, table
 
-    minutes = recipe.train.max_minutes
-    stop = StopFlag(deadline=time.monotonic() + 60 * minutes if minutes else None)
-    stop.install()
-    folder = RunFolder(recipe.run_folder)
-    if os.environ.get("RANK", "0") == "0":
-        folder.check_place()
-    accelerator = make_accelerator(recipe)
-    if not restart:
-        folder.check(recipe)
-    if not restart and folder.status().get("state") == "finished":
-        if accelerator.is_main_process:
-            print(f"{folder.path} is already finished; use --restart to start over.\n\n{table(load_rows(folder.path))}")
-        return
-    run, lock = build(recipe, accelerator, folder, stop, restart)
+    if restart:
+        return False
+    folder.check(recipe)
+    status = folder.status()
+    if attempt and status.get("exit_code") in AGAIN_ALIKE:
+        kind = AGAIN_ALIKE[status["exit_code"]]
+        raise kind(f"the launcher restarts the run, which {status['state']} ({status['reason']}); not restarting.")
+    if status.get("state") != "finished":
+        return False
+    print(f"{folder.path} is already finished; use --restart to start over.\n\n{table(load_rows(folder.path))}")
+    return True
+
+
+def train_to_the_end(
+    recipe: "Recipe",
+    accelerator: "Accelerator",
+    folder: "RunFolder",
+    stop: "StopFlag",
+    ranks: "Ranks",
+    restart: bool,
+    allow_world_size_change: bool,
+    allow_data_change: bool,
+) -> None:
+    """Builds the run, resumes from its newest resume point, trains and reports the outcome."""
+    from vit_rsst import loop
+    from vit_rsst.assembly.build import build
+    from vit_rsst.run.rehearsal import settle_buckets
+    from vit_rsst.run.resume import resume_if_possible
+
+    run, lock = build(recipe, accelerator, folder, stop, ranks, restart)
     with contextlib.ExitStack() as ending:
         if lock is not None:
             ending.callback(lock.release)
         ending.callback(run.tracker.finish)
         watcher = make_watcher(run, recipe)
-        train_to_the_end(run, recipe, allow_world_size_change, allow_data_change)
+        try:
+            resume_if_possible(run, allow_world_size_change, allow_data_change)
+            if accelerator.is_main_process:
+                folder.record(recipe, run.environment)
+            stop.is_training = True
+            settle_buckets(run.model, run.net, run.batch_shape, run.own_loss)
+            loop.train(run)
+            finish(run, recipe)
+        except BaseException as error:
+            raise failed(error, recipe, folder, stop, ranks, run) from error
+        finally:
+            run.console.close()
+        ranks.heartbeat.close()
         accelerator.end_training()  # not after an error: another rank may be gone
         if watcher is not None and (page := watcher.finish()) is not None:  # drawn last: no rank waits for it
             print(f"  {page}      figures and findings", flush=True)
-
-
-def train_to_the_end(run: "Run", recipe: "Recipe", allow_world_size_change: bool, allow_data_change: bool) -> None:
-    """Resumes from the newest resume point, trains and reports the outcome; records the reason if it fails."""
-    from vit_rsst import loop
-    from vit_rsst.run import watchdog
-    from vit_rsst.run.explanations import explained
-    from vit_rsst.run.resume import resume_if_possible
-
-    try:
-        resume_if_possible(run, allow_world_size_change, allow_data_change)
-        if run.accelerator.is_main_process:
-            run.folder.record(recipe, run.environment)
-        watchdog.limit_waiting(recipe.train.rank_timeout)
-        run.stop.is_training = True
-        loop.train(run)
-        finish(run, recipe)
-    except BaseException as error:
-        known = explained(error, run, recipe)
-        fail(run, known)
-        raise known from error
-    finally:
-        run.watchdog.close()
-        run.console.close()
 
 
 def make_watcher(run: "Run", recipe: "Recipe") -> "Watcher | None":
@@ -194,11 +274,10 @@ def start_processes() -> "PartialState":
 
     Raises:
         InputError: the launcher requests something unsupported, or Accelerate sees a different number of processes.
+        MissingRequirement: these GPUs cannot talk to each other as they are set up.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
-
-    from vit_rsst.run.watchdog import PREPARATION
 
     for variable, name in SHARDED.items():
         if parse_flag_from_env(variable):
@@ -207,7 +286,14 @@ def start_processes() -> "PartialState":
                 "whole on every process. Use a configuration with distributed_type: MULTI_GPU or 'NO', such as "
                 "accelerate_configs/gpu_8x_bf16.yaml."
             )
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PREPARATION)
+    try:
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PREPARATION)
+    except NotImplementedError as error:  # RTX 40xx with a driver before 550
+        raise MissingRequirement(
+            "these GPUs need peer-to-peer and InfiniBand transfers turned off with this driver: set "
+            "NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1, start with `accelerate launch`, which sets them, or update the "
+            f"driver ({first_line(error)})"
+        ) from error
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != state.num_processes:
         raise InputError(
@@ -235,7 +321,32 @@ def finish(run: "Run", recipe: "Recipe") -> None:
     )
 
 
-def fail(run: "Run", error: BaseException) -> None:
+def failed(
+    error: BaseException,
+    recipe: "Recipe",
+    folder: "RunFolder",
+    stop: "StopFlag",
+    ranks: "Ranks | None",
+    run: "Run | None" = None,
+) -> BaseException:
+    """The error as the user should read it; tells the other ranks and records it in status.json, once."""
+    from vit_rsst.run.explanations import explained
+
+    if getattr(error, "is_recorded", False):
+        return error
+    known = explained(error, recipe, folder, ranks, stop.is_training)
+    known.is_recorded = True
+    code = INTERRUPTED if isinstance(known, KeyboardInterrupt) else getattr(known, "exit_code", 1)
+    if ranks is not None:
+        ranks.heartbeat.close(str(known) or type(known).__name__, code)
+    if run is not None:
+        record(known, code, run)
+    elif code == Stopped.exit_code and os.environ.get("RANK", "0") == "0":
+        folder.record_stop(str(known))
+    return known
+
+
+def record(error: BaseException, code: int, run: "Run") -> None:
     """Records the reason in status.json, once; when all ranks fail alike, rank 0 does.
 
     A run that is refused before it starts leaves its folder untouched.
@@ -249,14 +360,13 @@ def fail(run: "Run", error: BaseException) -> None:
         if run.folder.status().get("state") != "running":
             return
         error.is_of_this_rank_alone = True
-    code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     with contextlib.suppress(OSError):  # on a full disk, the error itself has to do
         p = run.progress
         where = {"round": p.round, "epoch": p.epoch, "step": p.global_step} if run.stop.is_training else {}
-        state = "stopped" if code == 75 else "failed"
+        state = "stopped" if code == Stopped.exit_code else "failed"
         run.folder.write_status(state, code, str(error) or type(error).__name__, **where)
         if not isinstance(error, Damaged):
-            run.tracker.log("warning", run.progress.global_step, {"text": f"{type(error).__name__}: {error}"})
+            run.tracker.log("warning", p.global_step, {"text": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":

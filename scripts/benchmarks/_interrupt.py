@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vit_rsst import loop
 from vit_rsst.assembly import data
-from vit_rsst.run import console
+from vit_rsst.run import console, rehearsal
 from vit_rsst.run.tracking import Tracker
 
 moment, _, rest = os.environ.get("INTERRUPT", "").partition(":")
@@ -60,6 +60,8 @@ def after_log(self: Tracker, event: str, at: int, metrics: dict) -> None:
         send()
 
 
+if os.environ.get("SETTLES") == "False":
+    rehearsal.settle_buckets = lambda *_: None
 evaluating.here = False
 loop.train_step, data.evaluation_batches, console.Console.step = noted, evaluating, after_step
 Tracker.log = after_log

@@ -1,10 +1,11 @@
 """Interrupts runs at every kind of moment, really, and compares what they end with to the undisturbed run, bit for bit.
 
-Every cell of {in memory, map-style, stream} × {1, 2 ranks} × {0, 2 workers} × {six moments} × {SIGKILL, SIGTERM} that
-means something trains, is interrupted once and goes on; so does a run of 2 ranks with mixtures, erasing, a balanced
-sampler, an averaged model, a teacher and the best epoch. Batches, tickets, accuracies, epoch metrics and the last
-resume point (weights, optimizer, masks) must then equal those of the undisturbed run. `_accelerate_canary.py`, which
-resumes as Accelerate documents it, goes through the one-rank cells beside it.
+Every meaningful cell of {in memory, map-style, stream} × {1, 2 ranks} × {0, 2 workers} × {six moments} × {SIGKILL,
+SIGTERM} trains, is interrupted once and resumes; so does a run of 2 ranks with mixtures, erasing, a balanced sampler,
+an averaged model, a teacher and the best epoch, and runs of 3 and 4 ranks with a model that fills two of DDP's buckets.
+Batches, tickets, accuracies, epoch metrics and the last resume point (weights, optimizer, masks) must then equal those
+of the undisturbed run. Two canaries show that the comparison can fail: `_accelerate_canary.py`, which resumes as
+Accelerate documents it, goes through the one-rank cells, and a run of 3 ranks leaves its buckets unsettled.
 """
 
 import csv
@@ -27,6 +28,7 @@ from safetensors import safe_open
 
 from vit_rsst.data.loaders import WORKERS_IMPORT
 
+EQUAL = "equal to the last bit"
 REQUIRED_SHARE = 1.0  # of the cells survive
 
 HERE = Path(__file__).resolve().parent
@@ -47,16 +49,18 @@ name: run
 data: {{source: folder, path: {data}, image_size: 16, val_fraction: 0.1, {access}}}
 model:
   name: vit_tiny
-  args: {{img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3, mlp_ratio: 1.0, drop_rate: 0.1}}
+  args: {{img_size: 16, patch_size: 8, embed_dim: {width}, depth: 1, num_heads: 3, mlp_ratio: 1.0, drop_rate: 0.1}}
 optim: {{lr: 3e-3}}
 train:
-  {{epochs: 2, round_epochs: 3, global_batch: 32, batch_per_device: 8, steps_per_epoch: 4, save_every_steps: 2{more}}}
+  {{epochs: 2, round_epochs: 3, global_batch: {batch}, batch_per_device: {share}, steps_per_epoch: 4,
+   save_every_steps: 2{more}}}
 pruning: {{method: {{name: rsst, remove_at: 0.5}}, schedule: {{rounds: 2, final_sparsity: 0.9}}}}
 output_dir: {folder}
 plugins: [_interrupt]
 """
 ACCESS = {
     "in memory": "in_memory: true",
+    "two buckets": "in_memory: true",
     "map-style": "in_memory: false, augment: {{crop: resized}}, workers: {workers}",
     "stream": "streaming: true, shuffle_buffer: 100, augment: {{crop: resized}}, workers: {workers}",
     "techniques": "in_memory: false, augment: {{preset: strong, aug_repeats: 2}}, imbalance: {{kind: step, ratio: 3}}, "
@@ -79,9 +83,10 @@ class Setting:
 
 SETTINGS = [
     Setting(kind, ranks, workers)
-    for kind, ranks, workers in product(ACCESS, (1, 2), (0, 2))
-    if kind != "in memory" or not workers  # nothing is left to decode
+    for kind, ranks, workers in product(ACCESS, (1, 2, 3, 4), (0, 2))
+    if kind not in ("in memory", "two buckets") or not workers  # nothing is left to decode
     if kind != "techniques" or ranks == workers == 2
+    if (kind == "two buckets") == (ranks > 2)  # the sum of two ranks does not depend on the order
 ]
 
 
@@ -105,6 +110,7 @@ class Bench:
         self.folder = folder
         self.data = write_digits(folder / "data")
         self._undisturbed: dict[Setting, dict] = {}
+        self.settles = True  # whether runs settle DDP's buckets before the first step
         # Processes are forked from one that has imported everything, in a second instead of eight.
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", *WORKERS_IMPORT])
@@ -118,7 +124,7 @@ class Bench:
         return self._undisturbed[setting]
 
     def survives(self, cell: Cell) -> tuple[bool, str]:
-        """Whether the interrupted run ends as the undisturbed one does; else what differs."""
+        """Whether the interrupted run ends as the undisturbed one does; otherwise what differs."""
         expected = self.undisturbed(cell.setting)
         folder = self.folder / "cell"
         shutil.rmtree(folder, ignore_errors=True)
@@ -133,7 +139,7 @@ class Bench:
             return False, f"it did not go on: exit codes {codes}: {log_of(folder)}"
         found = outcome(folder)
         different = [name for name in expected if found.get(name) != expected[name]]
-        return not different, f"{', '.join(different)} differ" if different else "equal to the last bit"
+        return not different, f"{', '.join(different)} differ" if different else EQUAL
 
     def train(self, setting: Setting, folder: Path, interrupt: str = "", step: int = -1) -> list[int]:
         """Trains with as many processes as the setting has; when one dies, its launcher ends the others. Exit codes."""
@@ -141,8 +147,15 @@ class Bench:
         access = ACCESS[setting.kind].format(workers=setting.workers)
         recipe = folder / "recipe.yaml"
         more = TECHNIQUES if setting.kind == "techniques" else ""
-        recipe.write_text(RECIPE.format(data=self.data, folder=folder, access=access, more=more), encoding="utf-8")
+        # The first of DDP's buckets holds 1 MiB; 24 images are 8 × 3 ranks and 3 × 4 ranks × 2.
+        width, batch, share = (
+            (288, 24, 24 // setting.ranks // (setting.ranks - 2)) if setting.ranks > 2 else (24, 32, 8)
+        )
+        sizes = {"width": width, "batch": batch, "share": share}
+        text = RECIPE.format(data=self.data, folder=folder, access=access, more=more, **sizes)
+        recipe.write_text(text, encoding="utf-8")
         common = {"INTERRUPT": interrupt, "STEP": str(step), "BATCHES": f"{folder}/batches-"}
+        common["SETTLES"] = str(self.settles)
         processes = []
         port = free_port()
         for rank in range(setting.ranks):
@@ -283,6 +296,7 @@ def main() -> int:
     args = parse_args(__doc__)
     result = {"environment": environment(torch.device("cpu"), args.quick), "cells": {}, "missed": []}
     canary: dict[str, bool] = {}
+    unsettled = Cell(Setting("two buckets", 3, 0), "mid-epoch", "TERM")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for cell in chosen(args.quick):
@@ -293,6 +307,11 @@ def main() -> int:
                 result["missed"].append(f"{cell}: {why}")
             if cell.setting.ranks == 1 and cell.moment in _accelerate_canary.MOMENTS:
                 canary[str(cell)] = bench.canary_survives(cell)
+        bench = Bench(Path(folder) / "unsettled")
+        bench.settles = False
+        result["unsettled"] = bench.survives(unsettled)[1]
+        if result["unsettled"] == EQUAL:
+            result["missed"].append(f"{unsettled}, buckets unsettled: {EQUAL}, so that the comparison shows nothing")
     tried, survived = len(result["cells"]), sum(cell["survived"] for cell in result["cells"].values())
     result["survived"], result["tried"] = survived, tried
     result["canary"] = canary
@@ -301,6 +320,7 @@ def main() -> int:
         of = [v["survived"] for k, v in result["cells"].items() if k.startswith(str(setting))]
         theirs = [v for k, v in canary.items() if k.startswith(str(setting))]
         rows.append([str(setting), f"{sum(of)}/{len(of)}", f"{sum(theirs)}/{len(theirs)}" if theirs else "–"])
+    rows.append([f"{unsettled}, buckets unsettled", result["unsettled"], "–"])
     rows.append(["all: survived/tried", f"{survived}/{tried}", f"{sum(canary.values())}/{len(canary)}"])
     return report(args, result, ["setting", "vit_rsst", "save_state/load_state"], rows)
 

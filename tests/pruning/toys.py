@@ -33,10 +33,11 @@ from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.run.checkpoint import Checkpointer
 from vit_rsst.run.console import Console
 from vit_rsst.run.folder import RunFolder
+from vit_rsst.run.heartbeat import Heartbeat
+from vit_rsst.run.ranks import Ranks
 from vit_rsst.run.signals import StopFlag
 from vit_rsst.run.state import Run
 from vit_rsst.run.tracking import Tracker
-from vit_rsst.run.watchdog import Watchdog
 from vit_rsst.training import optim
 from vit_rsst.training.best import Best
 from vit_rsst.training.counters import RunningLoss, score
@@ -169,7 +170,8 @@ class Toy:
             console=Console(False, progress, 8),
             stop=StopFlag(),
             meter=RunningLoss(CPU),
-            watchdog=Watchdog(folder / "stacks.txt", 60.0),
+            ranks=Ranks(0, 1, Heartbeat(0, 1, 60.0, folder / "stacks.txt", None, print)),
+            batch_shape=(8 // self.accumulation, 3, SIZE, SIZE),
             clip_grad_norm=self.clip,
             max_skipped_steps=self.max_skipped_steps,
             log_every_steps=10**9,

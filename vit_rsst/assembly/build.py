@@ -26,10 +26,11 @@ from vit_rsst.run.checkpoint import Checkpointer
 from vit_rsst.run.console import Console
 from vit_rsst.run.environment import environment
 from vit_rsst.run.folder import RunFolder
+from vit_rsst.run.ranks import Ranks, once_a_node
+from vit_rsst.run.rehearsal import parameters_without_gradient
 from vit_rsst.run.signals import StopFlag
 from vit_rsst.run.state import Run
 from vit_rsst.run.tracking import Tracker, to_stderr
-from vit_rsst.run.watchdog import Watchdog
 from vit_rsst.training import switches
 from vit_rsst.training.best import Best
 from vit_rsst.training.counters import RunningLoss
@@ -37,7 +38,12 @@ from vit_rsst.training.ema import Ema
 
 
 def build(
-    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, stop: StopFlag, restart: bool = False
+    recipe: Recipe,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    stop: StopFlag,
+    ranks: Ranks,
+    restart: bool = False,
 ) -> tuple[Run, FileLock | None]:
     """A run before its first step. The folder is created last, once everything else has succeeded.
 
@@ -46,7 +52,7 @@ def build(
         restart: set an existing run folder aside and start over.
     """
     train, device, is_main = recipe.train, accelerator.device, accelerator.is_main_process
-    with accelerator.main_process_first():  # one process builds the cache, the others read it
+    with once_a_node(accelerator):  # one process builds the cache, the others read it
         data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
     dealing = Dealing.of(train.global_batch, train.batch_per_device, accelerator.num_processes)
     steps = steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch)
@@ -66,14 +72,19 @@ def build(
             f"data.augment: MixUp and CutMix mix images within a device's batch, which has only one image of a global "
             f"batch of {dealing}; increase train.global_batch."
         )
-    watchdog = Watchdog(folder.logs / f"stacks-{accelerator.process_index}.txt", train.rank_timeout)
 
     def give_up() -> bool:
-        watchdog.beat()
+        ranks.heartbeat.move()
         return stop.is_asked()
 
-    evaluate = make_evaluate(net, data, accelerator, recipe, give_up)
-    lock, record = None, environment(accelerator.num_processes, str(device), data.identity)
+    score = make_evaluate(net, data, accelerator, recipe, give_up)
+
+    def evaluate(split: str) -> dict[str, float]:
+        ranks.heartbeat.enter(f"evaluating {split}")
+        return score(split)
+
+    lock, is_exact = None, bool(train.deterministic)
+    record = environment(accelerator.num_processes, str(device), data.identity, str(dealing), is_exact)
     record["attention"] = switches.attention_backend(device, train.precision)
     if hasattr(net, "loaded"):
         record["weights"] = net.loaded.record()
@@ -83,6 +94,8 @@ def build(
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")
         lock = folder.open()
+    if ranks.world > 1:
+        freeze_unused_(net, data.options.size, is_main)
     switches.compile_(net, train.compile)  # keeps parameter names; masking stays outside the graphs
     model, optimizer = accelerator.prepare(net, optimizer)
     console = Console(is_main, progress, train.global_batch)
@@ -127,7 +140,8 @@ def build(
         console=console,
         stop=stop,
         meter=RunningLoss(device),
-        watchdog=watchdog,
+        ranks=ranks,
+        batch_shape=(dealing.batch_per_device, 3, data.options.size, data.options.size),
         clip_grad_norm=recipe.optim.clip_grad_norm,
         max_skipped_steps=train.max_skipped_steps,
         log_every_steps=train.log_every_steps,
@@ -138,6 +152,18 @@ def build(
         environment=record,
     )
     return run, lock
+
+
+def freeze_unused_(net: nn.Module, image_size: int, is_main: bool) -> None:
+    """Freezes parameters that no gradient reaches, such as DINOv2's `mask_token`: DDP waits for them in vain.
+
+    Nothing else changes: an optimizer leaves a parameter without a gradient as it is.
+    """
+    unused = parameters_without_gradient(net, image_size)
+    for name in unused:
+        net.get_parameter(name).requires_grad_(False)
+    if unused and is_main:
+        to_stderr(f"{', '.join(unused[:3])}{' …' if len(unused) > 3 else ''}: no gradient reaches them; frozen.")
 
 
 def summary(

@@ -1,12 +1,18 @@
 """Ranks agree: rank 0 selects masks, the bits are broadcast, fingerprints are compared; buffers are those of rank 0."""
 
+from collections import defaultdict
 from collections.abc import Callable
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather, gather_object
 from torch import Tensor, nn
 
+from vit_rsst.errors import RunError
 from vit_rsst.pruning.masks import MaskSet
+
+MIXER = 0x9E3779B97F4A7C15 - (1 << 64)
+"""An odd multiplier that spreads positions over 64 bits (Knuth, TAOCP 3, section 6.4)."""
 
 
 def agreed(select: Callable[[], MaskSet], like: MaskSet) -> MaskSet:
@@ -36,8 +42,44 @@ def fingerprints(mask: MaskSet) -> list[str]:
 
 
 def share_buffers_(model: nn.Module) -> None:
-    """Gives every rank the statistics of rank 0, as DDP does before the next forward pass; collective."""
-    if PartialState().num_processes > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(broadcast(buffer))
+    """Gives every rank the statistics of rank 0, as DDP does before the next forward pass; one broadcast a type."""
+    if PartialState().num_processes == 1:
+        return
+    by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            by_type[buffer.dtype].append(buffer)
+    for buffers in by_type.values():
+        told = broadcast(torch.cat([buffer.flatten() for buffer in buffers])).split([b.numel() for b in buffers])
+        for buffer, values in zip(buffers, told, strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+def check_same_weights(model: nn.Module) -> None:
+    """Compares every tensor of the model over the ranks, bit for bit; collective.
+
+    Raises:
+        RunError: they differ, so that the ranks train different networks; names the first tensor and rank.
+    """
+    if PartialState().num_processes == 1:
+        return
+    state = model.state_dict()
+    prints = torch.stack([bits_sum(tensor) for tensor in state.values()])  # (tensors,)
+    found = gather(prints[None])  # (ranks, tensors)
+    differ = found != found[0]
+    if differ.any():
+        names, tensors = list(state), differ.any(0).nonzero().flatten().tolist()
+        rank = int(differ[:, tensors[0]].nonzero()[0])
+        raise RunError(
+            f"the weights differ between ranks: {names[tensors[0]]} first, on rank {rank} ({len(tensors)} of "
+            f"{len(names)} tensors). Look for code that draws or branches by rank; the last resume point is intact."
+        )
+
+
+@torch.no_grad()
+def bits_sum(tensor: Tensor) -> Tensor:
+    """A fingerprint of a tensor's bits that does not depend on the order of additions, int64, on its device."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4)).view(torch.int32).long()
+    place = torch.arange(1, flat.numel() + 1, device=flat.device)
+    return (flat * (place * MIXER)).sum()  # wraps

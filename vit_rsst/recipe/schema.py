@@ -219,7 +219,7 @@ class Train:
     steps_per_epoch: Annotated[int, Ge(1)] | None = None
     max_skipped_steps: Annotated[int, Ge(0)] = 0
     max_minutes: Annotated[float, Gt(0)] | None = None
-    rank_timeout: Annotated[float, Ge(1)] = 60.0
+    rank_timeout: Annotated[float, Ge(1)] = 600.0
     log_every_steps: Annotated[int, Ge(1)] = 50
     save_every_steps: Annotated[int, Ge(1)] | None = None
     keep_resume_points: Annotated[int, Ge(1)] = 2

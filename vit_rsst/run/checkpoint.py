@@ -7,10 +7,12 @@ are copied to host memory; hashing, writing and renaming happen in a thread.
 import json
 import os
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,10 @@ from vit_rsst.errors import Damaged, Diverged, MissingRequirement
 FORMAT = "vit_rsst.resume/1"
 PATIENCE = 3
 """Consecutive failed saves that end the run; the ones before are warnings."""
+BUSY_SECONDS = 2.0
+"""How long a save may hold the loop for the one before it, which a disk is still writing."""
+SHARED_SECONDS = 30.0
+"""How long a file may take to show on another machine of a shared file system."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,13 @@ class ResumePoint:
         step: global optimizer step.
         tensors: file stem → tensors by name.
         numbers: plain JSON: progress, controller, meters, recipe fingerprint.
+        name: of its folder, once it has been read from there.
     """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     numbers: Mapping
+    name: str = ""
 
 
 @dataclass
@@ -57,6 +65,7 @@ class Checkpointer:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), repr=False)
     _pending: Future | None = None
     _failures: int = 0
+    _step: int = -1
 
     def save(self, point: ResumePoint) -> None:
         """Copies the tensors to host memory and writes them in the background; `settle` comes first."""
@@ -65,7 +74,31 @@ class Checkpointer:
             stem: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
             for stem, tensors in point.tensors.items()
         }
+        self._step = point.step
         self._pending = self._pool.submit(self._write, ResumePoint(point.step, copied, point.numbers))
+
+    def offer(self, step: int, take: Callable[[], ResumePoint]) -> None:
+        """Saves what `take` gives, unless the point before is still being written; never waits for a slow disk."""
+        if self._pending is not None:
+            wait_for([self._pending], BUSY_SECONDS)
+        if self.is_busy:
+            self.warn(
+                f"the resume point of step {self._step} is still being written to {self.folder}; skipping that of step "
+                f"{step}. Where disks are slow, save less often (train.save_every_steps)."
+            )
+        else:
+            self.save(take())
+
+    def save_last(self, step: int, take: Callable[[], ResumePoint]) -> None:
+        """Saves what `take` gives, unless this step has been saved, and waits until it is written.
+
+        Raises:
+            MissingRequirement: it could not be written; older points are untouched.
+            Diverged: the point holds a non-finite number; older points are untouched.
+        """
+        if self._step != step or self._pending is None:
+            self.save(take())
+        self.wait()
 
     @property
     def is_busy(self) -> bool:
@@ -126,6 +159,21 @@ class Checkpointer:
         if points:
             raise Damaged(f"no intact resume point is left in {self.folder}; use --restart to start over.")
         return None
+
+    def read(self, name: str) -> ResumePoint:
+        """The point of this name, which another process has verified: sizes are compared, nothing is hashed.
+
+        Raises:
+            Damaged: it cannot be read, even after a while.
+        """
+        deadline = time.monotonic() + SHARED_SECONDS
+        while True:
+            try:
+                return _read(self.folder / name, is_verified=True)
+            except (Damaged, OSError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def _points(self) -> list[Path]:
         """This run's points, oldest first; links to elsewhere do not count."""
@@ -201,19 +249,19 @@ def _write_files(folder: Path, point: ResumePoint) -> None:
     files.settle_folder(folder)
 
 
-def _read(path: Path) -> ResumePoint:
-    """Reads a point, comparing size and hash of every file with the manifest.
+def _read(path: Path, is_verified: bool = False) -> ResumePoint:
+    """Reads a point, comparing size and, unless it is verified, hash of every file with the manifest.
 
     Raises:
         Damaged: something does not match.
     """
     try:
-        return _read_as_listed(path)
+        return _read_as_listed(path, is_verified)
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         raise Damaged(f"the resume point {path.name} is damaged: {type(error).__name__} {error}") from error
 
 
-def _read_as_listed(path: Path) -> ResumePoint:
+def _read_as_listed(path: Path, is_verified: bool) -> ResumePoint:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except OSError as error:
@@ -226,9 +274,9 @@ def _read_as_listed(path: Path) -> ResumePoint:
             file.is_symlink()
             or not file.is_file()
             or file.stat().st_size != expected["bytes"]
-            or files.sha256(file) != expected["sha256"]
+            or not (is_verified or files.sha256(file) == expected["sha256"])
         ):
             raise Damaged(f"the resume point {path.name} is damaged: {name} does not match its manifest")
     numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
     tensors = {Path(n).stem: load_file(path / Path(n).name) for n in manifest["files"] if n.endswith(".safetensors")}
-    return ResumePoint(numbers.pop("step"), tensors, numbers)
+    return ResumePoint(numbers.pop("step"), tensors, numbers, path.name)

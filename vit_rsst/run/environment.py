@@ -26,14 +26,24 @@ DATA_IDENTITY = ("rows", "files", "sha256")
 """Fields of the dataset's description that identify it; the others say where it lies and how it was read."""
 
 
-def environment(num_processes: int, device: str, data_identity: dict) -> dict:
-    """What a reader of the results needs to know about where they were produced."""
+def environment(num_processes: int, device: str, data_identity: dict, layout: str = "", exact: bool = False) -> dict:
+    """What a reader of the results needs to know about where they were produced.
+
+    Args:
+        layout: how the global batch is divided.
+        exact: whether deterministic kernels were asked for; on a CPU all are.
+    """
+    kind = device.partition(":")[0]
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("vit-rsst", *PACKAGES)}},
         "commit": _commit(),
         "command": sys.argv,
         "processes": num_processes,
+        "nodes": num_processes // max(int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)), 1) or 1,
+        "layout": layout,
         "device": device,
+        "gpu": gpu() if kind == "cuda" else None,
+        "deterministic": exact or kind == "cpu",
         "host": socket.gethostname(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "data": data_identity,
@@ -46,12 +56,59 @@ def drift(then: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
         {
             **{f"versions.{name}": version for name, version in part.get("versions", {}).items()},
             **{f"data.{name}": value for name, value in part.get("data", {}).items()},
+            **{f"gpu.{name}": value for name, value in (part.get("gpu") or {}).items()},
             **{name: part.get(name) for name in ("commit", "device", "processes", "threads", "teacher")},
+            **{name: part[name] for name in ("layout", "nodes", "deterministic") if name in then and name in now},
         }
         for part in (then, now)
     ]
     keys = sorted(flat[0].keys() | flat[1].keys())
     return {key: (flat[0].get(key), flat[1].get(key)) for key in keys if flat[0].get(key) != flat[1].get(key)}
+
+
+EXACT = ("versions.", "gpu.", "device", "processes", "layout", "nodes", "threads", "deterministic", "teacher")
+"""Beginnings of what must not have changed for a run to resume to the last bit."""
+
+
+def inexact_because(now: Mapping, drift: Mapping[str, tuple[object, object]]) -> str:
+    """Why a run that resumes here may differ from an undisturbed one in the last bits; empty if it cannot.
+
+    Args:
+        now: the environment.
+        drift: what has changed since the run started, see `drift`.
+    """
+    changed = [f"{key} {then} → {new}" for key, (then, new) in drift.items() if key.startswith(EXACT)]
+    if not now.get("deterministic", True):
+        kind = str(now.get("device")).partition(":")[0]
+        changed.append(f"kernels on {kind} add in no fixed order (train.deterministic: true)")
+    return "; ".join(changed)
+
+
+def gpu() -> dict | None:
+    """Model and memory of this process's GPU, driver, CUDA, cuDNN and NCCL; None where torch sees no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
+    return {
+        "model": found.name,
+        "memory": found.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, nccl)) or None,
+    }
+
+
+def _driver() -> str | None:
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0].strip() if lines else None
 
 
 def _version(package: str) -> str | None:

@@ -3,11 +3,12 @@
 import errno
 from typing import TYPE_CHECKING
 
-from vit_rsst.errors import MissingRequirement
+from vit_rsst.errors import MissingRequirement, Stopped
 
 if TYPE_CHECKING:
     from vit_rsst.recipe.schema import Recipe
-    from vit_rsst.run.state import Run
+    from vit_rsst.run.folder import RunFolder
+    from vit_rsst.run.ranks import Ranks
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """A disk that is full, failing or no longer writable."""
@@ -17,26 +18,46 @@ class LostRank(MissingRequirement):
     """Another process of the job died or hangs."""
 
 
-def explained(error: BaseException, run: "Run", recipe: "Recipe") -> BaseException:
-    """The error, or what it means to the user where the library cannot know."""
-    from vit_rsst.run import watchdog
+SIGNS = ("gloo", "nccl", "process group", "processgroup", "connection closed by peer", "timed out waiting")
+"""What torch writes, in lower case, when a collective fails because another rank is gone."""
 
-    if watchdog.is_of_a_lost_rank(error):
-        return LostRank(
-            f"another process of this job died or did not answer for {recipe.train.rank_timeout:g} s "
-            f"(train.rank_timeout), at step {run.progress.global_step}; its own message and "
-            f"{run.watchdog.path.parent} may say why. "
-            "The same command goes on from the last resume point; where disks are slow, with a larger "
-            "train.rank_timeout."
-        )
+
+def is_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether an error means that another rank died or hangs."""
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return False
+    if isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def lost_rank(found: str, folder: "RunFolder") -> LostRank:
+    """The error for a sentence of the heartbeat that names who is lost."""
+    return LostRank(
+        f"{found or 'another process of this job died'}. Its own message and {folder.logs} may say why; run the same "
+        "command to resume from the last resume point. Where steps or disks are that slow, raise train.rank_timeout."
+    )
+
+
+def explained(
+    error: BaseException, recipe: "Recipe", folder: "RunFolder", ranks: "Ranks | None", is_training: bool
+) -> BaseException:
+    """The error, or what it means to the user where the library cannot know."""
+    if is_of_a_lost_rank(error):
+        found, exit_code = ranks.heartbeat.missing() if ranks is not None else ("", None)
+        if exit_code == Stopped.exit_code and not is_training:
+            return Stopped(found)
+        return lost_rank(found, folder)
     if isinstance(error, OSError) and error.errno in DISK:
         where = f" {error.filename}" if error.filename else ""
         return MissingRequirement(
-            f"{run.folder.path} can no longer be written ({error.strerror}{where}). Free some space there, then run "
+            f"{folder.path} can no longer be written ({error.strerror}{where}). Free some space there, then run "
             "the same command to resume from the last resume point."
         )
     if is_out_of_memory(error):
-        return MissingRequirement(out_of_memory_text(run.accelerator.num_processes, recipe))
+        return MissingRequirement(out_of_memory_text(1 if ranks is None else ranks.world, recipe))
     return error
 
 

@@ -3,13 +3,14 @@
 import datetime
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from vit_rsst import files
-from vit_rsst.errors import InputError, MissingRequirement
+from vit_rsst.errors import InputError, MissingRequirement, Stopped
 from vit_rsst.recipe import strict_yaml
 from vit_rsst.recipe.schema import Recipe, deciding
 
@@ -144,6 +145,22 @@ class RunFolder:
                 f"output_dir: {self.path} cannot be written ({error}); choose another output_dir."
             ) from error
         return lock
+
+    def record_stop(self, reason: str) -> None:
+        """Records a stop before the first step, unless the folder belongs to another process or a finished run."""
+        with suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = self._lock()
+            except MissingRequirement:
+                holder = files.read_json(self.path / HOLDER)
+                if (holder.get("pid"), holder.get("host")) != (os.getpid(), socket.gethostname()):
+                    return
+                lock = None
+            if self.status().get("state") != "finished":
+                self.write_status("stopped", Stopped.exit_code, reason)
+            if lock is not None:
+                lock.release()
 
     def record(self, recipe: Recipe, environment: dict) -> None:
         """Writes recipe and environment of the run that starts or resumes here."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from accelerate.utils import broadcast_object_list
-
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.run import environment
 from vit_rsst.run.checkpoint import ResumePoint
@@ -20,12 +18,32 @@ if TYPE_CHECKING:
 
 
 def save(run: Run) -> None:
-    """Saves the run between two steps; collective; the main process writes in the background."""
-    meter = run.meter.gather_(run.accelerator.is_main_process)
+    """Saves the run between two steps; collective; the main process writes in the background.
+
+    A point is skipped, with a warning, while the one before it is still being written.
+    """
+    meter = gather_(run)
+    if run.accelerator.is_main_process:
+        run.checkpointer.offer(run.progress.global_step, lambda: taken(run, meter))
+
+
+def save_last(run: Run) -> None:
+    """Saves the run between two steps unless this step has been saved; collective; returns once it is written."""
+    meter, step = gather_(run), run.progress.global_step
+    run.ranks.on_main(
+        f"writing the resume point of step {step}", lambda: run.checkpointer.save_last(step, lambda: taken(run, meter))
+    )
+
+
+def gather_(run: Run) -> list[float]:
+    """Sums of the meter over all ranks, and the time of the round so far; collective."""
     now = time.monotonic()
     run.seconds, run.clock = run.seconds + now - run.clock, now
-    if not run.accelerator.is_main_process:
-        return
+    return run.meter.gather_(run.accelerator.is_main_process)
+
+
+def taken(run: Run, meter: list[float]) -> ResumePoint:
+    """The run as it stands, with the sums of its meter."""
     masks, controller = run.controller.state_dict()
     best, best_numbers = run.best.state_dict()
     names = {id(parameter): name for name, parameter in run.net.named_parameters()}
@@ -47,7 +65,7 @@ def save(run: Run) -> None:
         "processes": run.accelerator.num_processes,
         "environment": run.environment,
     }
-    run.checkpointer.save(ResumePoint(run.progress.global_step, tensors, numbers))
+    return ResumePoint(run.progress.global_step, tensors, numbers)
 
 
 def restore_(run: Run, point: ResumePoint) -> None:
@@ -109,13 +127,22 @@ def resume_if_possible(run: Run, allow_world_size_change: bool = False, allow_da
             processes, and that is not allowed.
         Damaged: no point is intact, or the ranks read different ones.
     """
-    point = run.checkpointer.load() if run.accelerator.is_main_process else None
-    if run.accelerator.num_processes > 1:
-        [step] = broadcast_object_list([None if point is None else point.step])
-        if step is not None and point is None:  # the points lie on a file system that all ranks share
-            point = run.checkpointer.load()
-        if step != (None if point is None else point.step):
-            raise Damaged(f"the ranks read different resume points from {run.folder.checkpoints}; is it shared by all?")
+    point: ResumePoint | None = None
+
+    def look() -> str:
+        nonlocal point
+        point = run.checkpointer.load()
+        return "" if point is None else point.name
+
+    name = run.ranks.on_main("reading the last resume point", look)
+    if name and point is None:  # the points are on a file system that all ranks share
+        try:
+            point = run.checkpointer.read(name)
+        except (Damaged, OSError) as error:
+            raise Damaged(
+                f"rank {run.ranks.rank} cannot read {run.folder.checkpoints / name}, which rank 0 reads ({error}); "
+                "output_dir must be on a file system shared by all machines."
+            ) from error
     if point is None:
         return
     drift = environment.drift(point.numbers.get("environment", run.environment), run.environment)
@@ -124,10 +151,12 @@ def resume_if_possible(run: Run, allow_world_size_change: bool = False, allow_da
     p = run.progress
     if run.accelerator.is_main_process:
         rounds.forget_from(run.folder.path, p.round)
-    processes = drift.get("processes")
-    changed = f", with {processes[1]} processes instead of {processes[0]}: not bit-exact" if processes else ""
-    run.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch, "bit_exact": not processes})
-    run.console.line(f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}{changed}")
+    why = environment.inexact_because(run.environment, drift)
+    run.tracker.log("resume", p.global_step, {"round": p.round, "epoch": p.epoch, "bit_exact": not why, "why": why})
+    run.console.line(
+        f"resumed at round {p.round}, epoch {p.epoch}, step {p.global_step} of {p.total_steps}, "
+        + (f"not bit-exact: {why}" if why else "bit-exact")
+    )
     if told := [f"{key} {then} → {now}" for key, (then, now) in drift.items() if key != "processes"]:
         run.tracker.warning(p.global_step, f"the environment has changed since the run started: {'; '.join(told)}")
 

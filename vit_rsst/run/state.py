@@ -15,9 +15,9 @@ from vit_rsst.pruning.controller import Controller
 from vit_rsst.run.checkpoint import Checkpointer
 from vit_rsst.run.console import Console
 from vit_rsst.run.folder import RunFolder
+from vit_rsst.run.ranks import Ranks
 from vit_rsst.run.signals import StopFlag
 from vit_rsst.run.tracking import Tracker
-from vit_rsst.run.watchdog import Watchdog
 from vit_rsst.training.best import Best
 from vit_rsst.training.counters import RunningLoss
 from vit_rsst.training.distill import Distillation
@@ -39,6 +39,8 @@ class Run:
         clip_grad_norm: maximum gradient norm; None for no clipping.
         max_skipped_steps: non-finite steps that are skipped before the run stops.
         header: entries of every ticket's header.
+        ranks: the processes of the run and their signs of life.
+        batch_shape: of a micro-batch of images: (batch, 3, size, size).
         environment: versions, data and machine, as recorded in the run folder.
         watch: called with (moment, progress, controller) at `round began`, `epoch ended` and `round ended`.
         epoch_is_open: an epoch has been trained but not yet evaluated.
@@ -69,7 +71,8 @@ class Run:
     recipe_fingerprint: str
     header: dict[str, str]
     environment: dict[str, object]
-    watchdog: Watchdog
+    ranks: Ranks
+    batch_shape: tuple[int, int, int, int]
     own_loss: Callable[[], Tensor] | None = None
     mixing: Mixing | None = None
     distillation: Distillation | None = None

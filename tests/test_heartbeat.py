@@ -1,0 +1,217 @@
+"""Ranks that are stopped, killed or hang for real: who it was is named, everyone ends, the same command resumes."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import faulty
+import psutil
+import pytest
+import tiny
+
+from vit_rsst.run.heartbeat import Beat, Heartbeat, is_waiting, verdict
+
+LIMIT = 4
+PLUGIN = """\
+import ctypes, os, signal
+from vit_rsst import loop
+from vit_rsst.assembly import data
+from vit_rsst.pruning import controller
+from vit_rsst.run import checkpoint, resume
+
+what, rank, place = os.environ.get("FAULT", "none:0:none").split(":")
+data.EVALUATION_BATCH = 20
+
+
+def strike(here):
+    if here == place and os.environ.get("RANK", "0") == rank:
+        with open(os.environ["STRUCK"], "w") as file:
+            file.write("struck")
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "block":
+            ctypes.CDLL(None).sleep(600)  # in C, without the lock of the interpreter
+        elif what == "hold":
+            ctypes.PyDLL(None).sleep(600)  # in C, with it
+
+
+def before(owner, name, where):
+    function = getattr(owner, name)
+
+    def struck(*arguments, **options):
+        strike(where(*arguments) if callable(where) else where)
+        return function(*arguments, **options)
+
+    setattr(owner, name, struck)
+
+
+evaluation_batches = data.evaluation_batches
+
+def batches(*arguments):
+    for batch in evaluation_batches(*arguments):
+        strike("evaluation")
+        yield batch
+
+data.evaluation_batches = batches
+before(loop, "train_step", lambda run, _: f"step {run.progress.global_step}")
+before(controller, "agreed", "selection")
+before(resume, "gather_", "save")
+before(checkpoint, "_write_files", "writing")
+"""
+"""FAULT=what:rank:place, such as stop:1:evaluation. STRUCK is a file that tells when."""
+
+
+def start(folder: Path, fault: str, ranks: int, limit: float = LIMIT) -> tuple[list, Path]:
+    (folder / "strikes.py").write_text(PLUGIN, encoding="utf-8")
+    text = tiny.RECIPE.replace("global_batch: 32", f"global_batch: 24, save_every_steps: 2, rank_timeout: {limit}")
+    recipe = tiny.write_recipe(folder, f"{text}plugins: [strikes]\n")
+    log = folder / "log"
+    struck = {"STRUCK": str(folder / "struck")}
+    return faulty.start("train", recipe, ranks=ranks, log=log, FAULT=fault, **struck), log
+
+
+def end_after_strike(folder: Path, processes: list, target: int, log: Path) -> float:
+    """Seconds from the strike until all other ranks have ended; then ends the target."""
+    while not (folder / "struck").exists():
+        assert any(process.is_alive() for process in processes), log.read_text()
+        time.sleep(0.02)
+    began = time.monotonic()
+    for rank, process in enumerate(processes):
+        if rank != target:
+            process.join(max(began + 60 - time.monotonic(), 0.1))
+    seconds = time.monotonic() - began
+    processes[target].kill()
+    faulty.ended(processes, log)
+    return seconds
+
+
+FAULTS = [
+    ("stop", 1, "step 0"), ("kill", 1, "step 0"),
+    ("stop", 1, "step 4"), ("kill", 1, "step 4"), ("block", 1, "step 4"), ("hold", 1, "step 4"),
+    ("stop", 1, "evaluation"), ("kill", 1, "evaluation"), ("block", 1, "evaluation"),
+    ("stop", 1, "selection"), ("block", 1, "selection"),
+    ("stop", 1, "save"), ("block", 1, "save"),
+    ("stop", 0, "step 4"), ("kill", 0, "step 4"), ("block", 0, "step 4"),
+    ("stop", 0, "writing"), ("kill", 0, "writing"),
+]  # fmt: skip
+ALWAYS = [("block", 1, "evaluation")]
+
+
+@pytest.mark.distributed
+@pytest.mark.fault("F20")
+@pytest.mark.fault("F21")
+@pytest.mark.parametrize(
+    ("what", "target", "place"),
+    [pytest.param(*case, marks=[] if case in ALWAYS else pytest.mark.slow) for case in FAULTS],
+)
+def test_a_rank_that_is_lost_is_named_and_everyone_ends(tmp_path, record_property, what, target, place):
+    processes, log = start(tmp_path, f"{what}:{target}:{place}", ranks=3)
+    victim = processes[target].pid
+    seconds = end_after_strike(tmp_path, processes, target, log)
+    told, run = log.read_text(), tmp_path / "runs" / "tiny"
+    assert seconds < LIMIT + 10, told
+    others = [process.exitcode for rank, process in enumerate(processes) if rank != target]
+    assert others == [3, 3], told
+    found = tiny.status(run)
+    assert (found["state"], found["exit_code"]) == ("failed", 3)
+    assert f"rank {target} on {os.uname().nodename} (process {victim})" in found["reason"], told
+    assert "run the same command to resume" in found["reason"]
+    if what != "kill":  # a connection that closes is an error at once, with a traceback of its own
+        stacks = [run / "logs" / f"stacks-{rank}.txt" for rank in range(3) if rank != target]
+        assert all("train.py" in path.read_text() for path in stacks)
+    if what in ("block", "hold"):
+        assert "strikes.py" in (run / "logs" / f"stacks-{target}.txt").read_text(), "the stacks of the one that hangs"
+    record_property("happened", f"rank {target} of 3, {what} in {place}: named, all ended within {seconds:.0f} s")
+    (tmp_path / "struck").unlink()
+    again, log = start(tmp_path, "none:0:none", ranks=3)
+    assert faulty.ended(again, log).codes == [0, 0, 0], log.read_text()
+
+
+# -- who is lost
+
+
+def beats(**changed: dict) -> list[Beat]:
+    return [Beat(rank, f"host{rank}", 100 + rank, **changed.get(f"r{rank}", {})) for rank in range(3)]
+
+
+QUIET = {0: 0.1, 1: 0.2, 2: 0.3}
+
+
+def test_nobody_is_lost_while_all_beat_and_move():
+    assert verdict(beats(), QUIET, 10) == ""
+    assert verdict(beats(r0={"still": 9.9}, r1={"place": 3}), QUIET, 10) == ""
+
+
+def test_a_silent_rank_is_named_with_its_host_and_place():
+    found = verdict(beats(r2={"doing": "forward", "step": 7}), QUIET | {2: 11.0}, 10)
+    assert found.startswith("rank 2 on host2 (process 102) has shown no sign of life for 11 s (forward, step 7)")
+
+
+def test_of_all_that_stand_still_the_one_furthest_behind_is_named():
+    waiting = {"still": 12.0, "place": 5}
+    assert "rank 1" in verdict(beats(r0=waiting, r1={"still": 12.0, "place": 4}, r2=waiting), QUIET, 10)
+    assert "rank 0" not in verdict(beats(r0=waiting, r1={"still": 12.0, "place": 4}, r2=waiting), QUIET, 10)
+
+
+def test_a_rank_that_waits_in_a_collective_is_not_the_one_that_hangs():
+    waits = {"still": 12.0, "waits": True}
+    found = verdict(beats(r0=waits, r1={"still": 12.0}, r2=waits), QUIET, 10)
+    assert found.startswith("rank 1 ")
+    assert "rank 0" not in found
+    assert verdict(beats(r0=waits, r1={"still": 3.0}, r2=waits), QUIET, 10) == "", "the others wait for a slow one"
+
+
+def test_when_all_wait_for_each_other_all_are_named():
+    found = verdict(beats(**{f"r{rank}": {"still": 12.0, "waits": True} for rank in range(3)}), QUIET, 10)
+    assert [f"rank {rank} " in found for rank in range(3)] == [True] * 3
+
+
+def test_a_rank_that_failed_is_named_with_its_reason_and_one_that_finished_is_not():
+    ended = {"ended": "out of memory", "exit_code": 3}
+    assert verdict(beats(r1=ended), QUIET | {1: 6.0}, 10) == "rank 1 on host1 (process 101) ended: out of memory"
+    assert verdict(beats(r1={"ended": "finished", "exit_code": 0}), QUIET | {1: 600.0}, 10) == ""
+
+
+def test_a_pause_of_the_whole_job_is_forgiven(tmp_path):
+    heartbeat = Heartbeat(0, 3, 10.0, tmp_path / "stacks", lambda: None, lambda text: None)
+    heartbeat.step_done(1)
+    heartbeat._heard = {beat.rank: (beat, time.monotonic()) for beat in beats()}
+    assert heartbeat._found(time.monotonic() + 50)
+    heartbeat._forgive(50)
+    assert heartbeat._found(time.monotonic() + 50) == ""
+    assert heartbeat._still == pytest.approx(-50, abs=1)
+
+
+def test_nothing_counts_before_the_first_step_or_in_long_work(tmp_path):
+    heartbeat = Heartbeat(0, 1, 10.0, tmp_path / "stacks", lambda: None, lambda text: None)
+    heartbeat._moved -= 100
+    assert heartbeat._still == 0
+    heartbeat.step_done(1)
+    heartbeat._moved -= 100
+    assert heartbeat._still > 99
+    with heartbeat.long_work("writing"):
+        heartbeat._moved -= 100
+        assert heartbeat._still == 0
+    assert heartbeat._still < 1
+
+
+def test_a_collective_is_recognised_by_its_frame():
+    assert not is_waiting(None)
+    names = {"_sync_buffers": "found"}
+    exec("import sys\ndef _sync_buffers(): return sys._getframe()", names)
+    assert is_waiting(names["_sync_buffers"]())
+
+
+def test_the_threads_of_a_run_end_with_it(tmp_path):
+    before = psutil.Process().num_threads()
+    assert tiny.command("train", tiny.write_recipe(tmp_path), "train.epochs=1", "train.round_epochs=1") == 0
+    assert json.loads((tmp_path / "runs" / "tiny" / "status.json").read_text())["state"] == "finished"
+    import threading
+
+    alive = [
+        t.name for t in threading.enumerate() if "_exchange" in t.name or "_watch" in t.name or "_stand_in" in t.name
+    ]
+    assert not alive, (alive, before)
