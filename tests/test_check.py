@@ -13,6 +13,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from vit_rsst import machine
 from vit_rsst.checks import bench as benches
 from vit_rsst.checks import checking, costs, inputs, learning, removal
 from vit_rsst.checks.bench import Bench, Verdict
@@ -327,9 +328,9 @@ def test_a_check_that_takes_too_long_is_skipped_with_an_estimate(bench, monkeypa
 
 def test_insufficient_memory_is_found(bench, monkeypatch):
     memory = dataclasses.make_dataclass("Memory", ["available"])
-    monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: memory(1000))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory(1000))
     failed(costs.memory(bench), "1000 B free")
-    monkeypatch.setattr(costs.psutil, "virtual_memory", lambda: memory(2**40))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory(2**40))
     assert costs.memory(bench).state == "ok"
 
 

@@ -16,16 +16,19 @@ import tiny
 
 SRUN = """\
 #!/usr/bin/env python3
-# Starts the command once for each machine; passes USR1 to what it started, as SLURM does, and to nothing below; ends
-# all when one fails.
-import os, pathlib, signal, subprocess, sys, time
+# Starts the command once for each machine; passes USR1 to all that it started, as SLURM does; ends all when one fails.
+import os, pathlib, psutil, signal, subprocess, sys, time
 first = next(i for i, word in enumerate(sys.argv) if i and not word.startswith("--"))
 pathlib.Path(os.environ["SLURM"], "srun").write_text(" ".join(sys.argv[1:]))
 tasks = [
     subprocess.Popen(sys.argv[first:], env=os.environ | {"SLURM_NODEID": str(node)})
     for node in range(int(os.environ["SLURM_NNODES"]))
 ]
-signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+def tell(*_):
+    for child in psutil.Process().children(recursive=True):
+        child.send_signal(signal.SIGUSR1)
+
+signal.signal(signal.SIGUSR1, tell)
 while None in (codes := [task.poll() for task in tasks]):
     if any(codes) and "--kill-on-bad-exit=1" in sys.argv:
         time.sleep(20)

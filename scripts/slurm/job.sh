@@ -24,11 +24,14 @@ export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 # forwarded to the ranks; ot
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170           # seconds the ranks then have for their resume point, instead of 30
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it
 
+# SLURM signals every process of the step. What is only starting dies of USR1 instead of leaving a status, which then
+# counts as a clean stop: code 75. The trap runs when the command has ended.
+task='trap asked=1 USR1; "${@/#@NODE/$SLURM_NODEID}"; code=$?; [[ -z ${asked-} || $code == 0 ]] || code=75; exit $code'
 if ((processes == 1)); then
     launcher=(python) # for a single process `accelerate launch` forwards no signals
 else
     launcher=(
-        bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launcher
+        accelerate launch --machine_rank @NODE
         --config_file accelerate_configs/multinode.yaml --mixed_precision no # the recipe decides
         --main_process_ip "$host" --main_process_port "$port"
         --num_machines "$nodes" --num_processes "$processes"
@@ -37,7 +40,8 @@ fi
 
 before=$(read_status)
 code=0
-srun --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=1 "${launcher[@]}" -m vit_rsst.train "$@" || code=$?
+srun --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=1 bash -c "$task" task "${launcher[@]}" -m vit_rsst.train "$@" ||
+    code=$?
 after=$(read_status)
 if [[ $after != "$before" ]]; then # an unchanged status is from an earlier job
     code=$(python -c 'import json, sys; found = json.loads(sys.argv[1])["exit_code"]

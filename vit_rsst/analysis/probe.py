@@ -9,11 +9,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vit_rsst import machine
 from vit_rsst.analysis.measure import summary, timed
 from vit_rsst.models import zoo
 from vit_rsst.models.complexity import activation_bytes
@@ -70,7 +70,7 @@ def fitting_batch(net: nn.Module, spec: dict, seconds: float, device: torch.devi
     Args:
         seconds: of the forward pass per image; the backward pass takes about twice as long.
     """
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else machine.available_memory()
     state = 16 * sum(parameter.numel() for parameter in net.parameters())
     batch = spec["train_batch"]
     while batch > 1 and (

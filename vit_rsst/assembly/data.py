@@ -1,12 +1,12 @@
 """The data of a recipe: source, augmentation, loaders, evaluation."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from accelerate import Accelerator
 from torch import nn
 
+from vit_rsst import machine
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.decoding import Decoder, Window, auto_augment
 from vit_rsst.data.images import ImageData
@@ -69,12 +69,7 @@ def num_workers(recipe: Recipe, accelerator: Accelerator) -> int:
         return recipe.data.workers
     if accelerator.device.type == "cpu":
         return 0
-    return min(8, (os.cpu_count() or 1) // local_processes(accelerator))
-
-
-def local_processes(accelerator: Accelerator) -> int:
-    """Training processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return min(8, machine.cores() // machine.local_processes(accelerator.num_processes))
 
 
 def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator: Accelerator) -> Loader:
@@ -95,7 +90,7 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
     if recipe.data.sampler == "class_balanced":
         weights = class_balanced(samples.labels)
     if not recipe.data.redrawn:
-        samples = data.samples("train", recipe.data.in_memory, 0.4 / local_processes(accelerator))
+        samples = data.samples("train", recipe.data.in_memory, 0.4 / machine.local_processes(accelerator.num_processes))
     if isinstance(samples, Split):
         return InMemoryLoader(split=placed(samples, device), weights=weights, **common)
     if weights is not None:
@@ -120,7 +115,7 @@ def make_evaluate(
     """
     mean, std = channels(recipe)
     # What fits in memory is decoded now: a corrupt image is found before the first step, not after the last.
-    share = 0.4 / local_processes(accelerator)
+    share = 0.4 / machine.local_processes(accelerator.num_processes)
     splits = {name: data.samples(name, recipe.data.in_memory, share) for name in ("val", "test")}
     splits |= {name: placed(split, accelerator.device) for name, split in splits.items() if isinstance(split, Split)}
     workers = num_workers(recipe, accelerator)

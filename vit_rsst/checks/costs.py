@@ -2,9 +2,9 @@
 
 import time
 
-import psutil
 import torch
 
+from vit_rsst import machine
 from vit_rsst.assembly.needs import needs
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict, timed
 from vit_rsst.models.anatomy import prunable_parts
@@ -21,7 +21,7 @@ def memory(bench: Bench) -> Verdict:
     prunable = sum(weight.numel() for weight in weights.values())
     found = needs(recipe, net, prunable, bench.data.options.size, images)
     needed = sum(found.device.values()) + (found.best if bench.device.type == "cpu" else 0)
-    free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else machine.available_memory()
     text = f"about {size(needed)} for {images} images per device, {size(free)} free"
     details = {"needed": needed, "free": free}
     if needed > free:

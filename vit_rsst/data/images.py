@@ -1,6 +1,5 @@
 """The images of a run: three splits, and how they are decoded into memory."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -9,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
+from vit_rsst import machine
 from vit_rsst.data.decoding import Corrupt, Decoded, Decoder, Sample, decode
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.streams import Stream
@@ -60,7 +59,7 @@ class ImageData:
         rows = self.rows[split]
         if isinstance(rows, Stream) or self.options.max_corrupt:
             return rows
-        wanted = self._bytes(split) <= share * psutil.virtual_memory().available if in_memory is None else in_memory
+        wanted = self._bytes(split) <= share * machine.available_memory() if in_memory is None else in_memory
         return getattr(self, split) if wanted else rows
 
     def _bytes(self, split: str) -> int:
@@ -74,7 +73,7 @@ class ImageData:
             Corrupt: an image cannot be decoded.
         """
         rows = self.rows[split]
-        free = psutil.virtual_memory().available
+        free = machine.available_memory()
         if self._bytes(split) > 0.7 * free:
             raise MissingRequirement(
                 f"data: {rows.count:,} images at {self.options.size} px take {self._bytes(split) / 2**30:.1f} GiB "
@@ -103,7 +102,7 @@ class ImageData:
             place = images[start : start + len(part.images)]
             return part._replace(images=place.copy_(part.images))
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(max(machine.cores() // machine.local_processes(1), 1)) as pool:
             parts = list(pool.map(decode_part, range(0, len(samples), PART)))
         problems = [problem for part in parts for problem in part.problems]
         if problems and not self.options.max_corrupt:

@@ -1,6 +1,5 @@
 """Scores of a trained model on a split: of a ticket on the data of its run, of any other on data that are named."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from vit_rsst import files
+from vit_rsst import files, machine
 from vit_rsst.assembly.data import EVALUATION_BATCH
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import evaluation_batches
@@ -20,6 +19,7 @@ from vit_rsst.export import onnx_file
 from vit_rsst.models import published
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.run.ranks import once_a_node
 from vit_rsst.run.tracking import to_stderr
 from vit_rsst.text import aligned
 from vit_rsst.tickets.trained import Trained, open_trained
@@ -55,7 +55,7 @@ def evaluate(
         to_stderr(
             f"{what} does not say how its data were divided: some images of {split} may be of another split there."
         )
-    with state.main_process_first():
+    with once_a_node(state):
         data = open_data(trained.data, trained.seed)
     classes = check_classes(trained, data)
     place = (state.device, state.process_index, state.num_processes)
@@ -126,8 +126,7 @@ def outcomes_of(
     trained: Trained, data: ImageData, split: str, batch: int, device: torch.device, rank: int = 0, world: int = 1
 ) -> tuple[Outcomes, float]:
     """What becomes of every image, and images a second; collective where `world` is more than 1."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    workers = 0 if device.type == "cpu" else min(8, (os.cpu_count() or 1) // local)
+    workers = 0 if device.type == "cpu" else min(8, machine.cores() // machine.local_processes(world))
     batches = evaluation_batches(
         data.samples(split), batch, rank, world, device, trained.mean, trained.std,
         data.decoder(split), workers, trained.data.max_corrupt,

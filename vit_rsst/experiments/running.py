@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from vit_rsst import machine
 from vit_rsst.errors import Stopped
 
 POLL = 0.2
@@ -30,10 +31,6 @@ class Planned(Protocol):
 
 def command(run: Planned) -> list[str]:
     return [sys.executable, "-m", "vit_rsst.train", str(run.file), *run.overrides]
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -115,7 +112,7 @@ class Crew:
         """Starts a trainer in its own process group: Ctrl-C reaches it once, through this process."""
         path = output_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(cores() // self.jobs, 1))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(machine.cores() // self.jobs, 1))
         with open(path, "w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 command(run), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
