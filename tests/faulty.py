@@ -83,8 +83,18 @@ def command(*argv: object, ranks: int = 1, file_bytes: int | None = None, **vari
 
 
 def start(
-    *argv: object, log: Path, ranks: int = 1, file_bytes: int | None = None, **variables: str
+    *argv: object,
+    log: Path,
+    ranks: int = 1,
+    file_bytes: int | None = None,
+    each: Callable[[int], dict[str, str]] = lambda rank: {},
+    **variables: str,
 ) -> list[multiprocessing.Process]:
+    """Starts `vit-rsst ARGV…` in as many processes.
+
+    Args:
+        each: rank → variables of its own, such as the number of its node.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": ranks}
@@ -92,7 +102,7 @@ def start(
     for rank in range(ranks):
         ranked = launch | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks} if ranks > 1 else {}
         environment = tiny.environment(
-            ACCELERATE_USE_CPU="true", **{k: str(v) for k, v in (ranked | variables).items()}
+            ACCELERATE_USE_CPU="true", **{k: str(v) for k, v in (ranked | variables | each(rank)).items()}
         )
         arguments = ([str(item) for item in argv], environment, str(log), file_bytes)
         processes.append(CONTEXT.Process(target=_child, args=arguments))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from vit_rsst.run.heartbeat import Beat, Heartbeat, is_waiting, verdict
 
 LIMIT = 4
 PLUGIN = """\
-import ctypes, os, signal
+import ctypes, os, signal, time
 from vit_rsst import loop
 from vit_rsst.assembly import data
 from vit_rsst.pruning import controller
@@ -36,6 +37,8 @@ def strike(here):
             ctypes.CDLL(None).sleep(600)  # in C, without the lock of the interpreter
         elif what == "hold":
             ctypes.PyDLL(None).sleep(600)  # in C, with it
+    if here == "writing" and what == "slow":
+        time.sleep(float(rank))
 
 
 def before(owner, name, where):
@@ -61,7 +64,7 @@ before(controller, "agreed", "selection")
 before(resume, "gather_", "save")
 before(checkpoint, "_write_files", "writing")
 """
-"""FAULT=what:rank:place, such as stop:1:evaluation. STRUCK is a file that tells when."""
+"""FAULT=what:rank:place, such as stop:1:evaluation, or slow:SECONDS: for each save; STRUCK is a file that is made."""
 
 
 def start(folder: Path, fault: str, ranks: int, limit: float = LIMIT) -> tuple[list, Path]:
@@ -128,6 +131,29 @@ def test_a_rank_that_is_lost_is_named_and_everyone_ends(tmp_path, record_propert
     (tmp_path / "struck").unlink()
     again, log = start(tmp_path, "none:0:none", ranks=3)
     assert faulty.ended(again, log).codes == [0, 0, 0], log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_disk_three_times_slower_than_the_limit_loses_neither_rank_nor_point(tmp_path, stops):
+    processes, log = start(tmp_path, f"slow:{3 * LIMIT}:", ranks=3)
+    run = tmp_path / "runs" / "tiny"
+    if stops:
+        faulty.wait_for_step(run, 4, processes)
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+    ended = faulty.ended(processes, log)
+    assert ended.codes == [75 if stops else 0] * 3, ended.log
+    steps = [int(path.name.removeprefix("step-")) for path in sorted((run / "checkpoints").glob("step-*"))]
+    assert all((run / "logs" / f"stacks-{rank}.txt").read_text() == "" for rank in range(3))
+    if stops:
+        assert steps[-1] == tiny.status(run)["step"], "the last save is waited for"
+        again, log = start(tmp_path, "none:0:none", ranks=3)
+        assert faulty.ended(again, log).codes == [0, 0, 0], log.read_text()
+    else:
+        assert "is still being written" in ended.log
+        assert steps
 
 
 # -- who is lost

@@ -138,6 +138,7 @@ def run_recipe(
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         restart = restart and not attempt  # what the first attempt left is of this run
         if ranks.on_main("looking at the run folder", lambda: is_finished(folder, recipe, restart, attempt)):
+            accelerator.wait_for_everyone()  # rank 0 may serve the store, over which the others hear it
             return
         train_to_the_end(recipe, accelerator, folder, stop, ranks, restart, allow_world_size_change, allow_data_change)
     except BaseException as error:
@@ -224,6 +225,7 @@ def train_to_the_end(
         finally:
             run.console.close()
         ranks.heartbeat.close()
+        accelerator.wait_for_everyone()  # before the process that serves the store ends
         accelerator.end_training()  # not after an error: another rank may be gone
         if watcher is not None and (page := watcher.finish()) is not None:  # drawn last: no rank waits for it
             print(f"  {page}      figures and findings", flush=True)

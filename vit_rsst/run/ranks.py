@@ -5,6 +5,7 @@ A rank that polls holds no collective open, so nothing times out however slow th
 
 import datetime
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import distributed
 
 from vit_rsst import errors
 from vit_rsst.errors import RunError
-from vit_rsst.run.heartbeat import Heartbeat
+from vit_rsst.run.heartbeat import GRACE, Heartbeat
 
 T = TypeVar("T")
 
@@ -76,7 +77,8 @@ class Ranks:
                 result = work()
             except BaseException as error:
                 self._tell(key, {"error": type(error).__name__, "text": str(error)})
-                raise
+                self._wait(lambda: self._store is None or self._store.add(f"{key}/read", 0) == self.world - 1, GRACE)
+                raise  # once the others know: this process may serve the store
             self._tell(key, {"result": result})
             return result
 
@@ -85,15 +87,19 @@ class Ranks:
             self._store.set(key, json.dumps(content))
 
     def _told(self, key: str) -> object:
-        pause = FIRST_PAUSE
-        while not self._store.check([key]):
-            time.sleep(pause)
-            pause = min(1.5 * pause, LONGEST_PAUSE)
+        self._wait(lambda: self._store.check([key]))
         content = json.loads(self._store.get(key))
         if "error" not in content:
             return content["result"]
+        self._store.add(f"{key}/read", 1)
         kind = getattr(errors, content["error"], RunError)
         raise kind(content["text"] if kind is not RunError else f"rank 0 failed: {content['error']} {content['text']}")
+
+    def _wait(self, is_so: Callable[[], bool], seconds: float = math.inf) -> None:
+        pause, began = FIRST_PAUSE, time.monotonic()
+        while not is_so() and time.monotonic() - began < seconds:
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE)
 
 
 def connection(limit: float) -> "distributed.Store":
