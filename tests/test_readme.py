@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 from test_slurm import Cluster
 
+from vit_rsst import errors
 from vit_rsst.cli.parser import make_parser
 from vit_rsst.experiments import running
 
@@ -312,6 +313,14 @@ def test_every_file_and_folder_on_a_page_exists(page):
 def test_the_design_page_lists_the_folders_of_the_package():
     rows = re.findall(r"^\| `(\w+)/` \|", text(tiny.REPOSITORY / "docs" / "design.md"), re.MULTILINE)
     assert sorted(rows) == sorted(path.parent.name for path in tiny.PACKAGE.glob("*/__init__.py"))
+
+
+def test_the_exit_codes_on_the_page_are_those_of_the_program():
+    codes = {
+        one.exit_code for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.RunError)
+    }
+    table = re.findall(r"^\| (\d+) \| ", text(tiny.REPOSITORY / "docs" / "reports.md"), re.MULTILINE)
+    assert {int(code) for code in table} == codes - {errors.RunError.exit_code} | {0}
 
 
 def messages() -> str:
