@@ -21,7 +21,7 @@ PLUGIN = """\
 import os, signal, time
 import torch
 from vit_rsst import loop
-from vit_rsst.assembly import build, data
+from vit_rsst.assembly import build, data, parts
 from vit_rsst.run import console
 
 data.EVALUATION_BATCH = 20
@@ -61,8 +61,8 @@ def score(s):
 scoring = False
 console.Console.step, data.evaluation_batches, loop.score_tickets = step, batches, score
 if what == "term" and place == "start":
-    build_model = build.build_model
-    build.build_model = lambda *a: (strike(), time.sleep(5), build_model(*a))[2]
+    build_model = parts.build_model
+    parts.build_model = lambda *a: (strike(), time.sleep(5), build_model(*a))[2]
 """
 
 

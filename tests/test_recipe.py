@@ -526,11 +526,24 @@ def test_numbers_must_be_finite(tmp_path, field, value):
     assert "finite" in line or "out of range" in line
 
 
-def test_dense_without_rounds_trains_its_own_epochs_and_no_others(tmp_path):
+@pytest.mark.parametrize(
+    "overrides, epochs",
+    [
+        ([], 7),
+        (["model.start_from=t"], 7),
+        (["pruning.schedule.rounds=0"], 7),
+        (["pruning.schedule.rounds=2"], 7 + 2 * 3),
+        (["pruning.schedule.rounds=2", "model.start_from=t"], 2 * 3),
+        (["pruning.schedule=linear"], 7 + 10 * 3),
+        (["pruning.schedule={name: explicit, sparsities: [0.5, 0.8]}"], 7 + 2 * 3),
+    ],
+)
+def test_dense_trains_its_own_epochs_unless_a_schedule_is_named(tmp_path, overrides, epochs):
     text = "name: r\ntrain: {epochs: 7, round_epochs: 3}\npruning: {method: dense}\n"
-    assert load(written(tmp_path, text), ["pruning.schedule.rounds=0"]).round_epochs == (7,)
-    assert load(written(tmp_path, text), ["pruning.schedule.rounds=2"]).round_epochs == (13,)
-    assert load(written(tmp_path, text)).round_epochs == (37,)
+    recipe = load(written(tmp_path, text), overrides)
+    assert recipe.round_epochs == (epochs,)
+    again = load(written(tmp_path, strict_yaml.dump(recipe.tree())))
+    assert (again.round_epochs, again.fingerprint) == ((epochs,), recipe.fingerprint)
 
 
 def test_rules_are_checked_despite_errors_in_other_fields(tmp_path):

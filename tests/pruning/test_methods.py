@@ -20,7 +20,7 @@ from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.rsst import Rsst
-from vit_rsst.pruning.plan import METHODS, Penalty, PruningView, RoundPlan, register_method
+from vit_rsst.pruning.plan import METHODS, Method, Penalty, PruningView, RoundPlan, register_method
 from vit_rsst.recipe.schema import Pruning, Recipe, Schedule, Train
 from vit_rsst.tickets import ticket_file
 
@@ -323,7 +323,7 @@ def test_a_plan_that_swaps_weights_zeroes_and_measures_the_removed_ones(tmp_path
     """As many leave as come back: a removal like any other, though the density stays."""
 
     @dataclass(frozen=True)
-    class Swap:
+    class Swap(Method):
         one_round: ClassVar[bool] = False
 
         def plan(self, round: int, view: PruningView) -> RoundPlan:
@@ -347,7 +347,7 @@ def test_a_plan_that_swaps_weights_zeroes_and_measures_the_removed_ones(tmp_path
 
 def test_a_target_without_a_penalty_is_removed_at_remove_at(tmp_path):
     @dataclass(frozen=True)
-    class Late:
+    class Late(Method):
         one_round: ClassVar[bool] = False
 
         def plan(self, round: int, view: PruningView) -> RoundPlan:

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vit_rsst.assembly.data import count_rows
+from vit_rsst.assembly.data import count_rows, data_options
+from vit_rsst.assembly.model import build_model
+from vit_rsst.assembly.parts import parts_of
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.errors import InputError
 from vit_rsst.models import slim, zoo
-from vit_rsst.models.anatomy import prunable_parts, prunable_weights, unit_groups
+from vit_rsst.models.anatomy import prunable_weights, unit_groups
 from vit_rsst.models.complexity import flops_by_module
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.units import UnitGroup
@@ -128,16 +130,16 @@ def _of_ticket(what: Path, image_size: int | None) -> Subject:
 
 def _of_recipe(recipe: Recipe, image_size: int | None) -> Subject:
     num_classes = SOURCES[recipe.data.source].num_classes or count_rows(recipe).num_classes
+    net, start_mask = build_model(recipe, num_classes)
+    parts = parts_of(recipe, net, start_mask, data_options(recipe).size)
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, num_classes)
-    net = zoo.create(architecture, args)
-    weights, _ = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
     return Subject(
         recipe.name,
         "recipe",
         {"architecture": architecture, "model_args": json.dumps(args)},
         net,
-        MaskSet.full(weights),
-        image_size or recipe.data.image_size or SOURCES[recipe.data.source].image_size,
+        parts.mask,
+        image_size or parts.image_size,
         recipe.train.batch_per_device or recipe.train.global_batch,
         2 if recipe.optim.name != "sgd" else int(recipe.optim.momentum > 0),
     )

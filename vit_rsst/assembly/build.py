@@ -6,20 +6,14 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
-from vit_rsst.assembly.data import build_loader, data_options, make_evaluate
-from vit_rsst.assembly.model import build_model, check_images, ticket_header
+from vit_rsst.assembly.calibration import make_calibrate
+from vit_rsst.assembly.data import Rows, build_loader, data_options, make_evaluate
+from vit_rsst.assembly.model import ticket_header
 from vit_rsst.assembly.objective import build_distillation, build_loss, build_mixing
 from vit_rsst.assembly.optim import build_optimizer, make_lr
-from vit_rsst.assembly.pruning import build_selection, check_start, make_calibrate, starting_mask
-from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import Dealing, steps_per_epoch
+from vit_rsst.assembly.parts import Parts, Sizes, prepare
 from vit_rsst.data.sources import open_data
-from vit_rsst.errors import InputError
-from vit_rsst.models.anatomy import prunable_parts
-from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
-from vit_rsst.pruning.methods.constant import Constant
-from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.plan import Density
 from vit_rsst.recipe.schema import Recipe
 from vit_rsst.run.checkpoint import Checkpointer
@@ -54,24 +48,12 @@ def build(
     train, device, is_main = recipe.train, accelerator.device, accelerator.is_main_process
     with once_a_node(accelerator):  # one process builds the cache, the others read it
         data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
-    dealing = Dealing.of(train.global_batch, train.batch_per_device, accelerator.num_processes)
-    steps = steps_per_epoch(data.count("train"), train.global_batch, train.steps_per_epoch)
-    progress = Progress(steps, recipe.round_epochs)
-    check_images(recipe, data.options.size, len(data.classes))
-    net, start_mask = build_model(recipe, data)
-    net.to(device, memory_format=switches.memory_format(net, device))
-    weights, groups = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
-    selector, density = build_selection(recipe, net, weights, groups, data.options.size)
-    mask = starting_mask(weights, start_mask, recipe.pruning.method)
-    check_start(recipe.pruning.method, mask.num_elements, mask.density, selector.mean_density(weights, density(1.0)))
+    sizes = Sizes.of(recipe, Rows.counted(data), accelerator.num_processes)
+    parts, progress = prepare(recipe, sizes, device), sizes.progress
+    net = parts.net
     optimizer = build_optimizer(net, recipe.optim)
-    loader = build_loader(recipe, data, dealing, accelerator)
+    loader = build_loader(recipe, data, sizes.dealing, accelerator)
     distillation = build_distillation(recipe, data, progress, accelerator)
-    if recipe.data.augment.mixes and dealing.batch_per_device == 1:
-        raise InputError(
-            f"data.augment: MixUp and CutMix mix images within a device's batch, which has only one image of a global "
-            f"batch of {dealing}; increase train.global_batch."
-        )
 
     def give_up() -> bool:
         ranks.heartbeat.move()
@@ -84,8 +66,9 @@ def build(
         return score(split)
 
     lock, is_exact = None, bool(train.deterministic)
-    record = environment(accelerator.num_processes, str(device), data.identity, str(dealing), is_exact)
+    record = environment(accelerator.num_processes, str(device), data.identity, str(sizes.dealing), is_exact)
     record["attention"] = switches.attention_backend(device, train.precision)
+    record["question"] = recipe.pruning.method.question(recipe.setting)
     if hasattr(net, "loaded"):
         record["weights"] = net.loaded.record()
     if distillation is not None and distillation.source:
@@ -99,8 +82,7 @@ def build(
     switches.compile_(net, train.compile)  # keeps parameter names; masking stays outside the graphs
     model, optimizer = accelerator.prepare(net, optimizer)
     console = Console(is_main, progress, train.global_batch)
-    asked = mask.density if isinstance(recipe.pruning.method, Dense | Constant) else density(1.0)
-    console.line(summary(recipe, data, net, weights, asked, dealing, progress, str(device)))
+    console.line(summary(parts, sizes, str(device)))
     tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
     tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
     run = Run(
@@ -117,18 +99,18 @@ def build(
         lr=make_lr(recipe),
         controller=Controller(
             model=net,
-            weights=weights,
+            weights=parts.weights,
             optimizer=optimizer,
             method=recipe.pruning.method,
             rounds=recipe.pruning.schedule.num_rounds,
-            density=density,
-            selector=selector,
+            density=parts.density,
+            selector=parts.selector,
             rewind_epoch=recipe.pruning.rewind_epoch,
             seed=recipe.seed,
             evaluate=lambda: evaluate("val"),
-            mask=mask,
+            mask=parts.mask,
             ema=Ema(net, train.ema_decay) if train.ema_decay else None,
-            calibrate=make_calibrate(recipe, net, weights, groups, data, accelerator),
+            calibrate=make_calibrate(parts, data, accelerator),
         ),
         progress=progress,
         evaluate=evaluate,
@@ -141,7 +123,7 @@ def build(
         stop=stop,
         meter=RunningLoss(device),
         ranks=ranks,
-        batch_shape=(dealing.batch_per_device, 3, data.options.size, data.options.size),
+        batch_shape=(sizes.dealing.batch_per_device, 3, data.options.size, data.options.size),
         clip_grad_norm=recipe.optim.clip_grad_norm,
         max_skipped_steps=train.max_skipped_steps,
         log_every_steps=train.log_every_steps,
@@ -166,27 +148,16 @@ def freeze_unused_(net: nn.Module, image_size: int, is_main: bool) -> None:
         to_stderr(f"{', '.join(unused[:3])}{' …' if len(unused) > 3 else ''}: no gradient reaches them; frozen.")
 
 
-def summary(
-    recipe: Recipe,
-    data: ImageData,
-    net: nn.Module,
-    weights: dict,
-    density: Density,
-    dealing: Dealing,
-    progress: Progress,
-    device: str,
-) -> str:
+def summary(parts: Parts, sizes: Sizes, device: str) -> str:
     """The run in a few lines."""
-    begins = f"  initial weights: {net.loaded.text()}\n" if hasattr(net, "loaded") else ""
-    total = sum(p.numel() for p in net.parameters())
-    prunable = sum(w.numel() for w in weights.values())
-    rows = ", ".join(f"{count_text(data.count(split))} {split}" for split in ("train", "val", "test"))
+    recipe, progress, total, prunable = parts.recipe, sizes.progress, parts.num_parameters, parts.num_prunable
+    begins = f"  initial weights: {parts.net.loaded.text()}\n" if hasattr(parts.net, "loaded") else ""
     return (
-        f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({rows})\n"
+        f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({sizes.rows.text()})\n"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "
-        f"final density {density_text(density)}\n{begins}"
+        f"final density {density_text(parts.final_density)}\n{begins}"
         f"  {len(progress.round_epochs)} round(s), {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "
-        f"global batch {dealing}; {device}, precision {recipe.train.precision}\n"
+        f"global batch {sizes.dealing}; {device}, precision {recipe.train.precision}\n"
         f"  run folder {recipe.run_folder}"
     )
 
@@ -196,7 +167,3 @@ def density_text(density: Density) -> str:
     if isinstance(density, Mapping):
         return ", ".join(f"{kind} {share:.3f}" for kind, share in density.items())
     return f"{density:.3f}"
-
-
-def count_text(number: int | None) -> str:
-    return "unknown" if number is None else f"{number:,}"

@@ -140,13 +140,21 @@ class Rows:
     num_classes: int
     are_counted: bool
 
+    @classmethod
+    def counted(cls, data: ImageData) -> "Rows":
+        return cls(data.count("train"), data.count("val"), data.count("test"), len(data.classes), True)
+
+    def text(self) -> str:
+        """`1,293 train, 144 val, 360 test`."""
+        counts = {"train": self.train, "val": self.val, "test": self.test}
+        return ", ".join(f"{'unknown' if n is None else f'{n:,}'} {split}" for split, n in counts.items())
+
 
 def count_rows(recipe: Recipe) -> Rows:
     """Images per split: counted, or as published if the Hub cannot be reached."""
     info = SOURCES[recipe.data.source]
     try:
-        data = open_data(data_options(recipe), recipe.seed)
-        return Rows(data.count("train"), data.count("val"), data.count("test"), len(data.classes), True)
+        return Rows.counted(open_data(data_options(recipe), recipe.seed))
     except MissingRequirement:
         if info.rows is None or recipe.data.path:
             raise

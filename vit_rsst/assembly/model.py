@@ -12,6 +12,7 @@ from vit_rsst.data.images import ImageData
 from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, at_field, first_line
 from vit_rsst.models import complexity, slim, zoo
 from vit_rsst.models.hub import PLACE
+from vit_rsst.models.weights import is_path
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.recipe.schema import Recipe
 from vit_rsst.seeds import derived_seed
@@ -20,22 +21,27 @@ from vit_rsst.tickets.opening import open_ticket
 from vit_rsst.tickets.ticket_file import Ticket
 
 
-def build_model(recipe: Recipe, data: ImageData) -> tuple[nn.Module, MaskSet | None]:
+def build_model(recipe: Recipe, num_classes: int, is_real: bool = True) -> tuple[nn.Module, MaskSet | None]:
     """The network, seeded, with the weights and the mask of `model.start_from` if set.
+
+    Args:
+        is_real: False: shapes alone, on `meta`; nothing is downloaded, and weights in local files are only checked.
 
     Raises:
         InputError, MissingRequirement, Damaged: it cannot be built, or its initial weights cannot be loaded.
     """
-    architecture, args = zoo.describe(recipe.model.name, recipe.model.args, len(data.classes))
+    architecture, args = zoo.describe(recipe.model.name, recipe.model.args, num_classes)
+    pretrained = recipe.model.pretrained if is_real or is_path(recipe.model.pretrained) else False
     torch.manual_seed(derived_seed(recipe.seed, "model"))
-    net = zoo.create(architecture, args, recipe.model.pretrained)
+    net = zoo.create(architecture, args, pretrained, None if is_real else "meta")
     if recipe.train.grad_checkpointing:
         zoo.checkpoint_gradients_(net)
     opened = reshape_(net, recipe, architecture, args)
     if opened is None or not recipe.model.start_from:
         return net, None
     path, ticket = opened
-    ticket_file.load_into_(net, ticket, str(path))
+    if is_real:
+        ticket_file.load_into_(net, ticket, str(path))
     return net, ticket.mask
 
 

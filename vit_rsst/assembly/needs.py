@@ -1,15 +1,13 @@
 """Memory and disk that a run needs, computed from shapes alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
+from vit_rsst.assembly.parts import Parts
 from vit_rsst.errors import at_field
 from vit_rsst.models.complexity import activation_bytes
-from vit_rsst.pruning.methods.rsst import Rsst
-from vit_rsst.pruning.methods.rst import Rst
-from vit_rsst.recipe.schema import Recipe
+from vit_rsst.pruning.preview import RoundPreview
 from vit_rsst.tickets.trained import open_trained
 
 
@@ -28,30 +26,31 @@ class Needs:
     resume_point: int
 
 
-def needs(recipe: Recipe, net: nn.Module, prunable: int, image_size: int, images: int) -> Needs:
+def needs(parts: Parts, rounds: Sequence[RoundPreview], images: int) -> Needs:
     """Bytes needed by one process.
 
     Args:
-        net: on any device, including `meta`.
-        prunable: number of weights with a mask.
-        image_size: in px.
+        parts: on any device, including `meta`.
+        rounds: as the method plans them.
         images: per micro-batch.
 
     Raises:
         InputError, Damaged: the teacher cannot be opened.
     """
-    train, total = recipe.train, 4 * sum(parameter.numel() for parameter in net.parameters())
+    recipe, train, prunable = parts.recipe, parts.recipe.train, parts.num_prunable
+    total = 4 * parts.num_parameters
     moments = 2 if recipe.optim.name != "sgd" else 1 if recipe.optim.momentum else 0
-    activations = activation_bytes(net, image_size, images)
+    activations = activation_bytes(parts.net, parts.image_size, images)
     average = total if train.ema_decay else 0
     device = {
         "weights, gradients and moments": total * (2 + moments),
-        "masks": prunable * (2 if isinstance(recipe.pruning.method, Rsst | Rst) else 1),
+        "masks": prunable * (2 if any(round.plan.target is not None for round in rounds) else 1),
+        "dense weights": 4 * prunable if any(round.plan.forward == "straight_through" for round in rounds) else 0,
         "moving average": average,
         "teacher": _teacher_bytes(train.distill.teacher, total),
         "activations": activations // 2 if train.precision == "bf16" else activations,
     }
-    rewind = total if recipe.pruning.rewind_epoch is not None and not recipe.pruning.method.one_round else 0
+    rewind = total if recipe.pruning.rewind_epoch is not None else 0
     best = total + average if train.keep_best else 0
     return Needs(device, best, total * (1 + moments) + prunable // 4 + rewind + average + best)
 

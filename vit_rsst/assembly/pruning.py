@@ -3,29 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from accelerate import Accelerator
 from torch import nn
 
-from vit_rsst.assembly.data import channels
-from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import evaluation_batches, placed
 from vit_rsst.errors import InputError
 from vit_rsst.models.complexity import flops as model_flops
 from vit_rsst.models.complexity import unit_costs
 from vit_rsst.pruning.allocation import Allocation
-from vit_rsst.pruning.calibration import collect
-from vit_rsst.pruning.controller import Calibrate
-from vit_rsst.pruning.criteria import CRITERIA, Statistics
+from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.methods.constant import Constant
-from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.selector import Floors, Selector
 from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe.schema import Recipe
-from vit_rsst.seeds import derived_seed
-
-CALIBRATION_BATCH = 128
 
 
 def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None, method: Method) -> MaskSet:
@@ -38,8 +27,8 @@ def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None, metho
     mask = MaskSet.full(weights)
     if found is None:
         return mask
-    if isinstance(method, Constant) and found.is_full:
-        raise InputError("model.start_from: it has no zeros for constant to keep; start from a sparse ticket.")
+    if method.keeps_start and found.is_full:
+        raise InputError("model.start_from: it has no zeros to keep; start from a sparse ticket.")
     freed = [name for name in found if name not in weights and not found[name].all()]
     if freed:
         raise InputError(
@@ -64,7 +53,7 @@ def check_start(method: Method, prunable: int, start: float, final: float) -> No
     Raises:
         InputError: no round would remove anything.
     """
-    if not isinstance(method, Dense | Constant) and round(start * prunable) <= round(final * prunable) < prunable:
+    if method.prunes and round(start * prunable) <= round(final * prunable) < prunable:
         raise InputError(
             f"model.start_from: its density is already {start:.4f} and the schedule ends at {final:.4f}, so no round "
             "would remove anything; raise pruning.schedule.final_sparsity, or fine-tune it with "
@@ -95,7 +84,7 @@ def build_selection(
     floors = Floors(pruning.min_neurons, pruning.max_layer_sparsity)
     criterion = CRITERIA[pruning.criterion]
     selector = Selector(criterion, pruning.granularity, groups, allocation, floors, costs)
-    if not isinstance(pruning.method, Dense | Constant):
+    if pruning.method.prunes:
         selector.check(weights)
     return selector, schedule.density
 
@@ -120,34 +109,3 @@ def spend(
             f"prunable take {1 - prunable / total:.3f}; set a larger budget, or prune more kinds of units."
         )
     return costs, final
-
-
-def make_calibrate(
-    recipe: Recipe,
-    net: nn.Module,
-    weights: dict[str, nn.Parameter],
-    groups: list[UnitGroup],
-    data: ImageData,
-    accelerator: Accelerator,
-) -> Calibrate | None:
-    """Collects statistics on calibration images from train, the same ones in every round; None: not needed."""
-    needs = CRITERIA[recipe.pruning.criterion].needs
-    if needs not in ("activations", "gradients") or isinstance(recipe.pruning.method, Dense | Constant):
-        return None
-    images = data.balanced("train", recipe.pruning.calibration_images, derived_seed(recipe.seed, "calibration"))
-    split = placed(images, accelerator.device)
-    mean, std = channels(recipe)
-
-    def calibrate() -> Statistics:
-        batches = evaluation_batches(
-            split,
-            CALIBRATION_BATCH,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.device,
-            mean,
-            std,
-        )
-        return collect(net, batches, weights, groups, needs == "gradients")
-
-    return calibrate

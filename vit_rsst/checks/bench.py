@@ -10,14 +10,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vit_rsst.assembly.data import build_loader, channels, data_options
+from vit_rsst.assembly.data import Rows, build_loader, channels, data_options
 from vit_rsst.assembly.model import build_model
 from vit_rsst.assembly.optim import build_optimizer
+from vit_rsst.assembly.parts import Parts, Sizes, parts_of
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import Batch, Dealing, Loader, steps_per_epoch
+from vit_rsst.data.loaders import Batch, Dealing, Loader
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.transforms import normalize
 from vit_rsst.progress import Progress
+from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.recipe.schema import Recipe
 from vit_rsst.seeds import derived_seed
 
@@ -51,6 +53,7 @@ class Bench:
 
     Attributes:
         make_net: builds the network of the recipe, seeded, on the device.
+        start_mask: of `model.start_from`, if set.
         draw: (split, number, seed) → class-balanced images and labels, normalised, without augmentation.
         loader: training batches of the recipe.
         step_seconds: of a training step on `batch`; estimated by `first_loss`, then measured.
@@ -63,6 +66,7 @@ class Bench:
     dealing: Dealing
     progress: Progress
     make_net: Callable[[], nn.Module]
+    start_mask: MaskSet | None
     draw: Callable[[str, int, int], Batch]
     loader: Loader
     step_seconds: float = 0.0
@@ -76,8 +80,10 @@ class Bench:
             RunError: whatever would stop a run of the recipe before its first step.
         """
         data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
-        dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, accelerator.num_processes)
-        steps = steps_per_epoch(data.count("train"), recipe.train.global_batch, recipe.train.steps_per_epoch)
+        sizes = Sizes.of(recipe, Rows.counted(data), accelerator.num_processes)
+        num_classes = sizes.rows.num_classes
+        net, start_mask = build_model(recipe, num_classes, is_real=False)
+        parts_of(recipe, net, start_mask, sizes.image_size)  # rejects what a run rejects
         mean, std = channels(recipe)
 
         def draw(split: str, number: int, seed: int) -> Batch:
@@ -88,12 +94,17 @@ class Bench:
             recipe=recipe,
             data=data,
             accelerator=accelerator,
-            dealing=dealing,
-            progress=Progress(steps, recipe.round_epochs),
-            make_net=lambda: build_model(recipe, data)[0].to(accelerator.device),
+            dealing=sizes.dealing,
+            progress=sizes.progress,
+            make_net=lambda: build_model(recipe, num_classes)[0].to(accelerator.device),
+            start_mask=start_mask,
             draw=draw,
-            loader=build_loader(recipe, data, dealing, accelerator),
+            loader=build_loader(recipe, data, sizes.dealing, accelerator),
         )
+
+    def parts(self, net: nn.Module) -> Parts:
+        """Of a network that `make_net` built."""
+        return parts_of(self.recipe, net, self.start_mask, self.data.options.size)
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,6 @@ import torch
 from vit_rsst import machine
 from vit_rsst.assembly.needs import needs
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict, timed
-from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
 from vit_rsst.text import duration, size
 from vit_rsst.training import optim
@@ -15,11 +14,9 @@ from vit_rsst.training import optim
 
 def memory(bench: Bench) -> Verdict:
     """Weights, gradients, moments, masks, moving average, teacher and activations fit in free memory."""
-    recipe, net = bench.recipe, bench.make_net()
     images = bench.dealing.batch_per_device
-    weights, _ = prunable_parts(net, recipe.pruning.granularity, recipe.pruning.include, recipe.pruning.protect)
-    prunable = sum(weight.numel() for weight in weights.values())
-    found = needs(recipe, net, prunable, bench.data.options.size, images)
+    parts = bench.parts(bench.make_net())
+    found = needs(parts, parts.preview(bench.progress), images)
     needed = sum(found.device.values()) + (found.best if bench.device.type == "cpu" else 0)
     free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else machine.available_memory()
     text = f"about {size(needed)} for {images} images per device, {size(free)} free"

@@ -6,16 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from vit_rsst.analysis.counts import block_of
-from vit_rsst.assembly.pruning import build_selection, make_calibrate
+from vit_rsst.assembly.calibration import make_calibrate
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict
 from vit_rsst.checks.learning import FEW
 from vit_rsst.data.loaders import Batch
 from vit_rsst.models import slim
-from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.criteria import Evidence
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.methods.constant import Constant
-from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.text import duration
 
 LEAST = 0.01
@@ -24,7 +21,7 @@ LEAST = 0.01
 
 def removal(bench: Bench) -> Verdict:
     """The final mask meets its density, leaves no layer empty, and the slim model gives the same logits."""
-    if isinstance(bench.recipe.pruning.method, Dense | Constant):
+    if not bench.recipe.pruning.method.prunes:
         return Verdict("removal", "skipped", f"{bench.recipe.pruning.method_name} removes nothing")
     seconds = bench.estimate(0.4, bench.recipe.pruning.calibration_images)
     if seconds > LIMIT:
@@ -46,13 +43,11 @@ def removal(bench: Bench) -> Verdict:
 
 def final_mask(bench: Bench, net: nn.Module) -> tuple[MaskSet, float]:
     """The mask selected at the final density of the recipe, and that density."""
-    pruning = bench.recipe.pruning
-    weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
-    selector, density = build_selection(bench.recipe, net, weights, groups, bench.data.options.size)
-    calibrate = make_calibrate(bench.recipe, net, weights, groups, bench.data, bench.accelerator)
+    parts = bench.parts(net)
+    calibrate = make_calibrate(parts, bench.data, bench.accelerator)
     statistics = calibrate() if calibrate is not None else None
-    evidence = Evidence(weights, MaskSet.full(weights), bench.recipe.seed, statistics)
-    return selector.units(evidence, density(1.0)), selector.mean_density(weights, density(1.0))
+    evidence = Evidence(parts.weights, parts.mask, bench.recipe.seed, statistics)
+    return parts.selector.units(evidence, parts.final_density), parts.mean_density(parts.final_density)
 
 
 @torch.no_grad()

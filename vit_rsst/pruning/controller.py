@@ -18,7 +18,7 @@ from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
 from vit_rsst.pruning.granularity import alive_units
 from vit_rsst.pruning.masks import MaskSet, factor
-from vit_rsst.pruning.plan import Density, Gradual, Method, Penalty, PruningView
+from vit_rsst.pruning.plan import Density, Method, Penalty, PruningView, changes_within_rounds
 from vit_rsst.pruning.selector import Selector
 from vit_rsst.training import optim
 from vit_rsst.training.ema import Ema
@@ -185,8 +185,7 @@ class Controller:
         done = progress.round_step + 1
         if self.condemned is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
             self._remove_(self.mask.minus(self.condemned))
-        refresh = getattr(self.method, "refresh", None)
-        if refresh is not None and (new := refresh(progress, self._view())) is not None:
+        if changes_within_rounds(self.method) and (new := self.method.refresh(progress, self._view())) is not None:
             self._set_mask_(new)
 
     @contextmanager
@@ -205,10 +204,10 @@ class Controller:
             return False
         if progress.round == 0 and progress.epoch < (self.rewind_epoch or 0):
             return False
-        if not hasattr(self.method, "refresh"):
+        if not changes_within_rounds(self.method):
             return True
-        window = getattr(self.method, "window", (0.0, 1.0))
-        return progress.round_step >= Gradual(window, 1).steps(progress.round_steps).stop
+        gradual = self.method.gradual
+        return gradual is not None and progress.round_step >= gradual.steps(progress.round_steps).stop
 
     def after_epoch(self, progress: Progress) -> None:
         """Takes the rewind point when its epoch of round 0 has ended."""

@@ -7,10 +7,10 @@ the options of a method can be checked before anything heavy is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from annotated_types import Gt, Lt
 
@@ -130,28 +130,6 @@ class PruningView:
     fill: Callable[[MaskSet, float], MaskSet] = field(repr=False)
 
 
-class Method(Protocol):
-    """One pruning method: a frozen dataclass of its options, in a file of its own under `@register_method`.
-
-    A method whose `one_round` is true trains a single round of all epochs together; `refresh` may then change the
-    mask within the round. The other methods prune between rounds. `default_criterion` and `default_rewind` hold where
-    the recipe names none.
-    """
-
-    one_round: ClassVar[bool]
-    default_criterion: ClassVar[str] = "magnitude"
-    default_rewind: ClassVar[str] = "lr"
-    __pydantic_config__: ClassVar[dict]
-
-    def plan(self, round: int, view: PruningView) -> RoundPlan:
-        """What round `round` starts with."""
-        ...
-
-    def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
-        """A new mask after the step at which `progress` stands, or None to leave it."""
-        ...
-
-
 @dataclass(frozen=True)
 class Gradual:
     """Sparsity that grows within a round: every `interval` steps of `window`, fractions of the round."""
@@ -160,27 +138,102 @@ class Gradual:
     interval: int
 
     def steps(self, round_steps: int) -> range:
-        """The steps of a round in which it grows; a window that holds none still removes, at once."""
+        """The steps of a round in which it grows; an empty window still removes, at once."""
         start, end = (at_fraction(x, round_steps) for x in self.window)
         return range(start, max(end, start + 1))
 
     def fraction_at(self, progress: Progress) -> float | None:
         """Fraction of the schedule to reach after the step at which `progress` stands; None: nothing is due."""
         steps = self.steps(progress.round_steps)
-        done = progress.round_step + 1 - steps.start  # counting the step under way
+        done = progress.round_step + 1 - steps.start  # counting the current step
         if not 0 < done <= len(steps) or (done % self.interval and done != len(steps)):
             return None
         return done / len(steps)
+
+
+Setting = Callable[[str], Any]
+"""Dotted name of a recipe field → its value."""
+
+
+class Method(Protocol):
+    """One pruning method: a frozen dataclass of its options, in a file of its own under `@register_method`.
+
+    Its plans say most of what others need to know: `preview` reads them for `--dry-run` and the memory estimate.
+    What a recipe is checked against is declared here, with defaults that a method overrides. Options named
+    `penalty`, `remove_at`, `window` and `interval` have the meaning given below and are checked for every method.
+
+    Attributes:
+        one_round: trains a single round of all epochs together; `refresh` may change the mask within it. The other
+            methods prune from round to round.
+        prunes: False: never removes anything, so that schedule, criterion and calibration are not used.
+        keeps_start: fine-tunes the sparse model of `model.start_from` for `train.epochs`.
+        default_criterion, default_rewind: used if the recipe names none.
+        extra_rounds: rounds after those of the schedule.
+        penalty: shrinks the condemned before they are removed; None: no penalty.
+        remove_at: fraction of the round at which its removal comes; None: depends on the plan.
+    """
+
+    one_round: ClassVar[bool]
+    prunes: ClassVar[bool] = True
+    keeps_start: ClassVar[bool] = False
+    default_criterion: ClassVar[str] = "magnitude"
+    default_rewind: ClassVar[str] = "lr"
+    extra_rounds: int = 0
+    penalty: Penalty | None = None
+    remove_at: float | None = None
+    __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "allow_inf_nan": False}
+
+    def plan(self, round: int, view: PruningView) -> RoundPlan:
+        """What round `round` starts with."""
+        ...
+
+    def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
+        """A new mask after the step at which `progress` stands, or None to keep the mask."""
+        return None
+
+    @property
+    def gradual(self) -> Gradual | None:
+        """When `refresh` changes the mask, from the options `window` and `interval`; None: not known."""
+        window = getattr(self, "window", None)
+        return None if window is None else Gradual(window, getattr(self, "interval", 1))
+
+    def rules(self, setting: Setting) -> Iterator[tuple[str, str]]:
+        """(field, message) for each recipe field that does not fit this method; `method` stands for its own options.
+
+        Args:
+            setting: looks up fields of the recipe, such as `pruning.rewind`.
+        """
+        yield from ()
+
+    @classmethod
+    def question(cls, setting: Setting) -> str:
+        """The question that a run answers, for its report; `setting` gives "?" for unknown fields."""
+        asked = setting("pruning.schedule.final_sparsity")
+        goal = f"{asked:.0%} of its prunable weights are removed" if isinstance(asked, float) else "it is pruned"
+        chosen = f"{setting('pruning.granularity')} granularity, {setting('pruning.criterion')} criterion"
+        model, data, method = (setting(name) for name in ("model.name", "data.source", "pruning.method.name"))
+        return f"How accurate is {model} on {data} when {goal} with {method} ({chosen})?"
+
+
+def changes_within_rounds(method: Method) -> bool:
+    """Whether the method has a `refresh` of its own."""
+    return type(method).refresh is not Method.refresh
 
 
 METHODS: Registry[type[Method]] = Registry("method")
 
 
 def register_method(name: str) -> Callable[[type], type]:
-    """Class decorator: makes the frozen dataclass a method that a recipe can name."""
+    """Class decorator: registers a frozen dataclass as a method that a recipe can name.
+
+    A class that does not inherit from `Method` gets the defaults that it does not define.
+    """
 
     def add(method: type) -> type:
-        method.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+        method.__pydantic_config__ = Method.__pydantic_config__
+        for attribute, default in vars(Method).items():
+            if not attribute.startswith("_") and attribute != "plan" and not hasattr(method, attribute):
+                setattr(method, attribute, default)
         return METHODS.register(name)(method)
 
     return add

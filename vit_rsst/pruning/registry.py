@@ -31,6 +31,10 @@ class Registry(Generic[T]):
             raise InputError(unknown(self.kind, name, self._parts))
         return self._parts[name]
 
+    def get(self, name: str, default: T) -> T:
+        """The part of that name, or the default."""
+        return self._parts.get(name, default)
+
     def __contains__(self, name: object) -> bool:
         return name in self._parts
 

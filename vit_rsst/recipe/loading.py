@@ -16,10 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.errors import InputError, unknown
 from vit_rsst.pruning.criteria import CRITERIA
-from vit_rsst.pruning.plan import METHODS, Method
+from vit_rsst.pruning.methods import METHODS
+from vit_rsst.pruning.plan import Method
 from vit_rsst.recipe import strict_yaml
 from vit_rsst.recipe.rules import broken_rules
-from vit_rsst.recipe.schema import Recipe
+from vit_rsst.recipe.schema import DEFAULT_METHOD, Recipe
 from vit_rsst.recipe.sentences import Problem, sentences
 
 SHORTHANDS = {("pruning", "method"): "name", ("pruning", "schedule"): "name", ("data", "augment"): "preset"}
@@ -218,7 +219,8 @@ def _names(tree: dict) -> Iterable[tuple[str, Any, str, Iterable[str]]]:
 def _take_method(tree: dict, problems: list[Problem]) -> Method | None:
     """Validates `pruning.method` on its own and removes it from the tree."""
     pruning = tree.get("pruning")
-    options = pruning.pop("method", {"name": "rsst"}) if isinstance(pruning, dict) else {"name": "rsst"}
+    default = {"name": DEFAULT_METHOD}
+    options = pruning.pop("method", default) if isinstance(pruning, dict) else default
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         problems.append(Problem("pruning.method", f"expected a method: {', '.join(METHODS)}"))
         return None

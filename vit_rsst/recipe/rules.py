@@ -7,15 +7,8 @@ from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.errors import unknown
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.criteria import CRITERIA
-from vit_rsst.pruning.methods.constant import Constant
-from vit_rsst.pruning.methods.dense import Dense
-from vit_rsst.pruning.methods.gmp import Gmp
-from vit_rsst.pruning.methods.imp import Imp
-from vit_rsst.pruning.methods.refill import Refill
-from vit_rsst.pruning.methods.rsst import Rsst
-from vit_rsst.pruning.methods.rst import Rst
-from vit_rsst.pruning.methods.ste import StraightThrough
 from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
+from vit_rsst.pruning.plan import Penalty
 from vit_rsst.recipe.schema import Recipe, StepDecay
 from vit_rsst.recipe.sentences import Problem
 
@@ -40,8 +33,8 @@ def _name(recipe: Recipe) -> Iterator[Problem]:
 def _schedule(recipe: Recipe) -> Iterator[Problem]:
     schedule = recipe.pruning.schedule
     place = "pruning.schedule"
-    if schedule.rounds == 0 and not isinstance(recipe.pruning.method, Dense):
-        yield Problem(f"{place}.rounds", f"0 only fits dense; {recipe.pruning.method_name} needs at least 1")
+    if schedule.rounds == 0 and recipe.pruning.method.prunes:
+        yield Problem(f"{place}.rounds", f"0 prunes nothing; {recipe.pruning.method_name} needs at least 1")
     if schedule.name == "explicit":
         if not schedule.sparsities:
             yield Problem(
@@ -130,26 +123,16 @@ def _targets(recipe: Recipe) -> Iterator[Problem]:
 
 def _granularity(recipe: Recipe) -> Iterator[Problem]:
     pruning = recipe.pruning
-    granularity, method = pruning.granularity, pruning.method
+    granularity = pruning.granularity
     if granularity not in ("element", *UNIT_KINDS) and pattern(granularity) is None:
         yield Problem("pruning.granularity", unknown("value", granularity, ["element", *UNIT_KINDS, "N:M"]))
         return
     has_units = granularity in UNIT_KINDS
-    if isinstance(method, Refill) and not has_units:
-        yield Problem(
-            "pruning.granularity",
-            f"refill restores whole units, and {granularity!r} has none; use head, neuron, head+neuron or channel",
-        )
-    elif pruning.criterion in CRITERIA and CRITERIA[pruning.criterion].elements is None and not has_units:
+    if pruning.criterion in CRITERIA and CRITERIA[pruning.criterion].elements is None and not has_units:
         yield Problem(
             "pruning.criterion",
             f"{pruning.criterion} scores units, and {granularity!r} has none; use magnitude, activation_l1, "
             "activation_l2 or saliency, or a granularity of head, neuron, head+neuron or channel",
-        )
-    if isinstance(method, StraightThrough) and pruning.criterion != "magnitude":
-        yield Problem(
-            "pruning.criterion",
-            f"ste is straight-through magnitude pruning and does not work with {pruning.criterion!r}; use magnitude",
         )
     needs = CRITERIA[pruning.criterion].needs if pruning.criterion in CRITERIA else "weights"
     if needs in ("activations", "gradients") and not pruning.calibration_images:
@@ -175,42 +158,54 @@ def _allocation(recipe: Recipe) -> Iterator[Problem]:
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
     pruning, method, place = recipe.pruning, recipe.pruning.method, "pruning.method"
-    if isinstance(method, Gmp | StraightThrough):
-        if pruning.schedule.name == "explicit":
-            yield Problem(
-                "pruning.schedule.name",
-                f"explicit lists one sparsity per round, and {pruning.method_name} has one round; use cubic or linear",
-            )
-        yield from _window(method.window, f"{place}.window")
-    if isinstance(method, Constant) and not recipe.model.start_from:
-        yield Problem(place, "constant keeps the zeros of an existing model; set model.start_from to a ticket or a run")
-    if isinstance(method, Rst) and pruning.rewind != "init":
+    yield from (Problem(*rule) for rule in method.rules(recipe.setting))
+    if method.one_round and method.prunes and pruning.schedule.name == "explicit":
         yield Problem(
-            "pruning.rewind", f"rst starts every round from the initial weights, not from {pruning.rewind!r}; omit it"
+            "pruning.schedule.name",
+            f"explicit lists one sparsity per round, and {pruning.method_name} has one round; use cubic or linear",
         )
-    if isinstance(method, Refill) and method.feedback == "post" and pruning.rewind == "none":
+    if method.gradual is not None:
+        yield from _window(method.gradual.window, f"{place}.window")
+    if isinstance(method.penalty, Penalty):
+        yield from _penalty(recipe, method.penalty)
+    if recipe.train.recovery_epochs and not method.one_round and method.remove_at == 0:
         yield Problem(
-            "pruning.rewind", "with none, the refilled units train at the final learning rate; use init or lr"
+            "train.recovery_epochs",
+            f"has no effect with {pruning.method_name}, which removes before it trains; omit it",
         )
-    if not isinstance(method, Rsst | Rst):
-        return
-    penalty = method.penalty
-    yield from _window(penalty.window, f"{place}.penalty.window")
-    if penalty.window[1] > method.remove_at > 0:
+    elif (
+        recipe.train.recovery_epochs and not method.one_round and method.remove_at is not None and method.remove_at < 1
+    ):
         yield Problem(
-            f"{place}.remove_at",
-            f"{method.remove_at} is before the end of the penalty window {list(penalty.window)}; set it to "
+            "train.recovery_epochs",
+            f"only follow a removal at the end of a round, but remove_at is {method.remove_at}; set it to 1, or omit "
+            "recovery_epochs",
+        )
+    elif recipe.train.recovery_epochs and method.keeps_start:
+        yield Problem(
+            "train.recovery_epochs", f"has no effect with {pruning.method_name}, which removes nothing; omit it"
+        )
+
+
+def _penalty(recipe: Recipe, penalty: Penalty) -> Iterator[Problem]:
+    """Rules for the option `penalty` of any method."""
+    place, remove_at = "pruning.method.penalty", recipe.pruning.method.remove_at
+    yield from _window(penalty.window, f"{place}.window")
+    if remove_at is not None and penalty.window[1] > remove_at > 0:
+        yield Problem(
+            "pruning.method.remove_at",
+            f"{remove_at} is before the end of the penalty window {list(penalty.window)}; set it to "
             f"{penalty.window[1]} or later",
         )
     if penalty.coupling == "gradient" and recipe.optim.name != "sgd":
         yield Problem(
-            f"{place}.penalty.coupling",
+            f"{place}.coupling",
             f"gradient has no effect with {recipe.optim.name}, which rescales λ·w by its own size; use decoupled, "
             "or optim.name=sgd",
         )
     if penalty.coupling == "gradient" and recipe.optim.layer_decay < 1.0:
         yield Problem(
-            f"{place}.penalty.coupling",
+            f"{place}.coupling",
             "gradient shrinks weights in proportion to the learning rate, which optim.layer_decay varies by layer; use "
             "decoupled",
         )
@@ -219,12 +214,6 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
             "optim.weight_decay",
             "with adam, weight decay is part of the gradient and would move the condemned regardless of the penalty; "
             "use optim.name=adamw, or optim.weight_decay=0",
-        )
-    if recipe.train.recovery_epochs and method.remove_at < 1:
-        yield Problem(
-            "train.recovery_epochs",
-            f"only follow a removal at the end of a round, but remove_at is {method.remove_at}; set it to 1, or omit "
-            "recovery_epochs",
         )
 
 
@@ -381,11 +370,6 @@ def _epochs(recipe: Recipe) -> Iterator[Problem]:
         )
     if rewind_epoch and recipe.model.start_from:
         yield Problem("pruning.rewind", "round 0 is not trained with model.start_from; use lr, init or none")
-    if recipe.train.recovery_epochs and isinstance(recipe.pruning.method, Imp | Refill | Constant):
-        yield Problem(
-            "train.recovery_epochs",
-            f"has no effect with {recipe.pruning.method_name}, which removes before it trains; omit it",
-        )
 
 
 def idle_fields(recipe: Recipe) -> Iterator[Problem]:
@@ -439,8 +423,8 @@ def _meanings(recipe: Recipe) -> Iterator[tuple[str, object, tuple[str, ...], bo
         distill.teacher is not None,
         "without train.distill.teacher; set it, or",
     )
-    penalty = getattr(recipe.pruning.method, "penalty", None)
-    if penalty is not None:
+    penalty = recipe.pruning.method.penalty
+    if isinstance(penalty, Penalty):
         is_of_ramp = penalty.ramp == "exp_custom_exponents"
         yield (
             "pruning.method.penalty",

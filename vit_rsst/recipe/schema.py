@@ -15,10 +15,8 @@ from pydantic import Field
 
 from vit_rsst.data.catalog import CATALOG
 from vit_rsst.data.options import MAX_PIXELS, Imbalance
-from vit_rsst.pruning.methods.constant import Constant
-from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.pruning.methods import METHODS
 from vit_rsst.pruning.patterns import pattern
-from vit_rsst.pruning.plan import METHODS
 from vit_rsst.training.schedules import SPARSITY_CURVES
 
 
@@ -246,7 +244,7 @@ class Schedule:
     """Sparsity over the rounds: a curve up to a final sparsity, a rate per round, an explicit list, or a budget.
 
     Attributes:
-        rounds: pruning rounds, each followed by training, after the dense round 0; only dense accepts 0.
+        rounds: pruning rounds, each followed by training, after the dense round 0; 0 only if nothing is pruned.
         final_sparsity: of the prunable weights after the last round; or per kind, `{head: 0.5, neuron: 0.7}`.
         rate: share of the remaining weights removed per round; geometric only; or per kind.
         sparsities: of each round, increasing; `explicit` only.
@@ -288,6 +286,10 @@ def _each(value: float | Mapping[str, float], function: Callable[[float], float]
     return {k: function(v) for k, v in value.items()} if isinstance(value, Mapping) else function(value)
 
 
+DEFAULT_METHOD = "rsst"
+"""The one method that is named outside of its file: what a recipe without `pruning.method` trains by."""
+
+
 @section
 class Pruning:
     """What is pruned, how far, and by which method.
@@ -304,7 +306,7 @@ class Pruning:
         rewind: weights and learning rate that a round starts from; default: that of the method.
     """
 
-    method: Any = field(default_factory=Rsst)
+    method: Any = field(default_factory=lambda: METHODS[DEFAULT_METHOD]())
     criterion: str | None = None
     granularity: str = "element"
     scope: Literal["global", "layer", "isomorphic", "erk"] | None = None
@@ -320,15 +322,17 @@ class Pruning:
 
     def __post_init__(self) -> None:
         """Fills in the defaults of method and granularity, so that the saved recipe is complete."""
+        schedule = self.schedule
+        if not self.method.prunes and schedule == Schedule():  # rounds count as a control's budget only if named
+            schedule = replace(schedule, rounds=0)
         windows = pattern(self.granularity)
         scope = "isomorphic" if self.granularity == "head+neuron" else None if windows else "global"
         derived = {
-            "criterion": self.criterion or getattr(type(self.method), "default_criterion", "magnitude"),
-            "rewind": self.rewind or getattr(type(self.method), "default_rewind", "lr"),
+            "criterion": self.criterion or self.method.default_criterion,
+            "rewind": self.rewind or self.method.default_rewind,
             "scope": self.scope or scope,
+            "schedule": _window_schedule(schedule, *windows) if windows else schedule,
         }
-        if windows:
-            derived["schedule"] = _window_schedule(self.schedule, *windows)
         for key, value in derived.items():
             object.__setattr__(self, key, value)
 
@@ -339,6 +343,8 @@ class Pruning:
     @property
     def rewind_epoch(self) -> int | None:
         """Epoch of round 0 whose weights are the rewind point; None: no rewind point."""
+        if self.method.one_round:
+            return None
         if self.rewind == "init":
             return 0
         return int(self.rewind.split(":")[1]) if self.rewind.startswith("epoch:") else None
@@ -390,14 +396,22 @@ class Recipe:
     @property
     def round_epochs(self) -> tuple[int, ...]:
         """Epochs of each round; a single-round method gets the sum, so that budgets are equal."""
-        if isinstance(self.pruning.method, Constant):
+        method, rounds = self.pruning.method, self.pruning.schedule.num_rounds
+        if method.keeps_start:
             return (self.train.epochs,)
         later = self.train.round_epochs or self.train.epochs
-        epochs = [0 if self.model.start_from else self.train.epochs]
-        epochs += [later] * (self.pruning.schedule.num_rounds + getattr(self.pruning.method, "extra_rounds", 0))
+        epochs = [0 if self.model.start_from and rounds else self.train.epochs]
+        epochs += [later] * (rounds + method.extra_rounds)
         if self.train.recovery_epochs:
             epochs.append(self.train.recovery_epochs)
-        return (sum(epochs),) if self.pruning.method.one_round else tuple(epochs)
+        return (sum(epochs),) if method.one_round else tuple(epochs)
+
+    def setting(self, path: str) -> Any:
+        """A field of the tree by its dotted name, such as `pruning.rewind`."""
+        node: Any = self.tree()
+        for key in path.split("."):
+            node = node[key]
+        return node
 
     def tree(self) -> dict:
         """The complete recipe as plain data, as saved in `recipe.yaml` and hashed."""

@@ -94,11 +94,6 @@ class History:
     def warnings(self) -> list[dict]:
         return self._of("warning")
 
-    @property
-    def is_one_round(self) -> bool:
-        """Whether the method has a single round, so there are no rounds to compare."""
-        return at(self.recipe, "pruning.method.name") in ("dense", "gmp", "ste", "constant")
-
     @cached_property
     def scores(self) -> dict:
         """Test outcomes: `classes`, `confusion`, `ticket`, `density`; empty if there are none."""

@@ -11,6 +11,8 @@ from vit_rsst.analysis.measure import latency
 from vit_rsst.analysis.subject import Subject, open_subject
 from vit_rsst.analysis.tables import spread
 from vit_rsst.errors import RunError
+from vit_rsst.pruning.methods import METHODS
+from vit_rsst.pruning.plan import Method
 from vit_rsst.recipe import strict_yaml
 from vit_rsst.report import canvas, curves
 from vit_rsst.report.diagnosis import PREFIX, diagnose
@@ -90,19 +92,13 @@ def lead(history: History) -> str:
 
 
 def question(history: History) -> str:
-    r = history.recipe
-    model, data, method = (at(r, name) for name in ("model.name", "data.source", "pruning.method.name"))
-    if method == "dense":
-        return f"How accurate does {model} get on {data} without pruning?"
-    if method == "constant":
-        return (
-            f"How accurate does the ticket {at(r, 'model.start_from')} get on {data} with further training at its "
-            "sparsity?"
-        )
-    asked = at(r, "pruning.schedule.final_sparsity", None)
-    goal = f"{asked:.0%} of its prunable weights are removed" if isinstance(asked, float) else "it is pruned"
-    chosen = f"{at(r, 'pruning.granularity')} granularity, {at(r, 'pruning.criterion')} criterion"
-    return f"How accurate is {model} on {data} when {goal} with {method} ({chosen})?"
+    """In the words of the method: as the run recorded them, for the method may come from a plugin."""
+    recorded = at(history.environment, "question", None)
+    if isinstance(recorded, str):
+        return recorded
+    name = str(at(history.recipe, "pruning.method.name"))
+    method = METHODS.get(name, Method)
+    return method.question(lambda path: at(history.recipe, path))
 
 
 def round_blocks(history: History) -> Iterator[object]:

@@ -1,5 +1,11 @@
 """The pruning methods, one file each. Importing this package registers them; `plugins:` adds your own."""
 
-from vit_rsst.pruning.methods import constant, dense, gmp, imp, refill, rsst, rst, ste
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["constant", "dense", "gmp", "imp", "refill", "rsst", "rst", "ste"]
+from vit_rsst.pruning.plan import METHODS
+
+__all__ = ["METHODS"]
+
+for _module in sorted(module.name for module in iter_modules(__path__)):
+    import_module(f"{__name__}.{_module}")

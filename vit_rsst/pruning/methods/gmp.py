@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge
 
-from vit_rsst.pruning.plan import Gradual, PruningView, RoundPlan, register_method
+from vit_rsst.pruning.plan import Method, PruningView, RoundPlan, register_method
 
 if TYPE_CHECKING:
     from vit_rsst.progress import Progress
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @register_method("gmp")
 @dataclass(frozen=True)
-class Gmp:
+class Gmp(Method):
     """Increases the sparsity along the schedule every `interval` steps, over all epochs.
 
     Attributes:
@@ -33,5 +33,5 @@ class Gmp:
         return RoundPlan(mask=view.mask)
 
     def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
-        fraction = Gradual(self.window, self.interval).fraction_at(progress)
+        fraction = self.gradual.fraction_at(progress)
         return None if fraction is None else view.units(view.density(fraction))

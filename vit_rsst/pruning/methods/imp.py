@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vit_rsst.pruning.plan import PruningView, RoundPlan, register_method
+from vit_rsst.pruning.plan import Method, PruningView, RoundPlan, register_method
 
 
 @register_method("imp")
 @dataclass(frozen=True)
-class Imp:
+class Imp(Method):
     """Removes the lowest-scoring weights at once at the start of a round, then rewinds as the recipe says."""
 
     one_round: ClassVar[bool] = False
+    remove_at: ClassVar[float] = 0.0
 
     def plan(self, round: int, view: PruningView) -> RoundPlan:
         if round == 0:

@@ -4,17 +4,19 @@ The elements that imp would keep form a budget: each group keeps as many of its 
 their removed elements restored.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
-from vit_rsst.pruning.plan import PruningView, RoundPlan, register_method
+from vit_rsst.pruning.patterns import UNIT_KINDS
+from vit_rsst.pruning.plan import Method, PruningView, RoundPlan, Setting, register_method
 
 
 @register_method("refill")
 @dataclass(frozen=True)
-class Refill:
+class Refill(Method):
     """Requires a granularity of units.
 
     Attributes:
@@ -25,6 +27,7 @@ class Refill:
 
     one_round: ClassVar[bool] = False
     default_criterion: ClassVar[str] = "survivors"
+    remove_at: ClassVar[float] = 0.0
 
     refill_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0
     feedback: Literal["loop", "post"] = "loop"
@@ -33,6 +36,16 @@ class Refill:
     def extra_rounds(self) -> int:
         """Rounds in addition to those of the schedule."""
         return 1 if self.feedback == "post" else 0
+
+    def rules(self, setting: Setting) -> Iterator[tuple[str, str]]:
+        granularity = setting("pruning.granularity")
+        if granularity not in UNIT_KINDS:
+            yield (
+                "pruning.granularity",
+                (f"refill restores whole units; {granularity!r} has none; use head, neuron, head+neuron or channel"),
+            )
+        if self.feedback == "post" and setting("pruning.rewind") == "none":
+            yield "pruning.rewind", ("with none, the refilled units train at the final learning rate; use init or lr")
 
     def plan(self, round: int, view: PruningView) -> RoundPlan:
         if round == 0:

@@ -9,12 +9,12 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Le
 
-from vit_rsst.pruning.plan import Penalty, PruningView, RoundPlan, register_method
+from vit_rsst.pruning.plan import Method, Penalty, PruningView, RoundPlan, register_method
 
 
 @register_method("rsst")
 @dataclass(frozen=True)
-class Rsst:
+class Rsst(Method):
     """Condemns at the start of a round, removes at fraction `remove_at` of it.
 
     Attributes:

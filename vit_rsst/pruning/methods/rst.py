@@ -4,18 +4,19 @@ Condemns a random set of the initial weights; a growing penalty moves its inform
 removed and the sparse network trains. With several rounds the set grows, drawn at random from the weights left.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Le
 
 from vit_rsst.pruning.methods.rsst import Rsst
-from vit_rsst.pruning.plan import Penalty, PruningView, RoundPlan, register_method
+from vit_rsst.pruning.plan import Method, Penalty, PruningView, RoundPlan, Setting, register_method
 
 
 @register_method("rst")
 @dataclass(frozen=True)
-class Rst:
+class Rst(Method):
     """rsst from the initial weights, with random selection.
 
     Attributes:
@@ -32,3 +33,7 @@ class Rst:
 
     def plan(self, round: int, view: PruningView) -> RoundPlan:
         return Rsst(self.penalty, self.remove_at).plan(round, view)
+
+    def rules(self, setting: Setting) -> Iterator[tuple[str, str]]:
+        if (rewind := setting("pruning.rewind")) != "init":
+            yield "pruning.rewind", f"rst starts every round from the initial weights, not from {rewind!r}; omit it"

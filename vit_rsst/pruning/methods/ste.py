@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge
 
-from vit_rsst.pruning.plan import Gradual, PruningView, RoundPlan, register_method
+from vit_rsst.pruning.plan import Method, PruningView, RoundPlan, Setting, register_method
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vit_rsst.progress import Progress
     from vit_rsst.pruning.masks import MaskSet
 
 
 @register_method("ste")
 @dataclass(frozen=True)
-class StraightThrough:
+class StraightThrough(Method):
     """Selects again among all weights every `interval` steps, sparser along the schedule.
 
     Attributes:
@@ -37,5 +39,12 @@ class StraightThrough:
         return RoundPlan(mask=view.mask, forward="straight_through")
 
     def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
-        fraction = Gradual(self.window, self.interval).fraction_at(progress)
+        fraction = self.gradual.fraction_at(progress)
         return None if fraction is None else view.anew(view.density(fraction))
+
+    def rules(self, setting: Setting) -> Iterator[tuple[str, str]]:
+        if (criterion := setting("pruning.criterion")) != "magnitude":
+            yield (
+                "pruning.criterion",
+                (f"ste is straight-through magnitude pruning and does not work with {criterion!r}; use magnitude"),
+            )

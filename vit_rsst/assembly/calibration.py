@@ -1,0 +1,39 @@
+"""Calibration: statistics of activations or gradients, for the criteria that need them."""
+
+from accelerate import Accelerator
+
+from vit_rsst.assembly.data import channels
+from vit_rsst.assembly.parts import Parts
+from vit_rsst.data.images import ImageData
+from vit_rsst.data.loaders import evaluation_batches, placed
+from vit_rsst.pruning.calibration import collect
+from vit_rsst.pruning.controller import Calibrate
+from vit_rsst.pruning.criteria import CRITERIA, Statistics
+from vit_rsst.seeds import derived_seed
+
+CALIBRATION_BATCH = 128
+
+
+def make_calibrate(parts: Parts, data: ImageData, accelerator: Accelerator) -> Calibrate | None:
+    """Collects statistics on calibration images from train, the same ones in every round; None: not needed."""
+    recipe = parts.recipe
+    needs = CRITERIA[recipe.pruning.criterion].needs
+    if needs not in ("activations", "gradients") or not recipe.pruning.method.prunes:
+        return None
+    images = data.balanced("train", recipe.pruning.calibration_images, derived_seed(recipe.seed, "calibration"))
+    split = placed(images, accelerator.device)
+    mean, std = channels(recipe)
+
+    def calibrate() -> Statistics:
+        batches = evaluation_batches(
+            split,
+            CALIBRATION_BATCH,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+            mean,
+            std,
+        )
+        return collect(parts.net, batches, parts.weights, parts.groups, needs == "gradients")
+
+    return calibrate

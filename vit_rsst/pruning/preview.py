@@ -1,0 +1,98 @@
+"""A preview: what a method plans for every round, asked of the method itself on stand-in masks.
+
+The controller carries out these plans; `--dry-run` and the memory estimate read them here, so that they cannot differ.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from vit_rsst.progress import Progress, at_fraction
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.plan import Density, Method, Penalty, PruningView, RoundPlan, changes_within_rounds
+
+ELEMENTS = 1000
+"""Elements of the stand-in mask of each weight."""
+
+
+@dataclass(frozen=True)
+class RoundPreview:
+    """One round as the method plans it.
+
+    Attributes:
+        density: target at the end of the round.
+        refreshes: steps of the round after which `refresh` gives a new mask.
+    """
+
+    plan: RoundPlan
+    density: float
+    round_steps: int
+    refreshes: Sequence[int]
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """The penalty on the weights to be removed; None if nothing is condemned."""
+        return self.plan.penalty if self.plan.target is not None else None
+
+    def removal(self) -> str:
+        """When the weights of the round are removed."""
+        if self.refreshes:
+            first, last = self.refreshes[0] + 1, self.refreshes[-1] + 1
+            gaps = {after - before for before, after in pairwise(self.refreshes[:-1])}  # the last may be shorter
+            often = f"every {gaps.pop()} steps" if len(gaps) == 1 else f"{len(self.refreshes)} times"
+            return f"{often}, steps {first:,}–{last:,}"
+        if self.plan.target is not None:
+            return f"after step {max(at_fraction(self.plan.remove_at, self.round_steps), 1):,}"
+        return "before the first step"
+
+
+def preview(
+    method: Method,
+    progress: Progress,
+    rounds: int,
+    density: Callable[[float], Density],
+    mean: Callable[[Density], float],
+    weights: Iterable[str],
+) -> list[RoundPreview]:
+    """The plan of every round.
+
+    Args:
+        progress: its rounds and steps; not changed.
+        rounds: sparse rounds of the schedule.
+        density: fraction of the schedule → density.
+        mean: one number for a density by kind of unit.
+        weights: names of the prunable weights.
+    """
+    mask, asked, found = MaskSet.full({name: torch.ones(ELEMENTS) for name in weights}), 1.0, []
+
+    def chosen(density: Density, among: MaskSet) -> MaskSet:
+        nonlocal asked
+        asked = mean(density)
+        best = torch.arange(ELEMENTS) < round(asked * ELEMENTS)
+        return MaskSet({name: best & among[name] for name in among})
+
+    def view() -> PruningView:
+        return PruningView(
+            mask=mask,
+            rounds=rounds,
+            density=density,
+            units=lambda density: chosen(density, mask),
+            elements=lambda density: chosen(density, mask),
+            anew=lambda density: chosen(density, MaskSet.full(mask.masks)),
+            fill=lambda elements, ratio: elements,
+        )
+
+    for number, epochs in enumerate(progress.round_epochs):
+        place = replace(progress, round=number, epoch=0, step=0)
+        plan, refreshes = method.plan(number, view()), []
+        mask = plan.mask if plan.target is None else plan.target
+        steps = epochs * progress.steps_per_epoch
+        for step in range(steps if changes_within_rounds(method) else 0):
+            if (new := method.refresh(place, view())) is not None:
+                mask = new
+                refreshes.append(step)
+            place.advance()
+        found.append(RoundPreview(plan, asked, steps, refreshes))
+    return found
