@@ -496,7 +496,7 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_row(folder, content):
     images[2] = content if content is None else {"bytes": content, "path": None}
     rewrite(path, "img", images)
     text = refusal(options(folder))
-    assert "the image in test row 2 cannot be decoded" in text
+    assert "test row 2 cannot be decoded" in text
 
 
 # -- loaders: from rows to the micro-batches of each rank

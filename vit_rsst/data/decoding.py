@@ -1,31 +1,80 @@
-"""From the bytes of an image file to pixels: any mode, upright, within a size limit read from the header."""
+"""From the bytes of an image file to pixels: any mode, upright, within a size limit read from the header.
+
+Whatever is wrong with an image becomes one sentence that names it (`Corrupt`). Broken EXIF is no damage: the pixels are
+read, unrotated. Greys of more than 8 bits are divided by the smallest of 1 (floats), 255, 4,095, 65,535 and 2³² − 1
+that holds the largest value of the image, so that 8-bit values in a 16-bit file stay what they are and a 16-bit
+photograph is scaled as torchvision scales it.
+"""
 
 import io
 import math
 import random
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vit_rsst.data.options import MAX_PIXELS
 from vit_rsst.errors import InputError, first_line
 
-# The limit is ours, read from the header before anything is decoded; Pillow would only warn at its own.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of an image that is read anyway, Pillow's remarks on its metadata and size tell nobody which image it is.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Encoded = dict | np.ndarray | None
 """An image as `datasets` gives it undecoded, `{"bytes": …, "path": …}`, or pixels (3, height, width)."""
 
 
 MODES = ("center", "squash")
-"""Of cutting the middle out: with the image's proportions, or of a square that the whole image has become."""
+"""How the middle is cut out: with the image's proportions, or from the whole image squeezed into a square."""
+
+FULL_SCALES = (255, 4_095, 65_535, 2**32 - 1)
+"""Largest greys of 8, 12, 16 and 32 bits."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation → what turns the image upright."""
+
+THIN = 8
+"""An image longer than so many times its shorter side loses its ends before it is enlarged."""
+
+NOT_IMAGES = {
+    b"version https://git-lfs": "it is a Git LFS pointer; run `git lfs pull`",
+    b"<!doctype html": "it is an HTML page",
+    b"<html": "it is an HTML page",
+}
+"""How a file begins that a download left in place of the image → what to say."""
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's formats that it can decode here; not what starts another program or is only recognised."""
+    Image.init()
+    decodable = (
+        name for name, (factory, _) in Image.OPEN.items()
+        if not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
+    )  # fmt: skip
+    return tuple(name for name in decodable if name not in ("EPS", "MPEG"))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of image files, in lower case with their dot."""
+    known = formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
 class Corrupt(InputError):
@@ -219,23 +268,56 @@ def decode(
         Corrupt: no image, truncated, or too large.
     """
 
-    def cut(picture: Image.Image) -> np.ndarray:
-        if window is None:
-            return _middle(picture, size, interpolation, crop_pct, crop_mode)
-        return _random_part(picture, size, interpolation, window)
-
     if isinstance(image, np.ndarray):
-        return cut(Image.fromarray(image.transpose(1, 2, 0)))
+        return _cut(Image.fromarray(image.transpose(1, 2, 0)), size, window, interpolation, crop_pct, crop_mode)
     try:
-        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+        # Images within images (icons, frames) are held to Pillow's limit, which is twice this one; so is what we cut.
+        Image.MAX_IMAGE_PIXELS = max(max_pixels, MAX_PIXELS)
+        with Image.open(_file(image), formats=formats()) as opened:
             if opened.width * opened.height > max_pixels:
-                raise Corrupt(
-                    f"data: the image in {place} cannot be decoded: it has {opened.width:,} × {opened.height:,} px, "
-                    f"more than data.max_pixels={max_pixels:,}; raise that if the image is meant."
-                )
-            return cut(opened)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, TypeError, ValueError, SyntaxError) as error:
-        raise Corrupt(f"data: the image in {place} cannot be decoded ({first_line(error)}).") from error
+                raise _TooLarge(f"{opened.width:,} × {opened.height:,} px")
+            return _cut(opened, size, window, interpolation, crop_pct, crop_mode)
+    except (_TooLarge, Image.DecompressionBombError) as error:
+        found = re.search(r"\d+ pixels", str(error))  # Pillow's own sentence says its own limit
+        raise Corrupt(
+            f"data: {place} cannot be decoded: {found[0] if found else error} are more than "
+            f"data.max_pixels={max_pixels:,}; raise that if the image is meant to be so large."
+        ) from error
+    except Exception as error:  # Pillow's plugins raise anything at all on damaged bytes
+        raise Corrupt(f"data: {place} cannot be decoded ({_reason(image, error)}).") from error
+
+
+class _TooLarge(Exception):
+    """An image of more pixels than are allowed."""
+
+
+def _file(image: dict | None) -> io.BytesIO | str:
+    if image is None or (image.get("bytes") is None and image.get("path") is None):
+        raise ValueError("the image is missing")
+    return io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
+
+
+def _reason(image: dict | None, error: Exception) -> str:
+    if not isinstance(error, UnidentifiedImageError):
+        return first_line(error)
+    if (head := image.get("bytes")) is None:
+        with open(image["path"], "rb") as file:
+            head = file.read(64)
+    if not head:
+        return "it is empty"
+    start = bytes(head[:64]).lower().lstrip()
+    return next(
+        (what for begin, what in NOT_IMAGES.items() if start.startswith(begin)), "not an image that Pillow reads"
+    )
+
+
+def _cut(
+    picture: Image.Image, size: int, window: Window | None, interpolation: str, crop_pct: float, crop_mode: str
+) -> np.ndarray:
+    """The random part, or the middle, as uint8 (3, size, size)."""
+    if window is None:
+        return _middle(picture, size, interpolation, crop_pct, crop_mode)
+    return _random_part(picture, size, interpolation, window)
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
@@ -255,6 +337,8 @@ def _middle(opened: Image.Image, size: int, interpolation: str, crop_pct: float,
     if picture.size == (size, size) == (shorter, shorter):
         return _pixels(picture)
     squashed = crop_mode == "squash"
+    if not squashed:
+        picture = _without_ends(picture)
     width, height = (shorter if squashed else shorter * side // min(picture.size) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = picture.resize((width, height), Image.Resampling[interpolation.upper()])
@@ -264,6 +348,7 @@ def _middle(opened: Image.Image, size: int, interpolation: str, crop_pct: float,
 def _random_part(opened: Image.Image, size: int, interpolation: str, window: Window) -> np.ndarray:
     from torchvision.transforms import RandomResizedCrop
 
+    file, opened = opened, _eight_bits(opened)  # by the largest value of the whole image, not of the part
     full = opened.size
     top, left, height, width = RandomResizedCrop.get_params(opened, window.scale, window.ratio)
     reduction = min(width, height) // size
@@ -271,22 +356,52 @@ def _random_part(opened: Image.Image, size: int, interpolation: str, window: Win
         opened.draft("RGB", (full[0] // reduction, full[1] // reduction))
     x, y = opened.width / full[0], opened.height / full[1]
     box = (round(left * x), round(top * y), round((left + width) * x), round((top + height) * y))
-    part = _pixels(_upright(opened, _rgb(opened.crop(box))))
+    part = _pixels(_upright(file, _rgb(opened.crop(box))))
     # As Pillow resizes, in a third of the time.
     part = torch.from_numpy(part)[None]
     return F.interpolate(part, size=(size, size), mode=interpolation, antialias=True)[0].numpy()
 
 
+def _without_ends(picture: Image.Image) -> Image.Image:
+    """The middle of a very thin image: what the crop keeps and more, so that its length costs no memory."""
+    most = THIN * min(picture.size)
+    kept = [side if side <= most else most + (side - most) % 2 for side in picture.size]  # the middle stays the middle
+    if kept == list(picture.size):
+        return picture
+    left, top = ((side - part) // 2 for side, part in zip(picture.size, kept, strict=True))
+    return picture.crop((left, top, left + kept[0], top + kept[1]))
+
+
 def _rgb(opened: Image.Image) -> Image.Image:
-    # 16 bits a pixel: Pillow would clip them at 255
-    grey = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if opened.mode[0] == "I" else opened
-    return grey.convert("RGB")
+    return _eight_bits(opened).convert("RGB")
+
+
+def _eight_bits(opened: Image.Image) -> Image.Image:
+    """Greys of 16 or 32 bits, or floats, in 8 bits (Pillow would clip them at 255); any other image as it is.
+
+    Raises:
+        ValueError: negative values or none that are finite: their scale is anyone's guess.
+    """
+    if opened.mode[0] not in "IF":
+        return opened
+    greys = np.asarray(opened)
+    lowest, highest = greys.min(), greys.max()
+    if not (np.isfinite(lowest) and np.isfinite(highest) and lowest >= 0 and highest <= FULL_SCALES[-1]):
+        raise ValueError(f"its greys lie between {lowest} and {highest}; write them as 8 or 16 bits")
+    scales = (1, *FULL_SCALES) if greys.dtype.kind == "f" else FULL_SCALES
+    full = next(scale for scale in scales if highest <= scale)
+    if full == 65_535:
+        greys = greys.astype(np.uint16) >> 8
+    elif full != 255:
+        greys = np.rint(greys * (255.0 / full))
+    return Image.fromarray(greys.astype(np.uint8))
 
 
 def _upright(opened: Image.Image, picture: Image.Image) -> Image.Image:
     """Turned as the camera marked the file, which is also how `datasets` decodes it."""
-    orientation = opened.getexif().get(0x0112, 1)
-    if orientation == 1:
+    try:
+        orientation = opened.getexif().get(0x0112, 1)
+    except Exception:  # whatever is wrong with the metadata, the pixels are sound
         return picture
-    picture.getexif()[0x0112] = orientation
-    return ImageOps.exif_transpose(picture)
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return picture if turn is None else picture.transpose(turn)
