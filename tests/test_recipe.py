@@ -466,6 +466,10 @@ RULES = {
         ["pruning.method=imp", "train.recovery_epochs=2"], "train.recovery_epochs", "removes before it trains"),
     "a folder without a path": (["data.source=folder"], "data.path", "needs the path"),
     "a path for the digits": (["data.path=somewhere"], "data.path", "has no effect with the built-in digits"),
+    "splits of the Hub": (
+        ["data.source=cifar10", "data.splits={train: x}"], "data.splits", "names files of a local folder"),
+    "splits without train": (
+        ["data.source=cifar10", "data.path=x", "data.splits={val: x}"], "data.splits", "add train: GLOB"),
     "a revision of the digits": (["data.revision=main"], "data.revision", "the data are local; omit it"),
     "a revision of a folder": (
         ["data.source=cifar10", "data.path=x", "data.revision=main"], "data.revision", "the data are local; omit it"),

@@ -378,7 +378,7 @@ def test_an_image_of_too_many_pixels_is_refused_from_its_header_alone(monkeypatc
     Image.new("1", (10_000, 10_000)).save(bomb, "PNG")
     assert len(bomb.getvalue()) < 20_000
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(Corrupt, match=r"10,000 × 10,000 px, more than data.max_pixels=89,478,485"):
+    with pytest.raises(Corrupt, match=r"10,000 × 10,000 px are more than data.max_pixels=89,478,485"):
         decode({"bytes": bomb.getvalue(), "path": None}, 8, "row 1")
     with pytest.raises(Corrupt, match=r"data\.max_pixels=64"):
         decode({"bytes": png(Image.new("RGB", (9, 9))), "path": None}, 8, "row 1", max_pixels=64)

@@ -152,8 +152,9 @@ def summary(parts: Parts, sizes: Sizes, device: str) -> str:
     """The run in a few lines."""
     recipe, progress, total, prunable = parts.recipe, sizes.progress, parts.num_parameters, parts.num_prunable
     begins = f"  initial weights: {parts.net.loaded.text()}\n" if hasattr(parts.net, "loaded") else ""
+    told = "".join(f"  {line}\n" for line in sizes.rows.told)
     return (
-        f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({sizes.rows.text()})\n"
+        f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({sizes.rows.text()})\n{told}"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "
         f"final density {density_text(parts.final_density)}\n{begins}"
         f"  {len(progress.round_epochs)} round(s), {progress.total_epochs} epochs of {progress.steps_per_epoch} steps; "

@@ -139,10 +139,12 @@ class Rows:
     test: int | None
     num_classes: int
     are_counted: bool
+    told: tuple[str, ...] = ()
 
     @classmethod
     def counted(cls, data: ImageData) -> "Rows":
-        return cls(data.count("train"), data.count("val"), data.count("test"), len(data.classes), True)
+        counts = (data.count(split) for split in ("train", "val", "test"))
+        return cls(*counts, len(data.classes), True, data.told)
 
     def text(self) -> str:
         """`1,293 train, 144 val, 360 test`."""

@@ -34,6 +34,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"plan of {recipe.name}: {recipe.pruning.method_name}, seed {recipe.seed}; nothing is created",
         f"data       {recipe.data.source}: {rows.text()}, "
         f"{rows.num_classes} classes ({'counted' if rows.are_counted else 'as published; dataset not reachable'})",
+        *(f"           {line}" for line in rows.told),
         f"model      {recipe.model.name} = {architecture}: {total:,} parameters, {parts.num_prunable:,} prunable in "
         f"{len(parts.weights)} weights ({parts.num_prunable / total:.1%})",
         *weights_lines(recipe, parts.net),

@@ -29,12 +29,14 @@ class ImageData:
         rows: split name → rows of a table, or a stream.
         classes: names of the classes, by label.
         identity: what tells this data from any other, for the record of the run.
+        told: a line for each split, and for what was not read and why.
     """
 
     options: DataOptions
     rows: dict[str, Rows | Stream]
     classes: tuple[str, ...]
     identity: dict = field(repr=False)
+    told: tuple[str, ...] = ()
 
     def count(self, split: str) -> int | None:
         """Its images; None for a stream of unknown length."""

@@ -1,95 +1,430 @@
-"""Where the files of a source lie, which split each belongs to, and which columns hold image and label."""
+"""Opens the splits of a source: of a local folder by its layout, of the Hub by name; not yet divided."""
 
+import contextlib
+import csv
+import glob
 import hashlib
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vit_rsst import reach
-from vit_rsst.data.catalog import LABEL_COLUMNS
+from vit_rsst.data.columns import LABEL_NAMES, MISSING, Columns, check_labels, find_columns, read_labels, renumbered
+from vit_rsst.data.layout import SPLITS, Layout, Part, find_layout, split_word
+from vit_rsst.data.listing import list_images
 from vit_rsst.data.options import DataOptions
+from vit_rsst.data.parquet import ParquetFile, file_digest, images_of, open_files
+from vit_rsst.data.tables import Table
+from vit_rsst.data.tree import Tree, joined, read_tree, shown
 from vit_rsst.errors import InputError, MissingRequirement, first_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, IterableDataset
 
-SPLIT_NAMES = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
-BUILDERS = {"parquet": "parquet", "tar": "webdataset"}
-"""Suffix of the files → builder of `datasets`."""
-
-TAIL_BYTES = 2**16
+REMOTE = ("hf://", "s3://", "gs://", "az://", "http://", "https://", "file://")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
 class Located:
-    """One split as `datasets` opens it.
+    """One split that is read row after row.
 
     Attributes:
-        rows: read at random, or row after row.
-        files: names of its shards in their order; empty for class folders.
+        rows: as `datasets` streams it; None where its files are read directly.
+        columns: which of its columns hold what.
+        files: paths or addresses of its shards, in their order.
+        digest: tells its content from any other.
+        root: folder that the names of shards are told from; None: they are addresses.
     """
 
-    rows: "Dataset | IterableDataset"
+    rows: "IterableDataset | None"
+    columns: Columns
     files: tuple[str, ...] = ()
+    digest: str = ""
+    root: str | None = None
 
     @property
-    def is_stream(self) -> bool:
-        return not hasattr(self.rows, "num_rows")
+    def num_rows(self) -> int | None:
+        """None where that is not known without reading all of it."""
+        return None if self.columns.labels is None else sum(map(len, self.columns.labels.values()))
+
+    @property
+    def is_unlabelled(self) -> bool:
+        """Whether its labels are known, and there is none."""
+        known = self.columns.labels
+        return known is not None and all((labels == MISSING).all() for labels in known.values())
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which column holds what.
+class Found:
+    """The splits of a source.
 
     Attributes:
-        image, label: their names.
-        classes: names of the classes, by label.
+        splits: by `train`, `val` or `test`; all tables, or all to be read row after row.
+        where: what a person calls the files of each.
+        notes: what is not read and why, and what was a guess.
+        named: whether `data.splits` named them.
     """
 
-    image: str
-    label: str
-    classes: tuple[str, ...]
+    splits: dict[str, Table | Located]
+    where: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    named: bool = False
+
+    @property
+    def is_stream(self) -> bool:
+        return any(isinstance(split, Located) for split in self.splits.values())
 
 
-def locate(options: DataOptions) -> dict[str, Located]:
-    """The splits of a source by name, `train` among them; streams where the options ask for them.
+def cache_folder() -> Path:
+    """Where indexes and copies lie, in the cache of `datasets`."""
+    from datasets import config
 
-    Class folders are listed, never streamed: their files are opened one by one anyway.
+    return Path(config.HF_DATASETS_CACHE) / "vit_rsst"
+
+
+def locate(options: DataOptions, classes: Sequence[str] | None = None) -> Found:
+    """The splits of a source; streams where the options ask for them and there are shards.
+
+    Args:
+        classes: those that labels are matched with by name; None: those of the training split, which then must exist.
 
     Raises:
-        InputError: no such folder, no training split, files that cannot be read.
-        MissingRequirement: the Hub cannot be reached.
+        InputError: no such folder, no training split, files that cannot be read, labels that no class has.
+        MissingRequirement: the Hub cannot be reached, or the cache cannot be written.
     """
     import datasets
 
     datasets.disable_progress_bars()
     if options.path is None:
-        return _on_the_hub(options)
-    folder = Path(options.path).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"data.path: there is no folder {options.path!r} (looked in {folder.resolve().parent}).")
+        return _on_the_hub(options, classes)
+    folder = check_folder(options.path)
+    layout = find_layout(read_tree(folder, cache_folder()), options.splits)
+    if classes is None and "train" not in layout.parts:
+        found = ", ".join(f"{name} ({part.where})" for name, part in layout.parts.items()) or "nothing"
+        notes = f" ({'; '.join(layout.notes)})" if layout.notes else ""
+        raise InputError(
+            f"data.path: no training split in {options.path!r} (found: {found}){notes}; expected parquet or tar files "
+            "train-*, a folder train/ with one folder a class, or data.splits={train: GLOB, test: GLOB}."
+        )
+    return _open_layout(layout, options, classes)
+
+
+def check_folder(path: str) -> Path:
+    """The folder of that path.
+
+    Raises:
+        InputError: it is no folder; says what it is, and what is read.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.lower().startswith(REMOTE):
+        raise InputError(
+            f"data.path: {path!r} is an address, and a local folder is expected; download it first, as with "
+            "`hf download REPO --repo-type dataset --local-dir FOLDER`."
+        )
+    if folder.is_file():
+        if path.lower().endswith(ARCHIVES):
+            raise InputError(f"data.path: {path!r} is an archive; unpack it, and name the folder.")
+        raise InputError(f"data.path: {path!r} is a file; name the folder that it lies in ({folder.parent}).")
+    hint = ""
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        hint = (
+            "; if it is a dataset of the Hub, download it first (`hf download REPO --repo-type dataset --local-dir …`)"
+        )
+    raise InputError(f"data.path: there is no folder {path!r} (looked in {folder.resolve().parent}){hint}.")
+
+
+# -- local folders
+
+
+def _open_layout(layout: Layout, options: DataOptions, classes: Sequence[str] | None) -> Found:
+    _check_overlap(layout)
+    splits, notes = {}, list(layout.notes)
+    for name, part in layout.parts.items():  # train comes first: its classes are those of the others
+        split = _open_part(layout.tree, name, part, options, classes, notes)
+        if name != "train" and split.is_unlabelled:
+            notes.append(f"not read: {part.where} (images without labels)")
+            continue
+        splits[name] = split
+        if classes is None:
+            classes = split.columns.classes if isinstance(split, Located) else split.classes
+    where = {name: layout.parts[name].where for name in splits}
+    same = [(a, b) for a in splits for b in splits if a < b and splits[a].digest == splits[b].digest]
+    notes += [f"{where[a]} and {where[b]} hold the same files: one does not test the other" for a, b in same]
+    return Found(splits, where, notes, layout.named)
+
+
+def _check_overlap(layout: Layout) -> None:
+    """No folder or file belongs to two splits, by whatever links.
+
+    Raises:
+        InputError: one does.
+    """
+    owners: dict[object, str] = {}
+    for split, part in layout.parts.items():
+        for path in part.paths:
+            if path in layout.tree.folders:
+                own = {f.state[1:]: place for place, f in layout.tree.below(path) if f.count or f.kept}
+            else:
+                own = {os.path.realpath(os.path.join(layout.tree.root, path)): path}
+            for identity, place in own.items():
+                if owners.setdefault(identity, split) != split:
+                    raise InputError(
+                        f"data.path: {shown(place) or layout.tree.root} belongs to both the {owners[identity]} and the "
+                        f"{split} split; move one of them, or set data.splits."
+                    )
+
+
+def _open_part(
+    tree: Tree, split: str, part: Part, options: DataOptions, classes: Sequence[str] | None, notes: list[str]
+) -> Table | Located:
+    if part.kind == "folders":
+        return _open_classes(tree, split, part, classes, notes)
+    if part.kind == "metadata":
+        return _open_metadata(tree, split, part, options, classes)
+    if part.kind == "disk":
+        return _open_saved(tree, split, part, options, classes)
+    if part.kind == ".tar":
+        return _open_tars(tree, split, part, options, classes)
+    files, more = open_files(tree.root, part.paths, options, split, classes)
+    notes += more
+    return stream_of(files, split, tree.root) if options.streaming else table_of(files, split)
+
+
+def _open_classes(tree: Tree, split: str, part: Part, classes: Sequence[str] | None, notes: list[str]) -> Table:
+    """A split of class folders.
+
+    Raises:
+        InputError: a class that train does not have.
+    """
+    live = {name for path in part.paths for name in tree.children(path) if not name.startswith(".")}
+    if classes is None:
+        classes = tuple(sorted(live))
+        if bad := [name for name in classes if shown(name) != name]:
+            raise InputError(f"data.path: the name of class {shown(bad[0])!r} is not UTF-8; rename its folder.")
+    numbers = {unicodedata.normalize("NFC", name): i for i, name in enumerate(classes)}
+    labels = {name: numbers.get(unicodedata.normalize("NFC", name), MISSING) for name in live}
+    if strange := sorted(name for name, label in labels.items() if label == MISSING):
+        raise InputError(
+            f"data: the classes of {part.where} and of train differ: {', '.join(map(shown, strange[:3]))} "
+            f"{'is' if len(strange) == 1 else 'are'} not among the {len(classes)} of train "
+            f"({', '.join(classes[:3])} …); rename or remove {'it' if len(strange) == 1 else 'them'}."
+        )
+    if missing := sorted(set(range(len(classes))) - set(labels.values())):
+        some = ", ".join(classes[i] for i in missing[:5]) + (" …" if len(missing) > 5 else "")
+        notes.append(f"{part.where} has no image of {len(missing)} of {len(classes)} classes: {some}")
+    files = list_images(tree, part.paths, labels)
+    return Table(files, files.labels, tuple(classes), files.digest(part.paths), files.place)
+
+
+def _open_metadata(tree: Tree, split: str, part: Part, options: DataOptions, classes: Sequence[str] | None) -> Table:
+    """Images beside a metadata.csv or metadata.jsonl with the columns file_name and label.
+
+    Raises:
+        InputError: a column or a file is missing.
+    """
+    import pyarrow as pa
+
+    [folder] = part.paths
+    rows = _metadata_rows(tree, part.where)
+    names = list(rows[0]) if rows else []
+    if "file_name" not in names:
+        raise InputError(f"data.path: {part.where} has no column file_name (its columns: {', '.join(names)}).")
+    others = [name for name in names if name != "file_name"]
+    label = options.label_column or next((name for name in LABEL_NAMES if name in others), None)
+    label = others[0] if label is None and len(others) == 1 else label
+    if label not in others:
+        raise InputError(
+            f"data.label_column: {part.where} has no column {label or 'label'!r} (its columns: {', '.join(names)}); "
+            "name the one to use."
+        )
+
+    def place(row: int) -> str:
+        return f"{part.where}, row {row}"
+
+    paths = [joined(folder, row["file_name"] or "") for row in rows]
+    gone = next((i for i, path in enumerate(paths) if not os.path.isfile(os.path.join(tree.root, path))), None)
+    if gone is not None:
+        raise InputError(f"data.path: {place(gone)} names {paths[gone]!r}, which is not there; remove the row.")
+    texts = pa.chunked_array([[None if row[label] in (None, "") else str(row[label]) for row in rows]], pa.string())
+    labels, found = read_labels(texts, Columns("file_name", label, (), "text"), place)
+    if classes is None:
+        is_numbers = all(name.lstrip("-").isdigit() for name in found)
+        classes = tuple(sorted(found, key=int)) if is_numbers else found
+    labels = renumbered(labels, found, classes, place, f"the {split} split")
+    images = [{"bytes": None, "path": os.path.join(tree.root, path)} for path in paths]
+    digest = hashlib.sha256(repr((label, labels.tolist())).encode())
+    for path in paths:
+        digest.update(f"{path[len(folder) :]} {os.path.getsize(os.path.join(tree.root, path))}".encode())
+    for i in np.sort(np.random.default_rng(0).permutation(len(paths))[:256]).tolist():
+        digest.update(Path(images[i]["path"]).read_bytes())
+    return Table(_Listed(images), labels, tuple(classes), digest.hexdigest(), lambda row: shown(paths[row]))
+
+
+def _metadata_rows(tree: Tree, path: str) -> list[dict]:
+    full = Path(tree.root, path)
+    try:
+        with full.open(encoding="utf-8-sig", newline="") as file:
+            if path.endswith(".csv"):
+                return list(csv.DictReader(file))
+            return [json.loads(line) for line in file if line.strip()]
+    except (ValueError, OSError, csv.Error) as error:
+        raise InputError(f"data.path: {path} cannot be read ({first_line(error)}).") from error
+
+
+class _Listed(list):
+    """A list that can be asked for several items."""
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> object:
+        if isinstance(index, int | slice | np.integer):
+            return super().__getitem__(index)
+        return [super(_Listed, self).__getitem__(i) for i in index]
+
+
+def table_of(files: Sequence[ParquetFile], split: str) -> Table:
+    """Parquet files of a split as one table, with their images in the cache."""
+    labels, digest, place = _labels_of(files, split)
+    return Table(images_of(files, cache_folder()), labels, files[0].columns.classes, digest, place)
+
+
+def _labels_of(files: Sequence[ParquetFile], split: str) -> tuple[np.ndarray, str, Callable[[int], str]]:
+    """Labels of all files, what tells their content from any other, and what messages call a row."""
+    starts = np.cumsum([0, *(file.rows for file in files)])
+
+    def place(row: int) -> str:
+        number = int(np.searchsorted(starts, row, "right")) - 1
+        return f"{files[number].name}, row {row - starts[number]}"
+
+    labels = np.concatenate([file.labels for file in files])
+    if split == "train" or not (labels == MISSING).all():
+        check_labels(labels, files[0].columns, place)
+    return labels, hashlib.sha256("".join(file.digest for file in files).encode()).hexdigest(), place
+
+
+def stream_of(files: Sequence[ParquetFile], split: str, root: str) -> Located:
+    """Parquet files of a split, to be read row after row; their labels are known."""
+    _, digest, _ = _labels_of(files, split)
+    paths = tuple(file.path for file in files)
+    columns = replace(files[0].columns, labels={file.path: file.labels for file in files})
+    return Located(_stream("parquet", paths), columns, paths, digest, root)
+
+
+def _stream(builder: str, paths: Sequence[str]) -> "IterableDataset":
+    import datasets
+
+    return datasets.load_dataset(
+        builder, data_files={"train": list(map(glob.escape, paths))}, split="train", streaming=True
+    )
+
+
+def _open_tars(
+    tree: Tree, split: str, part: Part, options: DataOptions, classes: Sequence[str] | None
+) -> Table | Located:
+    import datasets
+
+    paths = tuple(os.path.join(tree.root, path) for path in part.paths)
+    with _read_by_datasets(part.where):
+        rows = datasets.load_dataset(
+            "webdataset", data_files={split: list(map(glob.escape, paths))}, split=split, streaming=options.streaming
+        )
+        columns = find_columns(rows.features, options, part.where)
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{os.path.getsize(path)}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+    if not options.streaming:
+        return _table_of_dataset(rows, columns, split, part.where, digest.hexdigest(), classes)
+    columns = replace(columns, classes=tuple(classes or columns.classes))
+    return Located(rows, columns, paths, digest.hexdigest(), tree.root)
+
+
+def _open_saved(tree: Tree, split: str, part: Part, options: DataOptions, classes: Sequence[str] | None) -> Table:
+    """A folder that save_to_disk wrote."""
+    import datasets
+
+    folder = Path(tree.root, part.paths[0])
+    with _read_by_datasets(part.where):
+        rows = datasets.load_from_disk(str(folder))
+        columns = find_columns(rows.features, options, part.where)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.arrow")):
+        digest.update(file_digest(str(file), b"").encode())
+    return _table_of_dataset(rows, columns, split, part.where, digest.hexdigest(), classes)
+
+
+def _table_of_dataset(
+    rows: "Dataset", columns: Columns, split: str, where: str, digest: str, classes: Sequence[str] | None
+) -> Table:
+    """A split that `datasets` reads at random."""
+    from datasets import Image
+
+    def place(row: int) -> str:
+        return f"{where.rstrip('/')}, row {row}"
+
+    column = rows.select_columns([columns.label]).with_format("arrow")[:].column(0)
+    labels, names = read_labels(column, columns, place)
+    classes = tuple(names if classes is None else classes)
+    labels = renumbered(labels, names, classes, place, f"the {split} split")
+    if split == "train" or not (labels == MISSING).all():
+        check_labels(labels, replace(columns, classes=classes), place)
+    if isinstance(rows.features[columns.image], Image):
+        images = rows.cast_column(columns.image, Image(decode=False)).with_format(None)[columns.image]
+    else:
+        images = _Raw(rows.with_format(None)[columns.image])
+    digest = hashlib.sha256(f"{digest} {len(labels)}".encode() + labels.astype("<i8").tobytes()).hexdigest()
+    return Table(images, labels, classes, digest, place)
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """A column of raw bytes, or of {bytes, path} without the Hub's schema, as encoded images."""
+
+    column: Sequence
+
+    def __getitem__(self, index: int | Sequence[int]) -> object:
+        found = self.column[index]
+        return [self._one(item) for item in found] if isinstance(found, list) else self._one(found)
+
+    def _one(self, item: dict | bytes | None) -> dict | None:
+        return item if item is None or isinstance(item, dict) else {"bytes": item, "path": None}
+
+
+@contextlib.contextmanager
+def _read_by_datasets(where: str) -> Iterator[None]:
+    """Says what `datasets` could not do, by the cause that it wraps, with the files that it read."""
+    import datasets
+
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a failure is in its exception
     try:
-        found = _shards(folder, options.streaming) or _class_folders(folder)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise InputError(
-            f"data.path: {options.path} cannot be read ({first_line(error.__cause__ or error)}); check its files, "
-            "which have to be those of one data set."
+        yield
+    except InputError:
+        raise
+    except PermissionError as error:
+        raise MissingRequirement(
+            f"data: {shown(str(error.filename or where))} cannot be written ({first_line(error)}); name another folder "
+            "for the cache by HF_DATASETS_CACHE."
         ) from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
+        cause = error.__cause__ or error
+        raise InputError(f"data.path: {where} cannot be read ({first_line(cause)}); check its files.") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
-    if "train" not in found:
-        raise InputError(
-            f"data.path: no training split in {options.path!r} (found: {', '.join(found) or 'nothing'}); expected "
-            "parquet or tar files train-*, or a folder train/ with one folder a class."
-        )
-    return found
 
 
-def _on_the_hub(options: DataOptions) -> dict[str, Located]:
+# -- the Hub
+
+
+def _on_the_hub(options: DataOptions, classes: Sequence[str] | None) -> Found:
     import datasets
 
     if options.info.hub_id is None:
@@ -97,118 +432,33 @@ def _on_the_hub(options: DataOptions) -> dict[str, Located]:
     reach.prefer_cache()
     try:
         builder = datasets.load_dataset_builder(options.info.hub_id, revision=options.revision)
-        splits = datasets.load_dataset(options.info.hub_id, revision=options.revision, streaming=options.streaming)
+        opened = datasets.load_dataset(options.info.hub_id, revision=options.revision, streaming=options.streaming)
+    except PermissionError as error:
+        raise MissingRequirement(
+            f"data: the cache cannot be written ({first_line(error)}); name another folder by HF_HOME."
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:  # datasets and huggingface_hub raise all three
         raise MissingRequirement(
             f"data.source: {options.info.hub_id!r} cannot be read from the Hub ({first_line(error)}). Check the "
             "network, data.revision and, for gated sets, that their terms are accepted on their page and HF_TOKEN is "
             "set; or name a local copy with data.path=FOLDER (evaluate: --data FOLDER)."
         ) from error
-    files = builder.config.data_files or {}
-    return {name: Located(rows, tuple(map(str, files.get(name, ())))) for name, rows in splits.items()}
-
-
-def _shards(folder: Path, streaming: bool) -> dict[str, Located]:
-    """Parquet files or tars; one call a split, or the features of the first file would stand for all."""
-    import datasets
-
-    for suffix, builder in BUILDERS.items():
-        files: dict[str, list[str]] = {}
-        for file in sorted(folder.rglob(f"*.{suffix}")):
-            if split := _split_of(file, folder):
-                files.setdefault(split, []).append(str(file))
-        if files:
-            return {
-                split: Located(
-                    datasets.load_dataset(builder, data_files={split: f}, split=split, streaming=streaming), tuple(f)
-                )
-                for split, f in files.items()
-            }
-    return {}
-
-
-def _split_of(file: Path, folder: Path) -> str | None:
-    """By a word of the file's name, such as `train-00000-of-00008`, or by its folder's."""
-    words = re.split(r"[-_.]", file.name)[:-1] + list(reversed(file.relative_to(folder).parts[:-1]))
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
-
-
-def _class_folders(folder: Path) -> dict[str, Located]:
-    import datasets
-
-    parts = {SPLIT_NAMES[d.name]: d for d in sorted(folder.iterdir()) if d.is_dir() and d.name in SPLIT_NAMES}
-    if not parts and any(child.is_dir() for child in folder.iterdir()):
-        parts = {"train": folder}
-    return {
-        split: Located(datasets.load_dataset("imagefolder", data_dir=str(d), split="train", drop_labels=False))
-        for split, d in parts.items()
-    }
-
-
-def columns(features: "Features | None", options: DataOptions) -> Columns:
-    """Finds the image and the label column from the features.
-
-    Raises:
-        InputError: none or several, or labels without names and no `data.num_classes`.
-    """
-    from datasets import ClassLabel, Image, Value
-
-    features = features or {}
-    image = _column(features, lambda f: isinstance(f, Image), "image", options.image_column, options)
-    label = options.label_column or LABEL_COLUMNS.get(options.source)
-    named = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
-    if not named and options.num_classes:  # tars hold plain numbers
-        label = _column(features, lambda f: isinstance(f, Value) and "int" in f.dtype, "label", label, options)
-        return Columns(image, label, tuple(map(str, range(options.num_classes))))
-    label = label if label in features else options.label_column
-    label = _column(features, lambda f: isinstance(f, ClassLabel), "label", label, options)
-    classes = tuple(features[label].names)
-    if options.num_classes and options.num_classes != len(classes):
-        raise InputError(
-            f"data.num_classes: {options.num_classes} asked, and {options.where} names {len(classes)}; leave it out."
-        )
-    return Columns(image, label, classes)
-
-
-def _column(features: dict, fits: Callable[[object], bool], what: str, asked: str | None, options: DataOptions) -> str:
-    candidates = [name for name, feature in features.items() if fits(feature)]
-    if asked is not None:
-        if asked in candidates:
-            return asked
-        raise InputError(
-            f"data.{what}_column: no such column {asked!r} in {options.where}; "
-            f"candidates: {', '.join(candidates) or 'none'} of {', '.join(features)}."
-        )
-    if len(candidates) == 1:
-        return candidates[0]
-    kind = {"image": "an Image", "label": "a ClassLabel"}[what]
-    raise InputError(
-        f"data.{what}_column: {len(candidates)} columns of {options.where} hold {kind} "
-        f"({', '.join(candidates) or 'columns: ' + ', '.join(features)}); name the one to use"
-        f"{', or set data.num_classes where labels are plain numbers' if what == 'label' and not candidates else ''}."
-    )
-
-
-def identity(located: Located, options: DataOptions) -> dict:
-    """What tells this data from any other later: the files' names, sizes, heads and tails, or the Hub's commit."""
-    import datasets
-
-    digest = hashlib.sha256(repr(located.rows.features).encode())
-    for name in sorted(located.files):
-        digest.update(Path(name).name.encode())
-        if (file := Path(name)).is_file():
-            with file.open("rb") as opened:
-                digest.update(f"{file.stat().st_size}".encode() + opened.read(TAIL_BYTES))
-                opened.seek(-min(TAIL_BYTES, file.stat().st_size), 2)
-                digest.update(opened.read())
-    if not located.files:
-        for column in located.rows.with_format("arrow")[:256].columns:
-            digest.update(str(column[:16]).encode())
-    return {
-        "source": options.info.hub_id if options.path is None else str(Path(options.path).expanduser().resolve()),
-        "revision": options.revision,
-        "rows": getattr(located.rows, "num_rows", None),
-        "files": len(located.files),
-        "sha256": digest.hexdigest(),
-        "datasets": datasets.__version__,
-    }
+    files, splits, notes = builder.config.data_files or {}, {}, []
+    named = {split_word(name): name for name in opened}
+    for split in filter(named.get, SPLITS):
+        name = named[split]
+        where = f"{name} of {options.info.hub_id}"
+        columns = find_columns(opened[name].features, options, where)
+        shards = tuple(map(str, files.get(name, ())))
+        digest = hashlib.sha256(repr((sorted(shards), columns)).encode()).hexdigest()  # addresses hold the commit
+        if options.streaming:
+            splits[split] = Located(opened[name], columns, shards, digest)
+            continue
+        table = _table_of_dataset(opened[name], columns, split, where, digest, classes)
+        if split != "train" and table.is_unlabelled:
+            notes.append(f"not read: {where} (images without labels)")
+            continue
+        splits[split], classes = table, table.classes if classes is None else classes
+    if classes is None and "train" not in splits:
+        raise InputError(f"data: {options.info.hub_id} has no training split (found: {', '.join(opened)}).")
+    return Found(splits, {split: f"{named[split]} of {options.info.hub_id}" for split in splits}, notes)

@@ -44,6 +44,7 @@ class DataOptions:
 
     source: str
     path: str | None = None
+    splits: dict[str, str] | None = None
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None

@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.locate import Located, columns, identity, locate
+from vit_rsst.data.locate import Found, Located, locate
 from vit_rsst.data.options import DataOptions, Imbalance
 from vit_rsst.data.streams import Stream, open_stream
 from vit_rsst.data.tables import Rows, Table
@@ -27,64 +29,153 @@ def open_data(options: DataOptions, seed: int, buffer: int = 4096) -> ImageData:
         InputError: no such folder, no such column, a label out of range, an empty split.
         MissingRequirement: the Hub cannot be reached.
     """
-    if options.path is None and options.source == "digits":
-        return _split_tables(options, {"train": _digits(options.size)}, seed)
-    found = locate(options)
-    if found["train"].is_stream:
-        return _split_streams(options, found, buffer)
-    return _split_tables(options, {name: _table(split, options) for name, split in found.items()}, seed)
-
-
-def open_tables(options: DataOptions) -> dict[str, Table]:
-    """The splits of a source by name, `train` among them."""
-    if options.path is None and options.source == "digits":
-        return {"train": _digits(options.size)}
-    return {name: _table(split, options) for name, split in locate(options).items()}
-
-
-def _test_split(options: DataOptions, found: Sequence[str]) -> str | None:
-    """The split that scores tickets; None: a share of train.
-
-    Raises:
-        InputError: there is neither.
-    """
-    if options.test_fraction:
-        return None
-    for name in (options.info.test_split, "validation"):  # folders name the split that scores `val` as often
-        if name in found:
-            return name
-    if options.test_share:
-        return None
-    raise InputError(
-        f"data: {options.where} has no split named {options.info.test_split!r} "
-        f"(found: {', '.join(found)}); set data.test_fraction=0.2 to hold out a part of train instead."
+    found = _found(options)
+    roles = decide_roles(options, found)
+    return (
+        _split_streams(options, found, roles, buffer) if found.is_stream else _split_tables(options, found, roles, seed)
     )
 
 
-def _split_tables(options: DataOptions, tables: dict[str, Table], seed: int) -> ImageData:
-    train = tables["train"]
-    rest = np.arange(len(train.labels))
-    if name := _test_split(options, list(tables)):
-        test = Rows("test", tables[name], np.arange(len(tables[name].labels)))
+def open_tables(options: DataOptions) -> dict[str, Table]:
+    """The splits of a source that is read at random, by `train`, `val` and `test`; not divided."""
+    return _found(options).splits
+
+
+def _found(options: DataOptions) -> Found:
+    if options.path is None and options.source == "digits":
+        return Found({"train": _digits(options.size)}, {"train": "the embedded digits"})
+    return locate(options)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the splits of a source are for.
+
+    Attributes:
+        test: the split that scores tickets; None: a share of train.
+        val: the validation split; None: a share of train.
+        notes: what follows from that.
+    """
+
+    test: str | None
+    val: str | None
+    notes: list[str] = field(default_factory=list)
+
+
+def decide_roles(options: DataOptions, found: Found) -> Roles:
+    """Which split scores and which validates.
+
+    A test split scores and a validation split validates. Without a test split, the validation split scores, and
+    validation images are held out of train; so for ImageNet-1k, whose test split has no public labels.
+    `data.test_fraction` holds the test images out of train instead.
+
+    Raises:
+        InputError: nothing scores, or it is not plain what does.
+    """
+    where, there, notes = found.where, found.splits, []
+    if options.test_fraction:
+        if "val" in there and "test" not in there and not found.named:
+            raise InputError(
+                f"data.test_fraction: {where['val']} is a split of its own and scores, unless it is named as the "
+                "validation split: leave data.test_fraction out, or set data.splits={train: GLOB, val: GLOB}."
+            )
+        test, val = None, "val" if "val" in there else None
+    elif "val" in there and ("test" not in there or options.info.test_split == "validation"):
+        test, val = "val", None
+        notes.append(f"{where['val']} scores; validation images are held out of {where['train']}")
+    elif "test" in there:
+        test, val = "test", "val" if "val" in there else None
+    elif options.test_share:
+        return Roles(None, None)
+    else:
+        more = f" ({'; '.join(found.notes)})" if found.notes else ""
+        raise InputError(
+            f"data: {options.where} has no labelled split named {options.info.test_split!r} (found: "
+            f"{', '.join(where.values())}){more}; set data.test_fraction=0.2 to hold out a part of train instead, or "
+            "name the files by data.splits."
+        )
+    if "test" in there and test != "test":
+        notes.append(f"not read: {where['test']} (the test images are {where[test] if test else 'held out of train'})")
+    if val and options.val_fraction is not None:
+        notes.append(f"data.val_fraction has no effect: {where[val]} is the validation split")
+    return Roles(test, val, notes)
+
+
+def _split_tables(options: DataOptions, found: Found, roles: Roles, seed: int) -> ImageData:
+    train, notes = found.splits["train"], []
+    _check_train(train.labels, train.classes)
+    whole = {name: Rows(name, table, np.arange(len(table.labels))) for name, table in found.splits.items()}
+    rest = whole["train"].index
+    if roles.test:
+        test = replace(whole[roles.test], name="test")
     else:
         rest, held_out = _stratified(train.labels, options.test_share)
         test = Rows("test", train, held_out)
-    order = np.random.default_rng(derived_seed(seed, "validation split")).permutation(len(rest))
-    num_val = round(options.val_share * len(rest))
-    val, kept = rest[np.sort(order[:num_val])], order[num_val:]
+    kept = np.random.default_rng(derived_seed(seed, "validation split")).permutation(len(rest))
+    if roles.val:
+        val = whole[roles.val]
+    else:
+        chosen, kept = _validation(train.labels[rest], kept, round(options.val_share * len(rest)), notes)
+        val = Rows("val", train, rest[chosen])
     if options.train_samples is not None:
         if options.train_samples > len(kept):
             raise InputError(
                 f"data.train_samples: {options.train_samples:,} asked, {len(kept):,} there after validation."
             )
         kept = kept[: options.train_samples]
-    _check_rows(Rows("train", train, rest[kept]))
     kept = kept[_imbalanced(train.labels[rest[kept]], len(train.classes), options.imbalance)]
-    rows = {"train": Rows("train", train, rest[np.sort(kept)]), "val": Rows("val", train, val), "test": test}
-    for part in rows.values():
-        _check_rows(part)
-        _check_classes(train.classes, part.name, part.table.classes)
-    return ImageData(options, rows, train.classes, train.identity)
+    rows = {"train": Rows("train", train, rest[np.sort(kept)]), "val": val, "test": test}
+    for name, part in rows.items():
+        if not part.count:
+            raise _empty(name)
+    return ImageData(options, rows, train.classes, _identity(options, found, roles), _told(rows, found, roles, notes))
+
+
+def _validation(labels: np.ndarray, order: np.ndarray, number: int, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(validation rows, sorted; training rows, in the order drawn), as positions of `labels`.
+
+    The first of the order validate; where that would leave a class without a training image, its last one stays.
+    """
+    val, kept = order[:number], order[number:]
+    lost = np.setdiff1d(labels, labels[kept])
+    if len(lost):
+        staying = np.array([np.flatnonzero(labels[val] == label)[-1] for label in lost])
+        kept = np.concatenate([kept, val[staying]])
+        val = np.delete(val, staying)
+        notes.append(
+            f"{len(lost)} classes have so few images that all would validate; one of each stays in train: the "
+            f"validation split has {len(val):,} images instead of {number:,}"
+        )
+    return np.sort(val), kept
+
+
+def _told(rows: dict, found: Found, roles: Roles, notes: Sequence[str] = ()) -> tuple[str, ...]:
+    """A line for each split, and for what is not read."""
+    sources = {"train": "train", "val": roles.val, "test": roles.test}
+    fields = {"val": "data.val_fraction", "test": "data.test_fraction"}
+    lines = []
+    for name, source in sources.items():
+        where = f"from {found.where[source]}" if source else f"held out of {found.where['train']} ({fields[name]})"
+        count = rows[name].count
+        number = "images" if count is None else f"{count:,} images"
+        lines.append(f"{name:5} {number}, {_num_classes(rows[name])} classes, {where}")
+    return (*lines, *found.notes, *roles.notes, *notes)
+
+
+def _num_classes(rows: Rows | Stream) -> int:
+    return len(np.unique(rows.table.labels[rows.index])) if isinstance(rows, Rows) else len(rows.columns.classes)
+
+
+def _identity(options: DataOptions, found: Found, roles: Roles) -> dict:
+    """What tells this data from any other later: content by split, wherever it lies; and where it was found."""
+    train = found.splits["train"]
+    return {
+        "source": options.info.hub_id if options.path is None else str(Path(options.path).expanduser().resolve()),
+        "revision": options.revision,
+        "rows": len(train.labels) if isinstance(train, Table) else train.num_rows,
+        "content": {name: found.splits[name].digest for name in filter(None, ("train", roles.val, roles.test))},
+        "validation": "val" if roles.val else "train",
+    }
 
 
 def _imbalanced(labels: np.ndarray, num_classes: int, imbalance: Imbalance) -> np.ndarray:
@@ -96,44 +187,64 @@ def _imbalanced(labels: np.ndarray, num_classes: int, imbalance: Imbalance) -> n
     return np.sort(np.concatenate([place[:count] for place, count in zip(places, counts, strict=True)]))
 
 
-def _split_streams(options: DataOptions, found: dict[str, Located], buffer: int) -> ImageData:
+def _split_streams(options: DataOptions, found: Found, roles: Roles, buffer: int) -> ImageData:
     """Train is streamed without the rows held out, which are read once into a table of the cache."""
-    train, root = found["train"], options.path
-    meant = columns(train.rows.features, options)
+    train, classes = found.splits["train"], found.splits["train"].columns.classes
+    if train.columns.labels is not None:
+        _check_train(np.concatenate(list(train.columns.labels.values())), classes)
+    if len(classes) < 2:
+        raise _one_class(classes[0])
+
+    def part(begin: float, end: float) -> Stream:
+        return open_stream(train, train.columns, train.root, (begin, end), buffer)
+
+    def whole(name: str, split: Table | Located) -> Rows | Stream:
+        if isinstance(split, Table):
+            return Rows(name, split, np.arange(len(split.labels)))
+        return open_stream(split, split.columns, split.root, (0.0, 1.0), buffer)
+
     begin, rows = 0.0, {}
-    if name := _test_split(options, list(found)):
-        theirs = columns(found[name].rows.features, options)
-        _check_classes(meant.classes, "test", theirs.classes)
-        rows["test"] = open_stream(found[name], theirs, root, (0.0, 1.0), buffer)
+    if roles.test:
+        rows["test"] = whole("test", found.splits[roles.test])
     else:
         begin = options.test_share
-        rows["test"] = _held_out("test", open_stream(train, meant, root, (0.0, begin), buffer), train, options)
-    end = begin + options.val_share * (1.0 - begin)
-    rows["val"] = _held_out("val", open_stream(train, meant, root, (begin, end), buffer), train, options)
-    rows["train"] = open_stream(train, meant, root, (end, 1.0), buffer)
-    if rows["train"].count == 0:
-        raise _empty("train")
-    return ImageData(options, rows, meant.classes, identity(train, options))
+        rows["test"] = _held_out("test", part(0.0, begin), train)
+    end = begin
+    if roles.val:
+        rows["val"] = whole("val", found.splits[roles.val])
+    else:
+        end = begin + options.val_share * (1.0 - begin)
+        rows["val"] = _held_out("val", part(begin, end), train)
+    rows["train"] = part(end, 1.0)
+    for name, split in rows.items():
+        if split.count == 0:
+            raise _empty(name)
+    return ImageData(options, rows, classes, _identity(options, found, roles), _told(rows, found, roles))
 
 
-def _held_out(name: str, stream: Stream, located: Located, options: DataOptions) -> Rows:
+def _held_out(name: str, stream: Stream, located: Located) -> Rows:
     """The rows of a stream's part as a table, encoded, in the cache of `datasets`: read once for all runs."""
     from datasets import Dataset, Features, Image, Value
 
-    known = identity(located, options)
-    features = Features({"image": Image(decode=False), "label": Value("int64")})
+    features = Features({"image": Image(decode=False), "label": Value("int64"), "place": Value("string")})
     # Other files, other columns, another part: another table.
-    fingerprint = hashlib.sha256(repr((known["sha256"], stream.columns, stream.part)).encode()).hexdigest()[:32]
+    known = repr((located.digest, stream.columns, stream.part))
+    fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
     held = Dataset.from_generator(_as_rows, features, gen_kwargs={"stream": stream}, fingerprint=fingerprint)
-    table = Table(held["image"], np.asarray(held["label"][:], dtype=np.int64), stream.columns.classes, known)
-    rows = Rows(name, table, np.arange(len(table.labels)))
-    _check_rows(rows)
-    return rows
+    places = held["place"]
+    table = Table(
+        held["image"],
+        np.asarray(held["label"][:], dtype=np.int64),
+        stream.columns.classes,
+        located.digest,
+        lambda row: places[row],
+    )
+    return Rows(name, table, np.arange(len(table.labels)))
 
 
 def _as_rows(stream: Stream) -> Iterator[dict]:
     for sample in stream.walk(None):
-        yield {"image": sample.image, "label": sample.label}
+        yield {"image": sample.image, "label": sample.label, "place": sample.place}
 
 
 def _digits(size: int) -> Table:
@@ -146,18 +257,8 @@ def _digits(size: int) -> Table:
         for image in digits.images
     ]
     stacked = np.repeat(np.stack(images)[:, None], 3, axis=1)  # (samples, 3, size, size)
-    identity = {"source": "scikit-learn digits", "rows": len(stacked)}
-    return Table(stacked, digits.target, tuple(map(str, digits.target_names)), identity)
-
-
-def _table(located: Located, options: DataOptions) -> Table:
-    from datasets import Image
-
-    meant = columns(located.rows.features, options)
-    plain = located.rows.cast_column(meant.image, Image(decode=False)).with_format(None)
-    # A missing label is None there, which no label of a class is; −1 is what the Hub's unlabelled splits hold.
-    labels = np.asarray([-1 if value is None else value for value in plain[meant.label]], dtype=np.int64)
-    return Table(plain[meant.image], labels, meant.classes, identity(located, options))
+    digest = hashlib.sha256(stacked.tobytes()).hexdigest()
+    return Table(stacked, digits.target, tuple(map(str, digits.target_names)), digest, "digit {}".format)
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -176,12 +277,24 @@ def _stratified(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.nda
     return np.sort(rest), np.sort(held_out)
 
 
-def _check_classes(train: tuple[str, ...], name: str, theirs: tuple[str, ...]) -> None:
-    if theirs != train:
-        raise InputError(
-            f"data: the classes of train and {name} differ ({len(train)}: {', '.join(train[:3])}; "
-            f"{len(theirs)}: {', '.join(theirs[:3])} …): a number means another class in each."
-        )
+def _check_train(labels: np.ndarray, classes: Sequence[str]) -> None:
+    """There is something to tell apart.
+
+    Raises:
+        InputError: there are no images, or all are of one class.
+    """
+    there = np.unique(labels)
+    if not len(there):
+        raise _empty("train")
+    if len(there) == 1:
+        raise _one_class(classes[there[0]])
+
+
+def _one_class(name: str) -> InputError:
+    return InputError(
+        f"data: all training images are of one class, {name!r}: there is nothing to tell apart; expected at least two, "
+        "as one folder a class, or another data.label_column."
+    )
 
 
 def _empty(name: str) -> InputError:
@@ -191,15 +304,3 @@ def _empty(name: str) -> InputError:
         "test": "hold out a part of train instead, as with data.test_fraction=0.2",
     }
     return InputError(f"data: the {name} split is empty; {ways_out[name]}, or bring more images.")
-
-
-def _check_rows(rows: Rows) -> None:
-    if not rows.count:
-        raise _empty(rows.name)
-    labels = rows.table.labels[rows.index]
-    wrong = rows.index[(labels < 0) | (labels >= len(rows.table.classes))]
-    if len(wrong):
-        raise InputError(
-            f"data: label {rows.table.labels[wrong[0]]} in row {wrong[0]} of the {rows.name} split is not among the "
-            f"{len(rows.table.classes)} classes ({len(wrong)} such rows)."
-        )

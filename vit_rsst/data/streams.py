@@ -15,8 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from vit_rsst.data.columns import Columns
 from vit_rsst.data.decoding import Sample
-from vit_rsst.data.locate import Columns, Located
+from vit_rsst.data.locate import Located
 from vit_rsst.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,10 +33,11 @@ READ_ROWS = 64
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a stream; `rows` gives arrow tables of undecoded images and labels."""
+    """One file of a stream; `rows` gives arrow tables of undecoded images and labels, unless `labels` are known."""
 
     name: str
     rows: "IterableDataset"
+    labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Stream:
             images, labels = (table[name].to_pylist() for name in (self.columns.image, self.columns.label))
             for image, label in zip(images, labels, strict=True):
                 place = f"{shard.name}:{row}"
+                label = label if shard.labels is None else int(shard.labels[row])
                 row += 1
                 if self.part == (0.0, 1.0) or self.part[0] <= share_of(place) < self.part[1]:
                     yield Sample(place, image, self._checked(label, place))
@@ -125,8 +130,10 @@ def open_stream(located: Located, columns: Columns, root: str | None, part: tupl
     undecoded = wanted.cast_column(columns.image, Image(decode=False)).with_format("arrow")
     number = undecoded.num_shards
     names = located.files if len(located.files) == number else tuple(map(str, range(number)))
+    known = columns.labels or {}
     shards = tuple(
-        Shard(_name(name, root), undecoded.shard(num_shards=number, index=i)) for i, name in enumerate(names)
+        Shard(_name(name, root), undecoded.shard(num_shards=number, index=i), known.get(name))
+        for i, name in enumerate(names)
     )
     return Stream(shards, columns, part, buffer, _count(shards, located.files, part))
 

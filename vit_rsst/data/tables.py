@@ -1,6 +1,6 @@
 """Splits with random access: rows of a table, still encoded, or decoded in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +12,24 @@ from vit_rsst.data.decoding import Encoded, Sample
 
 @dataclass(frozen=True)
 class Table:
-    """One split as it lies on disk: encoded images (or arrays) and integer labels."""
+    """One split as it lies on disk: encoded images (or arrays) and integer labels.
+
+    Attributes:
+        labels: int64 (rows,); −1 where there is none.
+        digest: tells its content from any other.
+        place: what a message calls a row.
+    """
 
     images: Sequence[Encoded]
     labels: np.ndarray
     classes: tuple[str, ...]
-    identity: dict
+    digest: str = ""
+    place: Callable[[int], str] = "row {}".format
+
+    @property
+    def is_unlabelled(self) -> bool:
+        """Whether there are rows, and none has a label."""
+        return len(self.labels) > 0 and bool((self.labels < 0).all())
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Rows:
             order = shuffled(self.count, seed, self.weights)[start:].tolist()
         for i in order:
             row = int(self.index[i])
-            yield Sample(f"{self.name} row {row}", row, int(self.table.labels[row]))
+            yield Sample(self.table.place(row), row, int(self.table.labels[row]))
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,10 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("data.path", "missing; data.source=folder needs the path of a local folder")
     if data.source == "digits" and data.path is not None:
         yield Problem("data.path", "has no effect with the built-in digits; set data.source=folder")
+    if data.splits is not None and data.path is None:
+        yield Problem("data.splits", "names files of a local folder; set data.path")
+    if data.splits is not None and "train" not in data.splits:
+        yield Problem("data.splits", "names no training split; add train: GLOB")
     if data.revision is not None and (data.path is not None or not SOURCES[data.source].hub_id):
         yield Problem("data.revision", "selects a version on the Hub, but the data are local; omit it")
     if data.streaming and data.source == "digits":

@@ -86,6 +86,7 @@ class Data:
 
     source: str = "digits"
     path: str | None = None
+    splits: dict[Literal["train", "val", "test"], str] | None = None
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None

@@ -22,8 +22,9 @@ PACKAGES = (
 )
 
 
-DATA_IDENTITY = ("rows", "files", "sha256")
-"""Fields of the dataset's description that identify it; the others say where it lies and how it was read."""
+DATA_IDENTITY = ("rows", "content", "validation")
+"""Fields of the dataset's description that identify it: training rows before they are divided, a digest of each split,
+and whether the validation images are a split of their own; the others say where the dataset lies."""
 
 
 def environment(num_processes: int, device: str, data_identity: dict, layout: str = "", exact: bool = False) -> dict:
@@ -52,10 +53,18 @@ def environment(num_processes: int, device: str, data_identity: dict, layout: st
 
 def drift(then: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
     """Differences between two environments that may change a result: dotted name → (then, now)."""
+    described = ("source", "revision", *DATA_IDENTITY)
+    # Version 0.1 recorded no content, and held validation images out of train whatever splits there were.
+    if "content" not in then.get("data", {}):
+        described = tuple(name for name in described if name != "content")
     flat = [
         {
             **{f"versions.{name}": version for name, version in part.get("versions", {}).items()},
-            **{f"data.{name}": value for name, value in part.get("data", {}).items()},
+            **{
+                f"data.{name}": value
+                for name, value in ({"validation": "train"} | part.get("data", {})).items()
+                if name in described
+            },
             **{f"gpu.{name}": value for name, value in (part.get("gpu") or {}).items()},
             **{name: part.get(name) for name in ("commit", "device", "processes", "threads", "teacher")},
             **{name: part[name] for name in ("layout", "nodes", "deterministic") if name in then and name in now},

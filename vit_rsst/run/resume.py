@@ -183,8 +183,17 @@ def check_same_run(
         )
     other = [f"data.{key}" for key in DATA_IDENTITY if f"data.{key}" in drift]
     if other and not allow_data_change:
-        told = "; ".join(f"{key} {drift[key][0]} there, {drift[key][1]} now" for key in other)
+        told = "; ".join(_change(key, *drift[key]) for key in other)
         raise InputError(
-            f"{run.folder.path}: the dataset has changed since the run started ({told}). Restore it, give this run "
+            f"{run.folder.path}: the dataset has changed since the run started: the data are not those it began with "
+            f"({told}). Restore it, give this run "
             "another name (name=…), or pass --allow-data-change; it is then no longer a single experiment."
         )
+
+
+def _change(key: str, then: object, now: object) -> str:
+    """What has changed of the dataset, in a few words."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        splits = [split for split in {**then, **now} if then.get(split) != now.get(split)]
+        return f"other files or labels in {' and '.join(splits)}"
+    return f"{key} was {then}, is {now}"
