@@ -625,7 +625,7 @@ def test_damaged_resume_points_end_with_5_in_the_status_too(copied, capsys):
         path.write_bytes(b"")
     assert tiny.command("train", copied) == 5
     shown = capsys.readouterr().err
-    assert "set aside" in shown
+    assert "setting it aside" in shown
     assert "no intact resume point is left" in shown
     found = tiny.status(run)
     assert (found["state"], found["exit_code"]) == ("failed", 5)

@@ -142,7 +142,7 @@ def test_incompatible_values_fail_a_single_trial(tmp_path, started, capsys):
     method = "pruning.method"
     fields = (LR, DECAY, f"{method}.penalty.window=choice([0,0.3],[0,0.6])", f"{method}.remove_at=choice(0.3,0.8)")
     assert searched(tmp_path, 8, fields=fields) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "lies before the end of the window" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is before the end of the penalty window" in line]
     assert lines
     assert len(started) == 8 - len(lines)
     assert not set(started) & {line.split()[1] for line in lines}

@@ -128,7 +128,7 @@ WRONG = {
     "arms:\n  a b: {{pruning.method: imp}}\n  a?b: {{}}": "would share the folder",
     "reference: rsst\narms:\n  imp: {{pruning.method: imp}}": "unknown arm 'rsst'",
     "arm: {{}}\narms:\n  imp: {{pruning.method: imp}}": "study.yaml:5  arm: unknown key; did you mean 'arms'?",
-    "seeds: []\narms: {{imp: {{}}}}": "given twice",
+    "seeds: []\narms: {{imp: {{}}}}": "seeds: duplicate key",
     "arms:\n  imp: {{pruning.method: imp}}\npoints: {{long: {{set: {{}}, arms: [imp]}}}}": "points.long.set",
     "arms: {{imp: {{}}}}\npoints: {{a: {{set: {{optim.lr: 1}}, arms: [rst]}}}}": "points.a.arms: unknown arm 'rst'",
 }

@@ -1,16 +1,24 @@
 """Text for terminals and logs: tables, durations, sizes. A Chinese character is two cells wide."""
 
+import os
+import shutil
+import sys
 import unicodedata
 from collections.abc import Sequence
 
 
+def terminal_width() -> int | None:
+    """Cells in a line of the terminal, or COLUMNS; None for a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+
+
 def width_of(text: str) -> int:
-    """Columns of a terminal: two for Chinese, Japanese and Korean characters, none for combining ones."""
+    """Cells of a terminal: two for Chinese, Japanese and Korean characters, none for combining ones."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def clipped(text: str, width: int) -> str:
-    """The text in at most so many columns; an ellipsis where something is missing: names often differ at their ends."""
+    """The text in at most `width` cells, with an ellipsis inside: names often differ at the end."""
     if width_of(text) <= width:
         return text
     first, last = (width - 1) // 3, 0
@@ -22,15 +30,18 @@ def clipped(text: str, width: int) -> str:
 
 
 def padded(text: str, width: int, is_left: bool = False) -> str:
-    """The text with spaces up to so many columns."""
+    """The text filled up with spaces to `width` cells."""
     space = " " * (width - width_of(text))
     return f"{text}{space}" if is_left else f"{space}{text}"
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, right-aligned, two spaces apart; the first line is the head."""
+def aligned(lines: Sequence[Sequence[str]], num_left: int = 0) -> str:
+    """A table, two spaces between columns: the first `num_left` are left-aligned, the others right-aligned."""
     widths = [max(map(width_of, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(padded(cell, w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    rows = [
+        [padded(cell, w, i < num_left) for i, (cell, w) in enumerate(zip(line, widths, strict=True))] for line in lines
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def duration(seconds: float) -> str:

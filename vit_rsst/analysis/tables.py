@@ -1,10 +1,11 @@
-"""The analysis as text: one column per subject, then a table of blocks for each with zeros. At most 120 wide."""
+"""The analysis as text: one column per subject, then a table of blocks for each with zeros. At most 120 wide, or "
+"the terminal."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vit_rsst.analysis.counts import block_of, kind_of
-from vit_rsst.text import aligned, duration, size
+from vit_rsst.text import aligned, duration, size, terminal_width
 
 WIDTH = 120
 NONE = "–"
@@ -32,17 +33,16 @@ def analysis_text(result: Mapping) -> str:
 
 def side_by_side(heads: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
     """Tables of as many columns as fit, until every subject is shown."""
-    first = max(len(label) for label, _ in rows)
+    first, limit = max(len(label) for label, _ in rows), min(terminal_width() or WIDTH, WIDTH)
     widths = [max(len(head), *(len(cells[i]) for _, cells in rows)) for i, head in enumerate(heads)]
     start = 0
     while start < len(heads):
         end, total = start + 1, first + 2 + widths[start]
-        while end < len(heads) and total + 2 + widths[end] <= WIDTH:
+        while end < len(heads) and total + 2 + widths[end] <= limit:
             total, end = total + 2 + widths[end], end + 1
         shown = [(label, cells[start:end]) for label, cells in rows]
-        lines = [("".ljust(first), *heads[start:end])]
-        lines += [(label.ljust(first), *cells) for label, cells in shown if set(cells) != {NONE}]
-        yield aligned(lines)
+        lines = [("", *heads[start:end]), *((label, *cells) for label, cells in shown if set(cells) != {NONE})]
+        yield aligned(lines, num_left=1)
         start = end
 
 
@@ -106,9 +106,8 @@ def block_table(item: Mapping) -> str:
         cells = [f"{k['density']:.3f} {k['share']:5.1%}" if (k := by_kind.get(kind)) else NONE for kind in kinds]
         cells += [_left(units, block, kind) for kind in unit_kinds]
         lines.append((block or NONE, *cells, f"{sum(layer['share'] for layer in by_kind.values()):.1%}"))
-    lines = [(line[0].ljust(max(len(row[0]) for row in lines)), *line[1:]) for line in lines]
     head = f"{item['what']}: density of each layer, its share of all weights alive, and units left"
-    return f"{head}\n{aligned(lines)}"
+    return f"{head}\n{aligned(lines, num_left=1)}"
 
 
 def _left(units: Mapping, block: str, kind: str) -> str:

@@ -1,7 +1,6 @@
 """What each verb of `vit-rsst` does, given its arguments. What a verb needs is imported inside it: help stays quick."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 
@@ -135,7 +134,7 @@ def models(arguments: argparse.Namespace) -> None:
         cost = f"{flops(net, px) / 1e6:,.0f}"
         lines.append((name, f"{total:,}", counted, cost, str(px), published, stock.architecture))
     print(
-        aligned(lines),
+        aligned(lines, num_left=1),
         "\n\nFor 10 classes and one image; a multiply-accumulate is two FLOPs. Any other timm model works too; its "
         "arguments go into model.args.",
     )
@@ -143,12 +142,13 @@ def models(arguments: argparse.Namespace) -> None:
 
 def recipes(arguments: argparse.Namespace) -> None:
     from vit_rsst.recipe.loading import builtin_folder, builtin_recipes
+    from vit_rsst.text import aligned
 
-    paths = {str(path.relative_to(builtin_folder()).with_suffix("")): path for path in builtin_recipes()}
-    width = max(map(len, paths)) + 2
-    for name, path in paths.items():
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        print(f"{name:{width}}{first.lstrip('# ')}")
+    lines = []
+    for path in builtin_recipes():
+        about = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        lines.append((str(path.relative_to(builtin_folder()).with_suffix("")), about))
+    print(aligned(lines, num_left=2))
 
 
 def methods(arguments: argparse.Namespace) -> None:
@@ -173,19 +173,17 @@ def methods(arguments: argparse.Namespace) -> None:
 
 def runs(arguments: argparse.Namespace) -> None:
     import datetime
-    import shutil
     from pathlib import Path
 
     from vit_rsst import files
     from vit_rsst.errors import InputError
     from vit_rsst.report import listing
+    from vit_rsst.text import terminal_width
 
     folder, output = Path(arguments.folder).expanduser(), output_file(arguments.json)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name the output_dir of your runs.")
     items = [listing.listed(path, folder) for path in listing.find(folder)]
     leave(output, files.write_json, listing.as_data(items))
-    is_terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if is_terminal or "COLUMNS" in os.environ else None
-    now = datetime.datetime.now(datetime.UTC)
-    print(listing.table(items, now, width, listing.wants_color(is_terminal)) if items else f"no runs in {folder}")
+    now, is_colored = datetime.datetime.now(datetime.UTC), listing.wants_color(sys.stdout.isatty())
+    print(listing.table(items, now, terminal_width(), is_colored) if items else f"no runs in {folder}")

@@ -136,7 +136,7 @@ def outcomes_of(
 
 
 def report_text(result: dict, most_classes: int = 20) -> str:
-    """The result as text: lines of totals, the table of classes, the most frequent confusions."""
+    """The result as text: totals, the table of classes, the most frequent confusions."""
     order = range(len(result["classes"]))
     if len(result["classes"]) > most_classes:
         order = sorted(order, key=lambda i: result["f1"][i])[:most_classes]
@@ -149,7 +149,6 @@ def report_text(result: dict, most_classes: int = 20) -> str:
     for mean in ("macro", "weighted"):
         values = (f"{100 * result[f'{mean}_{key}']:.2f}" for key in names)
         lines.append((f"{mean} mean", *values, str(result["samples"])))
-    lines = [(line[0].ljust(max(len(row[0]) for row in lines)), *line[1:]) for line in lines]
     density = "" if result["density"] is None else f", density {result['density']:.4f}"
     head = (
         f"{result['ticket']} on {result['split']} ({result['samples']:,} images){density}\n"
@@ -157,21 +156,20 @@ def report_text(result: dict, most_classes: int = 20) -> str:
         f"macro F1 {100 * result['macro_f1']:.2f}  calibration error {100 * result['ece']:.2f}\n"
         f"{result['images_per_s']:,.0f} images/s, {result['device']}, {result['processes']} process(es)\n"
     )
-    note = (
-        f"\nthe {most_classes} classes of the lowest F1; --json FILE has all" if len(order) < len(result["f1"]) else ""
-    )
-    return f"{head}\n{aligned(lines)}{note}\n\n{_confusions_text(result)}"
+    is_short = len(order) < len(result["f1"])
+    note = f"\nthe {most_classes} classes with the lowest F1; --json FILE has all" if is_short else ""
+    return f"{head}\n{aligned(lines, num_left=1)}{note}\n\n{_confusions_text(result)}"
 
 
 def _confusions_text(result: dict) -> str:
     names, found = result["classes"], most_confused(result["confusion"])
     if not found:
         return "no confusions"
-    return "most confused: " + ", ".join(f"{names[a]} taken for {names[b]} ({n})" for n, a, b in found)
+    return "most confused: " + ", ".join(f"{names[a]} predicted as {names[b]} ({n})" for n, a, b in found)
 
 
 def write_csv(path: Path, result: dict) -> None:
-    """One row a class: its scores, its images and how many of them were taken for each class; then the means."""
+    """One row per class: its scores, its images and how many were predicted as each class; then the means."""
     names = ("precision", "recall", "f1")
     rows = [["class", *names, "images", *(f"taken for {name}" for name in result["classes"])]]
     for i, name in enumerate(result["classes"]):

@@ -33,7 +33,7 @@ def run_search(arguments: argparse.Namespace) -> None:
         try:
             search.run(arguments.trials, lambda line: print(line, flush=True))
         finally:
-            print(f"\n{aligned(search.table())}", flush=True)
+            print(f"\n{aligned(search.table(), num_left=1)}", flush=True)
         best = search.best_overrides()
     if best is None:
         raise RunError(f"no trial has finished; see the logs in {search.folder / 'output'}.")

@@ -74,7 +74,7 @@ def plan_text(study: Study, jobs: int) -> str:
     seconds = seconds_per_epoch(study)
     time = "unknown until a run has finished" if seconds is None else duration(left * seconds / jobs)
     total_text = f"{len(study.runs)} runs in {study.folder}, {total:,} epochs, {left:,} left to train"
-    return f"{aligned(lines)}\n\n{total_text}; estimated time: {time}, {jobs} at a time"
+    return f"{aligned(lines, num_left=1)}\n\n{total_text}; estimated time: {time}, {jobs} at a time"
 
 
 def seconds_per_epoch(study: Study) -> float | None:

@@ -27,7 +27,7 @@ LEAST_NEEDED = {
     "size": 16,
     "progress": 16,
 }
-"""What to drop in a narrow terminal, in this order, until the name has this many columns; `bar` is the progress bar."""
+"""What to drop in a narrow terminal, in this order, until names have this many cells; `bar` is the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def table(items: Sequence[Listed], now: datetime.datetime, width: int | None, is
     """The runs as text.
 
     Args:
-        width: columns of the terminal; None: as wide as it takes.
+        width: of the terminal in cells; None for no limit.
     """
     heads, rows = {column: column for column in COLUMNS}, [cells(item, now) for item in items]
     widths = {column: max(width_of(row[column]) for row in (heads, *rows)) for column in COLUMNS}
@@ -148,7 +148,7 @@ def table(items: Sequence[Listed], now: datetime.datetime, width: int | None, is
 
 
 def fit(widths: dict[str, int], width: int) -> None:
-    """Leaves out columns and cuts the names, in place, until a line has at most `width` columns."""
+    """Drops columns and clips names, in place, until a line has at most `width` cells."""
 
     def others() -> int:
         return sum(w + 2 for column, w in widths.items() if column != "run")
