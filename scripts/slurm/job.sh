@@ -25,8 +25,9 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170           # seconds the ranks then hav
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it
 
 # SLURM signals every process of the step. What is only starting dies of USR1 instead of leaving a status, which then
-# counts as a clean stop: code 75. The trap runs when the command has ended.
-task='trap asked=1 USR1; "${@/#@NODE/$SLURM_NODEID}"; code=$?; [[ -z ${asked-} || $code == 0 ]] || code=75; exit $code'
+# counts as a clean stop: code 75, on every node. The traps run when the command has ended.
+task='trap asked=1 USR1; trap : TERM; "${@/#@NODE/$SLURM_NODEID}"; code=$?
+[[ -z ${asked-} || $code == 0 ]] || code=75; exit $code'
 if ((processes == 1)); then
     launcher=(python) # for a single process `accelerate launch` forwards no signals
 else

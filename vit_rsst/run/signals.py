@@ -59,8 +59,10 @@ class StopFlag:
             self._pipe = None
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.reason and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.reason:  # SLURM and the launcher each send one, and the first is being answered
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.reason = signal.Signals(number).name
         if not self.is_training:
             raise Stopped(before_first_step(self.reason))
