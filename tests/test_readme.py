@@ -25,6 +25,7 @@ from test_slurm import Cluster
 from vit_rsst import errors
 from vit_rsst.cli.parser import make_parser
 from vit_rsst.experiments import running
+from vit_rsst.recipe.loading import load
 
 README = tiny.REPOSITORY / "README.md"
 DOCS = sorted((tiny.REPOSITORY / "docs").glob("*.md"))
@@ -244,6 +245,12 @@ def test_every_program_of_the_pages_runs(reader, program):
     reader.python("-c", program)
 
 
+@pytest.mark.parametrize("fields", [block for page in PAGES for block in blocks(page, "yaml")])
+def test_every_yaml_block_is_part_of_a_recipe(fields, tmp_path):
+    (tmp_path / "page.yaml").write_text(f"name: page\n{fields}", encoding="utf-8")
+    load(tmp_path / "page.yaml")
+
+
 def test_the_commands_are_found():
     assert {command for page in PAGES for command in commands_of(page)} >= {*EXEMPT, *QUICKSTART.values()}
     assert len(COMMANDS) > 30
@@ -342,5 +349,5 @@ def test_the_messages_in_troubleshooting_are_those_of_the_program():
     quoted = re.findall(r"[|,] \"([^\"]+)\"", page)
     assert len(quoted) > 12
     known = messages()
-    parts = [part for message in quoted for part in re.split(r"\s*(?:…|FILE:ROW|\bN\b)\s*", message)]
+    parts = [part for message in quoted for part in re.split(r"\s*(?:…|FILE|\bN\b)\s*", message)]
     assert not [part for part in parts if part not in known]
