@@ -106,7 +106,7 @@ def test_a_model_of_another_number_of_classes_that_does_not_name_them_is_refused
     trained = open_trained(run)
     data = open_data(trained.data, trained.seed)
     other = zoo.create("resnet20", {"num_classes": 7}).eval()
-    with pytest.raises(InputError, match="tells 7 classes apart, and the data have 10; name the data"):
+    with pytest.raises(InputError, match="predicts 7 classes, but the dataset has 10; name the dataset"):
         evaluate.check_classes(dataclasses.replace(trained, net=other, classes=[]), data)
     with pytest.raises(Damaged, match="trained on 7 classes"):
         evaluate.check_classes(dataclasses.replace(trained, net=other, classes=[*"abcdefg"]), data)
@@ -215,3 +215,85 @@ def test_a_folder_of_timm_with_a_pickle_alone_is_refused_unread(tmp_path, monkey
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(Damaged, match="is a pickle, which can run code"):
         published.open_published(str(folder))
+
+
+# -- images that are only scored
+
+
+def write_classes(folder: Path, names: list[str], count: int, start: int = 0) -> Path:
+    """Class folders; the classes are as bright as their number."""
+    from PIL import Image
+
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8), (start + i, 200 * (name > "m"), 20 * number)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """A dataset of class folders, and a run on it."""
+    place = tmp_path_factory.mktemp("folders")
+    write_classes(place / "set" / "train", ["ant", "fox", "yak"], 12)
+    write_classes(place / "set" / "val", ["ant", "fox", "yak"], 4, start=50)
+    recipe = tiny.write_recipe(place)
+    options = ("data.source=folder", f"data.path={place / 'set'}", "data.image_size=32", "train.global_batch=8")
+    assert tiny.command("train", recipe, *options, "data.val_fraction=0.2") == 0
+    return place / "set", place / "runs" / "tiny"
+
+
+def test_a_folder_of_test_images_alone_is_scored_whole_and_by_name(folders, tmp_path):
+    data, run = folders
+    expected = evaluated(tmp_path / "a.json", run)
+    assert expected["support"] == [4, 4, 4]
+    for place in ("plain", "t/test", "v/val"):
+        shutil.copytree(data / "val", tmp_path / place)
+        folder = tmp_path / place.split("/")[0]
+        found = evaluated(tmp_path / "b.json", run, "--data", folder)
+        assert found["confusion"] == expected["confusion"]
+    assert evaluated(tmp_path / "b.json", run, "--data", tmp_path / "plain", "--split", "train")["samples"] == 12
+    assert evaluated(tmp_path / "b.json", run, "--data", data)["confusion"] == expected["confusion"]
+
+
+def test_a_class_of_the_model_without_images_has_none(folders, tmp_path):
+    data, run = folders
+    for name in ("yak", "fox"):
+        shutil.copytree(data / "val" / name, tmp_path / "some" / name)
+    found = evaluated(tmp_path / "a.json", run, "--data", tmp_path / "some")
+    assert found["classes"] == ["ant", "fox", "yak"]
+    assert found["support"] == [0, 4, 4]
+    shutil.rmtree(tmp_path / "some" / "fox")
+    assert evaluated(tmp_path / "a.json", run, "--data", tmp_path / "some")["support"] == [0, 0, 4]
+
+
+def test_other_names_are_matched_by_position_only_when_asked(folders, tmp_path, capsys):
+    data, run = folders
+    for name, other in (("ant", "n1"), ("fox", "n2"), ("yak", "n3")):
+        shutil.copytree(data / "val" / name, tmp_path / "names" / other)
+    assert tiny.command("evaluate", run, "--data", tmp_path / "names") == 5
+    assert "has 'n1'; rename its classes, or pass --classes-by position" in capsys.readouterr().err
+    found = evaluated(tmp_path / "b.json", run, "--data", tmp_path / "names", "--classes-by", "position")
+    assert "matched by position: 'n1' is taken for 'ant'" in capsys.readouterr().err
+    assert found["confusion"] == evaluated(tmp_path / "a.json", run)["confusion"]
+    shutil.rmtree(tmp_path / "names" / "n3")
+    assert tiny.command("evaluate", run, "--data", tmp_path / "names", "--classes-by", "position") == 2
+    assert "predicts 3 classes, but the dataset has 2" in capsys.readouterr().err
+
+
+def test_a_folder_that_the_run_divided_itself_is_divided_again_where_it_has_moved(tmp_path):
+    write_classes(tmp_path / "set", ["ant", "fox"], 20)
+    options = ("data.source=folder", f"data.path={tmp_path / 'set'}", "data.image_size=32", "data.test_fraction=0.25")
+    assert tiny.command("train", tiny.write_recipe(tmp_path), *options, "train.global_batch=8") == 0
+    run = tmp_path / "runs" / "tiny"
+    expected = evaluated(tmp_path / "a.json", run)
+    shutil.copytree(tmp_path / "set", tmp_path / "moved")
+    assert evaluated(tmp_path / "b.json", run, "--data", tmp_path / "moved")["confusion"] == expected["confusion"]
+    write_classes(tmp_path / "other", ["ant", "fox"], 3, start=90)
+    assert evaluated(tmp_path / "b.json", run, "--data", tmp_path / "other")["samples"] == 6
+
+
+def test_a_split_that_a_folder_lacks_is_refused(folders, tmp_path, capsys):
+    shutil.copytree(folders[0] / "val", tmp_path / "t" / "test")
+    assert tiny.command("evaluate", folders[1], "--data", tmp_path / "t", "--split", "train") == 2
+    assert "has no train split (found: test (test/))" in capsys.readouterr().err

@@ -113,3 +113,29 @@ def test_a_result_that_cannot_be_written_is_refused_before_any_work(run, tmp_pat
     for wrong in (tmp_path / "missing" / "out.json", tmp_path):
         assert tiny.command("predict", run, tmp_path / "no_image.png", "--json", wrong) == 2
         assert "cannot be written" in capsys.readouterr().err
+
+
+def test_what_cannot_be_decoded_is_skipped_and_counted(run, tmp_path, pixels, capsys):
+    (tmp_path / "set").mkdir()
+    good = [write(tmp_path / "set", f"{i}.png", pixels, "RGB") for i in range(3)]
+    (tmp_path / "set" / "broken.png").write_bytes(good[0].read_bytes()[:100])
+    (tmp_path / "set" / "empty.jpg").write_bytes(b"")
+    assert tiny.command("predict", run, tmp_path / "set", "--json", tmp_path / "out.json") == 0
+    told = capsys.readouterr().err
+    assert "2 of 5 images skipped" in told
+    assert "broken.png cannot be decoded" in told
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [item["image"] for item in written["predictions"]] == [str(file) for file in good]
+    assert len(written["skipped"]) == 2
+
+
+def test_linked_folders_are_searched_and_hidden_files_are_not(tmp_path, pixels):
+    (tmp_path / "else" / "deep").mkdir(parents=True)
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "else" / "deep", "a.png", pixels, "RGB")
+    write(tmp_path / "set", "b.avif", pixels, "RGB")
+    write(tmp_path / "set", "._c.png", pixels, "RGB")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "else")
+    (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
+    found = [path.relative_to(tmp_path / "set").as_posix() for path in find_images([tmp_path / "set"])]
+    assert found == ["b.avif", "link/deep/a.png"]

@@ -128,6 +128,7 @@ def ticket_header(recipe: Recipe, data: ImageData, net: nn.Module) -> dict[str, 
     options = data.options
     shown = {"image_size": options.size, "crop_pct": options.crop_share, "interpolation": options.resampling}
     info = {**shown, "mean": mean, "std": std, "classes": data.classes}
+    info["content"] = data.identity.get("content")
     return {
         "model": recipe.model.name,
         "architecture": architecture,

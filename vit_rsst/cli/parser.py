@@ -97,7 +97,13 @@ def add_evaluate(parser: Parser) -> None:
         help="run folder, ticket, exported folder, or timm model with published weights",
     )
     parser.add_argument("--split", type=one_of("split", SPLITS), default="test", help="test (default), val or train")
-    parser.add_argument("--data", metavar="PATH", help="dataset folder, if it has moved")
+    parser.add_argument(
+        "--data", metavar="PATH", help="dataset folder, if it has moved, or a folder of images to score"
+    )
+    parser.add_argument(
+        "--classes-by", type=one_of("way", ("name", "position")), default="name",
+        help="how the classes of the dataset are matched with the model's: name (default) or position",
+    )  # fmt: skip
     parser.add_argument("--source", metavar="NAME", help="data source, if the model does not name one; see methods")
     parser.add_argument("--batch", type=at_least(1), metavar="N", help="images per forward pass (default 500)")
     parser.add_argument("--json", metavar="FILE", help="write every number to FILE")

@@ -46,7 +46,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     state = start_processes()
     a = arguments
-    result = evaluation.evaluate(a.what, a.split, state, a.data, a.source, a.batch)
+    result = evaluation.evaluate(a.what, a.split, state, a.data, a.source, a.batch, a.classes_by == "position")
     if state.is_main_process:
         leave(as_json, files.write_json, result)
         leave(as_csv, evaluation.write_csv, result)
@@ -64,6 +64,8 @@ def predict(arguments: argparse.Namespace) -> None:
     result = prediction.predict(Path(arguments.what), [Path(image) for image in arguments.images], arguments.top)
     leave(output, files.write_json, result)
     print(prediction.predictions_text(result))
+    if skipped := prediction.skipped_text(result):
+        print(skipped, file=sys.stderr)
 
 
 def analyze(arguments: argparse.Namespace) -> None:

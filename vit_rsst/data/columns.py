@@ -26,6 +26,24 @@ LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
 IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 """Likewise for a column of raw bytes."""
 
+
+class OtherClasses(InputError):
+    """Images of a class that is not among those expected.
+
+    Attributes:
+        name: of the class.
+        where: what a person calls the images.
+    """
+
+    def __init__(self, name: str, where: str, classes: Sequence[str]):
+        self.name, self.where = name, where
+        some = f"{', '.join(classes[:3])}{' …' if len(classes) > 3 else ''}"
+        super().__init__(
+            f"data: the classes of {where} and of train differ: {name!r} is not among the {len(classes)} of train "
+            f"({some}); rename it, or leave it out."
+        )
+
+
 MISSING = -1
 """A label that is not there; the Hub's unlabelled splits hold it as well."""
 
@@ -234,7 +252,7 @@ def renumbered(
         what: what a message calls these labels, such as "the val split".
 
     Raises:
-        InputError: an image of a class that is not among `classes`.
+        OtherClasses: an image of a class that is not among `classes`.
     """
     if tuple(names) == tuple(classes):
         return labels
@@ -243,11 +261,7 @@ def renumbered(
     inside = (labels >= 0) & (labels < len(names))
     strange = np.flatnonzero(inside & (table[np.where(inside, labels, -1)] == MISSING))
     if len(strange):
-        name = names[labels[strange[0]]]
-        raise InputError(
-            f"data: the classes of {what} and of train differ: {name!r} ({place(int(strange[0]))}) is not among the "
-            f"{len(classes)} of train ({', '.join(classes[:3])} …); rename it, or leave it out."
-        )
+        raise OtherClasses(names[labels[strange[0]]], f"{what} ({place(int(strange[0]))})", classes)
     return np.where(inside, table[np.where(inside, labels, -1)], labels)
 
 

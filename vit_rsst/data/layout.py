@@ -95,11 +95,12 @@ def _family(name: str) -> str:
     return "\0".join(words)
 
 
-def find_layout(tree: Tree, splits: Mapping[str, str] | None = None) -> Layout:
+def find_layout(tree: Tree, splits: Mapping[str, str] | None = None, is_scored: bool = False) -> Layout:
     """The splits of a dataset folder, with or without a training split.
 
     Args:
         splits: `data.splits`.
+        is_scored: whether its images are only scored, so that one class is enough.
 
     Raises:
         InputError: two readings are plausible, or there is nothing to read.
@@ -125,7 +126,7 @@ def find_layout(tree: Tree, splits: Mapping[str, str] | None = None) -> Layout:
             raise _ambiguous(tree, f"it has training images as *{suffix} and as class folders")
         unread = [*notes, *(note for s in SHARDS if s != suffix for note in _unread_shards(tree, s))]
         return Layout(tree, parts, unread + _unread_folders(tree, tree.children("")) + _unread_files(tree, ("",)))
-    layout = _class_folders(tree)
+    layout = _class_folders(tree, is_scored)
     if layout is not None:
         layout.notes.extend(note for suffix in SHARDS for note in _unread_shards(tree, suffix))
         return layout
@@ -206,7 +207,7 @@ def _split_folders(tree: Tree) -> dict[str, str]:
     return {name: split for name, split in named.items() if split}
 
 
-def _class_folders(tree: Tree) -> Layout | None:
+def _class_folders(tree: Tree, is_scored: bool) -> Layout | None:
     """Splits of class folders (or of images with metadata); None: there are no image files at all."""
     live, named = tree.children(""), _split_folders(tree)
     if not live and not tree.folders[""].count:
@@ -225,7 +226,8 @@ def _class_folders(tree: Tree) -> Layout | None:
             f"data.path: {tree.root} holds {tree.folders[''].count:,} images and no folders; expected one folder a "
             "class, or a metadata.csv with the columns file_name and label."
         )
-    _check_classes_of(tree, "")
+    if not is_scored:
+        _check_classes_of(tree, "")
     notes = [f"not read: {tree.folders[''].count:,} images beside the class folders"] if tree.folders[""].count else []
     return _folder_layout(tree, {"train": Part("folders", ("",), "its class folders")}, notes)
 

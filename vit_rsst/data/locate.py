@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vit_rsst import reach
-from vit_rsst.data.columns import LABEL_NAMES, MISSING, Columns, check_labels, find_columns, read_labels, renumbered
+from vit_rsst.data.columns import (
+    LABEL_NAMES,
+    MISSING,
+    Columns,
+    OtherClasses,
+    check_labels,
+    find_columns,
+    read_labels,
+    renumbered,
+)
 from vit_rsst.data.layout import SPLITS, Layout, Part, find_layout, split_word
 from vit_rsst.data.listing import list_images
 from vit_rsst.data.options import DataOptions
@@ -70,12 +79,14 @@ class Found:
         where: what a person calls the files of each.
         notes: what is not read and why, and what was a guess.
         named: whether `data.splits` named them.
+        is_whole: whether the folder has no splits.
     """
 
     splits: dict[str, Table | Located]
     where: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     named: bool = False
+    is_whole: bool = False
 
     @property
     def is_stream(self) -> bool:
@@ -114,6 +125,29 @@ def locate(options: DataOptions, classes: Sequence[str] | None = None) -> Found:
             "train-*, a folder train/ with one folder a class, or data.splits={train: GLOB, test: GLOB}."
         )
     return _open_layout(layout, options, classes)
+
+
+def locate_scored(options: DataOptions, split: str, classes: Sequence[str] | None) -> Found | None:
+    """Images that are only scored: of a folder without a training split; None: it has one.
+
+    The split is the one asked, or for `test` a validation split; a folder of class folders is whatever was asked.
+
+    Raises:
+        InputError: no such folder, no such split, a class that is not among `classes`.
+    """
+    tree = read_tree(check_folder(str(options.path)), cache_folder())
+    layout = find_layout(tree, is_scored=True)
+    parts = layout.parts
+    if "train" in parts and parts["train"].paths != ("",):
+        return None
+    found = next((name for name in (split, "val" if split == "test" else split) if name in parts), None)
+    part = parts["train"] if "train" in parts else parts.get(found or "")
+    if part is None:
+        there = ", ".join(f"{name} ({part.where})" for name, part in parts.items()) or "nothing"
+        raise InputError(f"--split: {options.path} has no {split} split (found: {there}).")
+    notes = list(layout.notes)
+    opened = _open_part(tree, split, part, replace(options, streaming=False), classes, notes)
+    return Found({split: opened}, {split: part.where}, notes, is_whole="train" in parts)
 
 
 def check_folder(path: str) -> Path:
@@ -213,11 +247,7 @@ def _open_classes(tree: Tree, split: str, part: Part, classes: Sequence[str] | N
     numbers = {unicodedata.normalize("NFC", name): i for i, name in enumerate(classes)}
     labels = {name: numbers.get(unicodedata.normalize("NFC", name), MISSING) for name in live}
     if strange := sorted(name for name, label in labels.items() if label == MISSING):
-        raise InputError(
-            f"data: the classes of {part.where} and of train differ: {', '.join(map(shown, strange[:3]))} "
-            f"{'is' if len(strange) == 1 else 'are'} not among the {len(classes)} of train "
-            f"({', '.join(classes[:3])} …); rename or remove {'it' if len(strange) == 1 else 'them'}."
-        )
+        raise OtherClasses(shown(strange[0]), part.where, classes)
     if missing := sorted(set(range(len(classes))) - set(labels.values())):
         some = ", ".join(classes[i] for i in missing[:5]) + (" …" if len(missing) > 5 else "")
         notes.append(f"{part.where} has no image of {len(missing)} of {len(classes)} classes: {some}")

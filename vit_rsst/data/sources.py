@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.locate import Found, Located, locate
+from vit_rsst.data.locate import Found, Located, locate, locate_scored
 from vit_rsst.data.options import DataOptions, Imbalance
 from vit_rsst.data.streams import Stream, open_stream
 from vit_rsst.data.tables import Rows, Table
@@ -16,7 +16,7 @@ from vit_rsst.errors import InputError
 from vit_rsst.seeds import derived_seed
 
 
-def open_data(options: DataOptions, seed: int, buffer: int = 4096) -> ImageData:
+def open_data(options: DataOptions, seed: int, buffer: int = 4096, classes: Sequence[str] | None = None) -> ImageData:
     """Finds the tables or streams of a source and splits them; nothing is decoded.
 
     The test split is the source's own, or a share of train drawn once for all seeds. The validation split is drawn
@@ -24,12 +24,13 @@ def open_data(options: DataOptions, seed: int, buffer: int = 4096) -> ImageData:
 
     Args:
         buffer: images that a stream is mixed with.
+        classes: those that labels are matched with by name; None: those of the training split.
 
     Raises:
         InputError: no such folder, no such column, a label out of range, an empty split.
         MissingRequirement: the Hub cannot be reached.
     """
-    found = _found(options)
+    found = _found(options, classes)
     roles = decide_roles(options, found)
     return (
         _split_streams(options, found, roles, buffer) if found.is_stream else _split_tables(options, found, roles, seed)
@@ -41,10 +42,35 @@ def open_tables(options: DataOptions) -> dict[str, Table]:
     return _found(options).splits
 
 
-def _found(options: DataOptions) -> Found:
+def open_scored(
+    options: DataOptions, seed: int, split: str, classes: Sequence[str] | None = None, content: str | None = None
+) -> ImageData:
+    """A split to score: as the source is divided for training, or all images of a folder without splits.
+
+    Args:
+        classes: those that labels are matched with by name; None: those of the data.
+        content: of the training split of the run, if known: a folder of the same images is divided as there.
+
+    Raises:
+        InputError: see `open_data`; no such split.
+    """
+    found = None if options.path is None else locate_scored(options, split, classes)
+    if found is None:
+        return open_data(options, seed, classes=classes)
+    table = found.splits[split]
+    if options.test_fraction and content in (None, table.digest) and found.is_whole:
+        return open_data(options, seed, classes=classes)
+    rows = Rows(split, table, np.flatnonzero(table.labels >= 0))
+    if not rows.count:
+        raise InputError(f"data: {found.where[split]} has no labelled image.")
+    told = f"{split:5} {rows.count:,} images, {_num_classes(rows)} classes, from {found.where[split]}"
+    return ImageData(options, {split: rows}, table.classes, {"content": {split: table.digest}}, (told, *found.notes))
+
+
+def _found(options: DataOptions, classes: Sequence[str] | None = None) -> Found:
     if options.path is None and options.source == "digits":
         return Found({"train": _digits(options.size)}, {"train": "the embedded digits"})
-    return locate(options)
+    return locate(options, classes)
 
 
 @dataclass(frozen=True)
@@ -169,11 +195,13 @@ def _num_classes(rows: Rows | Stream) -> int:
 def _identity(options: DataOptions, found: Found, roles: Roles) -> dict:
     """What tells this data from any other later: content by split, wherever it lies; and where it was found."""
     train = found.splits["train"]
+    content = {name: found.splits[name].digest for name in filter(None, ("train", roles.val, roles.test))}
     return {
         "source": options.info.hub_id if options.path is None else str(Path(options.path).expanduser().resolve()),
         "revision": options.revision,
         "rows": len(train.labels) if isinstance(train, Table) else train.num_rows,
-        "content": {name: found.splits[name].digest for name in filter(None, ("train", roles.val, roles.test))},
+        "content": content,
+        "sha256": hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest(),
         "validation": "val" if roles.val else "train",
     }
 

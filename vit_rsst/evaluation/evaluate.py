@@ -1,5 +1,6 @@
-"""Scores of a trained model on a split: of a ticket on the data of its run, of any other on data that are named."""
+"""Scores of a trained model on a split: a ticket on its run's dataset, any model on a dataset that is named."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from accelerate import PartialState
 
 from vit_rsst import files, machine
 from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.data.columns import OtherClasses
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.options import DataOptions
-from vit_rsst.data.sources import open_data
+from vit_rsst.data.sources import open_data, open_scored
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.evaluation.outcomes import Outcomes, most_confused, outcomes
 from vit_rsst.export import onnx_file
@@ -32,6 +34,7 @@ def evaluate(
     data_path: str | None = None,
     source: str | None = None,
     batch: int | None = None,
+    by_position: bool = False,
 ) -> dict:
     """Every score that is reported, the same on any number of ranks; collective.
 
@@ -40,9 +43,10 @@ def evaluate(
             of timm with published weights.
         split: `test`, `val` or `train`, as the run divided them.
         state: processes and device.
-        data_path: folder of the data when it has moved.
-        source: name of the data; a ticket knows its own.
-        batch: images of a forward pass.
+        data_path: folder of the dataset, if it has moved, or of images to score alone.
+        source: name of the dataset; a ticket knows its own.
+        batch: images per forward pass.
+        by_position: match classes by position instead of by name.
 
     Raises:
         InputError: nothing of that name, or no data are named.
@@ -56,8 +60,10 @@ def evaluate(
             f"{what} does not say how its data were divided: some images of {split} may be of another split there."
         )
     with once_a_node(state):
-        data = open_data(trained.data, trained.seed)
-    classes = check_classes(trained, data)
+        data, classes = open_for(trained, split, data_path is not None, by_position)
+    if data_path is not None and state.is_main_process:
+        for line in data.told:
+            to_stderr(line)
     place = (state.device, state.process_index, state.num_processes)
     found, rate = outcomes_of(trained, data, split, batch or EVALUATION_BATCH, *place)
     if not np.isfinite(found.confidences).all():
@@ -99,27 +105,64 @@ def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
     return Trained(found.net, mask, Path(what), {"seed": "0"}, options, found.mean, found.std, found.classes)
 
 
-def check_classes(trained: Trained, data: ImageData) -> list[str]:
-    """Names by label.
+def open_for(trained: Trained, split: str, is_named: bool, by_position: bool) -> tuple[ImageData, list[str]]:
+    """The data to score, with labels that are the model's, and the names of the classes by label.
+
+    Args:
+        is_named: whether the caller named the folder, which may then hold nothing but images to score.
+        by_position: match classes by position instead of by name.
 
     Raises:
-        Damaged: the data have other classes than the model was trained on.
-        InputError: the model does not say which, and has another number of them.
+        Damaged: the dataset has a class that the model was not trained on.
+        InputError: no such split; the model does not name its classes, or they are matched by position, and their
+            number differs.
+    """
+    classes = None if by_position else trained.classes or None
+    try:
+        if is_named:
+            content = json.loads(trained.header.get("data", "{}")).get("content") or {}
+            data = open_scored(trained.data, trained.seed, split, classes, content.get("train"))
+        else:
+            data = open_data(trained.data, trained.seed, classes=classes)
+    except OtherClasses as error:
+        raise Damaged(
+            f"{trained.path}: trained on {len(trained.classes)} classes ({', '.join(trained.classes[:3])} …), and "
+            f"{error.where} has {error.name!r}; rename its classes, or pass --classes-by position if both list the "
+            "same classes in the same order."
+        ) from error
+    return data, check_classes(trained, data, by_position)
+
+
+def check_classes(trained: Trained, data: ImageData, by_position: bool = False) -> list[str]:
+    """Names by label: the model's, or else those of the data.
+
+    Args:
+        by_position: whether the names may differ.
+
+    Raises:
+        Damaged: the dataset has other classes than the model was trained on.
+        InputError: the model does not name its classes, or they are matched by position, and their number differs.
     """
     theirs = list(data.classes)
-    if trained.classes and trained.classes != theirs:
+    if trained.classes and trained.classes != theirs and not by_position:
         raise Damaged(
-            f"{trained.path}: trained on {len(trained.classes)} classes, {trained.classes[:3]} …, and the data have "
-            f"{len(theirs)}, {theirs[:3]} …."
+            f"{trained.path}: trained on {len(trained.classes)} classes, {trained.classes[:3]} …, and the dataset has "
+            f"{len(theirs)}, {theirs[:3]} …; pass --classes-by position if both list the same classes in the same "
+            "order."
         )
     with torch.no_grad():
         logits = trained.net(torch.zeros(1, 3, trained.data.size, trained.data.size))
     if logits.shape[1] != len(theirs):
         raise InputError(
-            f"{trained.path}: it tells {logits.shape[1]} classes apart, and the data have {len(theirs)}; name the data "
-            "that it was trained on with --source and --data."
+            f"{trained.path}: the model predicts {logits.shape[1]} classes, but the dataset has {len(theirs)}; name "
+            "the dataset that it was trained on with --source and --data."
         )
-    return theirs
+    if by_position and trained.classes and trained.classes != theirs:
+        to_stderr(
+            f"classes are matched by position: {theirs[0]!r} is taken for {trained.classes[0]!r}, {theirs[-1]!r} for "
+            f"{trained.classes[-1]!r}; scores mean nothing if the orders differ."
+        )
+    return trained.classes or theirs
 
 
 def outcomes_of(

@@ -61,6 +61,7 @@ def open_trained(what: Path) -> Trained:
             raise Damaged(f"{path}: the header has no {name!r}; the ticket does not come from a run of this version.")
     info = json.loads(ticket.metadata["data"])
     mean, std, classes = tuple(info.pop("mean")), tuple(info.pop("std")), info.pop("classes")
+    info.pop("content", None)
     info["imbalance"] = Imbalance(**info.get("imbalance", {}))
     net = zoo.described(ticket.metadata, str(path))
     ticket_file.load_into_(net, ticket, str(path))
