@@ -312,9 +312,10 @@ def test_every_field_on_a_page_is_in_the_reference(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_file_and_folder_on_a_page_exists(page):
+    roots = (tiny.REPOSITORY, tiny.PACKAGE, tiny.SCRIPTS / "benchmarks")
     for name in quoted_names(page):
         if re.fullmatch(r"[\w/]+\.(?:py|cfg|sh)|(?:\w+/)+", name) and name not in ("runs/", "train/", "val/", "test/"):
-            assert any((root / name).exists() for root in (tiny.REPOSITORY, tiny.PACKAGE)), name
+            assert any((root / name).exists() for root in roots), name
 
 
 def test_the_design_page_lists_the_folders_of_the_package():
@@ -328,6 +329,11 @@ def test_the_exit_codes_on_the_page_are_those_of_the_program():
     }
     table = re.findall(r"^\| (\d+) \| ", text(tiny.REPOSITORY / "docs" / "reports.md"), re.MULTILINE)
     assert {int(code) for code in table} == codes - {errors.RunError.exit_code} | {0}
+
+
+def test_the_benchmarks_page_lists_every_benchmark():
+    rows = re.findall(r"^\| `(\w+\.py)` \|", text(tiny.REPOSITORY / "docs" / "benchmarks.md"), re.MULTILINE)
+    assert sorted(rows) == sorted(path.name for path in (tiny.SCRIPTS / "benchmarks").glob("[a-z]*.py"))
 
 
 def messages() -> str:
