@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import nn
 
 from vit_rsst import files
@@ -102,22 +102,58 @@ def test_distillation_blends_by_its_weight_and_steps_aside_without_a_teacher():
 # -- mixtures and erasing
 
 
-@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixtures_are_those_of_timm_for_the_same_draw(alphas):
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0)])
+def test_a_mixture_is_what_its_numbers_say(alphas):
     images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
-    np.random.seed(5)
-    expected = Mixup(*alphas, label_smoothing=0.0, num_classes=3)(images.clone(), labels)
-    found = Mixing(3, *alphas, 1.0, 0.5)(images.clone(), labels, 5)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
-    assert torch.allclose(found[1].sum(1), torch.ones(6))
-    assert not torch.equal(found[0], images)
+    mixing = Mixing(3, *alphas, 1.0, 0.5)
+    drawn = mixing.draw(6, seed=5)
+    mixed, shares = mixing(images, labels, drawn)
+    assert torch.allclose(shares.sum(1), torch.ones(6))
+    for i, partner in enumerate((1, 0, 3, 2, 5, 4)):
+        own = float(shares[i] @ F.one_hot(labels[i], 3).float())
+        if alphas[0]:
+            assert own == pytest.approx(float(drawn[i, 0]), abs=1e-6)
+            expected = own * images[i] + (1 - own) * images[partner]
+            torch.testing.assert_close(mixed[i], expected)
+        else:
+            is_pasted = (mixed[i] == images[partner]).all(0)
+            assert bool((is_pasted | (mixed[i] == images[i]).all(0)).all())
+            assert own == pytest.approx(1 - float(is_pasted.float().mean()), abs=1e-6)
+
+
+def test_shares_and_boxes_follow_the_distributions_of_the_papers():
+    drawn = Mixing(3, 0.8, 1.0, 0.5, 0.25).draw(20_000, seed=1)[::2]
+    is_mixed, is_cut = drawn[:, 0] < 1, drawn[:, 1] > 0
+    assert is_mixed.float().mean() == pytest.approx(0.5, abs=0.02)
+    assert is_cut.float().mean() == pytest.approx(0.25, abs=0.02)
+    share = drawn[is_mixed & ~is_cut, 0]
+    assert (share.mean(), share.var()) == pytest.approx((0.5, 1 / (4 * (2 * 0.8 + 1))), abs=0.01)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_no_dealing_changes_a_mixture(repeats):
+    mixing, images = Mixing(3, 0.8, 1.0, 0.8, 0.5, repeats), torch.randn(24, 3, 8, 8)
+    labels, drawn = torch.arange(24) % 3, Mixing(3, 0.8, 1.0, 0.8, 0.5, repeats).draw(24, seed=2)
+    whole = mixing(images, labels, drawn)
+    for size in (6, 12):
+        parts = [mixing(*(t[i : i + size] for t in (images, labels, drawn))) for i in range(0, 24, size)]
+        for found, expected in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_an_image_that_comes_several_times_is_mixed_with_another():
+    images = torch.arange(4.0).repeat_interleave(3).view(12, 1, 1, 1).expand(12, 3, 8, 8)
+    mixed, _ = Mixing(3, 0.8, 0.0, 1.0, 0.5, repeats=3)(
+        images, torch.zeros(12, dtype=torch.long), torch.full((12, 4), 0.5)
+    )
+    assert mixed[:, 0, 0, 0].tolist() == pytest.approx([0.5] * 6 + [2.5] * 6)
 
 
 @pytest.mark.parametrize("number", [1, 5])
 def test_an_image_without_a_partner_stays_as_it_is(number):
     images, labels = torch.randn(number, 3, 8, 8), torch.arange(number) % 3
-    mixed, shares = Mixing(3, 0.8, 0.0, 1.0, 0.5)(images.clone(), labels, 0)
+    mixing = Mixing(3, 0.8, 0.0, 1.0, 0.5)
+    mixed, shares = mixing(images, labels, mixing.draw(number, seed=0))
     assert torch.equal(mixed[-1], images[-1])
     assert shares[-1].tolist() == F.one_hot(labels[-1], 3).tolist()
     assert len(mixed) == len(shares) == number
@@ -129,11 +165,14 @@ def test_the_top1_of_a_mixture_counts_the_larger_share():
     assert meter.compute_and_reset()["top1"] == 75.0
 
 
+def erased(erasing: Erasing, images: torch.Tensor, seed: int) -> torch.Tensor:
+    drawn = erasing.draw(len(images), torch.Generator().manual_seed(seed))
+    return erasing.fill(images, erasing.boxes(drawn, *images.shape[2:]))
+
+
 def test_cutout_is_erasing_of_one_square_of_the_share_asked():
-    drawn = Augmentation(0, 0.0, Erasing(1.0, "const", (0.25, 0.25), 1.0)).draw(64, seed=3)
-    erased = Erasing(1.0, "const", (0.25, 0.25), 1.0).apply_(torch.ones(64, 3, 16, 16), drawn.seeds)
     places = Counter()
-    for image in erased:
+    for image in erased(Erasing(1.0, "const", (0.25, 0.25), 1.0), torch.ones(64, 3, 16, 16), seed=3):
         rows, columns = (image[0] == 0).nonzero(as_tuple=True)
         assert len(rows) == 64
         assert (rows.max() - rows.min(), columns.max() - columns.min()) == (7, 7)
@@ -141,16 +180,26 @@ def test_cutout_is_erasing_of_one_square_of_the_share_asked():
     assert len(places) > 30
 
 
-def test_what_is_erased_in_an_image_follows_from_its_own_seed():
-    erasing, images = Erasing(0.5, "pixel"), torch.ones(32, 3, 16, 16)
-    seeds = torch.arange(32)
-    together = erasing.apply_(images.clone(), seeds)
-    random.seed(99)
-    apart = torch.cat([erasing.apply_(images[i : i + 1].clone(), seeds[i : i + 1]) for i in reversed(range(32))])
-    assert torch.equal(together, apart.flip(0))
-    share = ((together != 1).flatten(1).any(1)).float().mean()
-    assert 0.2 < share < 0.8
-    assert together[together != 1].std() == pytest.approx(1.0, abs=0.1)
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_erasing_covers_as_much_as_that_of_timm(mode):
+    found = erased(Erasing(0.5, mode), torch.full((2000, 3, 16, 16), 9.0), seed=0) != 9.0
+    random.seed(0)
+    of_timm, images = RandomErasing(0.5, mode=mode, device="cpu"), torch.full((2000, 3, 16, 16), 9.0)
+    for image in images:
+        of_timm(image)
+    expected = images != 9.0
+    assert found.flatten(1).any(1).float().mean() == pytest.approx(0.5, abs=0.04)
+    assert found.float().mean() == pytest.approx(float(expected.float().mean()), rel=0.1)
+    assert found.float().mean(0).std() < 0.05
+
+
+def test_erased_pixels_are_normal_and_independent_of_the_others_in_the_batch():
+    erasing, images = Erasing(0.5, "pixel"), torch.full((32, 3, 16, 16), 9.0)
+    boxes = erasing.boxes(erasing.draw(32, torch.Generator().manual_seed(1)), 16, 16)
+    together = erasing.fill(images, boxes)
+    apart = torch.cat([erasing.fill(images[i : i + 1], boxes[i : i + 1]) for i in range(32)])
+    assert torch.equal(together, apart)
+    assert together[together != 9.0].std() == pytest.approx(1.0, abs=0.1)
 
 
 # -- which images come

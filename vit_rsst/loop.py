@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vit_rsst.data.loaders import Batch
 from vit_rsst.errors import Diverged, Stopped
@@ -24,6 +25,7 @@ from vit_rsst.seeds import derived_seed
 from vit_rsst.tickets import rounds, ticket_file
 from vit_rsst.training import optim
 from vit_rsst.training.counters import Interrupted
+from vit_rsst.training.readings import Reading
 
 
 def train(run: Run) -> None:
@@ -35,7 +37,7 @@ def train(run: Run) -> None:
     try:
         train_rounds(run)
     except Interrupted:  # an evaluation between two epochs: the last point stands, and it is repeated from there
-        leave(run, save=False)
+        leave(run, saves=False)
 
 
 def train_rounds(run: Run) -> None:
@@ -63,27 +65,32 @@ def train_epoch(run: Run) -> None:
         seed_step(run)
         optim.set_lr_(run.optimizer, run.lr(run.progress))
         loss, grad_norm = train_step(run, micro_batches)
+        place = _where(run.progress)
         run.progress.advance()
         run.ranks.heartbeat.step_done(run.progress.global_step)
-        run.console.step(loss)
-        if run.progress.global_step % run.log_every_steps == 0:
-            log_step(run, loss, grad_norm)
+        run.console.step(run.readings.last_loss)
+        logs = run.progress.global_step % run.log_every_steps == 0
+        reading = Reading(run.progress.global_step, place, host_metrics(run) if logs else None)
+        run.readings.note(reading, loss, grad_norm)
+        if logs:
+            report_steps(run, run.readings.turn())
         if run.progress.step:  # the end of an epoch is saved after its evaluation
             if run.save_every_steps and run.progress.global_step % run.save_every_steps == 0:
-                resume.save(run)
+                save(run)
             stop_if_asked(run)
+    report_steps(run, run.readings.flush())
 
 
-def train_step(run: Run, micro_batches: list[Batch]) -> tuple[float, float]:
-    """One optimizer step over all micro-batches of this rank; mean loss of this rank and gradient norm of all."""
-    total = 0.0
+def train_step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """One optimizer step over all micro-batches of this rank: its mean loss and the gradient norm of all ranks.
+
+    Both stay on the device, and nothing here waits for it. A step that is not finite is skipped there.
+    """
+    losses = []
     run.controller.before_forward()
-    for micro, (images, labels) in enumerate(micro_batches):
-        if run.mixing is not None:
-            place = micro * run.accelerator.num_processes + run.accelerator.process_index  # in the global batch
-            seed = derived_seed(run.seed, "mixing", run.progress.global_step, place)
-            images, labels = run.mixing(images, labels, seed)
+    for images, labels in micro_batches:
         run.ranks.heartbeat.enter("forward")
+        torch.compiler.cudagraph_mark_step_begin()
         with run.accelerator.accumulate(run.model):
             logits = run.model(images)
             loss = run.loss(logits, labels)
@@ -94,18 +101,16 @@ def train_step(run: Run, micro_batches: list[Batch]) -> tuple[float, float]:
             run.ranks.heartbeat.enter("backward")
             run.accelerator.backward(loss)  # divides by the accumulation
         run.meter.add(logits, labels, loss)
-        total = total + loss.detach()
+        losses.append(loss.detach())
     run.ranks.heartbeat.enter("update")
     run.controller.after_backward(run.progress)
-    norm = float(run.accelerator.clip_grad_norm_(run.model.parameters(), run.clip_grad_norm or math.inf))
-    if is_finite := math.isfinite(norm):  # a loss that is not finite on any rank makes every rank's norm so
-        run.controller.before_step(run.progress)
-        run.optimizer.step()
-    else:
-        skip_step(run, norm)
+    norm = optim.clip_grads_(run.accelerator, run.model, run.clip_grad_norm)
+    skipped = ~norm.isfinite()  # a loss that is not finite on any rank makes every rank's norm so
+    run.controller.before_step(run.progress)
+    optim.step_unless_(run.optimizer, skipped)
     run.optimizer.zero_grad()
-    run.controller.after_step(run.progress, skipped=not is_finite)
-    return float(total) / len(micro_batches), norm
+    run.controller.after_step(run.progress, skipped)
+    return sum(losses) / len(losses), norm
 
 
 def seed_step(run: Run) -> None:
@@ -118,25 +123,46 @@ def seed_step(run: Run) -> None:
     np.random.seed(seed % 2**32)
 
 
-def skip_step(run: Run, norm: float) -> None:
+def report_steps(run: Run, readings: list[Reading]) -> None:
+    """Logs steps whose numbers have arrived.
+
+    Raises:
+        Diverged: more of them were skipped than `train.max_skipped_steps`.
+    """
+    for reading in readings:
+        if reading.was_skipped:
+            skip_step(run, reading)
+        if reading.metrics is not None:
+            metrics = {"train/loss": reading.loss, "train/grad_norm": reading.grad_norm, **reading.metrics}
+            run.tracker.log("step", reading.step, metrics)
+
+
+def skip_step(run: Run, reading: Reading) -> None:
+    """Counts a skipped step."""
     run.skipped_steps += 1
-    p = run.progress
-    place = f"round {p.round}, epoch {p.epoch}, step {p.global_step}"
+    place = "round {round}, epoch {epoch}, step {step}".format_map(reading.place)
     if run.skipped_steps > run.max_skipped_steps:
         raise Diverged(
-            f"{place}: the loss or a gradient is not finite (gradient norm {norm}); lower optim.lr, lengthen "
-            "optim.warmup_epochs or set optim.clip_grad_norm. The last resume point is sound; a changed recipe needs "
-            "another name, or --restart. train.max_skipped_steps tolerates single steps."
+            f"{place}: the loss or a gradient is not finite (gradient norm {reading.grad_norm}); lower optim.lr, "
+            "lengthen optim.warmup_epochs or set optim.clip_grad_norm. The last resume point is intact; a changed "
+            "recipe needs another name, or --restart. train.max_skipped_steps tolerates single steps."
         )
     run.tracker.warning(
-        p.global_step, f"{place}: skipped a step whose gradient norm is {norm} ({run.skipped_steps} so far)"
+        reading.step - 1,
+        f"{place}: skipped a step whose gradient norm is {reading.grad_norm} ({run.skipped_steps} so far)",
     )
 
 
-def log_step(run: Run, loss: float, grad_norm: float) -> None:
-    metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": run.optimizer.param_groups[0]["lr"]}
-    metrics["time/images_per_s"] = run.console.images_per_second
-    run.tracker.log("step", run.progress.global_step, _where(run.progress) | metrics)
+def host_metrics(run: Run) -> dict[str, float]:
+    """What a step's log says that needs nothing from the device."""
+    rates = {"train/lr": run.optimizer.param_groups[0]["lr"], "time/images_per_s": run.console.images_per_second}
+    return _where(run.progress) | rates
+
+
+def save(run: Run) -> None:
+    """Leaves a resume point; all steps before it are reported first. Collective."""
+    report_steps(run, run.readings.flush())
+    resume.save(run)
 
 
 def finish_epoch(run: Run) -> None:
@@ -147,7 +173,7 @@ def finish_epoch(run: Run) -> None:
         with run.controller.as_deployed():
             scores = run.evaluate("val")
     except Interrupted:
-        leave(run, save=True)
+        leave(run, saves=True)
     train, run.epoch_is_open = run.meter.compute_and_reset(), False
     last = replace(run.progress, epoch=run.progress.epoch - 1, step=run.progress.steps_per_epoch - 1)
     metrics = {"train/loss": train["loss"], "train/top1": train["top1"], "train/lr": run.lr(last)}
@@ -170,7 +196,7 @@ def finish_epoch(run: Run) -> None:
             f"val/top1 has not improved on {run.best.top1:.2f} for {run.best.waited} epochs; ending this round"
         )
         run.progress.end_round()
-    resume.save(run)
+    save(run)
     stop_if_asked(run)
 
 
@@ -238,12 +264,13 @@ def score_tickets(run: Run) -> None:
 def stop_if_asked(run: Run) -> None:
     """Leaves a resume point at this step on every rank, then stops."""
     if run.stop.agreed(run.progress.global_step):
-        leave(run, save=True)
+        leave(run, saves=True)
 
 
-def leave(run: Run, save: bool) -> NoReturn:
+def leave(run: Run, saves: bool) -> NoReturn:
     """Stops cleanly; collective."""
-    if save:
+    if saves:
+        report_steps(run, run.readings.flush())
         resume.save_last(run)
     else:
         run.ranks.on_main("writing the last resume point", run.checkpointer.wait)

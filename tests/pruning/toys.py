@@ -155,9 +155,9 @@ class Toy:
             loader=InMemoryLoader(
                 Dealing.of(8, 8 // self.accumulation, 1), 0, CPU, self.seed, Augmentation(1, 0.5, erasing), MEAN, STD,
                 split=images(8 * self.steps_per_epoch + 3, seed=1),
+                mixing=Mixing(CLASSES, 0.8, 1.0, 1.0, 0.5) if self.mixes else None,
             ),
             loss=nn.CrossEntropyLoss(),
-            mixing=Mixing(CLASSES, 0.8, 1.0, 1.0, 0.5) if self.mixes else None,
             distillation=Distillation(self.teacher, 0.5, 2.0, nullcontext) if self.teacher else None,
             best=Best(self.patience, self.keep_best),
             lr=self.rate,

@@ -53,6 +53,7 @@ def build(
     net = parts.net
     optimizer = build_optimizer(net, recipe.optim)
     loader = build_loader(recipe, data, sizes.dealing, accelerator)
+    loader.mixing = build_mixing(recipe, data, sizes.dealing)
     distillation = build_distillation(recipe, data, progress, accelerator)
 
     def give_up() -> bool:
@@ -93,7 +94,6 @@ def build(
         loader=loader,
         loss=build_loss(recipe, data, device),
         own_loss=getattr(net, "auxiliary_loss", None),
-        mixing=build_mixing(recipe, data),
         distillation=distillation,
         best=Best(train.patience, train.keep_best),
         lr=make_lr(recipe),

@@ -22,9 +22,10 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from vit_rsst.data.decoding import Decoded, Decoder, Sample
+from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.streams import Stream
 from vit_rsst.data.tables import Rows, Split, shuffled
-from vit_rsst.data.transforms import Augmentation, Drawn, normalize
+from vit_rsst.data.transforms import Augmentation, Drawn, normalize, travel
 from vit_rsst.errors import InputError
 from vit_rsst.progress import Progress
 from vit_rsst.seeds import derived_seed
@@ -136,6 +137,20 @@ class TrainingBatches:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     repeats: int = 1
+    mixing: Mixing | None = None
+
+    def _mixtures(self, step: int) -> list[Tensor | None]:
+        """The numbers by which each micro-batch of this rank is mixed."""
+        parts = self.dealing.slices(self.rank)
+        if self.mixing is None:
+            return [None] * len(parts)
+        drawn = self.mixing.draw(self.dealing.global_batch, derived_seed(self.seed, "mixing", step))
+        return [drawn[part] for part in parts]
+
+    def _finished(self, images: Tensor, labels: Tensor, drawn: Drawn, mixture: Tensor | None) -> Batch:
+        """Augmented on the device, and mixed where images are."""
+        images = self.augmentation.apply(images, drawn, self.mean, self.std)
+        return (images, labels) if mixture is None else self.mixing(images, labels, mixture)
 
 
 @dataclass(kw_only=True)
@@ -155,17 +170,17 @@ class InMemoryLoader(TrainingBatches):
         size = self.dealing.global_batch
         seed = derived_seed(self.seed, "order", progress.global_epoch)
         order = shuffled(len(self.split), seed, self.weights).repeat_interleave(self.repeats)
+        order = order.to(self.split.images.device)
         first = progress.global_step - progress.step
         for step in range(progress.step, progress.steps_per_epoch):
             rows = order[step * size : (step + 1) * size]
             drawn = self.augmentation.draw(size, derived_seed(self.seed, "augmentation", first + step))
-            yield [self._batch(rows[part], drawn.of(part)) for part in self.dealing.slices(self.rank)]
+            parts = zip(self.dealing.slices(self.rank), self._mixtures(first + step), strict=True)
+            yield [self._batch(rows[part], drawn.of(part), mixture) for part, mixture in parts]
 
-    def _batch(self, rows: Tensor, drawn: Drawn) -> Batch:
-        index = rows.to(self.split.images.device)
-        images, labels = self.split.images[index], self.split.labels[index]
-        images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
-        return self.augmentation.apply(images, drawn, self.mean, self.std), labels
+    def _batch(self, rows: Tensor, drawn: Drawn, mixture: Tensor | None) -> Batch:
+        images, labels = (travel(t[rows], self.device) for t in (self.split.images, self.split.labels))
+        return self._finished(images, labels, drawn, mixture)
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         return {}, []
@@ -245,7 +260,8 @@ class DecodingLoader(TrainingBatches):
                 check_corrupt(self._corrupt, batch, tolerated)
                 if not len(batch.labels):
                     raise InputError(f"{batch.problems[0]} So are all images of its batch; nothing is learnt from it.")
-            yield [self._batch(batch, drawn.of(part)) for batch, part in zip(found, parts, strict=True)]
+            micro = zip(found, parts, self._mixtures(first + step), strict=True)
+            yield [self._batch(batch, drawn.of(part), mixture) for batch, part, mixture in micro]
 
     def _samples(self, progress: Progress) -> Iterator[list[Sample]]:
         """The samples of each micro-batch of this rank, each with the seed of its own crop."""
@@ -268,9 +284,9 @@ class DecodingLoader(TrainingBatches):
         each = (sample for sample in self.rows.walk(seed, whole) for _ in range(self.repeats))
         return islice(each, rest, None)
 
-    def _batch(self, batch: Decoded, drawn: Drawn) -> Batch:
+    def _batch(self, batch: Decoded, drawn: Drawn, mixture: Tensor | None) -> Batch:
         images, labels = (t.to(self.device, non_blocking=True) for t in (batch.images, batch.labels))
-        return self.augmentation.apply(images, drawn.of(batch.kept), self.mean, self.std), labels
+        return self._finished(images, labels, drawn.of(batch.kept), mixture)
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Share of the time spent waiting for images and what would shorten it; corrupt images left out."""

@@ -17,7 +17,7 @@ from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
 from vit_rsst.pruning.granularity import alive_units
-from vit_rsst.pruning.masks import MaskSet, factor
+from vit_rsst.pruning.masks import MaskSet, factors
 from vit_rsst.pruning.plan import Density, Method, Penalty, PruningView, changes_within_rounds
 from vit_rsst.pruning.selector import Selector
 from vit_rsst.training import optim
@@ -84,7 +84,7 @@ class Controller:
         calibrate: for criteria that need more than the weights; None: the criterion is none of them.
         evaluate: scores the model around a removal.
         mask: what is alive now.
-        condemned: alive now, leaving in this round; None when nobody is.
+        staying: alive beyond this round's removal; None when nothing is condemned.
         ema: the moving average that is evaluated and saved in the place of the weights; None: they are themselves.
     """
 
@@ -101,10 +101,11 @@ class Controller:
     mask: MaskSet
     ema: Ema | None = None
     calibrate: Calibrate | None = None
-    condemned: MaskSet | None = None
+    staying: MaskSet | None = None
     rewind_point: dict[str, Tensor] | None = None
     state: RoundState = field(default_factory=RoundState)
-    dense: dict[str, Tensor] | None = None  # straight-through: the weights, while the model holds w · M
+    dense: list[Tensor] | None = None  # straight-through: the weights, while the model holds w · M
+    _made: tuple[MaskSet, list[Tensor]] | None = field(default=None, repr=False)  # factors of a mask, for one step
 
     # -- the loop calls these, in this order
 
@@ -123,7 +124,7 @@ class Controller:
         self._set_mask_(plan.mask)
         self.state = replace(self.state, forward=plan.forward)
         if plan.target is not None:
-            self.condemned = self.mask.minus(plan.target)
+            self.staying = self.mask & plan.target
             self.state = replace(
                 self.state, penalty=plan.penalty, remove_at=plan.remove_at, condemned_norm=self._norm(self.condemned)
             )
@@ -132,11 +133,20 @@ class Controller:
             self.ema.restart_()
         return True
 
+    @property
+    def condemned(self) -> MaskSet | None:
+        """Alive now, removed later in this round; None when nothing is."""
+        return None if self.staying is None else self.mask.minus(self.staying)
+
+    @torch.no_grad()
     def before_forward(self) -> None:
-        """Straight-through: puts w · M in the place of the weights until the backward pass is over."""
+        """Straight-through: replaces the weights by w · M until the backward pass is over."""
         if self.state.forward == "straight_through":
-            self.dense = {name: weight.detach().clone() for name, weight in self.weights.items()}
+            weights = self._weights()
+            self.dense = [torch.empty_like(weight) for weight in weights]
+            torch._foreach_copy_(self.dense, weights)
             self._enforce_()
+            self._made = None
 
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
@@ -144,53 +154,62 @@ class Controller:
         if self.state.forward == "straight_through":  # the gradient at w · M is taken for that at w
             self._restore_()
             return
-        window_began = self._condemned_gradient_blocked(progress)
-        if window_began and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
-            optim.clear_moments_(self.optimizer, self.weights, self.condemned.masks)
-        if self.mask.is_full and not window_began:
+        is_blocked = self._condemned_gradient_blocked(progress)
+        if is_blocked and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
+            leaving = {name: ~stays for name, stays in self.staying.masks.items()}
+            optim.clear_moments_(self.optimizer, self.weights, leaving)
+        if self.mask.is_full and not is_blocked:
             return
-        for name, weight in self.weights.items():
-            if weight.grad is not None:
-                weight.grad.mul_(factor(self.mask[name] ^ self.condemned[name] if window_began else self.mask[name]))
+        made = self._factors(self.staying if is_blocked else self.mask)
+        pairs = [(w.grad, f) for w, f in zip(self._weights(), made, strict=True) if w.grad is not None]
+        torch._foreach_mul_([grad for grad, _ in pairs], [f for _, f in pairs])
 
     @torch.no_grad()
     def before_step(self, progress: Progress) -> None:
-        """What must join the gradient after clipping: the coupled penalty; without it, the decay the condemned skip."""
+        """Adds to the gradient, after clipping: the coupled penalty; without it, minus the decay the condemned skip."""
         penalty = self._penalty(progress)
         if penalty is None:
             return
         if penalty.coupling == "gradient":
-            strength = {name: self._strength(penalty, progress) for name in self.weights}
+            strength = dict.fromkeys(self.weights, self._strength(penalty, progress))
         elif not penalty.condemned_gradient:
             # SGD adds wd · w to the gradient: taken away here, so that the penalty alone moves the condemned.
             rates = optim.decay_rates(self.optimizer, self.weights)
             strength = {name: -l2 for name, (_, l2) in rates.items()}
         else:
             return
-        for name, weight in self.weights.items():
-            if strength[name] != 0.0:
-                weight.grad.addcmul_(weight, factor(self.condemned[name]), value=strength[name])
+        if any(strength.values()):
+            grads = [weight.grad for weight in self._weights()]
+            # A removed weight is zero, so that of all that do not stay the condemned alone add anything.
+            torch._foreach_addcmul_(grads, self._weights(), self._leaving(), [-value for value in strength.values()])
 
     @torch.no_grad()
-    def after_step(self, progress: Progress, skipped: bool = False) -> None:
-        """Shrinks the condemned, keeps the dead at zero, commits the target or takes the method's new mask."""
+    def after_step(self, progress: Progress, skipped: Tensor | None = None) -> None:
+        """Shrinks the condemned, keeps the dead at zero, removes the condemned or takes the method's new mask.
+
+        Args:
+            skipped: bool, on the weights' device: the optimizer left them as they were; None: it did not.
+        """
         penalty = self._penalty(progress)
         if penalty is not None and penalty.coupling == "decoupled":
             # Masked gradients and fresh moments keep the dead at zero meanwhile: one pass over the weights, not two.
             self._shrink_(penalty, progress, skipped)
         elif not self.mask.is_full and self.state.forward == "masked":
             self._enforce_()
-        if self.ema is not None and not skipped:
-            self._average_()
+        self._made = None
+        if self.ema is not None:
+            share_buffers_(self.model)
+            self.ema.update_()
         done = progress.round_step + 1
-        if self.condemned is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
-            self._remove_(self.mask.minus(self.condemned))
+        if self.staying is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
+            self._remove_(self.staying)
         if changes_within_rounds(self.method) and (new := self.method.refresh(progress, self._view())) is not None:
             self._set_mask_(new)
 
     @contextmanager
     def as_deployed(self) -> Iterator[None]:
         """The weights as the ticket will have them: averaged where they are, masked."""
+        self._follow_()
         with nullcontext() if self.ema is None else self.ema.in_place():
             self.before_forward()
             try:
@@ -256,6 +275,7 @@ class Controller:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors (masks as bits, the rewind point as it is) and plain numbers."""
+        self._follow_()
         tensors = {f"mask/{name}": bits for name, bits in self.mask.pack().items()}
         if self.condemned is not None:
             tensors |= {f"condemned/{name}": bits for name, bits in self.condemned.pack().items()}
@@ -273,7 +293,8 @@ class Controller:
         if self.ema is not None:
             self.ema.load_(parts["ema"], numbers.pop("ema_steps"))
         self.mask = MaskSet.unpack(parts["mask"], self.weights)
-        self.condemned = MaskSet.unpack(parts["condemned"], self.weights) if parts["condemned"] else None
+        condemned = MaskSet.unpack(parts["condemned"], self.weights) if parts["condemned"] else None
+        self.staying = None if condemned is None else self.mask.minus(condemned)
         self.rewind_point = parts["rewind"] or None
         penalty = numbers["penalty"]
         if penalty is not None:
@@ -282,6 +303,7 @@ class Controller:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Weights and their average as they stand, on the host: what `restore_` brings back."""
+        self._follow_()
         averaged = self.ema.tensors if self.ema is not None else {}
         return {f"model/{name}": value for name, value in self._model_on_host().items()} | {
             f"ema/{name}": value.to("cpu", copy=True) for name, value in averaged.items()
@@ -296,17 +318,35 @@ class Controller:
 
     # -- in-place work on the weights
 
+    def _weights(self) -> list[nn.Parameter]:
+        return list(self.weights.values())
+
+    def _leaving(self) -> list[Tensor]:
+        """0 for what stays, −1 for the others."""
+        return torch._foreach_sub(self._factors(self.staying), 1)
+
+    def _factors(self, mask: MaskSet) -> list[Tensor]:
+        """See `factors`; made once a step."""
+        if self._made is None or self._made[0] is not mask:
+            self._made = (mask, factors(mask.tensors(), self._weights()))
+        return self._made[1]
+
     @torch.no_grad()
     def _enforce_(self) -> None:
         """Keeps the zeros of the mask: masked gradients alone would let decay and moments move them."""
-        torch._foreach_mul_(list(self.weights.values()), self.mask.factors())
+        torch._foreach_mul_(self._weights(), self._factors(self.mask))
 
     @torch.no_grad()
     def _restore_(self) -> None:
         """Puts the dense weights back."""
         if self.dense is not None:
-            torch._foreach_copy_(list(self.weights.values()), list(self.dense.values()))
+            torch._foreach_copy_(self._weights(), self.dense)
             self.dense = None
+
+    def _follow_(self) -> None:
+        """The average takes the condemned as they are: they are on their way to zero, and it would lag behind."""
+        if self.ema is not None and self.staying is not None:
+            self.ema.follow_(self.staying.masks)
 
     @torch.no_grad()
     def _set_mask_(self, mask: MaskSet) -> None:
@@ -322,21 +362,12 @@ class Controller:
             self.ema.zero_(removed)
         self.mask = mask
 
-    def _average_(self) -> None:
-        """Takes the step into the average; the dead and the condemned are not averaged but followed."""
-        share_buffers_(self.model)
-        if self.state.forward == "straight_through" or (self.mask.is_full and self.condemned is None):
-            self.ema.update_({})  # straight-through, the dead live on outside of the forward pass
-        else:
-            staying = self.mask if self.condemned is None else self.mask.minus(self.condemned)
-            self.ema.update_(staying.masks)
-
     def _remove_(self, mask: MaskSet) -> None:
         """Commits `mask` and measures what that costs."""
         leaving = self.mask.minus(mask)
         ratio, before = self._condemned_ratio(leaving), self._deployed_scores()
         self._set_mask_(mask)
-        self.condemned = None
+        self.staying = None
         after = self._deployed_scores()
         self.state = replace(
             self.state,
@@ -351,15 +382,26 @@ class Controller:
         with self.as_deployed():
             return self.evaluate()
 
-    def _shrink_(self, penalty: Penalty, progress: Progress, skipped: bool) -> None:
+    def _shrink_(self, penalty: Penalty, progress: Progress, skipped: Tensor | None) -> None:
         sigma = penalty.shrink_at(progress.round_step, progress.round_steps, progress.steps_per_epoch)
+        kept = math.exp(-sigma)
         # AdamW multiplied all weights by 1 − lr · wd: divided out until the removal, so that `residual` is left.
-        undo = not (skipped or penalty.condemned_gradient)
         rates = optim.decay_rates(self.optimizer, self.weights)
-        for name, weight in self.weights.items():
-            share = math.exp(-sigma) / (rates[name][0] if undo else 1.0)
-            if share != 1.0:
-                weight.addcmul_(weight, factor(self.condemned[name]), value=share - 1.0)
+        undone = {name: 1.0 if penalty.condemned_gradient else decay for name, (decay, _) in rates.items()}
+        if all(kept == decay for decay in undone.values()):
+            return
+        leaving, weights = self._leaving(), self._weights()
+        for decay in dict.fromkeys(undone.values()):
+            places = [i for i, rate in enumerate(undone.values()) if rate == decay]
+            shrunk, minus = [weights[i] for i in places], [leaving[i] for i in places]
+            taken, left = 1.0 - kept / decay, 1.0 - kept  # a step that was skipped decayed nothing
+            if decay == 1.0 or skipped is None:
+                torch._foreach_addcmul_(shrunk, shrunk, minus, taken)
+            elif skipped.device.type == "cpu":  # nothing to wait for, and no copy of the factors
+                torch._foreach_addcmul_(shrunk, shrunk, minus, left if skipped else taken)
+            else:
+                share = torch.where(skipped, left, taken)
+                torch._foreach_addcmul_(shrunk, shrunk, torch._foreach_mul(minus, share))
 
     @torch.no_grad()
     def _rewind_(self) -> None:

@@ -272,10 +272,12 @@ def _augment(recipe: Recipe) -> Iterator[Problem]:
             "data.augment.aug_repeats",
             f"{augment.aug_repeats} repeats of an image do not fit a global batch of {recipe.train.global_batch}",
         )
-    if augment.mixes and 1 in (recipe.train.global_batch, recipe.train.batch_per_device):
+    group, batch = 2 * augment.aug_repeats, recipe.train.batch_per_device or recipe.train.global_batch
+    if augment.mixes and batch % group:
         yield Problem(
             "data.augment",
-            "MixUp and CutMix mix images within a device's batch, which has only one image; increase the batch",
+            f"MixUp and CutMix mix images within a device's batch, in groups of {group}, and {batch} images are no "
+            f"multiple of that; set train.batch_per_device or train.global_batch to one",
         )
     if data.in_memory and data.redrawn:
         yield Problem(

@@ -1,5 +1,6 @@
 """What the user sees during a run: a progress bar on a terminal, plain lines in a log file."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -37,7 +38,11 @@ class Console:
             sys.stdout.flush()
 
     def step(self, loss: float) -> None:
-        """Moves the bar after an optimizer step; without a terminal, prints a line a minute."""
+        """Moves the bar after an optimizer step; without a terminal, prints a line a minute.
+
+        Args:
+            loss: the last one that was read; NaN before there is one.
+        """
         if not self.is_main:
             return
         p = self.progress
@@ -47,16 +52,15 @@ class Console:
             self._bar = tqdm(total=p.total_steps, initial=p.global_step - 1, unit="step", leave=False, disable=hidden)
         self._steps += 1
         rate = self.images_per_second
+        shown = "" if math.isnan(loss) else f"loss {loss:.3f}, "
         if not self._bar.disable:
             self._bar.set_description(f"round {p.round}/{len(p.round_epochs) - 1} epoch {p.epoch}", refresh=False)
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} images/s", refresh=False)
+            self._bar.set_postfix_str(f"{shown}{rate:,.0f} images/s", refresh=False)
             self._bar.update(p.global_step - self._bar.n)  # a round that ends early skips steps
         elif time.monotonic() - max(self._last_line, self._began) > 60:
             self._last_line = time.monotonic()
             left = (p.total_steps - p.global_step) * self.images_per_step / max(rate, 1e-9)
-            self.line(
-                f"  step {p.global_step}/{p.total_steps}  loss {loss:.3f}  {rate:,.0f} images/s  {duration(left)} left"
-            )
+            self.line(f"  step {p.global_step}/{p.total_steps}  {shown}{rate:,.0f} images/s, {duration(left)} left")
 
     @property
     def images_per_second(self) -> float:

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vit_rsst.data.loaders import Loader
-from vit_rsst.data.mixing import Mixing
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.run.checkpoint import Checkpointer
@@ -21,6 +20,7 @@ from vit_rsst.run.tracking import Tracker
 from vit_rsst.training.best import Best
 from vit_rsst.training.counters import RunningLoss
 from vit_rsst.training.distill import Distillation
+from vit_rsst.training.readings import Readings
 
 
 @dataclass
@@ -31,7 +31,6 @@ class Run:
         model: as Accelerate prepared it; `net` is the same network without wrappers.
         loss: (logits, labels) → mean loss.
         own_loss: the model's own loss term after a training forward pass; None if it has none.
-        mixing: MixUp or CutMix; None for neither.
         distillation: adds a teacher to the loss; None without one.
         best: best epoch of the current round.
         lr: the learning rate at a progress.
@@ -74,10 +73,10 @@ class Run:
     ranks: Ranks
     batch_shape: tuple[int, int, int, int]
     own_loss: Callable[[], Tensor] | None = None
-    mixing: Mixing | None = None
     distillation: Distillation | None = None
     best: Best = field(default_factory=Best)
     watch: Callable[[str, Progress, Controller], None] = lambda *_: None
+    readings: Readings = field(default_factory=Readings)
     skipped_steps: int = 0
     epoch_is_open: bool = False
     seconds: float = 0.0

@@ -18,6 +18,7 @@ def score(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     give_up: Callable[[], bool] = lambda: False,
+    pads: bool = False,
 ) -> dict[str, float]:
     """Top-1, top-5 (percent) and mean cross-entropy over all samples of all ranks; collective.
 
@@ -25,6 +26,7 @@ def score(
         model: gives logits (batch, classes); put into eval mode meanwhile.
         batches: this rank's share of the samples.
         give_up: asked before every batch.
+        pads: fill up a smaller batch, for a compiled model that would be compiled again for it.
 
     Raises:
         ValueError: there was no sample on any rank.
@@ -32,17 +34,22 @@ def score(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # samples, top-1, top-5, loss, ranks that gave up
+    sums, samples, gave_up, full = torch.zeros(3, dtype=torch.float64, device=device), 0, False, 0
     for images, labels in batches:
-        if give_up():
-            sums[4] += 1
+        if gave_up := give_up():
             break
-        logits = model(images).float()
+        size, full = len(labels), max(full, len(labels))
+        if pads and size < full:
+            images = torch.cat([images, images[-1:].expand(full - size, *images.shape[1:])])
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = model(images)[:size].float()
         rank = ranks(logits, labels)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums[:4] += torch.stack([loss.new_tensor(len(labels)), (rank < 1).sum(), (rank < 5).sum(), loss]).double()
+        sums += torch.stack([(rank < 1).sum(), (rank < 5).sum(), loss]).double()
+        samples += size
     model.train(was_training)
-    samples, top1, top5, loss, gave_up = reduce(sums, "sum").tolist()
+    counts = torch.tensor([samples, gave_up], dtype=torch.float64, device=device)
+    top1, top5, loss, samples, gave_up = reduce(torch.cat([sums, counts]), "sum").tolist()
     if gave_up:
         raise Interrupted
     if samples == 0:
@@ -64,29 +71,36 @@ class RunningLoss:
     """Mean training loss and top-1 since the last reset; exact over ranks and over resumes."""
 
     def __init__(self, device: torch.device):
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # samples, top-1, loss
+        self._samples = 0.0
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # top-1, loss
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """Counts one micro-batch: logits (batch, classes), labels (batch,) or shares (batch, classes), its mean loss.
 
-        Of a mixed image the class with the largest share is taken for its label.
+        The label of a mixed image is the class with the largest share.
         """
         labels = labels.argmax(1) if labels.ndim == 2 else labels
         hits = (logits.detach().argmax(1) == labels).sum()
-        self._sums += torch.stack([loss.new_tensor(len(labels)), hits, loss.detach() * len(labels)]).double()
+        self._samples += len(labels)
+        self._sums += torch.stack([hits, loss.detach() * len(labels)]).double()
 
     def gather_(self, is_main: bool) -> list[float]:
-        """Sums over all ranks, collective. Leaves them on the main rank alone, as a resumed run finds them."""
-        total = reduce(self._sums, "sum")
-        self._sums = total if is_main else torch.zeros_like(total)
-        return total.tolist()
+        """Sums over all ranks (samples, top-1, loss), collective. Only the main rank keeps them, as after a resume."""
+        total = self._total()
+        self.load(total, is_main)
+        return total
 
     def load(self, sums: list[float], is_main: bool) -> None:
         """Continues from what `gather_` gave."""
-        self._sums = torch.tensor(sums if is_main else [0.0] * 3, dtype=torch.float64, device=self._sums.device)
+        self._samples, *sums = sums if is_main else [0.0] * 3
+        self._sums = torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
 
     def compute_and_reset(self) -> dict[str, float]:
         """`loss` and `top1` (percent), collective."""
-        samples, top1, loss = reduce(self._sums, "sum").tolist()
-        self._sums = torch.zeros_like(self._sums)
+        samples, top1, loss = self._total()
+        self.load([0.0] * 3, True)
         return {"loss": loss / max(samples, 1), "top1": 100 * top1 / max(samples, 1)}
+
+    def _total(self) -> list[float]:
+        samples = torch.tensor([self._samples], dtype=torch.float64, device=self._sums.device)
+        return reduce(torch.cat([samples, self._sums]), "sum").tolist()

@@ -31,16 +31,19 @@ class Ema:
         torch._foreach_copy_(list(self.tensors.values()), list(self._live.values()))
 
     @torch.no_grad()
-    def update_(self, averaged: Mapping[str, Tensor]) -> None:
-        """Takes one step in.
-
-        Args:
-            averaged: name of a weight → bool of its shape: which elements are averaged. The others are taken as they
-                are: the removed, which are zero, and the condemned, which are on their way there.
-        """
+    def update_(self) -> None:
+        """Takes one step in; one that was skipped as well, which left the weights as they were."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1.0 - decay)
+
+    @torch.no_grad()
+    def follow_(self, averaged: Mapping[str, Tensor]) -> None:
+        """Takes weights as they are where they are not averaged.
+
+        Args:
+            averaged: name of a weight → bool of its shape.
+        """
         for name, elements in averaged.items():
             torch.where(elements, self.tensors[name], self._live[name], out=self.tensors[name])
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -51,6 +52,25 @@ def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def reset_state_(optimizer: torch.optim.Optimizer) -> None:
     """Forgets all moments, as a new optimizer would begin; the object stays, for `prepare` knows it."""
     optimizer.state.clear()
+
+
+def clip_grads_(accelerator: Accelerator, model: nn.Module, limit: float | None) -> Tensor:
+    """Scales gradients so that their norm is at most `limit`; the norm before, on the device."""
+    if limit is None:
+        return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return accelerator.clip_grad_norm_(model.parameters(), limit)
+
+
+def step_unless_(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """A step of a fused optimizer, which leaves everything as it is where `skipped` (bool, on its device) is true."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, torch.optim.SGD) and not inner.state:
+        # A first step allocates the momentum and would leave it without values where it is skipped.
+        for group in inner.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    inner.found_inf = skipped.to(torch.float32)
+    optimizer.step()
 
 
 def clear_moments_(
