@@ -53,7 +53,7 @@ def build(
     net = parts.net
     optimizer = build_optimizer(net, recipe.optim)
     loader = build_loader(recipe, data, sizes.dealing, accelerator)
-    loader.mixing = build_mixing(recipe, data, sizes.dealing)
+    loader.mixing = build_mixing(recipe, data)
     distillation = build_distillation(recipe, data, progress, accelerator)
 
     def give_up() -> bool:

@@ -10,7 +10,6 @@ from torch import nn
 from vit_rsst import files
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import Dealing
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.errors import InputError, at_field
 from vit_rsst.progress import Progress
@@ -31,24 +30,13 @@ def build_loss(recipe: Recipe, data: ImageData, device: torch.device) -> Loss:
     return make_loss(recipe.train.loss, recipe.train.label_smoothing, counts)
 
 
-def build_mixing(recipe: Recipe, data: ImageData, dealing: Dealing) -> Mixing | None:
-    """MixUp and CutMix of the recipe; None without them.
-
-    Raises:
-        InputError: the images of a pair could come into different micro-batches.
-    """
+def build_mixing(recipe: Recipe, data: ImageData) -> Mixing | None:
+    """MixUp and CutMix of the recipe; None without them."""
     augment = recipe.data.augment
     if not augment.mixes:
         return None
     alphas, probs = (augment.mixup, augment.cutmix), (augment.mixup_prob, augment.mixup_switch_prob)
-    mixing = Mixing(len(data.classes), *alphas, *probs, augment.aug_repeats)
-    if dealing.batch_per_device % mixing.group:
-        why = f", of which each comes {augment.aug_repeats} times" if augment.aug_repeats > 1 else ""
-        raise InputError(
-            f"data.augment: MixUp and CutMix mix pairs of images within a device's batch{why}, and a global batch of "
-            f"{dealing} splits them; make the batch per device a multiple of {mixing.group}."
-        )
-    return mixing
+    return Mixing(len(data.classes), *alphas, *probs, augment.aug_repeats)
 
 
 def build_distillation(

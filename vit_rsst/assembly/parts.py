@@ -40,10 +40,11 @@ class Sizes:
         """
         train = recipe.train
         dealing = Dealing.of(train.global_batch, train.batch_per_device, num_processes)
-        if recipe.data.augment.mixes and dealing.batch_per_device == 1:
+        group = 2 * recipe.data.augment.aug_repeats
+        if recipe.data.augment.mixes and dealing.batch_per_device % group:
             raise InputError(
-                "data.augment: MixUp and CutMix mix images within a device's batch, which has only one image of a "
-                f"global batch of {dealing}; increase train.global_batch."
+                f"data.augment: MixUp and CutMix mix images within a device's batch, in groups of {group}, which a "
+                f"global batch of {dealing} splits; make the batch per device a multiple of {group}."
             )
         steps = steps_per_epoch(rows.train, train.global_batch, train.steps_per_epoch)
         return cls(rows, data_options(recipe).size, dealing, Progress(steps, recipe.round_epochs))

@@ -139,18 +139,18 @@ class TrainingBatches:
     repeats: int = 1
     mixing: Mixing | None = None
 
-    def _mixtures(self, step: int) -> list[Tensor | None]:
+    def _mixtures(self, step: int) -> list[Tensor]:
         """The numbers by which each micro-batch of this rank is mixed."""
         parts = self.dealing.slices(self.rank)
         if self.mixing is None:
-            return [None] * len(parts)
+            return [torch.empty(0)] * len(parts)
         drawn = self.mixing.draw(self.dealing.global_batch, derived_seed(self.seed, "mixing", step))
         return [drawn[part] for part in parts]
 
-    def _finished(self, images: Tensor, labels: Tensor, drawn: Drawn, mixture: Tensor | None) -> Batch:
+    def _finished(self, images: Tensor, labels: Tensor, drawn: Drawn, mixture: Tensor) -> Batch:
         """Augmented on the device, and mixed where images are."""
         images = self.augmentation.apply(images, drawn, self.mean, self.std)
-        return (images, labels) if mixture is None else self.mixing(images, labels, mixture)
+        return self.mixing(images, labels, mixture) if self.mixing is not None else (images, labels)
 
 
 @dataclass(kw_only=True)
@@ -178,7 +178,7 @@ class InMemoryLoader(TrainingBatches):
             parts = zip(self.dealing.slices(self.rank), self._mixtures(first + step), strict=True)
             yield [self._batch(rows[part], drawn.of(part), mixture) for part, mixture in parts]
 
-    def _batch(self, rows: Tensor, drawn: Drawn, mixture: Tensor | None) -> Batch:
+    def _batch(self, rows: Tensor, drawn: Drawn, mixture: Tensor) -> Batch:
         images, labels = (travel(t[rows], self.device) for t in (self.split.images, self.split.labels))
         return self._finished(images, labels, drawn, mixture)
 
@@ -284,7 +284,7 @@ class DecodingLoader(TrainingBatches):
         each = (sample for sample in self.rows.walk(seed, whole) for _ in range(self.repeats))
         return islice(each, rest, None)
 
-    def _batch(self, batch: Decoded, drawn: Drawn, mixture: Tensor | None) -> Batch:
+    def _batch(self, batch: Decoded, drawn: Drawn, mixture: Tensor) -> Batch:
         images, labels = (t.to(self.device, non_blocking=True) for t in (batch.images, batch.labels))
         return self._finished(images, labels, drawn.of(batch.kept), mixture)
 

@@ -20,9 +20,9 @@ NUM_NORMALS = 2**20
 
 def travel(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the host on the device; by pinned memory to a GPU, so that the host goes on."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=16)
