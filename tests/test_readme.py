@@ -170,7 +170,10 @@ def reader(tmp_path_factory) -> Reader:
         table.to_parquet(folder / "DATA" / "imagenet" / f"{split}-00000-of-00001.parquet")
     for name in ("recipes", "accelerate_configs", "scripts"):
         (folder / name).symlink_to(tiny.REPOSITORY / name)
-    Image.fromarray(draw.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / "photo.png")
+    photo = Image.fromarray(draw.integers(0, 255, (40, 30, 3), dtype=np.uint8))
+    for path in ("photo.png", "DATA/photos/a/1.png", "DATA/photos/b/1.png"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        photo.save(folder / path)
     for block in PYTHON:
         if file := re.match(r"# (\w+\.py)\b", block):
             (folder / file[1]).write_text(block)
