@@ -16,6 +16,8 @@ HF_VIT = {
     "image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
     "intermediate_size": 48,
 }  # fmt: skip
+SWIN = {"img_size": 32, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+HF_SWIN = {"image_size": 32, "patch_size": 4} | {key: SWIN[key] for key in SWIN if key != "img_size"}
 VIT_KINDS = ["head", "neuron", "head+neuron"]
 NETS = [
     *(("vit_tiny", {}, kind) for kind in VIT_KINDS),
@@ -26,6 +28,16 @@ NETS = [
     *(("vit_t16", VIT, kind) for kind in VIT_KINDS),
     *((name, {}, "channel") for name in ("resnet20", "resnet18", "resnet26", "seresnet18", "resnetblur18")),
     ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}, "neuron"),
+    ("vit_small_patch16_dinov3", VIT, "head+neuron"),
+    ("beit_base_patch16_224", VIT, "head+neuron"),
+    ("swin_tiny_patch4_window7_224", SWIN, "head+neuron"),
+    ("pvt_v2_b0", {}, "neuron"),  # a depthwise convolution over the neurons
+    ("efficientvit_m0", {}, "neuron"),  # 1 × 1 convolutions with batch norm
+    ("hf:swinv2", HF_SWIN, "head+neuron"),
+    ("hf:swin", HF_SWIN, "head+neuron"),
+    ("hf:beit", HF_VIT | {"use_relative_position_bias": True}, "head+neuron"),
+    ("hf:convnext", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}, "neuron"),
+    ("mobilenetv2_035", {}, "channel"),
 ]
 
 
@@ -35,7 +47,8 @@ def make(name: str, args: dict, device: str | None = None) -> nn.Module:
 
 
 def images(net: nn.Module, count: int = 3) -> torch.Tensor:
-    size = getattr(getattr(net, "patch_embed", None), "img_size", (32, 32))
+    side = getattr(getattr(net, "config", None), "image_size", 64)
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or (side, side)
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
@@ -45,8 +58,8 @@ def unsettle_(net: nn.Module) -> None:
     with torch.no_grad():
         for _ in range(3):
             net(images(net, 8))
-        for p in net.parameters():
-            if p.dim() == 1:
+        for name, p in net.named_parameters():
+            if p.dim() == 1 or "bias_table" in name or "logit_scale" in name:
                 p.add_(torch.randn_like(p), alpha=0.3)
     net.eval()
 
@@ -163,7 +176,9 @@ def test_widths_of_another_model_are_refused_in_one_sentence(widths):
     [
         ("resnetv2_18", set()),  # its norms stand before the convolutions
         ("resnet50_gn", set()),  # groups of channels are normalised together
-        ("pvt_v2_b0", set()),  # a convolution over the neurons
+        ("convnextv2_atto", set()),  # a norm over the neurons
+        ("nf_resnet26", set()),  # kernels are standardised
+        ("vit_small_patch16_rope_mixed_224", {"neuron"}),  # frequencies by head
         ("vit_relpos_small_patch16_224", {"neuron"}),  # position biases by head
         ("vit_srelpos_small_patch16_224", {"neuron"}),
     ],

@@ -42,11 +42,13 @@ class Interval:
         return self.low > bound
 
 
-def parse_args(doc: str) -> argparse.Namespace:
+def parse_args(doc: str, families: bool = False) -> argparse.Namespace:
     """`--json FILE` and `--quick`; the first line of the benchmark's docstring is its description."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
     parser.add_argument("--quick", action="store_true", help="few alternations: shows that it runs, proves no number")
+    if families:
+        parser.add_argument("families", nargs="*", metavar="FAMILY", help="only these; default: all")
     return parser.parse_args()
 
 

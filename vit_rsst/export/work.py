@@ -1,6 +1,5 @@
 """What is exported, and to what: a trained network on its way out, and the form that a target gives it."""
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,11 +87,11 @@ class Work:
     @cached_property
     def slimmed(self) -> nn.Module:
         """The network less all but the kept units, in evaluation mode."""
-        net = copy.deepcopy(self.net)
+        net = slim.copy_of(self.net)
         slim.shrink_(net, self.kept)
         return net
 
-    def images(self, count: int = 4) -> Tensor:
+    def images(self, count: int = 5) -> Tensor:
         """Random images as the model takes them: normalised float32, (count, 3, size, size)."""
         size = self.trained.data.size
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ A unit can go when nothing of it is seen: all its weights are zero, or all that 
 leave the producing layers with their biases and norms, its columns leave the consumer.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_rsst.errors import Damaged
+from vit_rsst.models import narrow
 from vit_rsst.models.anatomy import unit_groups
 from vit_rsst.pruning.granularity import alive_units, slices
 from vit_rsst.pruning.masks import MaskSet
@@ -81,6 +83,12 @@ def shape_like_(net: nn.Module, widths: Mapping[str, int], place: str) -> None:
     shrink_(net, {name: torch.arange(width) for name, width in widths.items()})
 
 
+def copy_of(net: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the network, also where a module keeps a tensor of its last forward pass."""
+    kept = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(net, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
+
+
 def _shrink_group_(net: nn.Module, group: UnitGroup, kept: Tensor) -> None:
     for member in (*group.members, *group.vectors):
         path, name = member.name.rsplit(".", 1)
@@ -104,15 +112,27 @@ def _say_width_(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv2d):
+        is_depthwise = module.groups == module.in_channels > 1
         module.out_channels, module.in_channels = module.weight.shape[:2]
-    elif isinstance(module, nn.BatchNorm2d):
+        if is_depthwise:
+            module.groups = module.in_channels = module.out_channels
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         module.num_features = len(module.running_mean)
 
 
 def _say_heads_(attention: nn.Module, number: int) -> None:
-    """timm keeps `num_heads` and `attn_dim`, transformers `num_attention_heads`; the size of a head stays."""
-    for name in ("num_heads", "num_attention_heads"):
-        if hasattr(attention, name):
-            setattr(attention, name, number)
-    if hasattr(attention, "attn_dim"):
-        attention.attn_dim = number * attention.head_dim
+    """Libraries count heads, and the features of all heads, under these names; the size of one head stays."""
+    narrow.let_go_(attention)
+    for count, total, one in WIDTHS:
+        if hasattr(attention, count):
+            setattr(attention, count, number)
+        if hasattr(attention, total):
+            setattr(attention, total, number * getattr(attention, one))
+
+
+WIDTHS = (
+    ("num_heads", "attn_dim", "head_dim"),
+    ("num_heads", "attention_dim", "head_dim"),
+    ("num_attention_heads", "all_head_size", "attention_head_size"),
+)
+"""Names of the number of heads, of all their features, and of the features of one."""

@@ -1,0 +1,99 @@
+"""Narrow: attention modules of timm that take as many features out of their heads as come in.
+
+Their forward pass ends in `reshape(B, N, C)` with the C of the input, so that no head can leave. A module that loses
+one becomes one of the classes here, which differ in that line alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat, maybe_add_mask, resolve_self_attn_mask
+from timm.models import beit, eva, fastvit, metaformer
+from torch import Tensor, nn
+
+
+def _attended(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Softmax attention over (batch, heads, tokens, dim), projected: (batch, tokens, features)."""
+    if module.fused_attn:
+        dropped = module.attn_drop.p if module.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, is_causal=is_causal)
+    else:
+        scores = (q * module.scale) @ k.transpose(-2, -1)
+        scores = maybe_add_mask(scores, resolve_self_attn_mask(q.shape[-2], scores, bias, is_causal))
+        x = module.attn_drop(scores.softmax(dim=-1)) @ v
+    return x.transpose(1, 2).flatten(2)
+
+
+def _qkv(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one matrix, whose bias may lie in three parts."""
+    bias = module.qkv.bias
+    if getattr(module, "q_bias", None) is not None:
+        bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
+    found = F.linear(x, module.qkv.weight, bias)
+    return found.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class NarrowEva(eva.EvaAttention):
+    """timm's EvaAttention with one matrix for q, k and v, without norm and gate over the heads."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        q, k, v = _qkv(self, x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            prefix, half = self.num_prefix_tokens, getattr(self, "rotate_half", False)
+            q, k = (
+                torch.cat([t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)], 2).type_as(v)
+                for t in (q, k)
+            )
+        return self.proj_drop(self.proj(_attended(self, q, k, v, attn_mask, is_causal)))
+
+
+class NarrowBeit(beit.Attention):
+    """timm's attention of BEiT, with or without a table of position biases."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        bias = shared_rel_pos_bias
+        if self.relative_position_bias_table is not None:
+            own = self._get_rel_pos_bias()
+            bias = own if bias is None else own + bias
+        return self.proj_drop(self.proj(_attended(self, *_qkv(self, x), bias)))
+
+
+class NarrowMetaFormer(metaformer.Attention):
+    """timm's attention of CAFormer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(_attended(self, *_qkv(self, x))))
+
+
+class NarrowFastVit(fastvit.Attention):
+    """timm's attention of FastViT, over (batch, channels, height, width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(-2, -1)
+        found = self.proj_drop(self.proj(_attended(self, *_qkv(self, tokens))))
+        return found.transpose(-2, -1).unflatten(-1, x.shape[-2:])
+
+
+NARROW: dict[type[nn.Module], type[nn.Module]] = {
+    eva.EvaAttention: NarrowEva,
+    beit.Attention: NarrowBeit,
+    metaformer.Attention: NarrowMetaFormer,
+    fastvit.Attention: NarrowFastVit,
+}
+"""Class of timm → the one that a module of it becomes."""
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module can become narrow, or is already."""
+    return type(module) in NARROW or type(module) in NARROW.values()
+
+
+def let_go_(module: nn.Module) -> None:
+    """Makes a module one that heads can leave; its tensors and attributes stay."""
+    module.__class__ = NARROW.get(type(module), type(module))
