@@ -428,7 +428,7 @@ def test_a_folder_with_something_in_it_is_left_alone(runs, tmp_path, capsys):
     assert tiny.command("export", runs["units"], "--to", "slim", tmp_path / "out" / "mine.txt") == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
-    assert all("there is something already" in line for line in errors)
+    assert all("already exists and is not empty" in line for line in errors)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
@@ -491,8 +491,8 @@ def test_a_slim_folder_that_is_not_sound_is_refused(fault, runs, tmp_path, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--to", "timm", "--round-to", "8"), "--round-to: --to timm does not heed it, only slim and onnx"),
-        (("--to", "slim", "--opset", "20"), "--opset: --to slim does not heed it, only onnx"),
+        (("--to", "timm", "--round-to", "8"), "--round-to: has no effect with --to timm, only with slim and onnx"),
+        (("--to", "slim", "--opset", "20"), "--opset: has no effect with --to slim, only with onnx"),
         (("--to", "slim", "--round-to", "0"), "--round-to: expected a whole number, 1 or more"),
     ],
 )
@@ -514,7 +514,7 @@ def test_an_unknown_target_is_refused(runs, tmp_path, capsys):
 def test_what_answers_otherwise_than_the_ticket_is_not_kept(runs, tmp_path, monkeypatch):
     wrong = replace(TARGETS["timm"], logits=lambda folder, images: torch.zeros(len(images), 10))
     monkeypatch.setitem(exporting.TARGETS, "timm", wrong)
-    with pytest.raises(RunError, match="answers otherwise than the ticket"):
+    with pytest.raises(RunError, match="does not answer like the ticket"):
         export(runs["units"], "timm", tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

@@ -222,3 +222,27 @@ def test_set_lr_keeps_the_shares_and_the_decay_of_a_weight_follows_its_own_rate(
 def test_a_model_that_does_not_say_its_layers_is_refused():
     with pytest.raises(InputError, match=r"optim\.layer_decay: Sequential does not say which layers it has"):
         zoo.lr_scales(nn.Sequential(linear()), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf", "is_decayed"),
+    [
+        ("vit.embeddings.position_embeddings", "position_embeddings", False),
+        ("vision_model.embeddings", "position_embedding.weight", False),
+        ("swin.layers.0", "relative_position_bias_table", False),
+        ("swin.layers.0", "logit_scale", False),
+        ("dinov2.embeddings", "register_tokens", False),
+        ("net", "pos_embed1", False),
+        ("blocks.0.attn", "rel_pos_h", False),
+        ("blocks.0.rel_pos.mlp", "fc1.weight", True),
+        ("blocks.0", "token_mixer.weight", True),
+        ("blocks.0.layer_scale_mlp", "fc.weight", True),
+    ],
+)
+def test_position_embeddings_tokens_tables_and_scales_are_not_decayed(name, leaf, is_decayed):
+    class Named(nn.Module):
+        def named_parameters(self, *args, **kwargs):
+            yield f"{name}.{leaf}", nn.Parameter(torch.ones(3, 4, 1))
+
+    [group] = optim.param_groups(Named(), 0.05)
+    assert group["weight_decay"] == (0.05 if is_decayed else 0.0)

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import io
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -318,7 +319,7 @@ def finish(run: "Run", recipe: "Recipe") -> None:
     last = ticket_path(run.folder.path, rows[-1].round)
     run.console.line(
         f"The last ticket holds {rows[-1].density:.2%} of the prunable weights: {last}\n"
-        f"  vit-rsst evaluate {last}      test scores by class\n"
+        f"  vit-rsst evaluate {shlex.quote(str(last))}      test scores by class\n"
         f"  {run.folder.path}/rounds.csv, metrics.jsonl      every number of this run"
     )
 

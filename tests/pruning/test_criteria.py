@@ -131,6 +131,47 @@ def test_scores_of_elements_are_weights_times_inputs_or_gradients(make, criterio
         torch.testing.assert_close(scores[name].double(), expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
 
 
+class Grouped(nn.Module):
+    """A convolution of two groups, a depthwise one, and a matrix that is used without calling its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.pretrained_cfg = {"first_conv": "stem", "classifier": "head"}
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.grouped = nn.Conv2d(4, 6, 3, groups=2)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.uncalled = nn.Linear(6, 5, bias=False)
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.grouped(self.stem(x))).mean((2, 3))
+        return self.head(F.linear(x, self.uncalled.weight).tanh())
+
+
+@pytest.mark.parametrize("criterion", ["activation_l1", "activation_l2", "saliency"])
+def test_inputs_are_scored_by_group_and_where_a_weight_is_used(criterion):
+    torch.manual_seed(0)
+    net = Grouped()
+    weights, _, mask = parts(net, "element")
+    assert list(weights) == ["grouped.weight", "depthwise.weight", "uncalled.weight"]
+    statistics = collect(net, batches(5, 2), weights, [], with_gradients=True)
+    scores = CRITERIA[criterion].elements(Evidence(weights, mask, 0, statistics))
+    assert {name: scores[name].shape for name in weights} == {name: weight.shape for name, weight in weights.items()}
+    if criterion == "saliency":
+        return
+    images, power = data()[0], {"activation_l1": 1, "activation_l2": 2}[criterion]
+    with torch.no_grad():
+        first = net.stem(images)
+        inputs = {"grouped.weight": first, "depthwise.weight": net.grouped(first)}
+        for name, x in inputs.items():
+            mean = x.abs().pow(power).mean((0, 2, 3)) ** (1 / power)  # one number a channel
+            weight = weights[name]
+            for o in range(len(weight)):
+                for i in range(weight.shape[1]):
+                    channel = o // (len(weight) * weight.shape[1] // len(mean)) * weight.shape[1] + i
+                    torch.testing.assert_close(scores[name][o, i], weight[o, i].abs() * mean[channel])
+
+
 def test_statistics_do_not_depend_on_how_images_are_divided_into_batches():
     net = network()
     weights, groups, _ = parts(net, "head+neuron")

@@ -153,6 +153,7 @@ def summary(parts: Parts, sizes: Sizes, device: str) -> str:
     recipe, progress, total, prunable = parts.recipe, sizes.progress, parts.num_parameters, parts.num_prunable
     begins = f"  initial weights: {parts.net.loaded.text()}\n" if hasattr(parts.net, "loaded") else ""
     told = "".join(f"  {line}\n" for line in sizes.rows.told)
+    begins += "".join(f"  {line}\n" for line in parts.notes)
     return (
         f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({sizes.rows.text()})\n{told}"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "

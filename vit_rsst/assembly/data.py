@@ -140,11 +140,12 @@ class Rows:
     num_classes: int
     are_counted: bool
     told: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def counted(cls, data: ImageData) -> "Rows":
         counts = (data.count(split) for split in ("train", "val", "test"))
-        return cls(*counts, len(data.classes), True, data.told)
+        return cls(*counts, len(data.classes), True, data.told, tuple(data.classes))
 
     def text(self) -> str:
         """`1,293 train, 144 val, 360 test`."""

@@ -1,18 +1,21 @@
 """The model of a recipe, its initial weights, and the header of its tickets."""
 
+import functools
 import json
-from dataclasses import asdict
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from vit_rsst.assembly.data import channels
+from vit_rsst.assembly.data import channels, data_options
 from vit_rsst.data.images import ImageData
 from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, at_field, first_line
-from vit_rsst.models import complexity, slim, zoo
+from vit_rsst.models import complexity, observation, slim, zoo
 from vit_rsst.models.hub import PLACE
-from vit_rsst.models.weights import is_path
+from vit_rsst.models.weights import Classes, is_path, shortened
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.recipe.schema import Recipe
 from vit_rsst.seeds import derived_seed
@@ -21,28 +24,70 @@ from vit_rsst.tickets.opening import open_ticket
 from vit_rsst.tickets.ticket_file import Ticket
 
 
-def build_model(recipe: Recipe, num_classes: int, is_real: bool = True) -> tuple[nn.Module, MaskSet | None]:
+def build_model(
+    recipe: Recipe, num_classes: int, classes: Sequence[str] = (), is_real: bool = True
+) -> tuple[nn.Module, MaskSet | None]:
     """The network, seeded, with the weights and the mask of `model.start_from` if set.
 
+    Parameters that the loss does not reach are frozen.
+
     Args:
+        classes: of the data, by label, which a classifier from elsewhere is fitted to; empty if not known.
         is_real: False: shapes alone, on `meta`; nothing is downloaded, and weights in local files are only checked.
 
     Raises:
-        InputError, MissingRequirement, Damaged: it cannot be built, or its initial weights cannot be loaded.
+        InputError, MissingRequirement, Damaged: it cannot be built, its initial weights cannot be loaded, or they
+            predict other classes.
     """
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, num_classes)
     pretrained = recipe.model.pretrained if is_real or is_path(recipe.model.pretrained) else False
     torch.manual_seed(derived_seed(recipe.seed, "model"))
-    net = zoo.create(architecture, args, pretrained, None if is_real else "meta")
+    net = zoo.create(architecture, args, pretrained, None if is_real else "meta", classes)
+    net.observed = observe(architecture, json.dumps(args), data_options(recipe).size)
+    observation.freeze_(net, net.observed.unreached)
     if recipe.train.grad_checkpointing:
         zoo.checkpoint_gradients_(net)
     opened = reshape_(net, recipe, architecture, args)
     if opened is None or not recipe.model.start_from:
         return net, None
     path, ticket = opened
+    ticket = of_our_classes(path, ticket, net, classes)
     if is_real:
         ticket_file.load_into_(net, ticket, str(path))
     return net, ticket.mask
+
+
+@functools.cache
+def observe(architecture: str, args: str, size: int) -> observation.Observed:
+    """What one pass through a model shows on images of `size` px; `args` is JSON."""
+    with torch.random.fork_rng(devices=[]):
+        return observation.observe(zoo.create(architecture, json.loads(args), device="meta"), size)
+
+
+def of_our_classes(path: Path, ticket: Ticket, net: nn.Module, classes: Sequence[str]) -> Ticket:
+    """A ticket whose classifier predicts our classes in our order.
+
+    Raises:
+        InputError: it predicts other classes.
+    """
+    theirs = json.loads(ticket.metadata.get("data", "{}")).get("classes", ())
+    known = Classes(tuple(theirs), tuple(classes))
+    if known.rows is None:
+        raise InputError(
+            f"model.start_from: {path} was trained on other classes ({shortened(known.theirs)}) than those of the "
+            f"dataset ({shortened(known.ours)}); for a new classifier, export it with `vit-rsst export "
+            f"{shlex.quote(str(path))} --to timm FOLDER` and set model.pretrained=FOLDER."
+        )
+    if known.rows == sorted(known.rows):
+        return ticket
+    net.note = f"{path} has the same classes in another order; its classifier is reordered by name"
+    names = net.pretrained_cfg["classifier"]
+    parts = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+    def reordered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor[known.rows] if name.startswith(parts) else tensor for name, tensor in tensors.items()}
+
+    return replace(ticket, state=reordered(ticket.state), mask=MaskSet(reordered(ticket.mask.masks)))
 
 
 def check_images(recipe: Recipe, size: int, num_classes: int) -> None:

@@ -12,8 +12,10 @@ from vit_rsst.assembly.optim import lr_scales
 from vit_rsst.assembly.pruning import build_selection, check_start, starting_density, starting_mask
 from vit_rsst.data.loaders import Dealing, steps_per_epoch
 from vit_rsst.errors import InputError
+from vit_rsst.models import observation
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
+from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Density
 from vit_rsst.pruning.preview import RoundPreview, preview
@@ -79,6 +81,12 @@ class Parts:
         return sum(parameter.numel() for parameter in self.net.parameters())
 
     @property
+    def notes(self) -> list[str]:
+        """What is left out of training and pruning, a line each."""
+        started = [self.net.note] if hasattr(self.net, "note") else []
+        return [*started, *observation.notes(self.net)]
+
+    @property
     def num_prunable(self) -> int:
         return sum(weight.numel() for weight in self.weights.values())
 
@@ -108,6 +116,10 @@ def parts_of(recipe: Recipe, net: nn.Module, start_mask: MaskSet | None, image_s
     pruning = recipe.pruning
     lr_scales(net, recipe.optim)
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
+    if pruning.method.prunes:
+        observation.check_units(net, groups, image_size)
+        if CRITERIA[pruning.criterion].needs in ("activations", "gradients"):
+            observation.check_inputs(net.observed, weights, groups)
     selector, density = build_selection(recipe, net, weights, groups, image_size)
     mask, start = starting_mask(weights, start_mask, pruning.method), starting_density(weights, start_mask)
     parts = Parts(recipe, image_size, net, weights, groups, selector, density, mask, start)
@@ -123,7 +135,7 @@ def prepare(recipe: Recipe, sizes: Sizes, device: torch.device) -> Parts:
     """
     check_images(recipe, sizes.image_size, sizes.rows.num_classes)
     is_real = device.type != "meta"
-    net, start_mask = build_model(recipe, sizes.rows.num_classes, is_real)
+    net, start_mask = build_model(recipe, sizes.rows.num_classes, sizes.rows.classes, is_real)
     if is_real:
         net.to(device, memory_format=switches.memory_format(net, device))
     return parts_of(recipe, net, start_mask, sizes.image_size)

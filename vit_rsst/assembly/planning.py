@@ -38,6 +38,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"model      {recipe.model.name} = {architecture}: {total:,} parameters, {parts.num_prunable:,} prunable in "
         f"{len(parts.weights)} weights ({parts.num_prunable / total:.1%})",
         *weights_lines(recipe, parts.net),
+        *(f"           {line}" for line in parts.notes),
         f"batch      {sizes.dealing} with {num_processes} process(es); same result with any number that divides it",
         f"epoch      {steps:,} optimizer steps, {images_text(recipe, steps * recipe.train.global_batch, rows.train)}",
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "

@@ -100,7 +100,8 @@ def spend(
     [(what, share)] = budget.items()
     flops, params = unit_costs(net, groups, image_size)
     costs = flops if what == "flops" else params
-    total = model_flops(net, image_size) if what == "flops" else sum(p.numel() for p in net.parameters())
+    learnt = [p for p in net.parameters() if p.requires_grad]
+    total = model_flops(net, image_size) if what == "flops" else sum(p.numel() for p in learnt)
     prunable = sum(costs[group.name] * group.units for group in groups)
     final = (1.0 - share) * total / prunable
     if final >= 1.0:

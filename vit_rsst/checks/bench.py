@@ -82,7 +82,7 @@ class Bench:
         data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
         sizes = Sizes.of(recipe, Rows.counted(data), accelerator.num_processes)
         num_classes = sizes.rows.num_classes
-        net, start_mask = build_model(recipe, num_classes, is_real=False)
+        net, start_mask = build_model(recipe, num_classes, sizes.rows.classes, is_real=False)
         parts_of(recipe, net, start_mask, sizes.image_size)  # rejects what a run rejects
         mean, std = channels(recipe)
 
@@ -96,7 +96,7 @@ class Bench:
             accelerator=accelerator,
             dealing=sizes.dealing,
             progress=sizes.progress,
-            make_net=lambda: build_model(recipe, num_classes)[0].to(accelerator.device),
+            make_net=lambda: build_model(recipe, num_classes, sizes.rows.classes)[0].to(accelerator.device),
             start_mask=start_mask,
             draw=draw,
             loader=build_loader(recipe, data, sizes.dealing, accelerator),

@@ -116,7 +116,9 @@ def gradients(bench: Bench) -> Verdict:
 
 
 def _gradient_verdict(net: nn.Module, norms: dict[str, float]) -> Verdict:
-    frozen = [n for n, p in net.named_parameters() if not p.requires_grad and n not in optim.TOKENS]
+    unreached = [name for name, p in net.named_parameters() if name in net.observed.unreached and not p.requires_grad]
+    norms = {name: norm for name, norm in norms.items() if name not in unreached}
+    frozen = [n for n, p in net.named_parameters() if not p.requires_grad and n not in (*optim.TOKENS, *unreached)]
     silent = [n for n, norm in norms.items() if norm == 0.0 and n not in frozen and n not in optim.TOKENS]
     broken = [n for n, norm in norms.items() if not math.isfinite(norm)]
     details = {"norms": {name: norm if math.isfinite(norm) else str(norm) for name, norm in norms.items()}}
@@ -133,6 +135,10 @@ def _gradient_verdict(net: nn.Module, norms: dict[str, float]) -> Verdict:
     total = math.sqrt(sum(norm**2 for norm in norms.values()))
     ends = " to ".join(f"{norms[name]:.1e} ({name})" for name in (low, high))
     text = f"all {len(norms)} parameters have a gradient; norms from {ends}, total {total:.2f}"
+    if idle := [name for name in unreached if name.rpartition(".")[2] not in optim.TOKENS]:
+        text = f"the loss does not reach {', '.join(idle[:3])} ({len(idle)} in all), which are frozen; {text}"
+        advice = "expected of heads that classification does not use; otherwise look for a part that is detached"
+        return Verdict("gradients", "warning", text, advice, details)
     if not 1e-3 <= total <= 1e3:
         return Verdict("gradients", "warning", text, "a total of 0.1 to 10 is usual: check normalisation", details)
     return Verdict("gradients", "ok", text, details=details)

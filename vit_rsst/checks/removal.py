@@ -1,7 +1,5 @@
 """Check of the removal: applies the final mask of the recipe to a network that has memorised a few images."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -85,8 +83,8 @@ def _judged(net: nn.Module, mask: MaskSet, images: Tensor, asked: float, text: s
 @torch.no_grad()
 def _slim_difference(net: nn.Module, mask: MaskSet, images: Tensor) -> float:
     """Largest relative difference of logits between the masked network and the slim one."""
-    kept, full = slim.kept_units(net, mask), copy.deepcopy(net).eval()
-    small = copy.deepcopy(full)
+    kept, full = slim.kept_units(net, mask), slim.copy_of(net).eval()
+    small = slim.copy_of(full)
     slim.shrink_(small, kept)
     expected = full(images)
     return float((small(images) - expected).abs().max() / expected.abs().max().clamp(min=1.0))

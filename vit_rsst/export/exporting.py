@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vit_rsst import files
@@ -50,7 +51,7 @@ class Exported:
         else:
             lines.append(f"compared with the ticket: logits differ by {self.difference:.1e} of the largest")
         if self.is_slim and not self.is_narrower:
-            lines.append("no head, neuron or channel is dead: it has the widths of the dense model")
+            lines.append("no head, neuron or channel is dead: same widths as the dense model")
         return "\n".join(lines)
 
 
@@ -58,11 +59,10 @@ def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset
     """Exports a ticket, the last ticket of a run, or a slim folder.
 
     Raises:
-        InputError: unknown target, the folder is not empty, an option that the target does not heed, or a model
-            without that form.
+        InputError: unknown target, a folder that is not empty, an option without effect, or a model without that form.
         MissingRequirement: a package is missing, or the folder cannot be written.
         Damaged: the ticket cannot be read.
-        RunError: what was written does not answer as the ticket does.
+        RunError: the exported model does not answer like the ticket.
     """
     if to not in TARGETS:
         raise InputError(f"--to: {unknown('target', to, TARGETS)}")
@@ -80,8 +80,10 @@ def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, folder)
-    except OSError as error:
-        raise MissingRequirement(f"{folder}: it cannot be written ({error}); choose another folder.") from error
+    except (OSError, SafetensorError) as error:
+        raise MissingRequirement(
+            f"{folder}: cannot be written ({error}); free some space, or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(work.path, folder, sizes, found, work.is_narrower, target.is_slim)
@@ -89,12 +91,12 @@ def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset
 
 def check_vacant(folder: Path) -> None:
     """Raises:
-    InputError: there is something already.
+    InputError: it exists and is not empty.
     """
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():
-        raise InputError(f"{folder}: there is something already; name a folder that does not exist or is empty.")
+        raise InputError(f"{folder}: already exists and is not empty; name a new or empty folder.")
 
 
 def _check_options(to: str, target: Target, given: dict[str, int | None]) -> None:
@@ -104,9 +106,9 @@ def _check_options(to: str, target: Target, given: dict[str, int | None]) -> Non
         option = f"--{name.replace('_', '-')}"
         if name not in target.options:
             heeding = " and ".join(key for key, other in TARGETS.items() if name in other.options)
-            raise InputError(f"{option}: --to {to} does not heed it, only {heeding}; leave it out.")
+            raise InputError(f"{option}: has no effect with --to {to}, only with {heeding}; leave it out.")
         if value < 1:
-            raise InputError(f"{option}: {value} is less than 1; give a number from 1 on.")
+            raise InputError(f"{option}: {value} is less than 1; give at least 1.")
 
 
 def _beside(folder: Path) -> Path:
@@ -127,8 +129,8 @@ def _compared(work: Work, target: Target, folder: Path) -> float | None:
     difference = relative_difference(expected, found)
     if not difference <= target.tolerance:  # a NaN is not
         raise RunError(
-            f"{work.path}: what was written answers otherwise than the ticket: logits differ by {difference:.1e} of "
-            f"the largest, where {target.tolerance:.0e} is allowed. Nothing was kept; please report this defect."
+            f"{work.path}: the exported model does not answer like the ticket: logits differ by {difference:.1e} of "
+            f"the largest, and {target.tolerance:.0e} is allowed. The export was discarded; please report this."
         )
     return difference
 

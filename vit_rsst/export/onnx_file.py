@@ -9,15 +9,18 @@ import importlib.util
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vit_rsst import files
-from vit_rsst.errors import Damaged, InputError, MissingRequirement, first_line
+from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, MissingRequirement, first_line
 from vit_rsst.export.work import Target, Work
 from vit_rsst.models.published import Published
 
@@ -48,14 +51,35 @@ print(classes[int(logits[0].argmax())])
 
 
 class Logits(nn.Module):
-    """Gives the input its name, whatever the network calls it."""
+    """Gives the input its name, whatever the network calls it.
 
-    def __init__(self, net: nn.Module):
+    Args:
+        attention: replaces torch's attention meanwhile; None: as it is.
+    """
+
+    def __init__(self, net: nn.Module, attention: type[TorchFunctionMode] | None = None):
         super().__init__()
-        self.net = net
+        self.net, self.attention = net, attention
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        with self.attention() if self.attention else contextlib.nullcontext():
+            return self.net(images)
+
+
+class PlainAttention(TorchFunctionMode):
+    """Attention as products and a softmax: of torch's own, the exporter knows four dimensions and some layouts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or kwargs.get("is_causal"):
+            return func(*args, **kwargs)
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+        query, mask = given["query"], given.get("attn_mask")
+        scale = given.get("scale") or query.shape[-1] ** -0.5
+        scores = query * scale @ given["key"].transpose(-2, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1) @ given["value"]
 
 
 def path_of(what: Path) -> Path | None:
@@ -80,22 +104,15 @@ def write(work: Work, folder: Path) -> None:
         InputError: the exporter does not take this network, or has no such opset.
     """
     net = work.slimmed if work.is_narrower else work.net
-    batch = torch.export.Dim("batch")
     try:
-        with _quiet():
-            program = torch.onnx.export(
-                Logits(net).eval(),
-                (work.images(2),),
-                dynamo=True,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes={"images": {0: batch}},
-                opset_version=work.opset,
-                verbose=False,
-            )
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"--to onnx: torch cannot export this {work.architecture} ({first}).") from error
+        program = _traced(work, Logits(net))
+    except EXPORTER_ERRORS:
+        try:
+            program = _traced(work, Logits(net, PlainAttention))
+        except EXPORTER_ERRORS as error:
+            raise InputError(
+                f"--to onnx: torch cannot export this {work.architecture}: {root_cause(error)}."
+            ) from error
     _check_opset(work, program.model.opset_imports[""])
     _strip_(program.model)
     trained = work.trained
@@ -106,6 +123,32 @@ def write(work: Work, folder: Path) -> None:
     program.save(str(folder / FILE), external_data=num_bytes > INLINE_LIMIT)
     for path in folder.iterdir():
         files.settle(path)
+
+
+EXPORTER_ERRORS = (torch.onnx.errors.OnnxExporterError, *OF_A_LIBRARY)
+"""What the exporter and the traced network raise."""
+
+
+def _traced(work: Work, logits: Logits) -> Any:
+    """The network as an ONNX program whose batch is free."""
+    with _quiet():
+        return torch.onnx.export(
+            logits.eval(),
+            (work.images(2),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            opset_version=work.opset,
+            verbose=False,
+        )
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that the others wrap, without colours of the screen."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return re.sub(r"\x1b\[[0-9;]*m", "", first_line(error)).rstrip(".!")
 
 
 def _check_opset(work: Work, found: int) -> None:
@@ -138,6 +181,7 @@ class Session(nn.Module):
 
     def __init__(self, path: Path):
         super().__init__()
+        self.path = path
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingRequirement(f"{path}: onnxruntime is not installed; pip install 'vit-rsst[onnx]'.")
         import onnxruntime
@@ -154,7 +198,12 @@ class Session(nn.Module):
         self.about = self._session.get_modelmeta().custom_metadata_map
 
     def forward(self, images: Tensor) -> Tensor:
-        [found] = self._session.run(["logits"], {"images": images.float().cpu().numpy()})
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+        try:
+            [found] = self._session.run(["logits"], {"images": images.float().cpu().numpy()})
+        except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
+            raise Damaged(f"{self.path}: onnxruntime fails on {len(images)} images: {first_line(error)}.") from error
         return torch.from_numpy(found).to(images.device)
 
 
@@ -184,7 +233,10 @@ def logits(folder: Path, images: Tensor) -> Tensor | None:
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     session = Session(folder / FILE)
-    return torch.cat([session(images[:1]), session(images[1:])])  # one as well as several: the batch has to be free
+    try:  # in batches of five, two and one: some networks let the exporter fix the batch
+        return torch.cat([session(images)[:-3], session(images[-3:-1]), session(images[-1:])])
+    except Damaged as error:
+        raise InputError(f"--to onnx: the exported network takes batches of one size only ({error})") from error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ computed: the network runs on the device `meta`, wherever its weights lie; one t
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -149,12 +149,17 @@ def shapes_of(net: nn.Module, device: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards as it was."""
+def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in training or evaluation mode, and afterwards as it was."""
     modes = {module: module.training for module in net.modules()}
-    net.eval()
+    net.train(training)
     try:
         yield
     finally:
         for module, is_training in modes.items():
             module.training = is_training
+
+
+def evaluating(net: nn.Module) -> AbstractContextManager[None]:
+    """Every module in evaluation mode, and afterwards as it was."""
+    return in_mode(net, training=False)

@@ -4,7 +4,7 @@ They answer with logits, as timm's models do, and keep transformers' own paramet
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from vit_rsst.models import weights
 PREFIX = "hf:"
 PLACE = "name_or_path"
 """Key of the arguments that says where published weights lie; the configuration itself does not hold it."""
-CLASSIFIERS = ("classifier.", "head.")
-"""Prefixes of the names of a classifier's tensors."""
 
 
 def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
@@ -44,17 +42,31 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
         if source in CONFIG_MAPPING:
             raise InputError(f"model.args: {name} cannot be configured with {args}: {error}.") from error
         raise MissingRequirement(
-            f"model.name: {source!r} is neither a type of transformers (such as hf:vit), nor a folder with a "
-            f"config.json, nor to be had from the Hub ({first_line(error)})."
+            f"model.name: {source!r} is neither a type of transformers (such as hf:vit) nor a folder with a "
+            f"config.json, and cannot be downloaded from the Hub ({first_line(error)})."
         ) from error
     except (TypeError, AttributeError) as error:
         raise InputError(f"model.args: {name} cannot be configured with {args}: {error}.") from error
     unknown = [key for key in args if not hasattr(type(config)(), key)]
     if unknown:
         raise InputError(f"model.args: {name} has no field {unknown[0]!r} in its configuration.")
-    kept = {key: value for key, value in config.to_diff_dict().items() if key not in ("model_type", "architectures")}
-    kept = {key: value for key, value in kept.items() if key not in ("transformers_version", "id2label", "label2id")}
-    return f"{PREFIX}{config.model_type}", {**kept, **place, "num_labels": num_classes}
+    kept = {key: value for key, value in config.to_diff_dict().items() if key not in OF_A_FILE}
+    return f"{PREFIX}{config.model_type}", {**kept, **_class_of(config), **place, "num_labels": num_classes}
+
+
+OF_A_FILE = ("model_type", "architectures", "transformers_version", "id2label", "label2id")
+"""Fields of a configuration that do not say what to build."""
+
+
+def _class_of(config: Any) -> dict[str, list[str]]:
+    """The field that says which class to build, of types that have several classifiers: as named, else the first."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, "")
+    if isinstance(classes, str):
+        return {}
+    named = [name for name in config.architectures or () if name in classes]
+    return {"architectures": [*named, classes[0]][:1]}
 
 
 def _config_file(source: str, folder: Path) -> Path:
@@ -71,12 +83,19 @@ def configuration(architecture: str, args: dict) -> Any:
     return AutoConfig.for_model(architecture.removeprefix(PREFIX), **fields)
 
 
-def create(architecture: str, args: dict, pretrained: bool | str = False, device: str | None = None) -> nn.Module:
+def create(
+    architecture: str,
+    args: dict,
+    pretrained: bool | str = False,
+    device: str | None = None,
+    classes: Sequence[str] = (),
+) -> nn.Module:
     """Builds the classifier that `describe` described; its forward pass gives logits.
 
     Args:
         pretrained: load the weights of the place that the name gives, or of a file or folder; what was loaded is then
             the attribute `loaded`.
+        classes: of the data, by label; see `zoo.create`.
 
     Raises:
         InputError: transformers has no image classifier of that type, or it cannot be built so.
@@ -87,7 +106,8 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
 
     config = configuration(architecture, args)
     if pretrained:
-        net = _with_weights(weights_file(architecture, args, pretrained), config, pretrained is True)
+        file = weights_file(architecture, args, pretrained)
+        net = _with_weights(file, config, pretrained is True, tuple(classes))
     else:
         context = torch.device(device) if device else contextlib.nullcontext()
         try:
@@ -115,39 +135,47 @@ def weights_file(architecture: str, args: dict, pretrained: bool | str) -> Path:
     source = args.get(PLACE) if pretrained is True else pretrained
     if source is None:
         raise InputError(
-            f"model.pretrained: {architecture} names a type, which has no weights; name a repository or a folder."
+            f"model.pretrained: {architecture} is a type, which has no weights; name a repository or a folder."
         )
     if weights.is_path(source) and (pretrained is not True or Path(source).is_dir()):
         return weights.local_file(source)
     if pretrained is not True:
         raise InputError(
-            f"model.pretrained: {pretrained!r} is no file or folder; tags are timm's, and a repository of transformers "
-            "stands in model.name, as hf:OWNER/NAME."
+            f"model.pretrained: {pretrained!r} is not a file or folder, and only timm models have tags; name a "
+            "repository of transformers in model.name, as hf:OWNER/NAME."
         )
     return weights.hub_file(source, weights.FILE)
 
 
-def _with_weights(file: Path, config: Any, is_published: bool) -> nn.Module:
-    """The classifier with the weights of a file, under whichever of transformers' names they stand there."""
+def _with_weights(file: Path, config: Any, is_published: bool, classes: tuple[str, ...]) -> nn.Module:
+    """The classifier with the weights of a file, under whichever of transformers' names they have there."""
     from transformers import AutoModelForImageClassification
 
     tensors, sha256 = weights.read(file)
     with torch.device("meta"):
-        kind = type(AutoModelForImageClassification.from_config(config))
+        empty = AutoModelForImageClassification.from_config(config)
+    kind, names = type(empty), _ends(empty)["classifier"]
+    classifiers = tuple(f"{name}." for name in names)
+    known = weights.Classes(weights.class_names(file.with_name("config.json")), classes)
+    num_theirs = next((len(t) for n, t in tensors.items() if n.startswith(classifiers)), 0)
+    dropped = tuple(n for n in tensors if known.rows is None and n.startswith(classifiers))
     with quiet():
         net, report = kind.from_pretrained(
-            None, config=config, state_dict=dict(tensors), output_loading_info=True, ignore_mismatched_sizes=True,
-            dtype=torch.float32,
+            None, config=config, state_dict={n: t for n, t in tensors.items() if n not in dropped},
+            output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32,
         )  # fmt: skip
     others = {name: (theirs, ours) for name, theirs, ours in report["mismatched_keys"]}
-    wrong = [f"no {n}" for n in sorted(report["missing_keys"]) if not n.startswith(CLASSIFIERS)]
-    wrong += [f"{n} besides" for n in sorted(report["unexpected_keys"]) if not n.startswith(CLASSIFIERS)]
-    wrong += [f"{n} of {tuple(o[0])}, not {tuple(o[1])}" for n, o in others.items() if not n.startswith(CLASSIFIERS)]
+    wrong = [f"no {n}" for n in sorted(report["missing_keys"]) if not n.startswith(classifiers)]
+    wrong += [f"{n} besides" for n in sorted(report["unexpected_keys"]) if not n.startswith(classifiers)]
+    wrong += [f"{n} of {tuple(o[0])}, not {tuple(o[1])}" for n, o in others.items() if not n.startswith(classifiers)]
     weights.refuse(wrong, str(file), config.model_type, is_published)
     weights.refuse_infinite(net.state_dict(), file)
+    if known.rows and num_theirs == config.num_labels:
+        weights.reorder_(net, names, known.rows)
     new = tuple(sorted({*report["missing_keys"], *others}))
-    left_out = tuple(sorted({*report["unexpected_keys"], *others}))
-    net.loaded = weights.Loaded(str(file), sha256, len(net.state_dict()) - len(new), (), new, left_out)
+    left_out = tuple(sorted({*report["unexpected_keys"], *others, *dropped}))
+    num_loaded, text = len(net.state_dict()) - len(new), known.text(num_theirs, config.num_labels)
+    net.loaded = weights.Loaded(str(file), sha256, num_loaded, (), new, left_out, text)
     return net
 
 
@@ -167,8 +195,13 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _ends(net: nn.Module) -> dict[str, str]:
-    """Names of the first layer and the classifier, as timm's `pretrained_cfg` has them."""
-    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+def _ends(net: nn.Module) -> dict[str, str | tuple[str, ...]]:
+    """Names of the first layer and of the classifiers, as timm's `pretrained_cfg` has them.
+
+    Models that learn from a teacher have a second classifier; all lie outside of transformers' base model.
+    """
+    linear = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     convs = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
-    return {"first_conv": convs[0] if convs else "", "classifier": linear[-1]}
+    body = f"{net.base_model_prefix}."
+    last = [n for n, m in linear.items() if not n.startswith(body) and m.out_features == net.config.num_labels]
+    return {"first_conv": convs[0] if convs else "", "classifier": tuple(last) or (list(linear)[-1],)}

@@ -1,13 +1,13 @@
-"""Weights for models of timm: where they lie, and that they are loaded whole.
+"""Weights for timm models: finding them, and loading all of them.
 
 timm itself adapts them to the network that it builds: it resamples patch and position embeddings, renames old tensors
-and drops the classifier where the classes differ. What it would leave random beside that, with a line in a log, is
+and drops the classifier if the number of classes differs. Whatever else it would leave random, and only log, is
 refused.
 """
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -18,26 +18,39 @@ from vit_rsst.errors import Damaged, InputError, first_line
 from vit_rsst.models import weights
 
 
-def load(build: Callable[..., nn.Module], architecture: str, pretrained: bool | str) -> nn.Module:
-    """Builds a network with weights: the published ones, those of a tag of timm's, or those of a file or folder.
+def load(
+    build: Callable[..., nn.Module], architecture: str, pretrained: bool | str, classes: Sequence[str] = ()
+) -> nn.Module:
+    """Builds a network with weights: the published ones, those of a timm tag, or those of a file or folder.
 
     Args:
-        build: `timm.create_model` of the architecture, to which arguments can be added.
+        build: `timm.create_model` of the architecture; takes more arguments, and `device`.
+        classes: of the data, by label; empty where they are not known. A classifier of the same classes is kept, its
+            rows in our order; of other classes it is new.
 
     Raises:
-        InputError: timm has no weights for this model, or no such tag, or they are of another width or depth.
-        MissingRequirement: they cannot be had.
+        InputError: timm has no weights for this model, or no such tag, or they have another width or depth.
+        MissingRequirement: they cannot be found or downloaded.
         Damaged: the file is damaged, or of another model.
     """
     file, is_published = weights_file(architecture, pretrained), not weights.is_path(pretrained)
     tensors, sha256 = weights.read(file)
-    with _checked_loads(architecture, file, is_published) as found:
-        net = build(pretrained=True, pretrained_cfg_overlay=_overlay(architecture, tensors))
+    theirs = () if is_published else weights.class_names(file.with_name("config.json"))
+    known = weights.Classes(theirs, tuple(classes))
+    overlay = _overlay(architecture, tensors)
+    num_theirs = overlay["num_classes"]
+    if known.rows is None:
+        overlay["num_classes"] = 0  # timm then leaves out the classifier
+    with _checked_loads(type(build(device="meta")), architecture, file, is_published) as found:
+        net = build(pretrained=True, pretrained_cfg_overlay=overlay)
     weights.refuse(_other_heads(net, file), str(file), architecture, is_published)
     [(given, new, left_out)] = found
+    if known.rows and num_theirs == net.num_classes:
+        weights.reorder_(net, _classifiers(net), known.rows)
     changed = tuple(name for name in sorted(given) if name in tensors and given[name].shape != tensors[name].shape)
     lost = tuple(name for name in sorted(tensors) if name.startswith(_free_modules(net)) and name not in given)
-    net.loaded = weights.Loaded(str(file), sha256, len(given) - len(left_out), changed, new, left_out + lost)
+    num_loaded, text = len(given) - len(left_out), known.text(num_theirs, net.num_classes)
+    net.loaded = weights.Loaded(str(file), sha256, num_loaded, changed, new, left_out + lost, text)
     return net
 
 
@@ -62,7 +75,7 @@ def weights_file(architecture: str, pretrained: bool | str) -> Path:
     file = (published.hf_hub_filename or weights.FILE).replace("pytorch_model.bin", weights.FILE)
     if not published.hf_hub_id or not file.endswith(".safetensors") or published.custom_load == "hf":
         raise InputError(
-            f"model.pretrained: {name} is not published as safetensors, the only format that is read; name another "
+            f"model.pretrained: {name} is not published as safetensors, the only format read here; name another "
             f"tag, {weights.OTHERWISE}."
         )
     return weights.hub_file(published.hf_hub_id, file)
@@ -76,7 +89,7 @@ def _other_heads(net: nn.Module, file: Path) -> list[str]:
     try:
         described = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Damaged(f"model.pretrained: {config} is not readable ({error}); copy or fetch it again.") from error
+        raise Damaged(f"model.pretrained: {config} is not readable ({error}); copy or download it again.") from error
     name = described.get("architecture") if isinstance(described, dict) else None
     if not isinstance(name, str) or not timm.is_model(name):
         return []
@@ -85,7 +98,7 @@ def _other_heads(net: nn.Module, file: Path) -> list[str]:
             theirs = dict(timm.create_model(name, **described.get("model_args", {})).named_modules())
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise Damaged(
-            f"model.pretrained: {config} describes no {name} ({first_line(error)}); fetch it again."
+            f"model.pretrained: {config} describes no {name} ({first_line(error)}); download it again."
         ) from error
     ours = {name: module.num_heads for name, module in net.named_modules() if hasattr(module, "num_heads")}
     found = {name: getattr(theirs.get(name), "num_heads", asked) for name, asked in ours.items()}
@@ -101,21 +114,24 @@ def _overlay(architecture: str, tensors: dict[str, Tensor]) -> dict:
     return {"state_dict": tensors, "num_classes": len(rows) if rows is not None else 0}
 
 
+def _classifiers(net: nn.Module) -> tuple[str, ...]:
+    names = net.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _free_modules(net: nn.Module) -> tuple[str, ...]:
-    """Prefixes of what weights from elsewhere need not give: the classifier, and what decides beside it."""
-    classifier = net.pretrained_cfg.get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return tuple(f"{name}." for name in (*names, *getattr(net, "task_modules", ())))
+    """Prefixes of what a file may lack: the classifiers, and what else decides."""
+    return tuple(f"{name}." for name in (*_classifiers(net), *getattr(net, "task_modules", ())))
 
 
 @contextlib.contextmanager
-def _checked_loads(architecture: str, file: Path | None, is_published: bool) -> Iterator[list[tuple]]:
-    """Looks at every state dict that timm would load meanwhile, which by itself only logs what it leaves random.
+def _checked_loads(kind: type[nn.Module], architecture: str, file: Path, is_published: bool) -> Iterator[list[tuple]]:
+    """Looks at what timm adapts and loads into networks of one class meanwhile; it only logs what it leaves random.
 
     Yields:
         a list of (state dict, what stays random, what is left out), one for each.
     """
-    found, original = [], nn.Module.load_state_dict
+    found: list[tuple] = []
 
     def load_state_dict(self: nn.Module, state: Mapping[str, Tensor], *args: object, **kwargs: object) -> object:
         own = self.state_dict()
@@ -124,10 +140,12 @@ def _checked_loads(architecture: str, file: Path | None, is_published: bool) -> 
         weights.refuse_infinite({name: state[name] for name in own if name in state}, file)
         found.append((state, new, left_out))
         has_memory = next(self.parameters()).device.type != "meta"
-        return original(self, state if has_memory else {}, strict=False)
+        return super(kind, self).load_state_dict(state if has_memory else {}, strict=False)
 
-    nn.Module.load_state_dict = load_state_dict
+    if "load_state_dict" in vars(kind):
+        raise InputError(f"model.pretrained: {kind.__name__} loads weights in its own way; set model.pretrained=false.")
+    kind.load_state_dict = load_state_dict
     try:
         yield found
     finally:
-        nn.Module.load_state_dict = original
+        del kind.load_state_dict

@@ -1,38 +1,47 @@
-"""Weights from elsewhere: finding the file, reading it, and what came of it.
+"""Pretrained weights: finding the file, reading it, and what was loaded.
 
-A file is safetensors or it is not read: nothing here unpickles.
+Only safetensors is read; nothing here unpickles.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit_rsst import reach
 from vit_rsst.errors import Damaged, InputError, MissingRequirement, first_line
 
 FILE = "model.safetensors"
+INDEX = f"{FILE}.index.json"
+"""Beside shards: which file holds which tensor."""
+PREFIXES = ("_orig_mod.", "module.")
+"""What torch.compile and DistributedDataParallel put before every name."""
+CHECKPOINTS = ("model", "state_dict", "model_state_dict", "module", "net")
+"""Where trainers keep the weights in a checkpoint."""
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt", ".tar")
 OTHERWISE = "or set model.pretrained=false to train from random weights"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a network was given, kept as its attribute `loaded`.
+    """What was loaded into a network, kept as its attribute `loaded`.
 
     Attributes:
         file: where it was read from.
         sha256: of the file, in hexadecimal.
-        num_tensors: loaded, those that were resampled among them.
-        resampled: tensors whose shape is another in the file.
-        new: tensors that the file does not give and that are random: those of a new classifier.
+        num_tensors: loaded, including the resampled ones.
+        resampled: tensors whose shape differs in the file.
+        new: tensors missing from the file, which are random: those of a new classifier.
         left_out: tensors of the file that the network has no place for: those of the old classifier.
+        classifier: a sentence on what became of the classifier.
     """
 
     file: str
@@ -41,11 +50,13 @@ class Loaded:
     resampled: tuple[str, ...]
     new: tuple[str, ...]
     left_out: tuple[str, ...]
+    classifier: str = ""
 
     def text(self) -> str:
         parts = {"resampled": self.resampled, "new and random": self.new, "left out": self.left_out}
         listed = "".join(f"; {what}: {_shortened(names)}" for what, names in parts.items() if names)
-        return f"{self.num_tensors} tensors of {self.file} (sha256 {self.sha256[:16]}){listed}"
+        classifier = f"; {self.classifier}" if self.classifier else ""
+        return f"{self.num_tensors} tensors of {self.file} (sha256 {self.sha256[:16]}){listed}{classifier}"
 
     def record(self) -> dict:
         return asdict(self)
@@ -64,24 +75,88 @@ def is_path(source: bool | str) -> bool:
     return os.sep in source or source[:1] in ".~" or path.suffix in (".safetensors", *PICKLES) or path.exists()
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The classes of weights beside those of the data.
+
+    Attributes:
+        theirs, ours: names by label; empty where nobody names them.
+    """
+
+    theirs: tuple[str, ...] = ()
+    ours: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[int] | None:
+        """For each of our classes the row of their classifier; None: it predicts other classes."""
+        if not self.theirs or not self.ours:
+            return list(range(len(self.ours)))
+        numbers = {name: number for number, name in enumerate(self.theirs)}
+        if len(numbers) != len(self.theirs) or numbers.keys() != set(self.ours):
+            return None
+        return [numbers[name] for name in self.ours]
+
+    def text(self, num_theirs: int, num_ours: int) -> str:
+        """What becomes of the classifier."""
+        if num_theirs != num_ours:
+            return ""  # its size says it
+        if not self.ours:
+            return "" if not self.theirs else f"classifier of the classes {shortened(self.theirs)}"
+        if not self.theirs:
+            return "classifier kept as it is, though the file does not name its classes"
+        if self.rows is None:
+            return f"new classifier: the file's classes are {shortened(self.theirs)}"
+        in_order = self.theirs == self.ours
+        return "classifier kept: same classes" if in_order else "classifier kept, its rows reordered by class name"
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list."""
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
+
+
+def class_names(config: Path) -> tuple[str, ...]:
+    """Names by label in a `config.json` of timm or transformers; empty where it has none."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+        names = found.get("label_names") or (found.get("pretrained_cfg") or {}).get("label_names")
+        if not names:
+            by_number = {int(number): name for number, name in (found.get("id2label") or {}).items()}
+            names = [by_number[number] for number in sorted(by_number)]
+    except (OSError, ValueError, AttributeError):
+        return ()
+    placeholders = [f"LABEL_{number}" for number in range(len(names))]  # of transformers
+    return () if list(names) == placeholders else tuple(map(str, names))
+
+
+@torch.no_grad()
+def reorder_(net: nn.Module, classifiers: Iterable[str], rows: Sequence[int]) -> None:
+    """Gives each class the row that it has in `rows`."""
+    for name in classifiers:
+        for parameter in net.get_submodule(name).parameters():
+            if len(parameter) == len(rows):
+                parameter.copy_(parameter[list(rows)])
+
+
 def local_file(source: str) -> Path:
-    """The file that a path means: itself, or `model.safetensors` of a folder of timm or transformers.
+    """The file that a path stands for: itself, or in a folder of timm or transformers the weights or their index.
 
     Raises:
-        InputError: a folder of this package, which another field takes.
+        InputError: a folder of this package, which belongs in another field.
         MissingRequirement: there is none.
         Damaged: a pickle.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         _refuse_own_kinds(path)
-        _refuse_pickles(path, () if (path / FILE).is_file() else sorted(path.iterdir()))
-        path = path / FILE
-    _refuse_pickles(path, [path])
+        has_weights = (path / FILE).is_file() or (path / INDEX).is_file()
+        _refuse_pickles(() if has_weights else sorted(path.iterdir()))
+        path = path / (INDEX if not (path / FILE).is_file() and (path / INDEX).is_file() else FILE)
+    _refuse_pickles([path])
     if not path.is_file():
         beside = sorted(file.name for file in path.parent.glob("*.safetensors"))
-        there = f" ({', '.join(beside[:3])}{' …' if len(beside) > 3 else ''} beside it)" if beside else ""
-        raise MissingRequirement(f"model.pretrained: {path} does not exist{there}; name the file itself, {OTHERWISE}.")
+        there = f" (found {', '.join(beside[:3])}{' …' if len(beside) > 3 else ''})" if beside else ""
+        raise MissingRequirement(f"model.pretrained: {path} does not exist{there}; name an existing file, {OTHERWISE}.")
     return path
 
 
@@ -95,25 +170,29 @@ def _refuse_own_kinds(folder: Path) -> None:
         raise InputError(f"model.pretrained: {folder} is {kind}; name it in model.start_from instead.")
 
 
-def _refuse_pickles(place: Path, files: Iterable[Path]) -> None:
+def _refuse_pickles(files: Iterable[Path]) -> None:
     for file in files:
         if file.suffix in PICKLES:
+            where = f"next((c[n] for n in {CHECKPOINTS} if n in c), c)"
+            tensors = f"{{k: v.clone().contiguous() for k, v in {where}.items() if hasattr(v, 'shape')}}"
+            load = f"torch.load({str(file)!r}, map_location='cpu', weights_only=True)"
+            target = str(file.with_suffix(".safetensors"))
             raise Damaged(
-                f"model.pretrained: {file} is a pickle, which can run code when it is read; convert it where you trust "
-                f"it, by safetensors.torch.save_file(torch.load({file.name!r}, weights_only=True), {FILE!r}), and name "
-                f"the {FILE}."
+                f"model.pretrained: {file} is a pickle, which can run code when it is read. Convert it in Python where "
+                f"you trust it: import torch, safetensors.torch; "
+                f"safetensors.torch.save_file((lambda c: {tensors})({load}), {target!r}), and name {target}."
             )
 
 
 def hub_file(repository: str, name: str, field: str = "model.pretrained", otherwise: str = OTHERWISE) -> Path:
-    """A file of a repository of the Hub: from the cache, else fetched.
+    """A file of a Hub repository: from the cache, else downloaded.
 
     Args:
-        field: of the recipe, which asks for it.
+        field: of the recipe that asks for it.
         otherwise: what to do without it.
 
     Raises:
-        MissingRequirement: it is not in the cache and the Hub cannot be reached, within seconds, or does not give it.
+        MissingRequirement: it is not in the cache, and the Hub cannot be reached within seconds or refuses it.
     """
     try:
         return Path(hf_hub_download(repository, name, local_files_only=True))
@@ -127,17 +206,45 @@ def hub_file(repository: str, name: str, field: str = "model.pretrained", otherw
         return Path(hf_hub_download(repository, name))
     except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
         raise MissingRequirement(
-            f"{field}: {name} of {repository!r} is not in the cache and cannot be had from the Hub "
+            f"{field}: {name} of {repository!r} is not in the cache and cannot be downloaded from the Hub "
             f"({first_line(error)}); check the network, name a local file or folder, {otherwise}."
         ) from error
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors and sha256 of a safetensors file.
+    """Tensors and sha256 of a safetensors file, or of the shards that an index names.
+
+    Names lose the prefixes of torch.compile and DistributedDataParallel.
 
     Raises:
-        Damaged: it is truncated, empty or something else.
+        Damaged: a file is truncated, empty, missing beside its index, or not safetensors.
     """
+    found, digest = {}, hashlib.sha256()
+    for file in _shards(path) if path.name.endswith(".index.json") else [path]:
+        tensors, content = _read_file(file)
+        found |= tensors
+        digest.update(content)
+    sha256 = content.hex() if path.suffix == ".safetensors" else digest.hexdigest()
+    return _unprefixed(found), sha256
+
+
+def _shards(index: Path) -> list[Path]:
+    """Files that an index names."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise Damaged(
+            f"model.pretrained: {index} is not a readable index of shards ({first_line(error)}); copy it again."
+        ) from error
+    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    if missing or not names:
+        what = f"the shard {missing[0]} is missing" if missing else "it names no shard"
+        raise Damaged(f"model.pretrained: {index}: {what}; copy the folder again, {OTHERWISE}.")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], bytes]:
+    """Tensors and hash of one file."""
     try:
         with safe_open(path, "pt") as file:
             if str((file.metadata() or {}).get("format")).startswith("vit_rsst.ticket"):
@@ -146,27 +253,33 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
         if not tensors:
             raise Damaged(f"model.pretrained: {path} holds no tensors; name another file, {OTHERWISE}.")
         with path.open("rb") as file:
-            return tensors, hashlib.file_digest(file, "sha256").hexdigest()
+            return tensors, hashlib.file_digest(file, "sha256").digest()
     except (SafetensorError, OSError) as error:
         raise Damaged(
-            f"model.pretrained: {path} is not a readable safetensors file ({first_line(error)}); copy or fetch it "
+            f"model.pretrained: {path} is not a readable safetensors file ({first_line(error)}); copy or download it "
             "again."
         ) from error
 
 
+def _unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), ""):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def refuse_infinite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raises:
-    Damaged: a tensor, of those that a network takes from the file, is not finite.
+    Damaged: a tensor that the network takes from the file is not finite.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise Damaged(f"model.pretrained: {name} of {path} is not finite; copy or fetch it again, {OTHERWISE}.")
+            raise Damaged(f"model.pretrained: {name} in {path} is not finite; copy or download it again, {OTHERWISE}.")
 
 
 def misfits(
     own: dict[str, Tensor], given: dict[str, Tensor], free: tuple[str, ...]
 ) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
-    """What hinders loading, in words; what would stay random and what be left out, of the modules `free` to differ."""
+    """Why tensors do not fit, in words; what stays random and what is left out in the modules `free` to differ."""
     missing, strange = own.keys() - given.keys(), given.keys() - own.keys()
     bound = [name for name in (*own, *strange) if not name.startswith(free)]
     wrong = [f"no {name}" for name in bound if name in missing]
@@ -186,7 +299,7 @@ def misfits(
 
 def refuse(wrong: list[str], place: str, architecture: str, is_published: bool) -> None:
     """Raises:
-    InputError: published weights of the architecture do not fit, so that the recipe's arguments are others.
+    InputError: published weights do not fit, because the recipe's arguments differ.
     Damaged: a file does not fit.
     """
     if not wrong:

@@ -4,7 +4,7 @@ random in silence."""
 import difflib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import timm
@@ -89,7 +89,13 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
     return found.architecture, {**found.args, **args, "num_classes": num_classes}
 
 
-def create(architecture: str, args: dict, pretrained: bool | str = False, device: str | None = None) -> nn.Module:
+def create(
+    architecture: str,
+    args: dict,
+    pretrained: bool | str = False,
+    device: str | None = None,
+    classes: Sequence[str] = (),
+) -> nn.Module:
     """Builds a model.
 
     Args:
@@ -99,6 +105,8 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
             and position embeddings, and the classifier is new where the classes differ. What was loaded is then the
             network's attribute `loaded`.
         device: where to build; `meta` makes shapes without memory, and weights are checked and not loaded.
+        classes: of the data, by label: of pretrained weights, a classifier of the same classes is reordered to fit,
+            one of other classes is new.
 
     Raises:
         InputError: no such model or tag, arguments it does not take, or no published weights for it.
@@ -110,18 +118,18 @@ def create(architecture: str, args: dict, pretrained: bool | str = False, device
             f"model.args.{beside[0]}: names other weights, past all checks; use model.pretrained, or model.start_from."
         )
     if architecture.startswith(hub.PREFIX):
-        return hub.create(architecture, args, pretrained, device)
+        return hub.create(architecture, args, pretrained, device, classes)
     if not timm.is_model(architecture.split(".")[0]):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)  # those of CATALOG among them
         raise InputError(
             f"model.name: unknown model {architecture!r}; expected {', '.join(CATALOG)} or a name of timm "
             f"{timm.__version__}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
-    build = functools.partial(_build, architecture, args, device)
-    return timm_weights.load(build, architecture, pretrained) if pretrained else build()
+    build = functools.partial(_build, architecture, args, device=device)
+    return timm_weights.load(build, architecture, pretrained, classes) if pretrained else build()
 
 
-def _build(architecture: str, args: dict, device: str | None, **loading: object) -> nn.Module:
+def _build(architecture: str, args: dict, device: str | None = None, **loading: object) -> nn.Module:
     try:
         with torch.device(device or "cpu"):
             return timm.create_model(architecture, **loading, **args)

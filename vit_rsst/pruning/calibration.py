@@ -1,11 +1,12 @@
 """Calibration: what flows through a network while it looks at images, summed over images, tokens and ranks.
 
-The network runs as it stands, in evaluation mode. Sums and counts are kept in float64 and reduced over ranks before
-any mean is taken, so that ragged batches weigh what they hold.
+The network runs as it is, in evaluation mode. Inputs are seen where they meet a weight, not where a layer is called: a
+forward pass may use a weight without calling its layer. Sums and counts are kept in float64 and reduced over ranks
+before any mean is taken, so that ragged batches count by their size.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from vit_rsst.errors import InputError
 from vit_rsst.pruning.criteria import SiteStatistics, Statistics
+from vit_rsst.pruning.products import Products
 from vit_rsst.pruning.units import UnitGroup
 
 Sums = dict[tuple[str, str], Tensor]
@@ -39,59 +41,90 @@ def collect(
     Raises:
         InputError: there is not one image.
     """
-    modules = dict(net.named_modules())
-    watched = {group.name: modules[group.site.module] for group in groups}
+    watched = {group.name: f"{group.site.module}.weight" for group in groups}
     if not groups:
-        watched = {name: modules[name.removesuffix(".weight")] for name in weights}
-    sums = _zeros(watched, weights, groups, with_gradients)
+        watched = {name: name for name in weights}
+    parameters = dict(net.named_parameters())
+    widths = {place: _width(net, parameters, name) for place, name in watched.items()}
+    sums = _zeros(widths, weights, groups, with_gradients)
     was_training = net.training
     net.eval()
-    # Compiled code would not see the hooks.
+    # Compiled code would hide the products.
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(with_gradients):
         for images, labels in batches:
-            with _inputs(watched) as inputs:
+            with Inputs({name: parameters[name] for name in watched.values()}) as inputs:
                 loss = F.cross_entropy(net(images).float(), labels, reduction="sum")  # so that images stay apart
             sums["images", ""] += len(images)
-            for name, module in watched.items():
-                _add_activations_(sums, name, _features_last(module, inputs[name].detach()))
+            for place, name in watched.items():
+                for seen in inputs[name]:
+                    _add_activations_(sums, place, seen.features(len(images), seen.x.detach()))
             if with_gradients and groups:
-                found = torch.autograd.grad(loss, [inputs[group.name] for group in groups])
-                for group, gradient in zip(groups, found, strict=True):
-                    product = inputs[group.name].detach().float() * gradient.float()
-                    _add_gates_(sums, group, _features_last(watched[group.name], product))
+                seen = [(group, one) for group in groups for one in inputs[watched[group.name]]]
+                found = torch.autograd.grad(loss, [one.x for _, one in seen], allow_unused=True)
+                for (group, one), gradient in zip(seen, found, strict=True):
+                    if gradient is not None:  # a product that the loss does not reach
+                        product = one.x.detach().float() * gradient.float()
+                        _add_gates_(sums, group, one.features(len(images), product))
             elif with_gradients:
-                found = torch.autograd.grad(loss, list(weights.values()))
+                found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                 for name, gradient in zip(weights, found, strict=True):
-                    sums["gradient", name] += gradient
+                    if gradient is not None:
+                        sums["gradient", name] += gradient
     net.train(was_training)
     _reduce_(sums)
     if not sums["images", ""]:
-        raise InputError("pruning.calibration_images: the criterion needs images and there is not one.")
+        raise InputError("pruning.calibration_images: the criterion needs images, but there are none.")
+    unseen = [name for place, name in watched.items() if not sums["tokens", place]]
+    if unseen:
+        raise InputError(
+            f"pruning.criterion: no input of {unseen[0]} is seen ({len(unseen)} such weights): the forward pass does "
+            "not multiply by it directly; protect it with pruning.protect, or use the criterion magnitude."
+        )
     return _means(sums, weights, groups, with_gradients)
 
 
-@contextmanager
-def _inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The inputs of the modules in the forward pass made meanwhile."""
-    seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for name, module in modules.items():
+@dataclass(frozen=True)
+class Seen:
+    """An input at the moment when it meets a weight.
 
-            def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                seen[name] = args[0]
+    Attributes:
+        x: as it was given; part of the graph.
+        is_map: whether its features are the second dimension, as those of a convolution; else the last.
+    """
 
-            stack.enter_context(module.register_forward_pre_hook(note))
-        yield seen
+    x: Tensor
+    is_map: bool
+
+    def features(self, num_images: int, x: Tensor) -> Tensor:
+        """(images, tokens, features) of a tensor of the input's shape; windows and pixels of an image are tokens."""
+        x = x.movedim(1, -1) if self.is_map else x
+        first = num_images if len(x) % num_images == 0 else 1  # a table of positions is the same for all images
+        return x.reshape(first, -1, x.shape[-1])
 
 
-def _features_last(module: nn.Module, x: Tensor) -> Tensor:
-    """(images, tokens, features): pixels are the tokens of a convolution."""
-    x = x if isinstance(module, nn.Linear) else x.movedim(1, -1)
-    return x.reshape(len(x), -1, x.shape[-1])
+class Inputs(Products):
+    """The inputs that meet each of the weights meanwhile; as mapping by name."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        super().__init__()
+        self._names = {id(weight): name for name, weight in weights.items()}
+        self._seen: dict[str, list[Seen]] = {name: [] for name in weights}
+
+    def note(self, weight: Tensor, x: Tensor, name: str) -> None:
+        if id(weight) in self._names:
+            self._seen[self._names[id(weight)]].append(Seen(x, name != "linear"))
+
+    def __getitem__(self, name: str) -> list[Seen]:
+        return self._seen[name]
+
+
+def _width(net: nn.Module, parameters: Mapping[str, Tensor], name: str) -> int:
+    """Input features of a weight, those of all groups of a convolution."""
+    return parameters[name].shape[1] * getattr(net.get_submodule(name.rpartition(".")[0]), "groups", 1)
 
 
 def _zeros(
-    watched: Mapping[str, nn.Module], weights: Mapping[str, Tensor], groups: Sequence[UnitGroup], with_gradients: bool
+    widths: Mapping[str, int], weights: Mapping[str, Tensor], groups: Sequence[UnitGroup], with_gradients: bool
 ) -> Sums:
     device = next(iter(weights.values())).device
 
@@ -99,8 +132,7 @@ def _zeros(
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
     sums: Sums = {("images", ""): zeros(1)}
-    for name, module in watched.items():
-        width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    for name, width in widths.items():
         sums |= {("absolute", name): zeros(width), ("square", name): zeros(width), ("tokens", name): zeros(1)}
     if with_gradients and groups:
         for group in groups:

@@ -46,7 +46,7 @@ class Statistics:
     """What the calibration images say.
 
     Attributes:
-        absolute: per weight E|X| of the input features it reads; (in,).
+        absolute: per weight E|X| of its layer's input features; (in,).
         square: per weight E X², likewise.
         gradient: per weight the mean gradient of the loss of one image; the weight's shape.
         sites: per unit group.
@@ -201,6 +201,9 @@ def random(evidence: Evidence) -> dict[str, Tensor]:
 def _times_input(evidence: Evidence, size: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scores = {}
     for name, weight in evidence.weights.items():
-        shape = [1, -1] + [1] * (weight.dim() - 2)  # the input dimension is the second of Linear and Conv weights
-        scores[name] = weight.detach().float().abs() * size[name].float().view(shape).to(weight.device)
+        seen = size[name].float().to(weight.device)
+        # Output row o of a grouped convolution reads the inputs of its own group; of a plain layer, all of them.
+        groups = len(seen) // weight.shape[1]
+        rows = seen.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)  # (out, in / groups)
+        scores[name] = weight.detach().float().abs() * rows.view(*rows.shape, *[1] * (weight.dim() - 2))
     return scores

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that an invalid recipe is rejected at once.
 import difflib
 import importlib
 import json
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +173,9 @@ def _load_plugins(source: Source) -> None:
         try:
             importlib.import_module(str(module))
         except Exception as error:  # a plugin may fail in any way
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = "" if last.filename.startswith("<") else f" at {last.filename}:{last.lineno}"
+            what = f"{type(error).__name__}: {error}".splitlines()[0] + where
             source.problems.append(
                 Problem(
                     "plugins", f"module {module!r} cannot be imported ({what}); name one that can, and is on PYTHONPATH"

@@ -1,5 +1,6 @@
 """Optimizers: parameter groups, construction, and the few in-place edits that pruning needs."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -8,10 +9,16 @@ from torch import Tensor, nn
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 TOKENS = ("cls_token", "dist_token", "reg_token", "mask_token", "pos_embed")
+UNDECAYED = re.compile(
+    r"(^|_)(cls|dist|reg|register|mask|distillation|class)_?(tokens?|embedding)\d*$"
+    r"|pos(ition)?_?embed|^rel(ative)?_pos|bias_table$|attention_biases$"
+    r"|^(logit_scale|layer_?scale|gamma|lambda|temperature|scale)(_?\d+)?$"
+)
+"""Names of tokens, position embeddings and biases, scales and temperatures in timm and transformers."""
 
 
 def param_groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None) -> list[dict]:
-    """Matrices with decay; norms, biases, tokens and position embeddings without; those of one learning rate together.
+    """Matrices with decay; norms, biases, tokens, position embeddings and scales without; one group per learning rate.
 
     Args:
         lr_scales: parameter → share of the learning rate, the group's `lr_scale`; None: all of it. The groups with the
@@ -21,7 +28,9 @@ def param_groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, 
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_free = parameter.ndim <= 1 or name in undecayed or name.rsplit(".", 1)[-1] in undecayed
+            leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]  # an embedding's name is its module's
+            is_named = name in undecayed or leaf in undecayed or UNDECAYED.search(leaf)
+            is_free = parameter.ndim <= 1 or is_named
             key = (lr_scales[name] if lr_scales else 1.0, 0.0 if is_free else weight_decay)
             groups.setdefault(key, []).append(parameter)
     ordered = sorted(groups.items(), reverse=True)

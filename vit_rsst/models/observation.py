@@ -1,0 +1,184 @@
+"""Observation: what one pass through a model shows that its modules do not say.
+
+One forward and backward pass finds the weights that reach a layer and the parameters that the loss does not reach. One
+cut on a copy finds units that the forward pass does not let go.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vit_rsst.errors import OF_A_LIBRARY, InputError, first_line
+from vit_rsst.models import complexity, slim
+from vit_rsst.models.layers import altered_weights
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.products import Products
+from vit_rsst.pruning.units import UnitGroup
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, as a share of the largest, between a masked network and the same network cut."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one forward and backward pass in training mode shows.
+
+    Attributes:
+        applied: parameters that a linear map or convolution multiplies its input by, as they are.
+        unreached: parameters that the loss has no gradient for.
+    """
+
+    applied: frozenset[str]
+    unreached: tuple[str, ...]
+
+
+class _Pass(nn.Module):
+    """One pass whose backward half runs while the parameters are still replaced."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Observed:
+        names = {id(parameter): name for name, parameter in self.net.named_parameters()}
+        learnt = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        with torch.enable_grad(), _Applied(names) as applied:
+            loss = self.net(images).float().square().sum()
+        if (own := getattr(self.net, "auxiliary_loss", None)) is not None:
+            loss = loss + own()
+        gradients = torch.autograd.grad(loss, list(learnt.values()), allow_unused=True)
+        unreached = tuple(name for name, found in zip(learnt, gradients, strict=True) if found is None)
+        return Observed(frozenset(applied.found), unreached)
+
+
+class _Applied(Products):
+    def __init__(self, names: Mapping[int, str]):
+        super().__init__()
+        self.names, self.found = names, set()
+
+    def note(self, weight: Tensor, x: Tensor, name: str) -> None:
+        if id(weight) in self.names:
+            self.found.add(self.names[id(weight)])
+
+
+def observe(net: nn.Module, image_size: int) -> Observed:
+    """Looks at one forward and backward pass; computes shapes only, wherever the weights are.
+
+    Args:
+        net: gives logits; is left as it was.
+        image_size: side of the images in px.
+    """
+
+    def passed(device: str) -> Observed:
+        tensors = complexity.shapes_of(net, device)
+        for name, parameter in net.named_parameters():
+            tensors[name].requires_grad_(parameter.requires_grad)
+        named = {f"net.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(_Pass(net), named, (complexity.images(2, image_size, device),))
+
+    with complexity.in_mode(net, training=True):
+        return complexity.without_numbers(passed)
+
+
+def freeze_(net: nn.Module, names: Iterable[str]) -> None:
+    """Freezes parameters: they are not pruned, no budget counts them, and no process waits for their gradients."""
+    for name in names:
+        net.get_parameter(name).requires_grad_(False)
+
+
+def check_inputs(observed: Observed, weights: Iterable[str], groups: Sequence[UnitGroup]) -> None:
+    """Refuses weights whose inputs a criterion could not see.
+
+    Raises:
+        InputError: the forward pass does not multiply by one of them as it is.
+    """
+    watched = [f"{group.site.module}.weight" for group in groups] if groups else list(weights)
+    if unseen := [name for name in watched if name not in observed.applied]:
+        raise InputError(
+            f"pruning.criterion: the inputs of {unseen[0]} cannot be seen ({len(unseen)} such weights): the forward "
+            "pass does not multiply by it directly; protect it with pruning.protect, or use the criterion magnitude."
+        )
+
+
+def notes(net: nn.Module) -> list[str]:
+    """What of a model is neither trained nor pruned, a line each."""
+    frozen = [name for name, parameter in net.named_parameters() if not parameter.requires_grad]
+    lines = {"frozen, not pruned and not counted in budgets (the loss does not reach them)": frozen}
+    lines["not pruned (standardised before they are applied, which undoes zeros)"] = altered_weights(net)
+    return [f"{what}: {_listed(names)}" for what, names in lines.items() if names]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_units(net: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> None:
+    """Removes one unit of each group from a copy and compares it with the same units masked.
+
+    On `meta` only shapes are compared.
+
+    Raises:
+        InputError: the forward pass does not survive the cut, or answers differently.
+    """
+    if not groups or (reason := _cut_fails(net, groups, image_size)) is None:
+        return
+    kinds = dict.fromkeys(group.kind for group in groups)
+    wrong = {kind: _cut_fails(net, [g for g in groups if g.kind == kind], image_size) for kind in kinds}
+    kind = next((kind for kind in wrong if wrong[kind] is not None), groups[0].kind)
+    others = [other for other in kinds if wrong[other] is None]
+    raise InputError(
+        f"pruning.granularity: no {kind} of this {type(net).__name__} can be removed exactly "
+        f"({wrong[kind] or reason}); use {', '.join((*others, 'element'))} or N:M."
+    )
+
+
+def _cut_fails(net: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> str | None:
+    """Why a network without the first unit of each group does not answer as the masked one; None if it does."""
+    device = next(net.parameters()).device
+    on_meta = device.type == "meta"
+    with complexity.in_mode(net, training=False), torch.no_grad(), _seeded():
+        full = slim.copy_of(net)
+        names = dict.fromkeys(member.name for group in groups for member in group.members)
+        mask = MaskSet.full({name: full.get_parameter(name) for name in names})
+        for group in (group for group in groups if group.units > 1):
+            for member in group.members:
+                mask[member.name].index_fill_(member.dim, member.index[0].to(device), False)
+        if not on_meta:
+            _disturb_(full)
+        for name in names:
+            full.get_parameter(name).mul_(mask[name])
+        small = slim.copy_of(full)
+        slim.shrink_(small, {g.name: torch.arange(1, g.units) for g in groups if g.units > 1})
+        images = complexity.images(2, image_size, str(device))
+        if not on_meta:
+            images = torch.randn(images.shape, device=device)
+        expected = full(images)
+        try:
+            found = small(images)
+        except OF_A_LIBRARY as error:
+            return f"the forward pass fails without it: {first_line(error)}"
+    if on_meta:
+        return None if found.shape == expected.shape else f"logits of shape {tuple(found.shape)}"
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    return None if difference <= TOLERANCE else f"logits differ by {difference:.1e} of the largest"
+
+
+def _disturb_(net: nn.Module) -> None:
+    """Noise on vectors and on what is zero: layer scales and biases begin so small that a difference would not show."""
+    for parameter in net.parameters():
+        if parameter.dim() <= 1 or not parameter.any():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Draws that are the same each time, and that nothing else notices."""
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(SEED)
+        yield
