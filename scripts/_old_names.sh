@@ -91,12 +91,13 @@ translate_rate() { # the recipe's is that of the weights that the recipe begins 
 
 translate_penalty() {
     local place=pruning.method.penalty strength=REG ramp=${given[RST_schedule]:=exp_custom_exponents}
-    renamed RST_schedule "$place.ramp" x=x x^2=x^2 x^3=x^3 exp=exp_custom exp_custom=exp_custom \
-        exp_custom_exponents=exp_custom_exponents
+    renamed RST_schedule "$place.ramp" x=linear x^2=quadratic x^3=cubic exp=exponential exp_custom=exponential \
+        exp_custom_exponents=exponential
     if [[ $ramp == exp_custom_exponents ]]; then
         same EXP "$place.exponent"
     else
         warn "the ramp $ramp has no exponent: EXP ${given[EXP]} is ignored."
+        [[ $ramp != exp* ]] || became "(exp)" "$place.exponent=1"
     fi
     if has reg_upper_limit; then
         strength=reg_upper_limit

@@ -150,7 +150,7 @@ def test_an_example_becomes_a_recipe_that_has_a_plan(line, place, capsys):
         assert "REG 1.0 and EXP 4 are ignored" in done.stdout
     else:
         penalty = made.pruning.method.penalty
-        assert (penalty.strength, penalty.exponent, penalty.ramp) == (1.0, 4.0, "exp_custom_exponents")
+        assert (penalty.strength, penalty.exponent, penalty.ramp) == (1.0, 4.0, "exponential")
     assert ("PRETRAINED true became false" in done.stdout) == (line == EXAMPLES[0])
 
 
@@ -168,8 +168,8 @@ OPTIONS = {
     "--prune_type rewind_lt": {"rewind": "epoch:24"},
     "--rewind_epoch 8": {"rewind": "epoch:8"},
     "--prune_type pt": {"rewind": "lr"},
-    "--RST_schedule exp": {"method.penalty.ramp": "exp_custom"},
-    "--RST_schedule x^2 --reg_upper_limit 1.5": {"method.penalty.ramp": "x^2", "method.penalty.strength": 1.5},
+    "--RST_schedule exp": {"method.penalty.ramp": "exponential", "method.penalty.exponent": 1.0},
+    "--RST_schedule x^2 --reg_upper_limit 1.5": {"method.penalty.ramp": "quadratic", "method.penalty.strength": 1.5},
     "--reg_granularity_prune 0.5 --exponents=3": {"method.penalty.strength": 0.5, "method.penalty.exponent": 3.0},
     "--block_loss_grad": {"method.penalty.condemned_gradient": False},
     "--block_loss_grad false": {"method.penalty.condemned_gradient": True},

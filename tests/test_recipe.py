@@ -19,7 +19,7 @@ from vit_rsst.pruning.plan import METHODS
 from vit_rsst.recipe import loading as recipes
 from vit_rsst.recipe import rules, strict_yaml
 from vit_rsst.recipe.loading import load
-from vit_rsst.recipe.schema import FREE_FIELDS, Recipe
+from vit_rsst.recipe.schema import FREE_FIELDS, Recipe, deciding
 from vit_rsst.recipe.sentences import Problem
 from vit_rsst.run.folder import RunFolder
 
@@ -236,6 +236,36 @@ def test_an_unknown_recipe_name_suggests_the_closest():
         recipes.find("digits/quickstar")
 
 
+# -- names of version 0.1
+
+
+@pytest.mark.parametrize(
+    "old, ramp, exponent",
+    [
+        ("x", "linear", 4.0),
+        ("x^2", "quadratic", 4.0),
+        ("x^3", "cubic", 4.0),
+        ("exp", "exponential", 1.0),
+        ("exp_custom", "exponential", 1.0),
+        ("exp_custom_exponents", "exponential", 4.0),
+        ("cos", "cosine", 4.0),
+    ],
+)
+def test_old_names_of_ramps_are_read_with_a_hint(tmp_path, capsys, old, ramp, exponent):
+    path = written(tmp_path, f"name: r\npruning:\n  method:\n    name: rsst\n    penalty: {{ramp: {old}}}\n")
+    recipe = load(path)
+    penalty = recipe.pruning.method.penalty
+    assert (penalty.ramp, penalty.exponent) == (ramp, exponent)
+    hint = capsys.readouterr().err
+    assert hint.startswith(f"hint: {path}:5  pruning.method.penalty.ramp: {old!r} is the name of version 0.1; write")
+    more = [f"pruning.method.penalty.exponent={exponent}"] if ramp == "exponential" else []
+    new = load(written(tmp_path, "name: r\n"), ["pruning.method=rsst", f"pruning.method.penalty.ramp={ramp}", *more])
+    assert new.fingerprint == recipe.fingerprint
+    tree = new.tree()
+    tree["pruning"]["method"]["penalty"]["ramp"] = old
+    assert deciding(tree) == deciding(new.tree()), "a run folder of version 0.1"
+
+
 # -- overrides
 
 PLAIN = "name: r\ntrain: {epochs: 7}\n"
@@ -264,9 +294,9 @@ PLAIN = "name: r\ntrain: {epochs: 7}\n"
         ("name: r\npruning: {method: rsst}\n", ["pruning.method.remove_at=1"], {"pruning.method.remove_at": 1.0}),
         (PLAIN, ["pruning.method=rsst", "pruning.method.remove_at=1"], {"pruning.method.remove_at": 1.0}),
         (
-            "name: r\npruning: {method: {name: rsst, remove_at: 0.5, penalty: {ramp: cos}}}\n",
+            "name: r\npruning: {method: {name: rsst, remove_at: 0.5, penalty: {ramp: cosine}}}\n",
             ["pruning.method.penalty.strength=0.5"],
-            {"pruning.method.remove_at": 0.5, "pruning.method.penalty.ramp": "cos",
+            {"pruning.method.remove_at": 0.5, "pruning.method.penalty.ramp": "cosine",
              "pruning.method.penalty.strength": 0.5},
         ),
         ("name: r\npruning: {method: {name: rsst, remove_at: 1}}\n", ["pruning.method=rsst"],
@@ -282,6 +312,16 @@ PLAIN = "name: r\ntrain: {epochs: 7}\n"
         ("name: r\ntrain: {round_epochs: 5}\n", ["train.round_epochs="], {"train.round_epochs": None}),
         (PLAIN, ["model.args.depth=2", "model.args.mlp_ratio=1.5"], {"model.args": {"depth": 2, "mlp_ratio": 1.5}}),
         (PLAIN, ["name=no"], {"name": "no"}),
+        (PLAIN, ["name=2024"], {"name": "2024"}),
+        (PLAIN, ["name=run #2"], {"name": "run #2"}),
+        (PLAIN, ["name='run 2'"], {"name": "run 2"}),
+        (PLAIN, ["output_dir=/data/runs #2: [a] {b}"], {"output_dir": "/data/runs #2: [a] {b}"}),
+        (PLAIN, ["output_dir=[runs]"], {"output_dir": "[runs]"}),
+        (PLAIN, ["data.source=cifar10", "data.revision=1234567"], {"data.revision": "1234567"}),
+        (PLAIN, ["data.source=cifar10", "data.revision=null"], {"data.revision": None}),
+        (PLAIN, ["model.name=vit_small", "model.pretrained=2024"], {"model.pretrained": "2024"}),
+        (PLAIN, ["model.name=vit_small", "model.pretrained=true"], {"model.pretrained": True}),
+        (PLAIN, ["model.args.act_layer=gelu #1"], {"model.args": {"act_layer": "gelu #1"}}),
     ],
 )  # fmt: skip
 def test_an_override_reaches_any_field(tmp_path, text, overrides, expected):
@@ -370,7 +410,7 @@ RULES = {
     "a least rate of a constant one": (
         ["optim.schedule=constant", "optim.min_lr=1e-4"], "optim.min_lr", "without optim.schedule=cosine"),
     "an exponent of a line": (
-        ["pruning.method={name: rsst, penalty: {exponent: 9}}"], "pruning.method.penalty.exponent", "exp_custom_exp"),
+        ["pruning.method={name: rsst, penalty: {exponent: 9}}"], "pruning.method.penalty.exponent", "exponential; set"),
     "a residual of the other coupling": (
         ["optim.name=sgd", "pruning.method={name: rsst, penalty: {coupling: gradient, residual: 0.1}}"],
         "pruning.method.penalty.residual", "without coupling: decoupled"),
@@ -464,6 +504,9 @@ RULES = {
         ["train.recovery_epochs=2"], "train.recovery_epochs", "only follow a removal at the end"),
     "recovery for imp": (
         ["pruning.method=imp", "train.recovery_epochs=2"], "train.recovery_epochs", "removes before it trains"),
+    "recovery with a fixed mask": (
+        ["pruning.method=constant", "model.start_from=x", "train.recovery_epochs=2"],
+        "train.recovery_epochs", "removes nothing"),
     "a folder without a path": (["data.source=folder"], "data.path", "needs the path"),
     "a path for the digits": (["data.path=somewhere"], "data.path", "has no effect with the built-in digits"),
     "splits of the Hub": (
@@ -611,22 +654,31 @@ def with_value(section: object, path: list[str], value: object) -> object:
 
 def test_the_fingerprint_depends_on_exactly_the_fields_that_affect_the_result(tmp_path):
     recipe = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\n"))
-    free, deciding = 0, 0
+    free, decisive = 0, 0
     for leaf in [*LEAVES, "pruning.method.remove_at", "pruning.method.penalty.residual"]:
         if leaf == "pruning.method":
             continue
-        changed = with_value(recipe, leaf.split("."), {"another": "value"})
-        if any(leaf == name or leaf.startswith(f"{name}.") for name in FREE_FIELDS):
+        another = 3 if leaf == "train.batch_per_device" else {"another": "value"}
+        changed = with_value(recipe, leaf.split("."), another)
+        if any(leaf == name or leaf.startswith(f"{name}.") for name in (*FREE_FIELDS, "train.batch_per_device")):
             assert changed.fingerprint == recipe.fingerprint, leaf
             free += 1
         else:
             assert changed.fingerprint != recipe.fingerprint, leaf
-            deciding += 1
+            decisive += 1
     method = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\npruning: {method: imp}\n"))
     assert method.fingerprint != recipe.fingerprint
-    assert free == 12
-    assert free + deciding == len(LEAVES) + 1
+    assert free == 14
+    assert free + decisive == len(LEAVES) + 1
     assert re.fullmatch("[0-9a-f]{16}", recipe.fingerprint)
+
+
+def test_the_batch_per_device_is_part_of_a_run_only_where_images_are_mixed_within_it(tmp_path):
+    one, two = (["train.global_batch=64", f"train.batch_per_device={n}"] for n in (16, 32))
+    path = written(tmp_path, "name: r\n")
+    assert load(path, one).fingerprint == load(path, two).fingerprint
+    mixed = ["data.augment.mixup=0.8"]
+    assert load(path, one + mixed).fingerprint != load(path, two + mixed).fingerprint
 
 
 # -- the recipes of the repository

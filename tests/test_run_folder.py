@@ -14,12 +14,16 @@ import tiny
 import yaml
 
 from vit_rsst.errors import InputError, MissingRequirement
+from vit_rsst.pruning.methods import METHODS
 from vit_rsst.recipe.loading import load
-from vit_rsst.recipe.schema import Recipe, Train
+from vit_rsst.recipe.schema import Data, Pruning, Recipe, Train
 from vit_rsst.run.environment import environment
 from vit_rsst.run.folder import RunFolder
 
 RECIPE = Recipe(name="r")
+
+RECIPE_OF_0_1 = (Path(__file__).parent / "recipe_0_1.yaml").read_text(encoding="utf-8")
+FINGERPRINT_OF_0_1 = "7c8d9450eef086c7"
 
 
 @pytest.fixture
@@ -93,6 +97,9 @@ def test_a_folder_of_the_same_recipe_is_gone_on_in(folder):
         {"name": "another"},
         {"output_dir": "/elsewhere"},
         {"train": Train(log_every_steps=7, save_every_steps=3, keep_resume_points=5)},
+        {"train": Train(batch_per_device=8, rank_timeout=5, max_minutes=9)},
+        {"data": Data(path="/moved", workers=3, in_memory=False)},
+        {"pruning": replace(RECIPE.pruning, schedule=replace(RECIPE.pruning.schedule, rounds=10))},  # the default
     ],
 )
 def test_fields_that_decide_nothing_may_change(folder, free):
@@ -130,6 +137,30 @@ def test_a_damaged_recipe_in_the_folder_is_no_other_recipe_in_silence(folder, co
     (opened(folder).path / "recipe.yaml").write_text(content)
     with pytest.raises(InputError):
         folder.check(RECIPE)
+
+
+@pytest.mark.parametrize("method, kept", [("rsst", " pruning.method=constant"), ("dense", "")])
+def test_more_epochs_are_refused_with_the_way_to_train_on(tmp_path, method, kept):
+    recipe = replace(RECIPE, output_dir=str(tmp_path), pruning=Pruning(METHODS[method]()))
+    folder = opened(RunFolder(recipe.run_folder), recipe)
+    with pytest.raises(InputError) as caught:
+        folder.check(replace(recipe, train=Train(epochs=150)))
+    assert f"model.start_from={folder.path}{kept} train.epochs=…" in str(caught.value)
+    for fewer in (Train(epochs=50), Train(epochs=150, global_batch=64)):
+        with pytest.raises(InputError) as caught:
+            folder.check(replace(recipe, train=fewer))
+        assert "start_from" not in str(caught.value)
+
+
+def test_resume_points_of_version_0_1_are_those_of_the_recipe_in_the_folder(folder):
+    """The literal is what version 0.1 wrote into resume points beside this recipe.yaml."""
+    folder.path.mkdir(parents=True)
+    (folder.path / "recipe.yaml").write_text(RECIPE_OF_0_1, encoding="utf-8")
+    recipe = load(folder.path / "recipe.yaml", ["data.workers=3"])
+    folder.check(recipe)
+    assert folder.fingerprints(recipe) == sorted([recipe.fingerprint, FINGERPRINT_OF_0_1])
+    folder.record(recipe, {"fingerprints": folder.fingerprints(recipe)})
+    assert FINGERPRINT_OF_0_1 in folder.fingerprints(recipe), "although recipe.yaml is of this version now"
 
 
 # -- setting aside

@@ -63,10 +63,29 @@ def test_a_command_line_value_may_be_a_list_or_a_mapping():
     assert parse_scalar("{patch_size: 8, act: null}") == {"patch_size": 8, "act": None}
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "{a: 1", "a: b: c", "*nowhere", "'open"])
+@pytest.mark.parametrize("text", ["[1, 2", "{a: 1"])
 def test_invalid_yaml_in_a_value_is_a_one_line_error(text):
     with pytest.raises(ValueError, match="not valid YAML"):
         parse_scalar(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b: c", "*nowhere", "&a b", "!!int x", "'open", "a #2", "# a", "- a", "| a", " a "]
+)
+def test_a_value_that_is_no_number_word_or_list_is_the_text_as_it_was_typed(text):
+    assert parse_scalar(text) == text
+
+
+@pytest.mark.parametrize("text", ["2024", "1e5", "[a]", "{a}", "null", "no", ""])
+def test_a_field_of_strings_takes_what_was_typed(text):
+    assert parse_scalar(text, {str}) == text
+    assert parse_scalar(f"'{text}'", {str}) == text
+
+
+def test_a_field_of_strings_that_may_be_null_or_true_takes_these_words():
+    assert parse_scalar("null", {str, type(None)}) is None
+    assert parse_scalar("true", {str, bool}) is True
+    assert parse_scalar("2024", {str, bool, type(None)}) == "2024"
 
 
 def test_every_key_has_its_line_number():

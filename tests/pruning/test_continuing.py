@@ -23,14 +23,14 @@ from vit_rsst.tickets import ticket_file
 from vit_rsst.training import optim
 
 # Rounds of 8 steps in epochs of 4. The window is steps 1 to 5, removal after the sixth.
-RSST = Rsst(Penalty("x^2", window=(0.125, 0.625)), remove_at=0.75)
-COUPLED = Rsst(Penalty("x", strength=0.5, window=(0.125, 0.625), coupling="gradient"), remove_at=0.75)
+RSST = Rsst(Penalty("quadratic", window=(0.125, 0.625)), remove_at=0.75)
+COUPLED = Rsst(Penalty("linear", strength=0.5, window=(0.125, 0.625), coupling="gradient"), remove_at=0.75)
 TOYS = {
     "rsst": Toy(RSST, network=batchnorm_mlp, round_epochs=(2, 2, 2)),
     "rsst, rewound": Toy(RSST, network=batchnorm_mlp, round_epochs=(2, 2, 2), rewind_epoch=1),
     "rsst, coupled": Toy(COUPLED, network=batchnorm_mlp, optimizer="sgd", lr=0.1, round_epochs=(2, 2, 2)),
     "rsst by epoch": Toy(
-        Rsst(Penalty("cos", window=(0.125, 0.625), span="epoch"), remove_at=0.75), round_epochs=(2, 2, 2)
+        Rsst(Penalty("cosine", window=(0.125, 0.625), span="epoch"), remove_at=0.75), round_epochs=(2, 2, 2)
     ),
     "imp, rewound": Toy(Imp(), network=batchnorm_mlp, optimizer="sgd", round_epochs=(2, 2, 2), rewind_epoch=0),
     "imp, random": Toy(Imp(), criterion="random", accumulation=2, round_epochs=(2, 2, 2)),

@@ -87,7 +87,7 @@ def test_random_selection_differs_between_rounds_and_seeds(tmp_path):
 NOTHING_TO_SEE = {
     "removed at once": Rsst(remove_at=0.0),
     "removed at once with an empty window": Rsst(Penalty(window=(0.0, 0.0)), remove_at=0.0),
-    "removed at once whatever its penalty": Rsst(Penalty("cos", strength=9.0, window=(0.0, 1.0)), remove_at=0.0),
+    "removed at once whatever its penalty": Rsst(Penalty("cosine", strength=9.0, window=(0.0, 1.0)), remove_at=0.0),
 }
 
 
@@ -271,7 +271,7 @@ def test_imp_plans_its_density_at_once_from_the_rewind_point():
 
 
 def test_rsst_plans_the_mask_of_now_a_target_and_a_penalty():
-    method = Rsst(Penalty("cos"), remove_at=0.4)
+    method = Rsst(Penalty("cosine"), remove_at=0.4)
     plan = method.plan(2, view(0.625))
     assert (plan.mask.density, plan.target.density, plan.remove_at) == (0.625, 0.25, 0.4)
     assert (plan.penalty, plan.start_from) == (method.penalty, "rewind")

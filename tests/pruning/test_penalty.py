@@ -43,29 +43,29 @@ def test_the_shrink_is_zero_outside_the_window_and_positive_inside(ramp, span, r
 
 
 def test_a_linear_ramp_over_four_steps_shares_the_log_as_one_to_four():
-    penalty = Penalty("x", residual=math.exp(-10), window=(0.0, 0.5))
+    penalty = Penalty("linear", residual=math.exp(-10), window=(0.0, 0.5))
     assert [penalty.shrink_at(t, 8, 4) for t in range(8)] == pytest.approx([1, 2, 3, 4, 0, 0, 0, 0])
 
 
 def test_a_square_ramp_shares_it_as_one_to_sixteen():
-    penalty = Penalty("x^2", residual=math.exp(-30), window=(0.5, 1.0))
+    penalty = Penalty("quadratic", residual=math.exp(-30), window=(0.5, 1.0))
     assert [penalty.shrink_at(t, 8, 8) for t in range(8)] == pytest.approx([0, 0, 0, 0, 1, 4, 9, 16])
 
 
 def test_a_span_of_an_epoch_begins_anew_in_each():
-    penalty = Penalty("x", residual=math.exp(-9), window=(0.0, 1.0), span="epoch")
+    penalty = Penalty("linear", residual=math.exp(-9), window=(0.0, 1.0), span="epoch")
     assert [penalty.shrink_at(t, 6, 2) for t in range(6)] == pytest.approx([1, 2, 1, 2, 1, 2])
 
 
 def test_a_span_of_an_epoch_begins_anew_where_an_epoch_begins_within_the_window():
-    penalty = Penalty("x", window=(0.25, 0.75), span="epoch")  # steps 2 to 5 of 8, epochs of 4
+    penalty = Penalty("linear", window=(0.25, 0.75), span="epoch")  # steps 2 to 5 of 8, epochs of 4
     shrinks = [penalty.shrink_at(t, 8, 4) for t in range(8)]
     assert shrinks[2] < shrinks[3] > shrinks[4] < shrinks[5]
     assert shrinks[2] == shrinks[4]
 
 
 def test_one_step_takes_the_whole_log():
-    assert Penalty("x^3", residual=0.01, window=(0.4, 0.5)).shrink_at(4, 10, 5) == pytest.approx(math.log(100))
+    assert Penalty("cubic", residual=0.01, window=(0.4, 0.5)).shrink_at(4, 10, 5) == pytest.approx(math.log(100))
 
 
 def test_a_growing_ramp_never_shrinks_less_than_the_step_before():
@@ -77,7 +77,7 @@ def test_a_growing_ramp_never_shrinks_less_than_the_step_before():
 
 
 def test_the_ramp_is_zero_before_the_window_one_at_its_last_step_and_held_after_it():
-    penalty = Penalty("x", window=(0.2, 0.6))
+    penalty = Penalty("linear", window=(0.2, 0.6))
     found = [penalty.ramp_at(t, 10, 5) for t in range(10)]
     assert found == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
 
@@ -91,7 +91,7 @@ def test_an_empty_window_means_no_penalty_at_any_step():
 
 def test_the_sum_does_not_depend_on_a_penalty_asked_before():
     """The sum is kept between calls; a penalty that differs in one field, or another length, has its own."""
-    for other in (Penalty("x"), Penalty("x^2"), Penalty("x", window=(0.0, 0.5)), Penalty("x", span="epoch")):
+    for other in (Penalty(), Penalty("quadratic"), Penalty(window=(0.0, 0.5)), Penalty(span="epoch")):
         for steps in (40, 80):
             total = math.fsum(other.shrink_at(t, steps, 10) for t in range(steps))
             assert total == pytest.approx(math.log(1000), rel=1e-12)

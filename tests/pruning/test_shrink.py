@@ -154,14 +154,14 @@ def test_strength_multiplies_the_logarithm(tmp_path, optimizer):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_penalty_that_begins_anew_each_epoch_still_ends_the_round_at_the_residual(tmp_path, optimizer):
-    method = whole_round(span="epoch", ramp="x^3")
+    method = whole_round(span="epoch", ramp="cubic")
     assert_residual(Toy(method, optimizer=optimizer, round_epochs=(1, 3), steps_per_epoch=20), tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_each_step_shrinks_the_condemned_by_its_own_share(tmp_path, optimizer):
     """σ of 1, 2, 3, … tenths of a nat in a window of steps 4 to 8, and no step of training moves them meanwhile."""
-    method = Rsst(Penalty("x", residual=math.exp(-1.0), window=(0.4, 0.8)), remove_at=1.0)
+    method = Rsst(Penalty("linear", residual=math.exp(-1.0), window=(0.4, 0.8)), remove_at=1.0)
     run = Toy(method, optimizer=optimizer, round_epochs=(1, 1), steps_per_epoch=10).make(tmp_path)
     train_rounds(run, 1)
     run.controller.begin_round(1)
@@ -249,7 +249,7 @@ def test_in_the_window_the_norm_that_is_clipped_is_that_of_the_kept(tmp_path):
 
 def test_the_metrics_of_an_epoch_say_where_the_penalty_and_the_condemned_stand(tmp_path):
     """Epochs of 20 steps, the window is the second: before it, at its last step, after the removal."""
-    method = Rsst(Penalty("x", residual=RESIDUAL, window=(0.25, 0.5)), remove_at=0.75)
+    method = Rsst(Penalty("linear", residual=RESIDUAL, window=(0.25, 0.5)), remove_at=0.75)
     run = Toy(method, round_epochs=(2, 4), steps_per_epoch=20).make(tmp_path)
     train_rounds(run, 1)
     run.controller.begin_round(1)
@@ -329,7 +329,7 @@ def test_the_coupled_penalty_under_sgd_is_an_independent_float64_implementation(
 ):
     """20 steps, λ = g·φ over steps 4 to 12 of 20, held at g until the removal after 18; clipped at every step."""
     penalty = Penalty(
-        "x^2", strength=0.7, window=(0.2, 0.6), coupling="gradient", condemned_gradient=condemned_gradient
+        "quadratic", strength=0.7, window=(0.2, 0.6), coupling="gradient", condemned_gradient=condemned_gradient
     )
     toy = Toy(
         Rsst(penalty, remove_at=0.9), optimizer="sgd", lr=0.1, clip=0.05, accumulation=accumulation,

@@ -69,6 +69,7 @@ def build(
     lock, is_exact = None, bool(train.deterministic)
     record = environment(accelerator.num_processes, str(device), data.identity, str(sizes.dealing), is_exact)
     record["attention"] = switches.attention_backend(device, train.precision)
+    record["fingerprints"] = [recipe.fingerprint] if restart else folder.fingerprints(recipe)
     record["question"] = recipe.pruning.method.question(recipe.setting)
     if hasattr(net, "loaded"):
         record["weights"] = net.loaded.record()

@@ -18,7 +18,7 @@ from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
 from vit_rsst.pruning.granularity import alive_units
 from vit_rsst.pruning.masks import MaskSet, factors
-from vit_rsst.pruning.plan import Density, Method, Penalty, PruningView, changes_within_rounds
+from vit_rsst.pruning.plan import RAMPS_OF_0_1, Density, Method, Penalty, PruningView, changes_within_rounds
 from vit_rsst.pruning.selector import Selector
 from vit_rsst.training import optim
 from vit_rsst.training.ema import Ema
@@ -298,7 +298,8 @@ class Controller:
         self.rewind_point = parts["rewind"] or None
         penalty = numbers["penalty"]
         if penalty is not None:
-            penalty = Penalty(**{**penalty, "window": tuple(penalty["window"])})
+            renamed = RAMPS_OF_0_1.get(penalty["ramp"], {})
+            penalty = Penalty(**{**penalty, **renamed, "window": tuple(penalty["window"])})
         self.state = RoundState(**{**numbers, "penalty": penalty})
 
     def snapshot(self) -> dict[str, Tensor]:

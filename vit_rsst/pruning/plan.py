@@ -25,7 +25,18 @@ if TYPE_CHECKING:
 Density = float | Mapping[str, float]
 """Share to keep, 0 … 1: of all that is prunable, or by kind of unit."""
 
-Ramp = Literal["x", "x^2", "x^3", "exp", "exp_custom", "exp_custom_exponents", "cos"]
+Ramp = Literal["linear", "quadratic", "cubic", "exponential", "cosine"]
+
+RAMPS_OF_0_1: dict[str, dict[str, Any]] = {
+    "x": {"ramp": "linear"},
+    "x^2": {"ramp": "quadratic"},
+    "x^3": {"ramp": "cubic"},
+    "exp": {"ramp": "exponential", "exponent": 1.0},
+    "exp_custom": {"ramp": "exponential", "exponent": 1.0},
+    "exp_custom_exponents": {"ramp": "exponential"},
+    "cos": {"ramp": "cosine"},
+}
+"""Names of ramps in recipes and resume points of version 0.1 → the options that they stand for now."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Penalty:
 
     Attributes:
         ramp: φ, how the strength grows over the window.
-        exponent: p of the ramp `exp_custom_exponents`.
+        exponent: p of the ramp `exponential`.
         strength: g; decoupled: multiplies the logarithm of the shrink, 1 reaches `residual`; gradient: the largest λ.
         residual: share of their size that the condemned have left when a decoupled window ends with strength 1.
         window: part of the round, as fractions, in which the penalty acts.
@@ -45,7 +56,7 @@ class Penalty:
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
-    ramp: Ramp = "x"
+    ramp: Ramp = "linear"
     exponent: Annotated[float, Gt(0)] = 4.0
     strength: Annotated[float, Gt(0)] = 1.0
     residual: Annotated[float, Gt(0), Lt(1)] = 1e-3

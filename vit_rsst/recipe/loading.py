@@ -6,11 +6,14 @@ Nothing heavy is imported here, so that an invalid recipe is rejected at once.
 import difflib
 import importlib
 import json
+import os
+import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,7 +21,7 @@ from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.errors import InputError, unknown
 from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.methods import METHODS
-from vit_rsst.pruning.plan import Method
+from vit_rsst.pruning.plan import RAMPS_OF_0_1, Method
 from vit_rsst.recipe import strict_yaml
 from vit_rsst.recipe.rules import broken_rules
 from vit_rsst.recipe.schema import DEFAULT_METHOD, Recipe
@@ -49,7 +52,8 @@ class Source:
         self.overridden: dict[str, str] = {}
         for item in overrides:
             self._override(item)
-        self.tree = _spelled_out(self.document.tree)
+        self.tree, renamed = _renamed(_spelled_out(self.document.tree))
+        self.hints = [Problem(path, sentence) for path, sentence in renamed.items()]
 
     def _override(self, item: str) -> None:
         key, equals, text = item.partition("=")
@@ -59,7 +63,7 @@ class Source:
             return
         self.overridden[key] = item
         try:
-            value = strict_yaml.parse_scalar(text)
+            value = strict_yaml.parse_scalar(text, types_of(Recipe, key.split(".")))
         except ValueError as error:
             self.problems.append(Problem(key, str(error)))
             return
@@ -84,6 +88,25 @@ class Source:
             line = self.document.lines.get(path)
             path = path[:-1]
         return f"{self.file}:{line}" if line else str(self.file)
+
+
+def types_of(root: type, path: Sequence[str]) -> set[type]:
+    """The types that a field takes; empty where the schema does not say."""
+    found = {root}
+    for key in path:
+        section = next((cls for cls in found if is_dataclass(cls)), None)
+        hints = {f.name: f.type for f in fields(section)} if section else {}
+        found = _members(hints[key]) if key in hints else set()
+    return found
+
+
+def _members(hint: Any) -> set[type]:
+    """The types of a union, without annotations."""
+    if get_origin(hint) is Annotated:
+        return _members(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return set().union(*(_members(part) for part in get_args(hint)))
+    return {hint} if isinstance(hint, type) else set()
 
 
 def find(name: str) -> Path:
@@ -132,6 +155,9 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     whole = recipe or _validate(_without(source.tree, faulty))[0]
     if whole is not None:
         problems += [problem for problem in broken_rules(whole) if problem.path not in faulty]
+    if not problems and os.environ.get("RANK", "0") == "0":
+        for hint in source.hints:
+            print(f"hint: {source.place(hint)}  {hint.path}: {hint.sentence}", file=sys.stderr)
     if problems:
         lines = [f"{source.place(p)}  {p.path + ': ' if p.path else ''}{p.sentence}" for p in problems]
         count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
@@ -151,6 +177,22 @@ def _spelled_out(tree: dict) -> dict:
         changed = {key: value for key, value in augment.items() if key != "preset"}
         tree["data"] = {**data, "augment": {**AUGMENT_PRESETS[augment["preset"]], **changed}}
     return tree
+
+
+def _renamed(tree: dict) -> tuple[dict, dict[str, str]]:
+    """Replaces names of version 0.1 by those of now; says which, by path."""
+    place = "pruning.method.penalty"
+    penalty: Any = tree
+    for key in place.split("."):
+        penalty = penalty.get(key) if isinstance(penalty, dict) else None
+    name = penalty.get("ramp") if isinstance(penalty, dict) else None
+    now = RAMPS_OF_0_1.get(name) if isinstance(name, str) else None
+    if now is None:
+        return tree, {}
+    tree = json.loads(json.dumps(tree))
+    tree["pruning"]["method"]["penalty"] = {**penalty, **now}
+    written = ", ".join(f"{option}: {value}" for option, value in now.items())
+    return tree, {f"{place}.ramp": f"{name!r} is the name of version 0.1; write {written}"}
 
 
 def _without(tree: dict, paths: Iterable[str]) -> dict:

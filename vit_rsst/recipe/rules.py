@@ -431,13 +431,13 @@ def _meanings(recipe: Recipe) -> Iterator[tuple[str, object, tuple[str, ...], bo
     )
     penalty = recipe.pruning.method.penalty
     if isinstance(penalty, Penalty):
-        is_of_ramp = penalty.ramp == "exp_custom_exponents"
+        is_of_ramp = penalty.ramp == "exponential"
         yield (
             "pruning.method.penalty",
             penalty,
             ("exponent",),
             is_of_ramp,
-            "without ramp: exp_custom_exponents; set it, or",
+            "without ramp: exponential; set it, or",
         )
         shrinks = penalty.coupling == "decoupled"
         yield "pruning.method.penalty", penalty, ("residual",), shrinks, "without coupling: decoupled; set it, or"

@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from vit_rsst.data.catalog import CATALOG
 from vit_rsst.data.options import MAX_PIXELS, Imbalance
 from vit_rsst.pruning.methods import METHODS
 from vit_rsst.pruning.patterns import pattern
+from vit_rsst.pruning.plan import RAMPS_OF_0_1
 from vit_rsst.training.schedules import SPARSITY_CURVES
 
 
@@ -236,6 +237,9 @@ class Train:
         return "bf16" if self.precision == "bf16" else "no"
 
 
+ROUNDS = 10
+"""Of a schedule that does not say."""
+
 Share = Annotated[float, Gt(0), Lt(1)]
 ByKind = dict[Literal["head", "neuron"], Share]
 
@@ -262,7 +266,7 @@ class Schedule:
 
     @property
     def num_rounds(self) -> int:
-        return len(self.sparsities) if self.sparsities else 10 if self.rounds is None else self.rounds
+        return len(self.sparsities) if self.sparsities else ROUNDS if self.rounds is None else self.rounds
 
     @property
     def final(self) -> float | dict[str, float]:
@@ -427,14 +431,14 @@ class Recipe:
 
         Null fields are excluded: an optional field of a later version changes no fingerprint.
         """
-        given = {key: value for key, value in deciding(self.tree()).items() if value is not None}
-        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint(deciding(self.tree()))
 
 
 FREE_FIELDS = (
     "name",
     "output_dir",
     "tracking",
+    "data.path",
     "data.in_memory",
     "data.workers",
     "train.max_minutes",
@@ -443,17 +447,43 @@ FREE_FIELDS = (
     "train.save_every_steps",
     "train.keep_resume_points",
 )
-"""Fields that do not affect the result and may change when a run is resumed."""
+"""Fields that do not affect the result and may change when a run is resumed; data are identified by their content."""
+
+FREE_FIELDS_OF_0_1 = tuple(name for name in FREE_FIELDS if name != "data.path")
+"""Those of version 0.1, whose resume points have fingerprints without the others."""
 
 
-def deciding(tree: dict) -> dict[str, Any]:
-    """The fields that affect the result, flattened: dotted path → value."""
+def deciding(tree: Mapping) -> dict[str, Any]:
+    """The fields that affect the result, flattened: dotted path → value; one spelling for what means the same."""
+    fields = _flat(tree, FREE_FIELDS)
+    if not (fields.get("data.augment.mixup") or fields.get("data.augment.cutmix")):
+        fields.pop("train.batch_per_device", None)  # images are mixed within a device's batch
+    for option, value in RAMPS_OF_0_1.get(str(fields.get("pruning.method.penalty.ramp")), {}).items():
+        fields[f"pruning.method.penalty.{option}"] = value
+    if fields.get("pruning.schedule.rounds") is None and not fields.get("pruning.schedule.sparsities"):
+        fields["pruning.schedule.rounds"] = ROUNDS
+    return fields
+
+
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of a recipe's deciding fields; null ones do not count."""
+    given = {key: value for key, value in fields.items() if value is not None}
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint_of_0_1(tree: Mapping) -> str:
+    """What version 0.1 wrote into the resume points of a run whose folder has this recipe."""
+    return fingerprint(_flat(tree, FREE_FIELDS_OF_0_1))
+
+
+def _flat(tree: Mapping, without: Sequence[str]) -> dict[str, Any]:
+    """Dotted path → value, less the fields named and what is in them."""
     flat = {}
 
     def walk(prefix: str, value: Any) -> None:
-        if prefix in FREE_FIELDS:
+        if prefix in without:
             return
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             for key, child in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, child)
         else:

@@ -4,6 +4,7 @@ Every key keeps its line number, so that later errors can name their place.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -90,13 +91,29 @@ def parse(text: str) -> Document:
     return document
 
 
-def parse_scalar(text: str) -> object:
-    """A value from the command line, by the same rules; a flow list or mapping is one as well.
+_WORDS = {"tag:yaml.org,2002:null": type(None), "tag:yaml.org,2002:bool": bool}
+
+_QUOTED = re.compile(r"""'([^']|'')*'|"([^"\\]|\\.)*\"""")
+
+
+def parse_scalar(text: str, of: Collection[type] = ()) -> object:
+    """A value from the command line: what was typed, which is no YAML document with comments, anchors or tags.
+
+    Text in quotes is that text, and brackets hold YAML lists and mappings. Anything else is one scalar.
+
+    Args:
+        of: types that the field takes. A field of strings takes the text as it is, brackets and digits too, but for
+            null, true and false where these are among its types.
 
     Raises:
         ValueError: not valid YAML.
     """
-    document = parse(f"value: {text}")
+    plain, is_text = text.strip(), str in of
+    tag = next((tag for tag, (pattern, _) in _CORE.items() if re.fullmatch(pattern, plain)), None)
+    is_word = tag is not None and (not is_text or _WORDS.get(tag) in of)
+    if not is_word and not _QUOTED.fullmatch(plain) and (is_text or plain[:1] not in ("[", "{")):
+        return text
+    document = parse(f"value: {plain}")
     if document.problems:
         raise ValueError(document.problems[0][2])
     return document.tree["value"]

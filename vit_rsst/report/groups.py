@@ -18,7 +18,7 @@ from vit_rsst.report.history import History, at, common_split, read, top1
 from vit_rsst.report.story import last_subject
 from vit_rsst.tickets.rounds import RoundRow
 
-NOT_OF_THE_EXPERIMENT = ("seed", "data.path")
+NOT_OF_THE_EXPERIMENT = ("seed",)
 """Fields in which runs of one experiment may differ."""
 
 OTHER_RUNS = ("model.start_from", "model.shape_from", "train.distill.teacher")

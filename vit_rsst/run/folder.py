@@ -3,6 +3,7 @@
 import datetime
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from filelock import FileLock, Timeout
 
 from vit_rsst import files
 from vit_rsst.errors import InputError, MissingRequirement, Stopped
+from vit_rsst.pruning.methods import METHODS
+from vit_rsst.pruning.plan import Method
 from vit_rsst.recipe import strict_yaml
-from vit_rsst.recipe.schema import Recipe, deciding
+from vit_rsst.recipe.schema import Recipe, deciding, fingerprint_of_0_1
 
 HOLDER = ".lock.json"
 """Which process holds, or last held, the lock."""
@@ -71,8 +74,7 @@ class RunFolder:
         saved = self.path / "recipe.yaml"
         if not saved.exists():
             return
-        old = deciding(strict_yaml.parse(saved.read_text(encoding="utf-8", errors="replace")).tree)
-        new = deciding(recipe.tree())
+        old, new = deciding(self._saved()), deciding(recipe.tree())
         differences = [
             f"  {key}: {old.get(key, 'missing')!r} there, {new.get(key, 'missing')!r} now"
             for key in sorted(old.keys() | new.keys())
@@ -84,10 +86,23 @@ class RunFolder:
                     [
                         f"{self.path} holds a run of a different recipe; {len(differences)} fields differ:",
                         *differences,
+                        *longer(self.path, old, new),
                         "Give this run another name (name=…), or use --restart to start over; the old folder is kept.",
                     ]
                 )
             )
+
+    def _saved(self) -> dict:
+        """The recipe that the run began with; empty if there is none."""
+        saved = self.path / "recipe.yaml"
+        if not saved.exists():
+            return {}
+        return strict_yaml.parse(saved.read_text(encoding="utf-8", errors="replace")).tree
+
+    def fingerprints(self, recipe: Recipe) -> list[str]:
+        """Those that resume points of this run may have; points of version 0.1 have another one than a recipe now."""
+        earlier = files.read_json(self.path / "environment.json").get("fingerprints", [])
+        return sorted({recipe.fingerprint, fingerprint_of_0_1(self._saved()), *earlier})
 
     def check_place(self) -> None:
         """Checks early that the folder can be created; creates nothing.
@@ -167,6 +182,22 @@ class RunFolder:
         files.write_text(self.path / "recipe.yaml", strict_yaml.dump(recipe.tree()))
         files.write_json(self.path / "environment.json", environment)
         self.write_status("running")
+
+
+EPOCHS = ("train.epochs", "train.round_epochs", "train.recovery_epochs")
+
+
+def longer(path: Path, old: Mapping, new: Mapping) -> list[str]:
+    """How to train a run on, if more epochs are all that is asked for."""
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    if not changed or not changed <= set(EPOCHS) or any((new.get(k) or 0) < (old.get(k) or 0) for k in changed):
+        return []
+    method = METHODS.get(str(new.get("pruning.method.name")), Method)
+    kept = " pruning.method=constant" if method.prunes else ""
+    return [
+        "A run's epochs are fixed when it starts. To train its last ticket further, start a new run from it: "
+        f"name=… model.start_from={path}{kept} train.epochs=…, with the epochs to add."
+    ]
 
 
 def _now() -> str:

@@ -169,7 +169,7 @@ def check_same_run(
     Raises:
         InputError: see `resume_if_possible`.
     """
-    if point.numbers["recipe"] != run.recipe_fingerprint:
+    if point.numbers["recipe"] not in run.environment.get("fingerprints", [run.recipe_fingerprint]):
         raise InputError(
             f"{run.folder.path}: resume point {point.step} belongs to a different recipe, whatever recipe.yaml says; "
             "give this run another name (name=…), or use --restart to start over."

@@ -8,13 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 
 RAMPS: dict[str, Callable[[float, float], float]] = {
-    "x": lambda x, p: x,
-    "x^2": lambda x, p: x**2,
-    "x^3": lambda x, p: x**3,
-    "exp": lambda x, p: math.expm1(x) / math.expm1(1.0),
-    "exp_custom": lambda x, p: math.expm1(x) / math.expm1(1.0),
-    "exp_custom_exponents": lambda x, p: math.expm1(x**p) / math.expm1(1.0),
-    "cos": lambda x, p: (1.0 - math.cos(math.pi * x)) / 2.0,
+    "linear": lambda x, p: x,
+    "quadratic": lambda x, p: x**2,
+    "cubic": lambda x, p: x**3,
+    "exponential": lambda x, p: math.expm1(x**p) / math.expm1(1.0),
+    "cosine": lambda x, p: (1.0 - math.cos(math.pi * x)) / 2.0,
 }
 """φ(x, p): fraction of the penalty window → strength of the penalty; φ(0) = 0, φ(1) = 1, never falling."""
 
