@@ -201,6 +201,13 @@ def test_a_rank_that_failed_is_named_with_its_reason_and_one_that_finished_is_no
     assert verdict(beats(r1={"ended": "finished", "exit_code": 0}), QUIET | {1: 600.0}, 10) == ""
 
 
+def test_a_rank_that_never_beats_is_lost_too(tmp_path):
+    heartbeat = Heartbeat(0, 3, 10.0, tmp_path / "stacks", lambda: None, lambda text: None)
+    heartbeat._answered = time.monotonic() + 10
+    assert heartbeat._found(time.monotonic() + 9) == ""
+    assert "rank 2 on a machine not heard of" in heartbeat._found(time.monotonic() + 11)
+
+
 def test_a_pause_of_the_whole_job_is_forgiven(tmp_path):
     heartbeat = Heartbeat(0, 3, 10.0, tmp_path / "stacks", lambda: None, lambda text: None)
     heartbeat.step_done(1)

@@ -18,6 +18,7 @@ from vit_rsst.run.environment import drift, environment, inexact_because
 from vit_rsst.run.heartbeat import Heartbeat
 from vit_rsst.run.ranks import Ranks
 from vit_rsst.run.rehearsal import parameters_without_gradient, settle_buckets, without_trace
+from vit_rsst.run.signals import next_agreement
 
 PLUGIN = """\
 import os
@@ -271,6 +272,15 @@ def test_a_resume_point_of_a_version_that_recorded_less_is_still_the_same_run():
     now = environment(1, "cpu", {})
     then = {key: value for key, value in now.items() if key not in ("layout", "nodes", "deterministic", "gpu")}
     assert drift(then, now) == {}
+
+
+# -- stopping
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.001, 10), (1.0, 10), (2.5, 4), (10.0, 1), (300.0, 1)])
+def test_slow_steps_ask_more_often_whether_to_stop(seconds, steps):
+    """Three minutes before its time is up SLURM asks: ten steps of a minute would be too many."""
+    assert next_agreement(seconds) == steps
 
 
 # -- launchers

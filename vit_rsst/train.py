@@ -155,10 +155,14 @@ def join_ranks(recipe: "Recipe", folder: "RunFolder") -> "Ranks":
     from vit_rsst.run.explanations import lost_rank
     from vit_rsst.run.ranks import Ranks
 
+    began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
     def on_loss(found: str) -> None:
-        text = str(lost_rank(found, folder))
+        text, is_over = str(lost_rank(found, folder)), ("failed", "stopped")
         time.sleep(0.2 * min(ranks.rank, 10))  # rank 0 records it; if that is the one that is lost, the next one does
-        if folder.path.is_dir() and folder.status().get("reason") != text:
+        status = folder.status()
+        is_recorded = status.get("state") in is_over and status.get("updated", "") >= began
+        if folder.path.is_dir() and not is_recorded:
             print(f"error: {text}", file=sys.stderr, flush=True)
             folder.write_status("failed", MissingRequirement.exit_code, text)
 

@@ -129,7 +129,9 @@ class Heartbeat:
         self._ended: tuple[str, int | None] = ("", None)
         self._closing = threading.Event()
         self._watched: Sequence[int] = range(world) if rank == 0 else [0]
-        self._heard: dict[int, tuple[Beat, float]] = {}
+        # A rank that never beats is as lost as one that stops.
+        unheard = (Beat(number, "a machine not heard of", 0, count=-1) for number in self._watched)
+        self._heard: dict[int, tuple[Beat, float]] = {beat.rank: (beat, time.monotonic()) for beat in unheard}
         self._verdict, self._broken = "", ""
         self._file: TextIO | None = None
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._exchange, self._watch)]
@@ -236,7 +238,9 @@ class Heartbeat:
             keys = [key for key in keys if store.check([key])]
         for content in store.multi_get(keys) if keys else []:
             beat = Beat(**json.loads(content))
-            if beat.rank not in self._heard or self._heard[beat.rank][0].count != beat.count:
+            if (
+                beat.rank not in self._heard or self._heard[beat.rank][0].count != beat.count
+            ):  # all are read by `missing`
                 self._heard[beat.rank] = beat, time.monotonic()
 
     @property
@@ -274,7 +278,7 @@ class Heartbeat:
         if found := verdict(beats, silent, self.limit):
             return found
         silence = now - self._answered
-        if self._broken and silence > GRACE and not (0 in heard and heard[0][0].exit_code is not None):
+        if self._broken and silence > GRACE and heard[0][0].exit_code is None:
             return f"{self._store_host(heard)} is gone ({self._broken})"
         return f"{self._store_host(heard)} has not answered for {silence:.0f} s" if silence > self.limit else ""
 
@@ -282,7 +286,7 @@ class Heartbeat:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return f"the launcher that serves the ranks' store at {address}"
-        return f"{heard[0][0]}, which serves the ranks' store," if 0 in heard else f"rank 0 at {address}"
+        return f"{heard[0][0]}, which serves the ranks' store,"
 
     def end(self, found: str) -> NoReturn:
         """Tells the others, writes the stacks, records the reason and ends the process."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from vit_rsst.errors import Stopped
 
-AGREE_EVERY = 10
-"""Steps between two agreements with several ranks; each costs one tiny all-reduce."""
+AGREE_EVERY, AGREE_SECONDS = 10, 10.0
+"""Most steps and about most seconds between two agreements of several ranks; each costs one tiny all-reduce."""
 PATIENCE = 5.0
 """Seconds that the main thread has to answer a signal before it counts as blocked."""
 
@@ -41,6 +41,8 @@ class StopFlag:
     when_blocked: Callable[[str], None] = lambda name: None
     _launcher: int | None = field(default_factory=lambda: os.getppid() if LAUNCHED in os.environ else None)
     _pipe: tuple[int, int] | None = None
+    _agreed_at: tuple[int, float] | None = None
+    _agree_at: int = 0
 
     def install(self) -> None:
         """Handles SIGTERM, SIGINT and SIGUSR1; imports nothing heavy, so that it can come first."""
@@ -92,12 +94,22 @@ class StopFlag:
         asked, state = self.is_asked(), PartialState()
         if state.num_processes == 1:
             return asked
-        if step % AGREE_EVERY:
+        if step < self._agree_at:
             return False
-        agreed = bool(reduce(torch.tensor(float(asked), device=state.device), "sum"))
-        if agreed and not asked:
+        now = time.monotonic()
+        last_step, last = self._agreed_at or (step - 1, now - AGREE_SECONDS)
+        mine = [float(asked), (now - last) / max(step - last_step, 1) / state.num_processes]
+        ranks_asked, seconds = reduce(torch.tensor(mine, device=state.device), "sum").tolist()
+        # The same sums on every rank, and so the same step.
+        self._agreed_at, self._agree_at = (step, now), step + next_agreement(seconds)
+        if ranks_asked and not asked:
             self.reason = "another rank was asked to stop"
-        return agreed
+        return bool(ranks_asked)
+
+
+def next_agreement(seconds: float) -> int:
+    """Steps until the ranks agree again, when a step takes so long."""
+    return max(min(AGREE_EVERY, int(AGREE_SECONDS / max(seconds, 1e-9))), 1)
 
 
 def before_first_step(reason: str) -> str:
