@@ -274,6 +274,7 @@ def leave(run: Run, saves: bool) -> NoReturn:
         resume.save_last(run)
     else:
         run.ranks.on_main("writing the last resume point", run.checkpointer.wait)
+    run.accelerator.wait_for_everyone()  # a launcher soon ends the others when the first process has ended
     reason = run.stop.reason or "another rank was asked to stop"
     raise Stopped(f"stopped on {reason} at step {run.progress.global_step}; the same command goes on from there.")
 

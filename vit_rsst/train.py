@@ -341,15 +341,15 @@ def failed(
 
     if getattr(error, "is_recorded", False):
         return error
-    known = explained(error, recipe, folder, ranks, stop.is_training)
+    known = explained(error, recipe, folder, ranks)
     known.is_recorded = True
     code = INTERRUPTED if isinstance(known, KeyboardInterrupt) else getattr(known, "exit_code", 1)
-    if ranks is not None:
-        ranks.heartbeat.close(str(known) or type(known).__name__, code)
     if run is not None:
         record(known, code, run)
     elif code == Stopped.exit_code and os.environ.get("RANK", "0") == "0":
         folder.record_stop(str(known))
+    if ranks is not None:  # the others hear of it once it is recorded
+        ranks.heartbeat.close(str(known) or type(known).__name__, code)
     return known
 
 

@@ -41,13 +41,11 @@ def lost_rank(found: str, folder: "RunFolder") -> LostRank:
     )
 
 
-def explained(
-    error: BaseException, recipe: "Recipe", folder: "RunFolder", ranks: "Ranks | None", is_training: bool
-) -> BaseException:
+def explained(error: BaseException, recipe: "Recipe", folder: "RunFolder", ranks: "Ranks | None") -> BaseException:
     """The error, or what it means to the user where the library cannot know."""
     if is_of_a_lost_rank(error):
         found, exit_code = ranks.heartbeat.missing() if ranks is not None else ("", None)
-        if exit_code == Stopped.exit_code and not is_training:
+        if exit_code == Stopped.exit_code:  # cleanly, and this rank was a moment late
             return Stopped(found)
         return lost_rank(found, folder)
     if isinstance(error, OSError) and error.errno in DISK:
