@@ -15,7 +15,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from vit_rsst.assembly import data, pruning
+from vit_rsst.assembly import calibration, data
 
 pytestmark = pytest.mark.distributed
 
@@ -29,10 +29,10 @@ TOTAL = 3 * 2 * STEPS
 STOPPER = """\
 import os, signal
 from vit_rsst.run import console
-from vit_rsst.assembly import data, pruning
+from vit_rsst.assembly import calibration, data
 
 data.EVALUATION_BATCH = 50  # so that both ranks have some of the 144 and 360 images
-pruning.CALIBRATION_BATCH = 32  # 150 images: three batches for one rank, and a whole and a ragged one for the other
+calibration.CALIBRATION_BATCH = 32  # 150 images: three batches for one rank, and a whole and a ragged one for the other
 
 step_of = console.Console.step
 
@@ -113,7 +113,10 @@ def alone(folder: Path, text: str = RECIPE) -> Path:
     (folder / "stopper.py").write_text(STOPPER, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        for module, name in ((data, "EVALUATION_BATCH"), (pruning, "CALIBRATION_BATCH")):  # which the plugin changes
+        for module, name in (
+            (data, "EVALUATION_BATCH"),
+            (calibration, "CALIBRATION_BATCH"),
+        ):  # which the plugin changes
             patch.setattr(module, name, getattr(module, name))
         assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
     sys.modules.pop("stopper")
