@@ -87,27 +87,26 @@ def start(
     log: Path,
     ranks: int = 1,
     file_bytes: int | None = None,
-    each: Callable[[int], dict[str, str]] = lambda rank: {},
     **variables: str,
 ) -> list[multiprocessing.Process]:
-    """Starts `vit-rsst ARGV…` in as many processes.
-
-    Args:
-        each: rank → variables of its own, such as the number of its node.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": ranks}
+    """Starts `vit-rsst ARGV…` in as many processes."""
+    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks}
     processes = []
     for rank in range(ranks):
         ranked = launch | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks} if ranks > 1 else {}
         environment = tiny.environment(
-            ACCELERATE_USE_CPU="true", **{k: str(v) for k, v in (ranked | variables | each(rank)).items()}
+            ACCELERATE_USE_CPU="true", **{k: str(v) for k, v in (ranked | variables).items()}
         )
         arguments = ([str(item) for item in argv], environment, str(log), file_bytes)
         processes.append(CONTEXT.Process(target=_child, args=arguments))
         processes[-1].start()
     return processes
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def exit_code(function: Callable, *arguments: object) -> int:

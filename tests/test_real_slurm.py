@@ -28,7 +28,7 @@ PLUGIN = """\
 import os, time
 from pathlib import Path
 from vit_rsst import loop
-from vit_rsst.assembly import build, data
+from vit_rsst.assembly import data, parts
 from vit_rsst.run import checkpoint
 
 place, flag = os.environ.get("PLACE", ""), Path(os.environ.get("FLAG", "/nonexistent/flag"))
@@ -59,7 +59,7 @@ def batches(*arguments):
         yield batch
 
 data.evaluation_batches = batches
-before(build, "build_model", "start")
+before(parts, "build_model", "start")
 before(loop, "train_step", lambda run, _: f"step {run.progress.global_step}")
 before(checkpoint, "_write_files", "save")
 """
