@@ -12,6 +12,8 @@ from torchvision.transforms import functional
 
 from vit_rsst.data.decoding import Corrupt, Window, decode, suffixes
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(NOISE)
 
@@ -52,6 +54,7 @@ BROKEN_EXIF = {
     "an offset beyond the end": lambda e: e[:10] + b"\xff\xff\xff\xff" + e[14:],
     "an integer stored as a rational": lambda e: e.replace(b"\x01\x1a\x00\x05", b"\x01\x08\x00\x05"),
     "a text stored as a double": lambda e: e.replace(b"\x01\x0e\x00\x02", b"\x01\x0e\x00\x0c"),
+    "a rational over zero": lambda e: e.replace(b"\0\0\0\x48\0\0\0\1", b"\0\0\0\x48\0\0\0\0"),
     "nothing": lambda e: b"",
 }
 
@@ -65,6 +68,12 @@ def test_broken_metadata_are_no_damage(kind, change, window):
     )
     assert found.shape == (3, 16, 16)
     assert found.std() > 10
+
+
+def test_an_xmp_block_that_is_not_utf_8_is_no_damage():
+    content = encoded(PICTURE.crop((0, 0, 24, 24)), "PNG")
+    jpeg = encoded(PICTURE, "JPEG", xmp=b'<x:xmpmeta>\xa8 tiff:Orientation="6"</x:xmpmeta>')
+    assert pixels(jpeg).shape == pixels(content).shape
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

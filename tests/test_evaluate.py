@@ -272,7 +272,9 @@ def test_other_names_are_matched_by_position_only_when_asked(folders, tmp_path, 
     for name, other in (("ant", "n1"), ("fox", "n2"), ("yak", "n3")):
         shutil.copytree(data / "val" / name, tmp_path / "names" / other)
     assert tiny.command("evaluate", run, "--data", tmp_path / "names") == 5
-    assert "has 'n1'; rename its classes, or pass --classes-by position" in capsys.readouterr().err
+    assert (
+        "the dataset has 3 (n1, n2, n3 …); rename its classes, or pass --classes-by position" in capsys.readouterr().err
+    )
     found = evaluated(tmp_path / "b.json", run, "--data", tmp_path / "names", "--classes-by", "position")
     assert "matched by position: 'n1' is taken for 'ant'" in capsys.readouterr().err
     assert found["confusion"] == evaluated(tmp_path / "a.json", run)["confusion"]

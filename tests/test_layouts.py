@@ -295,7 +295,7 @@ CASES = {
         r"no labelled split.*test/ \(1 images without one folder a class",
     ),
     "a class that train lacks": Case(
-        many(both("train", "val"), lambda r: split(r, "val", "c", 2)), "val/ and of train differ: c is not among"
+        many(both("train", "val"), lambda r: split(r, "val", "c", 2)), "val/ and of train differ: 'c' is not among"
     ),
     "a class that val lacks": Case(
         many(both("train", "val"), lambda r: split(r, "train", "c", 10, start=300)), ("a b c", 30, 0, 6), "classes: c"

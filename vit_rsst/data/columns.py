@@ -27,23 +27,6 @@ IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png
 """Likewise for a column of raw bytes."""
 
 
-class OtherClasses(InputError):
-    """Images of a class that is not among those expected.
-
-    Attributes:
-        name: of the class.
-        where: what a person calls the images.
-    """
-
-    def __init__(self, name: str, where: str, classes: Sequence[str]):
-        self.name, self.where = name, where
-        some = f"{', '.join(classes[:3])}{' …' if len(classes) > 3 else ''}"
-        super().__init__(
-            f"data: the classes of {where} and of train differ: {name!r} is not among the {len(classes)} of train "
-            f"({some}); rename it, or leave it out."
-        )
-
-
 MISSING = -1
 """A label that is not there; the Hub's unlabelled splits hold it as well."""
 
@@ -252,7 +235,7 @@ def renumbered(
         what: what a message calls these labels, such as "the val split".
 
     Raises:
-        OtherClasses: an image of a class that is not among `classes`.
+        InputError: an image of a class that is not among `classes`.
     """
     if tuple(names) == tuple(classes):
         return labels
@@ -261,7 +244,11 @@ def renumbered(
     inside = (labels >= 0) & (labels < len(names))
     strange = np.flatnonzero(inside & (table[np.where(inside, labels, -1)] == MISSING))
     if len(strange):
-        raise OtherClasses(names[labels[strange[0]]], f"{what} ({place(int(strange[0]))})", classes)
+        name = names[labels[strange[0]]]
+        raise InputError(
+            f"data: the classes of {what} and of train differ: {name!r} ({place(int(strange[0]))}) is not among the "
+            f"{len(classes)} of train ({', '.join(classes[:3])} …); rename it, or leave it out."
+        )
     return np.where(inside, table[np.where(inside, labels, -1)], labels)
 
 

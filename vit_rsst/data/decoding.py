@@ -27,8 +27,8 @@ from vit_rsst.errors import InputError, first_line
 # Of an image that is read anyway, Pillow's remarks on its metadata and size tell nobody which image it is.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-Encoded = dict | np.ndarray | None
-"""An image as `datasets` gives it undecoded, `{"bytes": …, "path": …}`, or pixels (3, height, width)."""
+Encoded = dict | bytes | np.ndarray | None
+"""An image as `datasets` gives it undecoded, `{"bytes": …, "path": …}`, its bytes, or pixels (3, height, width)."""
 
 
 MODES = ("center", "squash")
@@ -270,6 +270,8 @@ def decode(
 
     if isinstance(image, np.ndarray):
         return _cut(Image.fromarray(image.transpose(1, 2, 0)), size, window, interpolation, crop_pct, crop_mode)
+    if isinstance(image, bytes):
+        image = {"bytes": image, "path": None}
     try:
         # Images within images (icons, frames) are held to Pillow's limit, which is twice this one; so is what we cut.
         Image.MAX_IMAGE_PIXELS = max(max_pixels, MAX_PIXELS)

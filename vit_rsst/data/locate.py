@@ -19,7 +19,6 @@ from vit_rsst.data.columns import (
     LABEL_NAMES,
     MISSING,
     Columns,
-    OtherClasses,
     check_labels,
     find_columns,
     read_labels,
@@ -100,11 +99,8 @@ def cache_folder() -> Path:
     return Path(config.HF_DATASETS_CACHE) / "vit_rsst"
 
 
-def locate(options: DataOptions, classes: Sequence[str] | None = None) -> Found:
+def locate(options: DataOptions) -> Found:
     """The splits of a source; streams where the options ask for them and there are shards.
-
-    Args:
-        classes: those that labels are matched with by name; None: those of the training split, which then must exist.
 
     Raises:
         InputError: no such folder, no training split, files that cannot be read, labels that no class has.
@@ -114,26 +110,26 @@ def locate(options: DataOptions, classes: Sequence[str] | None = None) -> Found:
 
     datasets.disable_progress_bars()
     if options.path is None:
-        return _on_the_hub(options, classes)
+        return _on_the_hub(options)
     folder = check_folder(options.path)
     layout = find_layout(read_tree(folder, cache_folder()), options.splits)
-    if classes is None and "train" not in layout.parts:
+    if "train" not in layout.parts:
         found = ", ".join(f"{name} ({part.where})" for name, part in layout.parts.items()) or "nothing"
         notes = f" ({'; '.join(layout.notes)})" if layout.notes else ""
         raise InputError(
             f"data.path: no training split in {options.path!r} (found: {found}){notes}; expected parquet or tar files "
             "train-*, a folder train/ with one folder a class, or data.splits={train: GLOB, test: GLOB}."
         )
-    return _open_layout(layout, options, classes)
+    return _open_layout(layout, options)
 
 
-def locate_scored(options: DataOptions, split: str, classes: Sequence[str] | None) -> Found | None:
+def locate_scored(options: DataOptions, split: str) -> Found | None:
     """Images that are only scored: of a folder without a training split; None: it has one.
 
     The split is the one asked, or for `test` a validation split; a folder of class folders is whatever was asked.
 
     Raises:
-        InputError: no such folder, no such split, a class that is not among `classes`.
+        InputError: no such folder, no such split.
     """
     tree = read_tree(check_folder(str(options.path)), cache_folder())
     layout = find_layout(tree, is_scored=True)
@@ -146,7 +142,7 @@ def locate_scored(options: DataOptions, split: str, classes: Sequence[str] | Non
         there = ", ".join(f"{name} ({part.where})" for name, part in parts.items()) or "nothing"
         raise InputError(f"--split: {options.path} has no {split} split (found: {there}).")
     notes = list(layout.notes)
-    opened = _open_part(tree, split, part, replace(options, streaming=False), classes, notes)
+    opened = _open_part(tree, split, part, replace(options, streaming=False), None, notes)
     return Found({split: opened}, {split: part.where}, notes, is_whole="train" in parts)
 
 
@@ -179,9 +175,9 @@ def check_folder(path: str) -> Path:
 # -- local folders
 
 
-def _open_layout(layout: Layout, options: DataOptions, classes: Sequence[str] | None) -> Found:
+def _open_layout(layout: Layout, options: DataOptions) -> Found:
     _check_overlap(layout)
-    splits, notes = {}, list(layout.notes)
+    splits, notes, classes = {}, list(layout.notes), None
     for name, part in layout.parts.items():  # train comes first: its classes are those of the others
         split = _open_part(layout.tree, name, part, options, classes, notes)
         if name != "train" and split.is_unlabelled:
@@ -223,7 +219,7 @@ def _open_part(
     if part.kind == "folders":
         return _open_classes(tree, split, part, classes, notes)
     if part.kind == "metadata":
-        return _open_metadata(tree, split, part, options, classes)
+        return _open_metadata(tree, split, part, options, classes, notes)
     if part.kind == "disk":
         return _open_saved(tree, split, part, options, classes)
     if part.kind == ".tar":
@@ -247,7 +243,10 @@ def _open_classes(tree: Tree, split: str, part: Part, classes: Sequence[str] | N
     numbers = {unicodedata.normalize("NFC", name): i for i, name in enumerate(classes)}
     labels = {name: numbers.get(unicodedata.normalize("NFC", name), MISSING) for name in live}
     if strange := sorted(name for name, label in labels.items() if label == MISSING):
-        raise OtherClasses(shown(strange[0]), part.where, classes)
+        raise InputError(
+            f"data: the classes of {part.where} and of train differ: {shown(strange[0])!r} is not among the "
+            f"{len(classes)} of train ({', '.join(classes[:3])} …); rename its folder, or move it away."
+        )
     if missing := sorted(set(range(len(classes))) - set(labels.values())):
         some = ", ".join(classes[i] for i in missing[:5]) + (" …" if len(missing) > 5 else "")
         notes.append(f"{part.where} has no image of {len(missing)} of {len(classes)} classes: {some}")
@@ -255,7 +254,9 @@ def _open_classes(tree: Tree, split: str, part: Part, classes: Sequence[str] | N
     return Table(files, files.labels, tuple(classes), files.digest(part.paths), files.place)
 
 
-def _open_metadata(tree: Tree, split: str, part: Part, options: DataOptions, classes: Sequence[str] | None) -> Table:
+def _open_metadata(
+    tree: Tree, split: str, part: Part, options: DataOptions, classes: Sequence[str] | None, notes: list[str]
+) -> Table:
     """Images beside a metadata.csv or metadata.jsonl with the columns file_name and label.
 
     Raises:
@@ -284,6 +285,8 @@ def _open_metadata(tree: Tree, split: str, part: Part, options: DataOptions, cla
     gone = next((i for i, path in enumerate(paths) if not os.path.isfile(os.path.join(tree.root, path))), None)
     if gone is not None:
         raise InputError(f"data.path: {place(gone)} names {paths[gone]!r}, which is not there; remove the row.")
+    if (unnamed := tree.images(folder) - len(set(paths))) > 0:
+        notes.append(f"not read: {unnamed:,} images that {part.where} does not name")
     texts = pa.chunked_array([[None if row[label] in (None, "") else str(row[label]) for row in rows]], pa.string())
     labels, found = read_labels(texts, Columns("file_name", label, (), "text"), place)
     if classes is None:
@@ -407,25 +410,10 @@ def _table_of_dataset(
     if split == "train" or not (labels == MISSING).all():
         check_labels(labels, replace(columns, classes=classes), place)
     if isinstance(rows.features[columns.image], Image):
-        images = rows.cast_column(columns.image, Image(decode=False)).with_format(None)[columns.image]
-    else:
-        images = _Raw(rows.with_format(None)[columns.image])
+        rows = rows.cast_column(columns.image, Image(decode=False))
+    images = rows.with_format(None)[columns.image]
     digest = hashlib.sha256(f"{digest} {len(labels)}".encode() + labels.astype("<i8").tobytes()).hexdigest()
     return Table(images, labels, classes, digest, place)
-
-
-@dataclass(frozen=True)
-class _Raw:
-    """A column of raw bytes, or of {bytes, path} without the Hub's schema, as encoded images."""
-
-    column: Sequence
-
-    def __getitem__(self, index: int | Sequence[int]) -> object:
-        found = self.column[index]
-        return [self._one(item) for item in found] if isinstance(found, list) else self._one(found)
-
-    def _one(self, item: dict | bytes | None) -> dict | None:
-        return item if item is None or isinstance(item, dict) else {"bytes": item, "path": None}
 
 
 @contextlib.contextmanager
@@ -454,7 +442,7 @@ def _read_by_datasets(where: str) -> Iterator[None]:
 # -- the Hub
 
 
-def _on_the_hub(options: DataOptions, classes: Sequence[str] | None) -> Found:
+def _on_the_hub(options: DataOptions) -> Found:
     import datasets
 
     if options.info.hub_id is None:
@@ -473,7 +461,7 @@ def _on_the_hub(options: DataOptions, classes: Sequence[str] | None) -> Found:
             "network, data.revision and, for gated sets, that their terms are accepted on their page and HF_TOKEN is "
             "set; or name a local copy with data.path=FOLDER (evaluate: --data FOLDER)."
         ) from error
-    files, splits, notes = builder.config.data_files or {}, {}, []
+    files, splits, notes, classes = builder.config.data_files or {}, {}, [], None
     named = {split_word(name): name for name in opened}
     for split in filter(named.get, SPLITS):
         name = named[split]
@@ -489,6 +477,6 @@ def _on_the_hub(options: DataOptions, classes: Sequence[str] | None) -> Found:
             notes.append(f"not read: {where} (images without labels)")
             continue
         splits[split], classes = table, table.classes if classes is None else classes
-    if classes is None and "train" not in splits:
+    if "train" not in splits:
         raise InputError(f"data: {options.info.hub_id} has no training split (found: {', '.join(opened)}).")
     return Found(splits, {split: f"{named[split]} of {options.info.hub_id}" for split in splits}, notes)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_rsst.data.columns import renumbered
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.locate import Found, Located, locate, locate_scored
 from vit_rsst.data.options import DataOptions, Imbalance
@@ -16,7 +17,7 @@ from vit_rsst.errors import InputError
 from vit_rsst.seeds import derived_seed
 
 
-def open_data(options: DataOptions, seed: int, buffer: int = 4096, classes: Sequence[str] | None = None) -> ImageData:
+def open_data(options: DataOptions, seed: int, buffer: int = 4096) -> ImageData:
     """Finds the tables or streams of a source and splits them; nothing is decoded.
 
     The test split is the source's own, or a share of train drawn once for all seeds. The validation split is drawn
@@ -24,17 +25,44 @@ def open_data(options: DataOptions, seed: int, buffer: int = 4096, classes: Sequ
 
     Args:
         buffer: images that a stream is mixed with.
-        classes: those that labels are matched with by name; None: those of the training split.
 
     Raises:
         InputError: no such folder, no such column, a label out of range, an empty split.
         MissingRequirement: the Hub cannot be reached.
     """
-    found = _found(options, classes)
+    found = _found(options)
     roles = decide_roles(options, found)
     return (
         _split_streams(options, found, roles, buffer) if found.is_stream else _split_tables(options, found, roles, seed)
     )
+
+
+def match_classes(data: ImageData, split: str, classes: Sequence[str]) -> ImageData:
+    """The data with the labels of a split as numbers of other classes, matched by name.
+
+    Raises:
+        InputError: it has images of a class that is not among them.
+    """
+    rows = data.rows[split]
+    if tuple(classes) == data.classes:
+        return data
+    what = f"the {split} split"
+    if isinstance(rows, Rows):
+        labels = np.full(len(rows.table.labels), -1)
+        labels[rows.index] = rows.table.labels[rows.index]
+        labels = renumbered(labels, data.classes, classes, rows.table.place, what)
+        matched = replace(rows, table=replace(rows.table, labels=labels, classes=tuple(classes)))
+    elif rows.columns.labels is None:
+        raise InputError(
+            f"data: the classes of {what} differ, and those of a remote stream are matched by position only."
+        )
+    else:
+        known = {
+            file: renumbered(labels, data.classes, classes, lambda row, file=file: f"{file}, row {row}", what)
+            for file, labels in rows.columns.labels.items()
+        }
+        matched = replace(rows, columns=replace(rows.columns, labels=known, classes=tuple(classes)))
+    return replace(data, rows={**data.rows, split: matched}, classes=tuple(classes))
 
 
 def open_tables(options: DataOptions) -> dict[str, Table]:
@@ -42,24 +70,21 @@ def open_tables(options: DataOptions) -> dict[str, Table]:
     return _found(options).splits
 
 
-def open_scored(
-    options: DataOptions, seed: int, split: str, classes: Sequence[str] | None = None, content: str | None = None
-) -> ImageData:
+def open_scored(options: DataOptions, seed: int, split: str, content: str | None = None) -> ImageData:
     """A split to score: as the source is divided for training, or all images of a folder without splits.
 
     Args:
-        classes: those that labels are matched with by name; None: those of the data.
         content: of the training split of the run, if known: a folder of the same images is divided as there.
 
     Raises:
         InputError: see `open_data`; no such split.
     """
-    found = None if options.path is None else locate_scored(options, split, classes)
+    found = None if options.path is None else locate_scored(options, split)
     if found is None:
-        return open_data(options, seed, classes=classes)
+        return open_data(options, seed)
     table = found.splits[split]
     if options.test_fraction and content in (None, table.digest) and found.is_whole:
-        return open_data(options, seed, classes=classes)
+        return open_data(options, seed)
     rows = Rows(split, table, np.flatnonzero(table.labels >= 0))
     if not rows.count:
         raise InputError(f"data: {found.where[split]} has no labelled image.")
@@ -67,10 +92,10 @@ def open_scored(
     return ImageData(options, {split: rows}, table.classes, {"content": {split: table.digest}}, (told, *found.notes))
 
 
-def _found(options: DataOptions, classes: Sequence[str] | None = None) -> Found:
+def _found(options: DataOptions) -> Found:
     if options.path is None and options.source == "digits":
         return Found({"train": _digits(options.size)}, {"train": "the embedded digits"})
-    return locate(options, classes)
+    return locate(options)
 
 
 @dataclass(frozen=True)

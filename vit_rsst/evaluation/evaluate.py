@@ -10,11 +10,10 @@ from accelerate import PartialState
 
 from vit_rsst import files, machine
 from vit_rsst.assembly.data import EVALUATION_BATCH
-from vit_rsst.data.columns import OtherClasses
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.options import DataOptions
-from vit_rsst.data.sources import open_data, open_scored
+from vit_rsst.data.sources import match_classes, open_data, open_scored
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.evaluation.outcomes import Outcomes, most_confused, outcomes
 from vit_rsst.export import onnx_file
@@ -117,19 +116,20 @@ def open_for(trained: Trained, split: str, is_named: bool, by_position: bool) ->
         InputError: no such split; the model does not name its classes, or they are matched by position, and their
             number differs.
     """
-    classes = None if by_position else trained.classes or None
-    try:
-        if is_named:
-            content = json.loads(trained.header.get("data", "{}")).get("content") or {}
-            data = open_scored(trained.data, trained.seed, split, classes, content.get("train"))
-        else:
-            data = open_data(trained.data, trained.seed, classes=classes)
-    except OtherClasses as error:
-        raise Damaged(
-            f"{trained.path}: trained on {len(trained.classes)} classes ({', '.join(trained.classes[:3])} …), and "
-            f"{error.where} has {error.name!r}; rename its classes, or pass --classes-by position if both list the "
-            "same classes in the same order."
-        ) from error
+    if is_named:
+        content = json.loads(trained.header.get("data", "{}")).get("content") or {}
+        data = open_scored(trained.data, trained.seed, split, content.get("train"))
+    else:
+        data = open_data(trained.data, trained.seed)
+    if trained.classes and not by_position:
+        try:
+            data = match_classes(data, split, trained.classes)
+        except InputError as error:
+            raise Damaged(
+                f"{trained.path}: trained on {len(trained.classes)} classes ({', '.join(trained.classes[:3])} …), and "
+                f"the dataset has {len(data.classes)} ({', '.join(data.classes[:3])} …); rename its classes, or pass "
+                "--classes-by position if both list the same classes in the same order."
+            ) from error
     return data, check_classes(trained, data, by_position)
 
 
