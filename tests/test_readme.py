@@ -24,7 +24,7 @@ from test_slurm import Cluster
 
 from vit_rsst import errors
 from vit_rsst.cli.parser import make_parser
-from vit_rsst.experiments import running
+from vit_rsst.experiments import running, study_file
 from vit_rsst.recipe.loading import load
 
 README = tiny.REPOSITORY / "README.md"
@@ -249,9 +249,11 @@ def test_every_program_of_the_pages_runs(reader, program):
 
 
 @pytest.mark.parametrize("fields", [block for page in PAGES for block in blocks(page, "yaml")])
-def test_every_yaml_block_is_part_of_a_recipe(fields, tmp_path):
-    (tmp_path / "page.yaml").write_text(f"name: page\n{fields}", encoding="utf-8")
-    load(tmp_path / "page.yaml")
+def test_every_yaml_block_is_a_study_or_part_of_a_recipe(fields, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.REPOSITORY)
+    path = tmp_path / "page.yaml"
+    path.write_text(fields if "arms:" in fields else f"name: page\n{fields}", encoding="utf-8")
+    assert study_file.read(path).runs if "arms:" in fields else load(path)
 
 
 def test_the_commands_are_found():
