@@ -1,10 +1,8 @@
 """Part b of gpu.py: training steps of this project beside those of a bare PyTorch loop and of timm's train.py."""
 
-import io
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +12,12 @@ import timm.utils
 import torch
 import torch.nn.functional as F
 from _common import alternate, interval
+from _runs import begin_run, train_epoch
 from accelerate.state import AcceleratorState
 from gpu import Ledger
 from torch import Tensor, nn
 
-from vit_rsst import loop
 from vit_rsst.analysis.measure import device_name
-from vit_rsst.assembly.build import build
 from vit_rsst.assembly.optim import build_optimizer
 from vit_rsst.data.loaders import InMemoryLoader, placed
 from vit_rsst.data.tables import Split
@@ -29,10 +26,6 @@ from vit_rsst.models.complexity import flops
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
 from vit_rsst.recipe.schema import Augment, Data, Model, Pruning, Recipe, Schedule, Train
-from vit_rsst.run.folder import RunFolder
-from vit_rsst.run.signals import StopFlag
-from vit_rsst.run.state import Run
-from vit_rsst.train import make_accelerator
 
 NUM_CLASSES, WARMUPS, ALTERNATIONS = 10, 2, 8
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
@@ -86,22 +79,6 @@ def recipe_of(case: Case, folder: Path, compile: bool | str, is_in_window: bool,
             method=Rsst(Penalty(window=(0.0, 1.0)), remove_at=1.0), schedule=Schedule(rounds=1, final_sparsity=0.5)
         ),
     )
-
-
-def begin(recipe: Recipe, split: Split, round: int) -> Run:
-    with redirect_stdout(io.StringIO()):
-        run, lock = build(recipe, make_accelerator(recipe), RunFolder(recipe.run_folder), StopFlag())
-        run.loader.split = split
-        run.progress.steps_per_epoch = len(split) // recipe.train.global_batch
-        run.progress.round = round
-        run.controller.begin_round(round)
-    lock.release()
-    return run
-
-
-def train_block(run: Run) -> None:
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        loop.train_epoch(run)
 
 
 @dataclass
@@ -176,9 +153,9 @@ def contenders(case: Case, folder: Path, rehearse: bool) -> dict[str, Callable[[
     blocks, loaders = WARMUPS + ALTERNATIONS + 3, []
 
     def ours(compile: bool | str = False, is_in_window: bool = False) -> Callable[[], None]:
-        run = begin(recipe_of(case, folder, compile, is_in_window, blocks, rehearse), split, int(is_in_window))
+        run = begin_run(recipe_of(case, folder, compile, is_in_window, blocks, rehearse), split, int(is_in_window))
         loaders.append(run.loader)
-        return lambda: train_block(run)
+        return lambda: train_epoch(run)
 
     def theirs(**options: bool) -> Callable[[], None]:
         return by_hand(recipe_of(case, folder, False, False, blocks, rehearse), loaders[0], **options).train_block

@@ -11,12 +11,10 @@ blocks of one alternation; its median and 95 % interval are printed. A bound is 
 lies above it; with --quick the intervals are too wide to mean much.
 """
 
-import io
 import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
@@ -24,20 +22,17 @@ import numpy as np
 import torch
 from _common import Interval, alternate, environment, interval, parse_args, report
 from _plain_loop import MASKINGS, accelerated_loop, masked_loop, plain_loop
+from _runs import begin_run, train_epoch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from vit_rsst import loop
-from vit_rsst.assembly.build import build
 from vit_rsst.data.loaders import placed
 from vit_rsst.data.tables import Split
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
 from vit_rsst.recipe.schema import Augment, Data, Pruning, Recipe, Schedule, Train
-from vit_rsst.run.folder import RunFolder
-from vit_rsst.run.signals import StopFlag
-from vit_rsst.train import make_accelerator
+from vit_rsst.run.state import Run
 
 RATIO_BOUNDS = {64: 1.03, 8: 1.05}
 """Batch size → largest ratio of the project's step to the bare loop's, in every phase of a round."""
@@ -84,26 +79,14 @@ class Case:
         return f"batch {self.batch}, {'fp32' if self.precision == 'no' else self.precision}"
 
 
-def begin_run(case: Case, folder: Path, phase: str, split: Split) -> loop.Run:
-    """The project's run, assembled from its recipe, at the start of the round with this phase."""
-    recipe = case.recipe(folder, phase)
-    with redirect_stdout(io.StringIO()):
-        s, lock = build(recipe, make_accelerator(recipe), RunFolder(recipe.run_folder), StopFlag())
-    lock.release()
-    s.loader.split = split
-    s.progress.round = 0 if phase == "dense round" else 1
-    s.controller.begin_round(s.progress.round)
-    return s
+def phase_run(case: Case, folder: Path, phase: str, split: Split) -> Run:
+    """The project's run at the start of the round with this phase."""
+    return begin_run(case.recipe(folder, phase), split, round=0 if phase == "dense round" else 1)
 
 
-def train_block(s: loop.Run) -> None:
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the console's bar, or its line a minute
-        loop.train_epoch(s)
-
-
-def check_phases(runs: Mapping[str, loop.Run]) -> None:
+def check_phases(runs: Mapping[str, Run]) -> None:
     """The blocks were what their names say."""
-    found = [(round(s.controller.mask.density, 3), s.controller.condemned is not None) for s in runs.values()]
+    found = [(round(run.controller.mask.density, 3), run.controller.condemned is not None) for run in runs.values()]
     assert found == [(1.0, False), (1.0, True), (1 - SPARSITY, False)], found
 
 
@@ -135,7 +118,7 @@ def measure(case: Case, num_alternations: int, device: torch.device, folder: Pat
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8, generator=random)
     split = placed(Split(images, torch.arange(NUM_IMAGES) % NUM_CLASSES), device)
-    runs = {phase: begin_run(case, folder, phase, split) for phase in PHASES}
+    runs = {phase: phase_run(case, folder, phase, split) for phase in PHASES}
     inside = runs["inside the window"].controller
     target = inside.mask.minus(inside.condemned)
     by_hand = (case.recipe(folder, BARE), runs["dense round"].loader, folder / "log.jsonl")
@@ -146,7 +129,7 @@ def measure(case: Case, num_alternations: int, device: torch.device, folder: Pat
     }
     loops |= {peer: masked_loop(peer, target, *by_hand) for peer in MASKINGS}
     contenders = {name: plain.train_block for name, plain in loops.items()}
-    contenders |= {phase: lambda s=s: train_block(s) for phase, s in runs.items()}
+    contenders |= {phase: lambda run=run: train_epoch(run) for phase, run in runs.items()}
     seconds = alternate(contenders, num_alternations, WARMUPS, device)
     check_phases(runs)
     timings = {

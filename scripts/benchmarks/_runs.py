@@ -1,0 +1,38 @@
+"""Runs of the project for benchmarks that time its steps: built from a recipe, fed with images of the benchmark."""
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+
+from vit_rsst import loop
+from vit_rsst.assembly.build import build
+from vit_rsst.data.tables import Split
+from vit_rsst.recipe.schema import Recipe
+from vit_rsst.run.folder import RunFolder
+from vit_rsst.run.heartbeat import Heartbeat
+from vit_rsst.run.ranks import Ranks
+from vit_rsst.run.signals import StopFlag
+from vit_rsst.run.state import Run
+from vit_rsst.train import make_accelerator
+
+
+def begin_run(recipe: Recipe, split: Split, round: int) -> Run:
+    """The run of a recipe at the start of a round; an epoch is as many steps as `split` has global batches."""
+    folder = RunFolder(recipe.run_folder)
+    ranks = Ranks(0, 1, Heartbeat(0, 1, 3600.0, folder.logs / "stacks-0.txt", None, print))
+    with redirect_stdout(io.StringIO()):
+        run, lock = build(recipe, make_accelerator(recipe), folder, StopFlag(), ranks)
+        run.loader.split = split
+        run.progress.steps_per_epoch = min(
+            recipe.train.steps_per_epoch or len(split), len(split) // recipe.train.global_batch
+        )
+        run.progress.round = round
+        run.controller.begin_round(round)
+    if lock is not None:
+        lock.release()
+    return run
+
+
+def train_epoch(run: Run) -> None:
+    """An epoch of the project's loop, without its progress."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        loop.train_epoch(run)
