@@ -1,4 +1,4 @@
-"""Benchmarks that meet their machine once: their miniature runs to the end here."""
+"""Benchmarks that count what a GPU would do, and the rehearsal of those that run on one."""
 
 import json
 
@@ -17,3 +17,9 @@ def test_all_parts_of_the_gpu_benchmark_are_rehearsed(tmp_path):
         assert len(rows) >= fewest
         assert (tmp_path / f"gpu-{part}.md").read_text().count("\n| ") >= fewest
     assert {row["state"] for row in rows.values()} == {"finished"}
+
+
+def test_no_step_waits_for_its_device_and_pruning_adds_few_kernels():
+    done = tiny.python(tiny.SCRIPTS / "benchmarks" / "launches.py", timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rsst in its window, ema" in done.stdout

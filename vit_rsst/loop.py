@@ -105,7 +105,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
     run.ranks.heartbeat.enter("update")
     run.controller.after_backward(run.progress)
     norm = optim.clip_grads_(run.accelerator, run.model, run.clip_grad_norm)
-    skipped = ~norm.isfinite()  # a loss that is not finite on any rank makes every rank's norm so
+    skipped = 1.0 - norm.isfinite().float()  # a loss that is not finite on any rank makes every rank's norm so
     run.controller.before_step(run.progress)
     optim.step_unless_(run.optimizer, skipped)
     run.optimizer.zero_grad()

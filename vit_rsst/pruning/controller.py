@@ -188,7 +188,7 @@ class Controller:
         """Shrinks the condemned, keeps the dead at zero, removes the condemned or takes the method's new mask.
 
         Args:
-            skipped: bool, on the weights' device: the optimizer left them as they were; None: it did not.
+            skipped: 1.0 on the weights' device where the optimizer left them as they were, else 0.0; None: it did not.
         """
         penalty = self._penalty(progress)
         if penalty is not None and penalty.coupling == "decoupled":
@@ -219,7 +219,7 @@ class Controller:
 
     def is_settled(self, progress: Progress) -> bool:
         """Whether nothing is removed any more in this round, and no rewind point is to come."""
-        if self.condemned is not None:
+        if self.staying is not None:
             return False
         if progress.round == 0 and progress.epoch < (self.rewind_epoch or 0):
             return False
@@ -401,7 +401,7 @@ class Controller:
             elif skipped.device.type == "cpu":  # nothing to wait for, and no copy of the factors
                 torch._foreach_addcmul_(shrunk, shrunk, minus, left if skipped else taken)
             else:
-                share = torch.where(skipped, left, taken)
+                share = torch.rsub(skipped, taken, alpha=taken - left)
                 torch._foreach_addcmul_(shrunk, shrunk, torch._foreach_mul(minus, share))
 
     @torch.no_grad()
@@ -440,7 +440,7 @@ class Controller:
 
     def _penalty(self, progress: Progress) -> Penalty | None:
         """The penalty, when it acts at this step: from the start of its window until the condemned are removed."""
-        penalty = self.state.penalty if self.condemned is not None else None
+        penalty = self.state.penalty if self.staying is not None else None
         if penalty is None or not (window := penalty.steps(progress.round_steps)):
             return None
         return penalty if progress.round_step >= window.start else None

@@ -76,4 +76,9 @@ class Ema:
 
 
 def _first_name(tensors: Mapping[str, Tensor], wanted: Tensor) -> str:
-    return next(name for name, tensor in tensors.items() if tensor.data_ptr() == wanted.data_ptr())
+    """Of those that share their memory; by the storage, since data on the device `meta` have no address."""
+    return next(name for name, tensor in tensors.items() if _memory(tensor) == _memory(wanted))
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()

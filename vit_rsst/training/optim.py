@@ -71,14 +71,14 @@ def clip_grads_(accelerator: Accelerator, model: nn.Module, limit: float | None)
 
 
 def step_unless_(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
-    """A step of a fused optimizer, which leaves everything as it is where `skipped` (bool, on its device) is true."""
+    """A step of a fused optimizer, which leaves everything as it is where `skipped` (float32, on its device) is 1."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if isinstance(inner, torch.optim.SGD) and not inner.state:
         # A first step allocates the momentum and would leave it without values where it is skipped.
         for group in inner.param_groups:
             for parameter in group["params"] if group["momentum"] else ():
                 inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    inner.found_inf = skipped.to(torch.float32)
+    inner.found_inf = skipped
     optimizer.step()
 
 

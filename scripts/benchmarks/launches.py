@@ -1,0 +1,177 @@
+"""How often a training step makes the host wait for a GPU, and what pruning launches there; counted without one.
+
+Steps of this project run on the stand-in device `meta` beside a bare loop: loader (crop, flip, erasing, mixing),
+forward, backward, clipping, fused optimizer, pruning, averages. Counted are reads of the device by the host, copies
+that the host waits for, and calls that launch kernels; a `foreach` call over tensors of one kind is one.
+"""
+
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+from _common import environment, parse_args, report
+from _stand_in import Counting, batches, begin_phase, stand_in
+from torch import nn
+
+from vit_rsst import loop
+from vit_rsst.pruning.methods.dense import Dense
+from vit_rsst.pruning.methods.gmp import Gmp
+from vit_rsst.pruning.methods.imp import Imp
+from vit_rsst.pruning.methods.rsst import Rsst
+from vit_rsst.pruning.methods.ste import StraightThrough
+from vit_rsst.pruning.plan import Method, Penalty
+from vit_rsst.recipe.schema import Augment, Data, Model, Optim, Pruning, Recipe, Schedule, Train
+from vit_rsst.training import optim
+from vit_rsst.training.readings import Reading
+
+WAITS, WAITS_LOGGED, COPIES, PRUNING = 0, 1, 0, 6
+"""Bounds of a step: waits, those of a step that logs, blocking copies, kernels that pruning adds to a dense step."""
+BARE, DENSE = "bare loop", "dense"
+PLAIN, STRONG = Augment(hflip=0.5), Augment(hflip=0.5, mixup=0.8, cutmix=1.0, reprob=0.25)
+WHOLE = Rsst(Penalty(window=(0.0, 1.0)), remove_at=1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step to count.
+
+    Attributes:
+        like: the case without pruning that it is compared with.
+        is_due: the method chooses a new mask in this step.
+    """
+
+    method: Method
+    phase: str
+    like: str = DENSE
+    augment: Augment = PLAIN
+    accumulation: int = 1
+    ema: float | None = None
+    teacher: bool = False
+    logs: bool = False
+    optimizer: str = "adamw"
+    is_due: bool = False
+
+    def recipe(self) -> Recipe:
+        return Recipe(
+            name="stand-in",
+            data=Data(source="cifar10", augment=self.augment),
+            model=Model(args={"depth": 3, "embed_dim": 48, "num_heads": 3}),
+            optim=Optim(name=self.optimizer),
+            train=Train(epochs=2, global_batch=64, batch_per_device=64 // self.accumulation, ema_decay=self.ema),
+            pruning=Pruning(method=self.method, schedule=Schedule(rounds=1, final_sparsity=0.5)),
+        )
+
+
+CASES = {
+    DENSE: Case(Dense(), "dense"),
+    "dense, a step that logs": Case(Dense(), "dense", logs=True),
+    "dense, sgd": Case(Dense(), "dense", optimizer="sgd"),
+    "dense, accumulation 4": Case(Dense(), "dense", accumulation=4),
+    "dense, strong augmentation": Case(Dense(), "dense", augment=STRONG),
+    "dense, ema": Case(Dense(), "dense", ema=0.99),
+    "dense, distillation": Case(Dense(), "dense", teacher=True),
+    "rsst in its window": Case(WHOLE, "window"),
+    "rsst in its window, sgd": Case(WHOLE, "window", "dense, sgd", optimizer="sgd"),
+    "rsst in its window, accumulation 4": Case(WHOLE, "window", "dense, accumulation 4", accumulation=4),
+    "rsst in its window, strong augmentation": Case(WHOLE, "window", "dense, strong augmentation", STRONG),
+    "rsst in its window, ema": Case(WHOLE, "window", "dense, ema", ema=0.99),
+    "rsst in its window, distillation": Case(WHOLE, "window", "dense, distillation", teacher=True),
+    "rsst after its window": Case(WHOLE, "masked"),
+    "imp": Case(Imp(), "masked"),
+    "gmp": Case(Gmp(interval=10**6), "masked"),
+    "ste": Case(StraightThrough(interval=10**6), "ste"),
+    "ste, ema": Case(StraightThrough(interval=10**6), "ste", "dense, ema", ema=0.99),
+}
+
+
+def count(case: Case, folder: Path) -> Counting:
+    """One step after two that allocate the optimizer's state."""
+    with redirect_stdout(StringIO()):
+        run, _ = stand_in(case.recipe(), folder, case.teacher)
+    with Counting():
+        begin_phase(run, case.phase)
+        for _ in range(2):
+            step(run, logs=case.logs)
+    with Counting() as counting:
+        step(run, logs=case.logs)
+    return counting
+
+
+def step(run: loop.Run, logs: bool) -> None:
+    """What `loop.train_epoch` does in a step."""
+    loop.seed_step(run)
+    optim.set_lr_(run.optimizer, 1e-3)
+    loss, norm = loop.train_step(run, batches(run))
+    run.progress.advance()
+    run.readings.note(Reading(run.progress.global_step, {}, {}), loss, norm)
+    if logs:
+        run.readings.turn()
+
+
+def count_bare(folder: Path) -> Counting:
+    """The loop that anybody would write by hand, with the same batches."""
+    with redirect_stdout(StringIO()):
+        run, _ = stand_in(CASES[DENSE].recipe(), folder)
+    inner = run.optimizer.optimizer
+
+    def bare() -> None:
+        [(images, labels)] = batches(run)
+        nn.functional.cross_entropy(run.net(images), labels).backward()
+        nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
+        inner.step()
+        inner.zero_grad()
+
+    with Counting():
+        bare()
+    with Counting() as counting:
+        bare()
+    return counting
+
+
+def judge(found: dict[str, Counting]) -> list[str]:
+    """A sentence for each bound that is missed."""
+    missed = []
+    for name, counting in found.items():
+        waits, copies = sum(counting.waits.values()), sum(counting.copies.values())
+        bound = WAITS_LOGGED if name in CASES and CASES[name].logs else WAITS
+        if waits > bound:
+            missed.append(f"{name}: waits {waits} times ({dict(counting.waits)}), bound {bound}")
+        if copies > COPIES:
+            missed.append(f"{name}: {copies} blocking copies ({dict(counting.copies)}), bound {COPIES}")
+        if (added := added_by_pruning(name, found)) is not None and added > PRUNING:
+            more = counting.kernels - found[CASES[name].like].kernels
+            missed.append(f"{name}: pruning adds {added} kernels ({dict(more)}), bound {PRUNING}")
+    return missed
+
+
+def added_by_pruning(name: str, found: dict[str, Counting]) -> int | None:
+    if name not in CASES or CASES[name].phase == "dense":
+        return None
+    return found[name].kernels.total() - found[CASES[name].like].kernels.total()
+
+
+def main() -> int:
+    args = parse_args(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        found = {BARE: count_bare(Path(folder))} | {name: count(case, Path(folder)) for name, case in CASES.items()}
+    rows, cases = [], {}
+    for name, counting in found.items():
+        added = added_by_pruning(name, found)
+        numbers = (
+            counting.waits.total(),
+            counting.copies.total(),
+            counting.kernels.total(),
+            "" if added is None else added,
+        )
+        rows.append((name, *map(str, numbers)))
+        cases[name] = {"waits": counting.waits, "copies": counting.copies, "kernels": counting.kernels, "added": added}
+    result = {"environment": environment(torch.device("cpu"), args.quick), "missed": judge(found), "cases": cases}
+    return report(args, result, ("a step", "waits", "blocking copies", "kernels", "of pruning"), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
