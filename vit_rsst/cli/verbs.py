@@ -21,6 +21,7 @@ def check(arguments: argparse.Namespace) -> None:
     from vit_rsst.train import make_accelerator
 
     bench, verdicts = Bench.of(recipe, make_accelerator(recipe)), []
+    print("\n".join(bench.data.told), file=sys.stderr)
     try:
         for verdict in checking.check(bench):
             verdicts.append(verdict)

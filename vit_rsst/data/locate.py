@@ -30,7 +30,7 @@ from vit_rsst.data.options import DataOptions
 from vit_rsst.data.parquet import ParquetFile, file_digest, images_of, open_files
 from vit_rsst.data.tables import Table
 from vit_rsst.data.tree import Tree, joined, read_tree, shown
-from vit_rsst.errors import InputError, MissingRequirement, first_line
+from vit_rsst.errors import InputError, MissingRequirement, RunError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -364,7 +364,7 @@ def _open_tars(
     import datasets
 
     paths = tuple(os.path.join(tree.root, path) for path in part.paths)
-    with _read_by_datasets(part.where):
+    with read_by_datasets(part.where):
         rows = datasets.load_dataset(
             "webdataset", data_files={split: list(map(glob.escape, paths))}, split=split, streaming=options.streaming
         )
@@ -385,7 +385,7 @@ def _open_saved(tree: Tree, split: str, part: Part, options: DataOptions, classe
     import datasets
 
     folder = Path(tree.root, part.paths[0])
-    with _read_by_datasets(part.where):
+    with read_by_datasets(part.where):
         rows = datasets.load_from_disk(str(folder))
         columns = find_columns(rows.features, options, part.where)
     digest = hashlib.sha256()
@@ -417,7 +417,7 @@ def _table_of_dataset(
 
 
 @contextlib.contextmanager
-def _read_by_datasets(where: str) -> Iterator[None]:
+def read_by_datasets(where: str) -> Iterator[None]:
     """Says what `datasets` could not do, by the cause that it wraps, with the files that it read."""
     import datasets
 
@@ -428,15 +428,24 @@ def _read_by_datasets(where: str) -> Iterator[None]:
     except InputError:
         raise
     except PermissionError as error:
-        raise MissingRequirement(
-            f"data: {shown(str(error.filename or where))} cannot be written ({first_line(error)}); name another folder "
-            "for the cache by HF_DATASETS_CACHE."
-        ) from error
+        raise _unwritable(error, where) from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, RunError):
+            raise cause from error
+        if isinstance(cause, PermissionError):
+            raise _unwritable(cause, where) from error
         raise InputError(f"data.path: {where} cannot be read ({first_line(cause)}); check its files.") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
+
+
+def _unwritable(error: PermissionError, where: str) -> MissingRequirement:
+    place = shown(str(error.filename or where))
+    return MissingRequirement(
+        f"data: {place} cannot be accessed ({first_line(error)}); if that is the cache, name another folder for it by "
+        "HF_DATASETS_CACHE."
+    )
 
 
 # -- the Hub

@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_rsst.data.columns import renumbered
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.locate import Found, Located, locate, locate_scored
+from vit_rsst.data.locate import Found, Located, locate, locate_scored, read_by_datasets
 from vit_rsst.data.options import DataOptions, Imbalance
 from vit_rsst.data.streams import Stream, open_stream
 from vit_rsst.data.tables import Rows, Table
@@ -283,7 +283,8 @@ def _held_out(name: str, stream: Stream, located: Located) -> Rows:
     # Other files, other columns, another part: another table.
     known = repr((located.digest, stream.columns, stream.part))
     fingerprint = hashlib.sha256(known.encode()).hexdigest()[:32]
-    held = Dataset.from_generator(_as_rows, features, gen_kwargs={"stream": stream}, fingerprint=fingerprint)
+    with read_by_datasets(f"the {name} split"):
+        held = Dataset.from_generator(_as_rows, features, gen_kwargs={"stream": stream}, fingerprint=fingerprint)
     places = held["place"]
     table = Table(
         held["image"],
