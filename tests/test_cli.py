@@ -326,10 +326,10 @@ def test_the_plan_of_a_long_tail_counts_the_remaining_images(tmp_path, monkeypat
         (["model.name=dynamic_vit", "model.args={ratio_weight: abc}"], 2, "model.args: dynamic_vit"),
         (["model.name=dynamic_vit", "model.args={ratio_weight: -1}"], 2, "ratio_weight -1 is below 0"),
         (["model.name=lightweight_vit", "model.args={patch_drop_rate: 0.25}"], 2, "patch_drop_rate leaves out tokens"),
-        (["train.distill.teacher=nowhere"], 5, "train.distill.teacher: nowhere: there is no such ticket"),
+        (["train.distill.teacher=nowhere"], 5, "train.distill.teacher: nowhere: no such ticket"),
         (["model.name=no_such_model"], 2, "model.name"),
         (["model.args={num_heads: 5}"], 2, "model"),
-        (["model.start_from=nowhere.safetensors"], 5, "nowhere.safetensors: there is no such ticket"),
+        (["model.start_from=nowhere.safetensors"], 5, "nowhere.safetensors: no such ticket"),
         (["data={source: folder, path: nowhere}"], 2, "data.path: there is no folder"),
     ],
 )
@@ -501,7 +501,7 @@ def test_evaluate_scores_the_last_ticket_of_a_run(finished, capsys):
 
 def test_evaluate_of_a_run_without_a_ticket_says_so(tmp_path, capsys):
     assert tiny.command("evaluate", tmp_path) == 2
-    assert "there is no ticket in this run folder yet" in capsys.readouterr().err
+    assert "this run folder has no ticket yet" in capsys.readouterr().err
 
 
 def test_evaluate_takes_a_moved_dataset(tmp_path, images, capsys):

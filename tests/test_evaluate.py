@@ -91,7 +91,7 @@ def test_the_csv_has_a_row_for_each_class_and_the_means(run, tmp_path, capsys):
         (("timm", "--source", "digts"), 2, "Did you mean 'digits'?"),
         (("vit_tiny", "--source", "digits"), 2, "is trained by a recipe first"),
         (("slim", "--batch", "0"), 2, "--batch: expected a whole number, 1 or more"),
-        (("no-such-model",), 5, "there is no such ticket"),
+        (("no-such-model",), 5, "no such ticket"),
     ],
 )
 def test_what_cannot_be_scored_is_said_in_a_sentence(run, capsys, argv, code, message):
@@ -183,7 +183,7 @@ def test_classes_that_nobody_named_are_those_of_the_data(hub_vit, tmp_path):
     [
         ("config.json", {"id2label": {"a": "b"}}, "id2label does not number its classes"),
         ("preprocessor_config.json", {"size": {"longest_edge": 3}}, "its image processor cannot be read"),
-        ("preprocessor_config.json", {"size": {"height": 32, "width": 16}}, "is no square"),
+        ("preprocessor_config.json", {"size": {"height": 32, "width": 16}}, "is not square"),
         ("preprocessor_config.json", {"size": 32, "image_mean": [0.5]}, "are not of three channels"),
     ],
 )

@@ -618,7 +618,7 @@ def test_what_is_exported_or_pushed_does_not_say_where_data_and_weights_lay(tmp_
 
 
 @pytest.mark.parametrize(
-    ("offline", "token", "message"), [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "no token of the Hub")]
+    ("offline", "token", "message"), [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "not logged in to the Hub")]
 )
 def test_push_without_network_or_token_says_what_to_do(offline, token, message, runs, api, monkeypatch, capsys):
     monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", offline)
@@ -630,7 +630,7 @@ def test_push_without_network_or_token_says_what_to_do(offline, token, message, 
 
 @pytest.mark.parametrize("repo", ["me/vit/x", "a b", "--", ""])
 def test_what_is_no_repository_is_refused(repo, runs, api):
-    with pytest.raises(InputError, match="not an id of a repository"):
+    with pytest.raises(InputError, match="not a repository id"):
         push.push(last(runs["units"]), repo)
 
 

@@ -48,7 +48,7 @@ class Card:
             f"# {self.name}",
             f"An image classifier, `{header.get('model', work.architecture)}` (`{work.architecture}`), trained and "
             f"pruned with vit_rsst by the method `{header.get('method', 'unknown')}`. Of its prunable weights "
-            f"{mask.density:.2%} are left (sparsity {1 - mask.density:.2%}). {_scores(work)}",
+            f"{mask.density:.2%} remain (sparsity {1 - mask.density:.2%}). {_scores(work)}",
             _sizes(self),
             self.compared,
             _units(work),
@@ -60,7 +60,7 @@ class Card:
 
 
 def of_ticket(work: Work, name: str) -> str:
-    """The card of a ticket that goes to the Hub as it is."""
+    """The card of a ticket that is pushed unconverted."""
     usage = (
         "from pathlib import Path\n\nfrom vit_rsst.models import zoo\nfrom vit_rsst.tickets import ticket_file\n\n"
         f'ticket = ticket_file.load(Path("{work.path.name}"))\n'
@@ -138,7 +138,7 @@ def _data(work: Work) -> str:
         "## Data\n\n"
         f"Source: `{trained.data.source}`. {len(classes)} classes: {', '.join(classes[:MOST_CLASSES])}{more}.\n\n"
         f"Images: RGB, the shorter side resized to {shorter} px ({kernel}), the {side} × {side} px centre cropped, "
-        f"divided by 255, less the mean {mean}, divided by the standard deviation {std}."
+        f"divided by 255, normalised with mean {mean} and standard deviation {std}."
     )
 
 

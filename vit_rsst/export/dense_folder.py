@@ -26,7 +26,7 @@ USAGE = """\
 import json
 
 from safetensors.torch import load_file
-from vit_rsst.export.slim_folder import as_header
+from vit_rsst.tickets.slim_folder import as_header
 from vit_rsst.models import zoo
 
 config = json.load(open("config.json"))

@@ -105,8 +105,8 @@ def _check_options(to: str, target: Target, given: dict[str, int | None]) -> Non
             continue
         option = f"--{name.replace('_', '-')}"
         if name not in target.options:
-            heeding = " and ".join(key for key, other in TARGETS.items() if name in other.options)
-            raise InputError(f"{option}: has no effect with --to {to}, only with {heeding}; leave it out.")
+            others = " and ".join(key for key, other in TARGETS.items() if name in other.options)
+            raise InputError(f"{option}: has no effect with --to {to}, only with {others}; leave it out.")
         if value < 1:
             raise InputError(f"{option}: {value} is less than 1; give at least 1.")
 

@@ -42,7 +42,7 @@ def _check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise InputError(f"REPO: {repo!r} is not an id of a repository; give OWNER/NAME or NAME ({error}).") from error
+        raise InputError(f"REPO: {repo!r} is not a repository id; give OWNER/NAME or NAME ({error}).") from error
 
 
 @contextlib.contextmanager
@@ -64,11 +64,11 @@ def _prepared(what: Path, repo: str) -> Iterator[Path]:
 
 
 def _upload(folder: Path, repo: str, public: bool) -> str:
-    """Makes the repository where there is none and uploads one commit; its address."""
+    """Creates the repository if needed and uploads one commit; returns its address."""
     if constants.HF_HUB_OFFLINE:
-        raise MissingRequirement("push: HF_HUB_OFFLINE is set, so that nothing can be sent; unset it.")
+        raise MissingRequirement("push: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it.")
     if get_token() is None:
-        raise MissingRequirement("push: there is no token of the Hub; run `hf auth login`, or set HF_TOKEN.")
+        raise MissingRequirement("push: not logged in to the Hub; run `hf auth login`, or set HF_TOKEN.")
     api = HfApi(library_name="vit_rsst")
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
@@ -76,7 +76,7 @@ def _upload(folder: Path, repo: str, public: bool) -> str:
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload by vit-rsst push")
     except HfHubHTTPError as error:
         raise MissingRequirement(
-            f"push: the Hub refuses {repo} ({_first_line(error)}); check the name and the rights of the token."
+            f"push: the Hub rejects {repo} ({_first_line(error)}); check the name and the token's permissions."
         ) from error
     except NOT_REACHED as error:
         raise MissingRequirement(f"push: cannot reach the Hub ({_first_line(error)}); try again online.") from error
@@ -84,7 +84,7 @@ def _upload(folder: Path, repo: str, public: bool) -> str:
 
 
 def _check_visibility(is_private: bool, repo: str, public: bool) -> None:
-    """A repository that exists keeps its visibility, so that it has to be the one that is asked for."""
+    """An existing repository keeps its visibility, so it must match."""
     if is_private == public:
         found, way = ("private", "leave out --public") if is_private else ("public", "give --public")
         raise InputError(f"REPO: {repo} exists and is {found}; {way}, change it on the Hub, or name another.")

@@ -39,12 +39,14 @@ ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "qu
 
 def check(work: Work) -> None:
     """Raises:
-    InputError: transformers has no equal of this model, with the reason.
+    InputError: transformers has no equivalent of this model, with the reason.
     """
     if what := work.lacks_stock:
         raise InputError(f"--to transformers: transformers has no model of {what}; use --to slim, onnx or dense.")
     if not work.is_hub and (reason := next(_obstacles(work.net), None)):
-        raise InputError(f"--to transformers: its ViT is no equal of {work.architecture}: {reason}; use --to timm.")
+        raise InputError(
+            f"--to transformers: its ViT is not equivalent to {work.architecture}: {reason}; use --to timm."
+        )
 
 
 def write(work: Work, folder: Path) -> None:
@@ -94,7 +96,7 @@ def converted(net: nn.Module) -> "PreTrainedModel":
     from transformers import ViTConfig, ViTForImageClassification
 
     if reason := next(_obstacles(net), None):
-        raise InputError(f"--to transformers: its ViT is no equal of this model: {reason}; use --to timm.")
+        raise InputError(f"--to transformers: its ViT is not equivalent to this model: {reason}; use --to timm.")
     block, patch = net.blocks[0], net.patch_embed
     config = ViTConfig(
         hidden_size=net.embed_dim,
@@ -125,7 +127,7 @@ def _obstacles(net: nn.Module) -> Iterator[str]:
         yield "its images or patches are not square"
     expected, found = _expected_names(net), set(net.state_dict())
     if strange := sorted(found - expected):
-        yield f"it has {strange[0]} besides"
+        yield f"it has an extra {strange[0]}"
     if missing := sorted(name for name in expected - found if not name.endswith("qkv.bias")):
         yield f"it has no {missing[0]}"
     if net.pos_embed is not None and net.pos_embed.shape[1] != net.patch_embed.num_patches + 1:
@@ -144,7 +146,7 @@ BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-"""Layer of timm's block → of transformers'; qkv is divided besides."""
+"""Layer of timm's block → of transformers'; qkv is split as well."""
 
 OUTSIDE = {
     "cls_token": "vit.embeddings.cls_token",

@@ -119,7 +119,7 @@ class Target:
         usage: python code that does so, for the card; it runs inside the folder, beside an `image.png`.
         is_slim: whether units that are gone are cut out.
         tolerance: largest difference of logits from the ticket's, as a share of the largest logit (at least 1).
-        options: those of the command line that it heeds.
+        options: of the command line, that have an effect.
     """
 
     library: str

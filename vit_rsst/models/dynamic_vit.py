@@ -2,7 +2,7 @@
 
 Before some of its blocks a predictor scores the patches that are left. In training it draws who stays (Gumbel-softmax,
 straight-through), and nobody attends to the others, so that gradients reach the decision; a ratio loss pulls the share
-that stays to `keep_ratio` to the power of the stage. In evaluation exactly that share, the best, goes on; the rest is
+that stays to `keep_ratio` to the power of the stage. In evaluation exactly that share, the best, stays; the rest is
 cut out and costs nothing.
 """
 

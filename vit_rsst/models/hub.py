@@ -166,7 +166,7 @@ def _with_weights(file: Path, config: Any, is_published: bool, classes: tuple[st
         )  # fmt: skip
     others = {name: (theirs, ours) for name, theirs, ours in report["mismatched_keys"]}
     wrong = [f"no {n}" for n in sorted(report["missing_keys"]) if not n.startswith(classifiers)]
-    wrong += [f"{n} besides" for n in sorted(report["unexpected_keys"]) if not n.startswith(classifiers)]
+    wrong += [f"extra {n}" for n in sorted(report["unexpected_keys"]) if not n.startswith(classifiers)]
     wrong += [f"{n} of {tuple(o[0])}, not {tuple(o[1])}" for n, o in others.items() if not n.startswith(classifiers)]
     weights.refuse(wrong, str(file), config.model_type, is_published)
     weights.refuse_infinite(net.state_dict(), file)

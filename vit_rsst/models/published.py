@@ -57,7 +57,7 @@ def open_published(what: str) -> Published:
     Raises:
         InputError: a name of this package's catalogue, or one without published weights.
         MissingRequirement: the weights can be neither found here nor had.
-        Damaged: the folder cannot be loaded, or has its weights as a pickle alone.
+        Damaged: the folder cannot be loaded, or has its weights only as a pickle.
     """
     if kind(what) == "transformers":
         return _of_transformers(Path(what))
@@ -68,7 +68,7 @@ def open_published(what: str) -> Published:
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise Damaged(f"{what}: timm cannot load this folder ({first_line(error)}); export it again.") from error
     elif what in CATALOG:
-        raise InputError(f"{what}: a model of the catalogue is trained by a recipe first; name a run or a ticket.")
+        raise InputError(f"{what}: a catalogue model has no weights until a recipe trains it; name a run or a ticket.")
     else:
         net = zoo.create(what, {}, pretrained=True)
     config = net.pretrained_cfg
@@ -82,14 +82,14 @@ def open_published(what: str) -> Published:
 
 def _check_preparation(what: str, interpolation: str, crop_mode: str) -> None:
     """Raises:
-    InputError: its images are prepared as this package cannot.
+    InputError: its preprocessing is not supported.
     """
     known = [kernel.name.lower() for kernel in Image.Resampling]
     for name, value, choices in (("interpolation", interpolation, known), ("crop_mode", crop_mode, MODES)):
         if value not in choices:
             raise InputError(
-                f"{what}: its images are prepared with {name} {value!r}, and only {', '.join(choices)} can be done "
-                "here; score it with the library that it comes from."
+                f"{what}: its images are preprocessed with {name} {value!r}, and only {', '.join(choices)} are "
+                "supported; score it with the library it comes from."
             )
 
 
@@ -110,7 +110,7 @@ def _of_transformers(folder: Path) -> Published:
         ) from error
     _check_preparation(str(folder), prepared["interpolation"], prepared["crop_mode"])
     classes = [names[number] for number in sorted(names)]
-    if classes == [f"LABEL_{number}" for number in sorted(names)]:  # what transformers says where nobody named them
+    if classes == [f"LABEL_{number}" for number in sorted(names)]:  # placeholders of transformers
         classes = []
     return Published(net.eval(), classes=classes, **prepared)
 
@@ -119,7 +119,7 @@ def _prepared(processor: dict, image_size: int) -> dict:
     """How an image processor of transformers prepares images, in the words of `Published`.
 
     Raises:
-        AttributeError, LookupError, TypeError, ValueError: it is none, or makes no squares.
+        AttributeError, LookupError, TypeError, ValueError: it is not one, or its images are not square.
     """
     crops = bool(processor.get("do_center_crop"))
     size = processor.get("size") or {"height": image_size, "width": image_size}
@@ -130,9 +130,9 @@ def _prepared(processor: dict, image_size: int) -> dict:
     resized, kept = size.get("height") or size["shortest_edge"], crop.get("height")
     for sides in (size, crop):
         if sides.get("height") != sides.get("width"):
-            raise ValueError(f"{sides} is no square")
+            raise ValueError(f"{sides} is not square")
     if kept is not None and kept > resized:
-        raise ValueError(f"it cuts {kept} px out of {resized}")
+        raise ValueError(f"it crops {kept} px from {resized}")
     scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0)
     normalizes = processor.get("do_normalize", True)
     mean = processor.get("image_mean", (0.5,) * 3) if normalizes else (0.0,) * 3

@@ -78,7 +78,7 @@ def shape_like_(net: nn.Module, widths: Mapping[str, int], place: str) -> None:
     wrong = [name for name, width in widths.items() if not 0 < width <= units.get(name, 0)]
     if wrong:
         raise Damaged(
-            f"{place}: it has {widths[wrong[0]]} units in {wrong[0]}, and the model has {units.get(wrong[0], 'none')}."
+            f"{place}: {wrong[0]} has {widths[wrong[0]]} units, but the model has {units.get(wrong[0], 'none')}."
         )
     shrink_(net, {name: torch.arange(width) for name, width in widths.items()})
 

@@ -283,7 +283,7 @@ def misfits(
     missing, strange = own.keys() - given.keys(), given.keys() - own.keys()
     bound = [name for name in (*own, *strange) if not name.startswith(free)]
     wrong = [f"no {name}" for name in bound if name in missing]
-    wrong += [f"{name} besides" for name in bound if name in strange]
+    wrong += [f"extra {name}" for name in bound if name in strange]
     wrong += [
         f"{name} of {tuple(given[name].shape)}, not {tuple(own[name].shape)}"
         for name in own

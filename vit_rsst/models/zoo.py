@@ -115,7 +115,7 @@ def create(
     """
     if beside := sorted(set(args) & set(SOURCES_OF_WEIGHTS)):
         raise InputError(
-            f"model.args.{beside[0]}: names other weights, past all checks; use model.pretrained, or model.start_from."
+            f"model.args.{beside[0]}: loads weights without any check; use model.pretrained or model.start_from."
         )
     if architecture.startswith(hub.PREFIX):
         return hub.create(architecture, args, pretrained, device, classes)
@@ -145,12 +145,11 @@ def lr_scales(net: nn.Module, decay: float) -> dict[str, float]:
     """Share of the learning rate that each parameter gets: 1 in the last layer, times `decay` for each one before.
 
     Raises:
-        InputError: the model does not say which layers it has.
+        InputError: the model does not list its layers.
     """
     if not hasattr(net, "group_matcher"):
         raise InputError(
-            f"optim.layer_decay: {type(net).__name__} does not say which layers it has, as timm's models do; leave it "
-            "out."
+            f"optim.layer_decay: {type(net).__name__} does not list its layers as timm models do; leave it out."
         )
     layers = group_parameters(net, cast(VisionTransformer, net).group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
@@ -158,7 +157,7 @@ def lr_scales(net: nn.Module, decay: float) -> dict[str, float]:
 
 
 def checkpoint_gradients_(net: nn.Module) -> None:
-    """Makes the network compute its blocks again in the backward pass instead of keeping what is inside of them.
+    """Makes the network recompute its blocks in the backward pass instead of keeping their activations.
 
     Raises:
         InputError: the model cannot do that.
@@ -170,7 +169,7 @@ def checkpoint_gradients_(net: nn.Module) -> None:
             cast(VisionTransformer, net).set_grad_checkpointing(True)
     except (AttributeError, AssertionError, ValueError) as error:
         raise InputError(
-            f"train.grad_checkpointing: {type(net).__name__} cannot compute its blocks again ({first_line(error)}); "
+            f"train.grad_checkpointing: {type(net).__name__} cannot recompute its blocks ({first_line(error)}); "
             "set it to false."
         ) from error
 
@@ -183,7 +182,7 @@ def description(header: Mapping[str, str], place: str) -> tuple[str, dict]:
     """
     missing = [key for key in ("architecture", "model_args") if key not in header]
     if missing:
-        raise Damaged(f"{place}: the header has no {missing[0]!r}; it does not come from a run of this version.")
+        raise Damaged(f"{place}: the header has no {missing[0]!r}; it was not written by a run of this version.")
     return header["architecture"], json.loads(header["model_args"])
 
 

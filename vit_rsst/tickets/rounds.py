@@ -48,12 +48,12 @@ def last_ticket(folder: Path) -> Path:
     """
     found = of_rounds(folder, ".safetensors")
     if not found:
-        raise InputError(f"{folder}: there is no ticket in this run folder yet.")
+        raise InputError(f"{folder}: this run folder has no ticket yet.")
     return found[-1]
 
 
 def save_row(folder: Path, row: RoundRow, report: dict) -> None:
-    """Writes the row with its report beside the ticket, and rounds.csv anew from all rows."""
+    """Writes the row with its report beside the ticket, and rewrites rounds.csv from all rows."""
     files.write_json(ticket_path(folder, row.round).with_suffix(".json"), {"row": asdict(row), "pruning": report})
     files.write_csv(folder / "rounds.csv", [COLUMNS, *(astuple(r) for r in load_rows(folder))])
 
@@ -64,7 +64,7 @@ def load_rows(folder: Path) -> list[RoundRow]:
 
 
 def forget_from(folder: Path, round: int) -> None:
-    """Removes what a run left of `round` and later ones: it goes on from before they ended."""
+    """Removes tickets and reports of `round` and later ones, before which the run resumes."""
     for path in (folder / "tickets").glob("round_*"):
         if int(path.stem.removeprefix("round_")) >= round:
             path.unlink()

@@ -51,7 +51,7 @@ def read(folder: Path) -> Ticket:
     expected = config.pop("sha256", None)
     header = as_header(config)
     if ticket_file.digest(tensors, header) != expected:
-        raise Damaged(f"{folder}: the content is not what the hash in {CONFIG} says; copy or export it again.")
+        raise Damaged(f"{folder}: the content does not match the hash in {CONFIG}; copy or export it again.")
     mask = MaskSet({name: tensors[name] != 0 for name in config["prunable"]})
     return Ticket(tensors, mask, {key: value for key, value in header.items() if key not in ("format", "prunable")})
 

@@ -73,13 +73,13 @@ def load(path: Path) -> Ticket:
         Damaged: no such file, not a ticket, another schema, truncated, or not what its hash says.
     """
     if not path.is_file():
-        raise Damaged(f"{path}: there is no such ticket; check the path, or train the run that leaves it first.")
+        raise Damaged(f"{path}: no such ticket; check the path, or train its run first.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path}: not a readable safetensors file ({error}); copy or make the ticket again.") from error
+        raise Damaged(f"{path}: not a readable safetensors file ({error}); copy or train the ticket again.") from error
     if metadata.get("format") != FORMAT:
         raise Damaged(
             f"{path}: the format is {metadata.get('format', 'not given')!r}, not {FORMAT!r}; expected a ticket as "
@@ -87,7 +87,7 @@ def load(path: Path) -> Ticket:
         )
     expected = metadata.pop("sha256", None)
     if digest(tensors, metadata) != expected:
-        raise Damaged(f"{path}: the content is not what the hash in the header says; copy or make the ticket again.")
+        raise Damaged(f"{path}: the content does not match the hash in its header; copy or train the ticket again.")
     return _unpack(tensors, metadata)
 
 
@@ -121,7 +121,7 @@ def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], plac
         listed = "; ".join(
             f"{n}: model {expected.get(n, 'has none')}, file {found.get(n, 'has none')}" for n in wrong[:5]
         )
-        raise Damaged(f"{place}: it does not fit this model in {len(wrong)} tensors ({listed}).")
+        raise Damaged(f"{place}: does not fit this model in {len(wrong)} tensors ({listed}).")
 
 
 def _pack(state: Mapping[str, Tensor], mask: MaskSet) -> dict[str, Tensor]:

@@ -53,12 +53,12 @@ def open_trained(what: Path) -> Trained:
 
     Raises:
         InputError: a run folder without tickets.
-        Damaged: there is no such ticket, it cannot be read, or its header is not one of a run of this version.
+        Damaged: no such ticket, unreadable, or with a header of another version.
     """
     path, ticket = open_ticket(what)
     for name in ("data", "seed"):
         if name not in ticket.metadata:
-            raise Damaged(f"{path}: the header has no {name!r}; the ticket does not come from a run of this version.")
+            raise Damaged(f"{path}: the header has no {name!r}; the ticket was not written by a run of this version.")
     info = json.loads(ticket.metadata["data"])
     mean, std, classes = tuple(info.pop("mean")), tuple(info.pop("std")), info.pop("classes")
     info.pop("content", None)
