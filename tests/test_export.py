@@ -19,7 +19,7 @@ from torch import Tensor
 import vit_rsst.export
 from vit_rsst.data.transforms import normalize
 from vit_rsst.errors import Damaged, InputError, MissingRequirement, RunError
-from vit_rsst.export import exporting, push, transformers_folder
+from vit_rsst.export import exporting, onnx_file, push, transformers_folder
 from vit_rsst.export.exporting import TARGETS, export, relative_difference
 from vit_rsst.export.work import Work
 from vit_rsst.models import slim, zoo
@@ -618,7 +618,8 @@ def test_what_is_exported_or_pushed_does_not_say_where_data_and_weights_lay(tmp_
 
 
 @pytest.mark.parametrize(
-    ("offline", "token", "message"), [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "not logged in to the Hub")]
+    ("offline", "token", "message"),
+    [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "not logged in to the Hub")],
 )
 def test_push_without_network_or_token_says_what_to_do(offline, token, message, runs, api, monkeypatch, capsys):
     monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", offline)
@@ -638,3 +639,36 @@ def test_a_folder_that_is_no_export_is_not_sent(runs, tmp_path, api, capsys):
     for folder in (runs["units"], tmp_path):
         assert tiny.command("push", folder, "me/vit", "--dry-run") == 2
     assert capsys.readouterr().err.count("export the ticket first") == 2
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "hf:swin"])
+def test_attention_that_torch_cannot_lower_is_exported_in_plain_products(name, tmp_path):
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    if name == "hf:swin":
+        args = {"image_size": 32, "patch_size": 4, "embed_dim": 12, "depths": [1, 1], "num_heads": [2, 4]}
+        args["window_size"] = 4
+    net = zoo.create(*zoo.describe(name, args, 10)).eval()
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net(images)
+        torch.testing.assert_close(onnx_file.Logits(net, onnx_file.PlainAttention)(images), expected)
+
+
+def test_the_true_cause_of_a_failed_export_is_said_without_colours():
+    error = RuntimeError("step 2/3 failed")
+    error.__cause__ = ValueError("\x1b[96mCannot view\x1b[0m a tensor!\nmore")
+    assert onnx_file.root_cause(error) == "Cannot view a tensor"
+
+
+def test_a_full_disk_is_code_3_and_leaves_nothing(runs, tmp_path, monkeypatch, capsys):
+    from safetensors import SafetensorError
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    for place in ("tickets.slim_folder", "export.timm_folder"):
+        monkeypatch.setattr(f"vit_rsst.{place}.save_file", full)
+    for to in ("slim", "dense", "timm"):
+        assert tiny.command("export", runs["units"], "--to", to, tmp_path / "out") == 3
+        assert "No space left on device" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

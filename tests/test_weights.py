@@ -18,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+from vit_rsst.assembly.model import of_our_classes
 from vit_rsst.errors import Damaged, InputError, MissingRequirement
 from vit_rsst.models import weights, zoo
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.models.catalog import CATALOG
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.tickets.ticket_file import Ticket
 
 DEPTH = {"depth": 2}
 
@@ -80,6 +83,122 @@ def test_of_equal_classes_the_classifier_is_kept(folder, state):
     net = build("vit_small_patch16_224", str(folder), num_classes=1000, **DEPTH)
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
     assert (net.loaded.resampled, net.loaded.new, net.loaded.left_out) == ((), (), ())
+
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+def tiny_net() -> nn.Module:
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=3, **TINY)
+    nn.init.normal_(net.head.weight)
+    return net
+
+
+def classes_folder(kind: str, folder: Path) -> tuple[str, dict, torch.Tensor]:
+    """Weights that predict x, y and z: model name, arguments, rows of the classifier."""
+    if kind == "timm":
+        net = tiny_net()
+        folder.mkdir()
+        save_file(net.state_dict(), folder / "model.safetensors")
+        config = {"architecture": "vit_tiny_patch16_224", "label_names": ["x", "y", "z"], "model_args": TINY}
+        (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
+        return "vit_tiny_patch16_224", TINY, net.head.weight.detach()
+    from transformers import ViTConfig, ViTForImageClassification
+
+    shape = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    names = {"id2label": {0: "x", 1: "y", 2: "z"}, "num_labels": 3}
+    net = ViTForImageClassification(ViTConfig(**shape, intermediate_size=48, **names))
+    net.save_pretrained(folder, max_shard_size="50KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    return f"hf:{folder}", {}, net.classifier.weight.detach()
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers, in shards"])
+@pytest.mark.parametrize(
+    ("classes", "rows", "text"),
+    [
+        (("x", "y", "z"), [0, 1, 2], "classifier kept: same classes"),
+        (("z", "x", "y"), [2, 0, 1], "its rows reordered by class name"),
+        (("a", "b", "c"), None, "new classifier: the file's classes are x, y, z"),
+        ((), [0, 1, 2], ""),
+    ],
+)
+def test_a_classifier_is_fitted_to_the_classes_by_name(kind, classes, rows, text, tmp_path):
+    name, args, weight = classes_folder(kind, tmp_path / "folder")
+    architecture, args = zoo.describe(name, args, 3)
+    net = zoo.create(architecture, args, str(tmp_path / "folder"), classes=classes)
+    head = net.head if kind == "timm" else net.classifier
+    assert text in net.loaded.text()
+    if rows is None:
+        assert not torch.isin(head.weight, weight).any()
+        assert len(net.loaded.new) == 2
+    else:
+        assert torch.equal(head.weight, weight[rows])
+
+
+def test_a_ticket_to_start_from_is_fitted_to_the_classes_by_name():
+    net = tiny_net()
+    net.pretrained_cfg = {"classifier": "head"}
+    mask = MaskSet({"head.weight": net.head.weight.detach() > 0})
+    ticket = Ticket(net.state_dict(), mask, {"data": json.dumps({"classes": ["x", "y", "z"]})})
+    place = Path("run of mine")
+    assert of_our_classes(place, ticket, net, ("x", "y", "z")) is ticket
+    assert of_our_classes(place, ticket, net, ()) is ticket
+    found = of_our_classes(place, ticket, net, ("z", "x", "y"))
+    assert torch.equal(found.state["head.weight"], net.head.weight[[2, 0, 1]])
+    assert torch.equal(found.state["head.bias"], net.head.bias[[2, 0, 1]])
+    assert torch.equal(found.mask["head.weight"], mask["head.weight"][[2, 0, 1]])
+    assert torch.equal(found.state["norm.weight"], net.norm.weight)
+    with pytest.raises(InputError, match=r"model\.start_from.*x, y, z.*a, b, c.*export 'run of mine' --to timm"):
+        of_our_classes(place, ticket, net, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_prefixes_of_trainers_are_taken_off(prefix, tmp_path):
+    net = tiny_net()
+    save_file({prefix + name: tensor for name, tensor in net.state_dict().items()}, tmp_path / "w.safetensors")
+    found = zoo.create("vit_tiny_patch16_224", TINY | {"num_classes": 3}, str(tmp_path / "w.safetensors"))
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in found.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3}, lambda s: {"state_dict": s}])
+def test_the_conversion_that_a_refusal_prints_works(wrap, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(wrap(tiny_net().state_dict()), "it's.pth")
+    args = TINY | {"num_classes": 3}
+    with pytest.raises(Damaged, match="is a pickle") as caught:
+        zoo.create("vit_tiny_patch16_224", args, "it's.pth")
+    code = str(caught.value).partition("trust it: ")[2].partition(", and name ")[0]
+    exec(code, {})
+    assert zoo.create("vit_tiny_patch16_224", args, "it's.safetensors").loaded.num_tensors == 32
+
+
+@pytest.mark.parametrize("fault", ["missing", "not an index"])
+def test_shards_that_are_not_all_there_are_refused(fault, tmp_path):
+    name, _, _ = classes_folder("transformers, in shards", tmp_path / "folder")
+    if fault == "missing":
+        next((tmp_path / "folder").glob("model-*.safetensors")).unlink()
+    else:
+        (tmp_path / "folder" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(Damaged, match=r"model\.pretrained: .*(shard .* is missing|not a readable index)"):
+        zoo.create(*zoo.describe(name, {}, 3), pretrained=True)
+
+
+@pytest.mark.parametrize("kind", ["DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"])
+def test_a_type_with_several_classifiers_keeps_the_one_that_its_folder_names(kind, tmp_path):
+    import transformers
+
+    shape = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    theirs = getattr(transformers, kind)(transformers.DeiTConfig(**shape, intermediate_size=48, num_labels=10))
+    theirs.save_pretrained(tmp_path / "deit")
+    net = build(f"hf:{tmp_path / 'deit'}", True)
+    assert type(net).__name__ == kind
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in net.state_dict().items())
+    classifiers = {name for name in prunable_weights(net) if "classifier" in name}
+    assert not classifiers
+    other = build(f"hf:{tmp_path / 'deit'}", True, num_classes=4)
+    assert {name.split(".")[0] for name in other.loaded.new} == set(net.pretrained_cfg["classifier"])
 
 
 def test_a_model_with_its_own_decisions_starts_from_a_plain_one_and_says_what_is_random(tmp_path):
@@ -161,10 +280,10 @@ def broken(tmp_path: Path, folder: Path) -> dict[str, tuple[Path, type[Exception
         "no safetensors": (tmp_path / "text.safetensors", Damaged, unreadable),
         "empty": (tmp_path / "empty.safetensors", Damaged, unreadable),
         "no tensors": (tmp_path / "hollow.safetensors", Damaged, "holds no tensors"),
-        "not a number": (tmp_path / "nan.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight of .* is not finite"),
-        "infinite": (tmp_path / "inf.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight of .* is not finite"),
+        "not a number": (tmp_path / "nan.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight in .* is not finite"),
+        "infinite": (tmp_path / "inf.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight in .* is not finite"),
         "whole numbers": (tmp_path / "int8.safetensors", Damaged, r"of torch\.int8, not torch\.float32"),
-        "several files": (tmp_path / "two", MissingRequirement, r"\(a\.safetensors, b\.safetensors beside it\)"),
+        "several files": (tmp_path / "two", MissingRequirement, r"\(found a\.safetensors, b\.safetensors\)"),
         "foreign": (tmp_path / "foreign.safetensors", Damaged, "does not fit this vit_small_patch16_224 in"),
         "missing": (tmp_path / "missing.safetensors", MissingRequirement, "does not exist"),
         "empty folder": (tmp_path / "nothing", MissingRequirement, "does not exist"),
@@ -204,7 +323,7 @@ def test_a_folder_of_transformers_with_a_number_that_is_none_is_refused(tmp_path
     net = ViTForImageClassification(config)
     net.vit.layernorm.weight.data[3] = math.nan
     net.save_pretrained(tmp_path)
-    with pytest.raises(Damaged, match=r"vit\.layernorm\.weight of .* is not finite"):
+    with pytest.raises(Damaged, match=r"vit\.layernorm\.weight in .* is not finite"):
         build(f"hf:{tmp_path}", True)
 
 

@@ -140,12 +140,14 @@ def _checked_loads(kind: type[nn.Module], architecture: str, file: Path, is_publ
         weights.refuse_infinite({name: state[name] for name in own if name in state}, file)
         found.append((state, new, left_out))
         has_memory = next(self.parameters()).device.type != "meta"
-        return super(kind, self).load_state_dict(state if has_memory else {}, strict=False)
+        return original(self, state if has_memory else {}, strict=False)
 
-    if "load_state_dict" in vars(kind):
-        raise InputError(f"model.pretrained: {kind.__name__} loads weights in its own way; set model.pretrained=false.")
+    original, is_own = kind.load_state_dict, "load_state_dict" in vars(kind)
     kind.load_state_dict = load_state_dict
     try:
         yield found
     finally:
-        del kind.load_state_dict
+        if is_own:
+            kind.load_state_dict = original
+        else:
+            del kind.load_state_dict

@@ -103,7 +103,7 @@ class Classes:
         if not self.ours:
             return "" if not self.theirs else f"classifier of the classes {shortened(self.theirs)}"
         if not self.theirs:
-            return "classifier kept as it is, though the file does not name its classes"
+            return "classifier kept unchecked: the file does not name its classes"
         if self.rows is None:
             return f"new classifier: the file's classes are {shortened(self.theirs)}"
         in_order = self.theirs == self.ours
