@@ -1,6 +1,6 @@
-# Sourced by launch_experiment.sh: what the positionals and options of the RSST program and its relatives are called here.
+# Sourced by launch_experiment.sh: what the positionals and options of the RSST program and its relatives become here.
 #   translate   from `given` (labels of positionals, names of options) to a `recipe`, the overrides `made`, what was `told`
-#               of each, and `warnings` where the old meaning was broken; an option that is still in `unused` means nothing
+#               of each, and `warnings` where the old meaning was broken; an option left in `unused` has no effect
 made=() told=() warnings=()
 
 has() { [[ -n ${given[$1]-} ]]; }
@@ -62,14 +62,14 @@ translate_weights() {
     local weights=${given[PRETRAINED]} asked=PRETRAINED
     [[ $weights == true ]] || asked=vit_pretrained_21k
     if [[ $model == vit_tiny && ${given[$asked]-} == true ]]; then
-        warn "THERE ARE NO PRETRAINED WEIGHTS OF vit_tiny: $asked true became false, and it starts from random weights."
+        warn "THERE ARE NO PRETRAINED WEIGHTS FOR vit_tiny: $asked true became false; training starts from random weights."
         weights=false
         ! has vit_pretrained_21k || given[vit_pretrained_21k]=false
     fi
     became PRETRAINED "model.pretrained=$weights"
     renamed vit_pretrained_21k model.pretrained true=augreg_in21k false="$weights"
     [[ ${made[-1]} == model.pretrained=false ]] ||
-        warn "the old program began with random weights even so; here the published ones are loaded."
+        warn "the old program still started from random weights; here the published weights are loaded."
     given[PRETRAINED]=${made[-1]#*=} # for the name
     translate_rate
 }
@@ -79,7 +79,7 @@ translate_rate() { # the recipe's is that of the weights that the recipe begins 
     [[ ${given[PRETRAINED]} == false && " ${overrides[*]} " != *" model."@(pretrained|start_from)=* ]] || asked=trained
     ! grep -q 'pretrained: true' "$recipe" || at_hand=trained
     [[ $model-$asked != vit_large_imagenet-random ]] ||
-        fail "PRETRAINED: false, but vit_large_imagenet needs weights to begin with; say true, or give your own: model.pretrained=FOLDER or model.start_from=RUN."
+        fail "PRETRAINED: vit_large_imagenet needs weights to start from; use true, or your own: model.pretrained=FOLDER or model.start_from=RUN."
     ! has lr && [[ $model != resnet20 ]] || return 0
     case $asked-$at_hand in
         trained-random) became "(to fine-tune)" optim.lr=1e-4 optim.layer_decay=0.75 ;;
@@ -101,17 +101,17 @@ translate_penalty() {
     fi
     if has reg_upper_limit; then
         strength=reg_upper_limit
-        warn "reg_upper_limit says how far the penalty grows: REG ${given[REG]}, its increment, is ignored."
+        warn "reg_upper_limit sets how far the penalty grows: REG ${given[REG]}, its increment, is ignored."
     elif [[ $ramp == exp_custom* ]]; then
-        warn "the old λ never rose above 0.003, whatever REG; here it acts."
+        warn "the old λ never exceeded 0.003, whatever REG was; here it takes effect."
     else
-        warn "REG was what each update added to the ramp's argument; here it is the strength that the ramp ends with."
+        warn "REG was added to the ramp's argument at each update; here it is the strength at the end of the ramp."
     fi
     number "$strength" 'x > 0 && x <= 1000' 'above 0, at most 1000'
     same "$strength" "$place.strength"
     warn "the condemned have $(calculated "0.001 ^ ${given[$strength]}") of their size left when the penalty ends, whatever the learning rate."
     [[ $algorithm != rsst ]] ||
-        warn "the old RSST trained dense and ranked rewound weights; here the removed are zero, and trained ones are ranked."
+        warn "the old RSST trained dense and ranked rewound weights; here removed weights are zero and trained weights are ranked."
     renamed block_loss_grad "$place.condemned_gradient" true=false false=true
     ! has stabilize_reg_interval || translate_hold
 }
@@ -132,7 +132,7 @@ translate_units() {
     used vit_structured
     if [[ $algorithm == refill ]]; then
         same FILLBACK pruning.method.refill_ratio
-        warn "refill puts whole units back; the old one, of single weights, did what imp does, and lost its rewind point."
+        warn "refill puts whole units back; the old one worked on single weights, like imp, and lost its rewind point."
         : "${given[vit_prune_target]:=both}"
     elif [[ ${given[vit_structured]-${given[vit_prune_target]+true}} == true ]]; then
         : "${given[vit_prune_target]:=head}"
@@ -140,13 +140,13 @@ translate_units() {
         return 0
     fi
     if [[ $model == resnet20 ]]; then
-        [[ ! -v unused[vit_prune_target] ]] || fail "--vit_prune_target: resnet20 has no heads and no MLPs, its units are channels; leave it out."
+        [[ ! -v unused[vit_prune_target] ]] || fail "--vit_prune_target: resnet20 has channels, no heads or MLPs; omit it."
         became "(of resnet20)" pruning.granularity=channel
     else
         renamed vit_prune_target pruning.granularity head=head mlp=neuron both=head+neuron
     fi
     granularity=${made[-1]#*=}
-    warn "a round removes RATE of the remaining units, and every attention keeps a head; the old masks grew no sparser."
+    warn "each round removes RATE of the remaining units, and every attention keeps a head; the old masks never became sparser."
 }
 
 lasting() { # DENSITY RATE: how many rounds, 20 at most, until less than the density is left
@@ -183,11 +183,11 @@ translate_schedule() {
         used pruning_times
         warn "each of the $rounds removals is followed by training; the old program never trained its last one."
     elif ((rounds < 20)); then
-        warn "ONLY $rounds ROUNDS INSTEAD OF 20: more would ask for the last head of an attention or the last neurons of an MLP."
+        warn "ONLY $rounds ROUNDS INSTEAD OF 20: more would remove the last head of an attention or the last neurons of an MLP."
     fi
     became RATE "pruning.schedule={rounds: $rounds, rate: $rate}"
     case $algorithm in
-        dense | gmp) warn "$algorithm trains as many epochs as the others in all, EPOCHS × (rounds + 1), in one round." ;;
+        dense | gmp) warn "$algorithm trains the same total number of epochs as the other methods, EPOCHS × (rounds + 1), in one round." ;;
         constant) warn "constant keeps the zeros of model.start_from and trains EPOCHS: RATE $rate is ignored." ;;
     esac
     [[ $algorithm != dense ]] || warn "dense removes nothing: RATE $rate is ignored."
@@ -198,7 +198,7 @@ translate_pruning() {
     local -A ends=()
     renamed criteria pruning.criterion remain=survivors magnitude=magnitude l1=activation_l1 l2=activation_l2 saliency=saliency
     [[ ! ${given[criteria]-} =~ ^(l1|l2|saliency)$ ]] ||
-        warn "${given[criteria]} is read from trained weights and 2,048 images; it was from rewound ones and one batch."
+        warn "${given[criteria]} uses trained weights and 2,048 images; it used rewound weights and one batch."
     renamed pick_pruned pruning.criterion min=magnitude rand=random iter_rand=random
     renamed sorting_mode pruning.scope layer-wise=layer global=global isomorphic=isomorphic
     ! has rewind_epoch || : "${given[prune_type]:=rewind_lt}"
@@ -214,9 +214,9 @@ translate_pruning() {
 translate_momentum() { # the old optimizer was SGD
     if has momentum; then
         became momentum "optim.momentum=${given[momentum]}" optim.name=sgd
-        has lr || [[ $model == resnet20 ]] || warn "the learning rate is the recipe's for AdamW; SGD needs a larger one: --lr."
+        has lr || [[ $model == resnet20 ]] || warn "the recipe's learning rate is for AdamW; SGD needs a larger one: set --lr."
     elif { has lr || has weight_decay; } && [[ $model != resnet20 ]]; then
-        warn "lr and weight_decay were those of SGD, and here AdamW trains; --momentum 0.9 takes SGD."
+        warn "lr and weight_decay were for SGD, but AdamW is used here; --momentum 0.9 selects SGD."
     fi
 }
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Starts an experiment by the positionals and option names of the RSST program and its relatives, and prints what they are
-# called here: a recipe and its overrides. The old names are known to this script alone.
+# Starts an experiment from the positionals and option names of the RSST program and its relatives, and prints the recipe
+# and overrides they become. Only this script knows the old names.
 #   scripts/launch_experiment.sh cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
-    echo "error: this is bash $BASH_VERSION, and 4.4 or newer is needed. Nothing was started." >&2
+    echo "error: bash 4.4 or newer is required; this is $BASH_VERSION. Nothing was started." >&2
     exit 3
 }
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,29 +23,29 @@ usage: launch_experiment.sh DATASET MODEL EPOCHS REG EXP PRETRAINED RATE AUTO AL
   DATASET     cifar10 | cifar100 | imagenet
   MODEL       CIFAR: vit_tiny | vit_small | vit_base | resnet20 (old: res20s)
               ImageNet: vit_small_imagenet | vit_base_imagenet | vit_large_imagenet
-  EPOCHS      of each round: 1 to 99999
-  REG         strength of the penalty: above 0, at most 1000; 1 shrinks the condemned to a thousandth
-  EXP         exponent of its ramp: above 0, at most 100
+  EPOCHS      epochs per round, 1 to 99999
+  REG         penalty strength, above 0 and at most 1000; 1 shrinks the condemned to a thousandth
+  EXP         exponent of the penalty's ramp, above 0 and at most 100
   PRETRAINED  true | false
-  RATE        share of the remaining weights that each of the 20 rounds removes: above 0, below 1
-  AUTO        y: starts | n: prints the plan and asks
+  RATE        share of the remaining weights that each of the 20 rounds removes, above 0 and below 1
+  AUTO        y: start at once | n: print the plan and ask
   ALGORITHM   rsst | refill | dense | imp | rst | gmp | constant
-  FILLBACK    refill: share of the otherwise removed units that is put back: 0 or more, below 1
+  FILLBACK    refill: share of the removed units to put back, 0 or more and below 1
 
-  --yes       starts without a question, whatever AUTO says
-  --dry-run   prints the plan and stops; nothing is created
-  --restart, --allow-world-size-change, --allow-data-change: as of vit-rsst train
+  --yes       start without asking, whatever AUTO is
+  --dry-run   print the plan and stop; nothing is created
+  --restart, --allow-world-size-change, --allow-data-change: see vit-rsst train --help
   --OLD-NAME  $old_names; the positionals are also dataset, arch, epochs, reg_granularity_prune,
               exponents, vit_pretrained, rate or px, struct, fillback_rate
-  KEY=VALUE   any field of recipes/reference.yaml; rules over all the others
+  KEY=VALUE   any field of recipes/reference.yaml; takes precedence over everything else
 
-The run is named after the words, --seed and --criteria; where it differs from another in anything else, --exp_name names it.
-A few images in place of ImageNet, to try it out:
+The run is named after the positionals, --seed and --criteria; runs that differ in anything else need an --exp_name.
+To try it out with a few images instead of ImageNet:
   launch_experiment.sh imagenet vit_small_imagenet 1 1.0 4 false 0.2 n rsst data.path=FOLDER data.val_fraction=0.2 \\
       train.global_batch=8 train.batch_per_device=null pruning.schedule.rounds=1
 
-PYTHON is the interpreter (default: .venv of this checkout, else python3), PROCESSES the number of training processes
-(default: one for each GPU).
+PYTHON is the interpreter (default: .venv of this checkout, otherwise python3), PROCESSES the number of training processes
+(default: one per GPU).
 USAGE
 }
 
@@ -91,14 +91,14 @@ parse() {
                 [[ -n $name && $known == *" $name "* ]] ||
                     fail "$1: unknown option; expected one of:$(printf ' --%s' yes dry-run restart allow-world-size-change allow-data-change $known)."
                 [[ ! " $flags " == *" $name "* || ${2-} == true || ${2-} == false ]] || set -- "$1" true "${@:2}"
-                [[ $# -gt 1 && -n $2 && $2 != --* ]] || fail "$1: its value is missing."
+                [[ $# -gt 1 && -n $2 && $2 != --* ]] || fail "$1: missing value."
                 given[${labels[$name]-$name}]=$2
                 [[ -v labels[$name] ]] || unused[$name]=1
                 shift ;;
-            -[!0-9.]*) fail "$1: unknown option; options have two dashes." ;;
+            -[!0-9.]*) fail "$1: unknown option; options start with two dashes." ;;
             [A-Za-z]*=*) overrides+=("$1") ;;
             *)
-                ((words < 10)) || fail "'$1' is one word too many."
+                ((words < 10)) || fail "'$1': too many arguments."
                 given[${positionals[words++]}]=$1 ;;
         esac
         shift
@@ -121,8 +121,8 @@ check() { # in the order of the words, so that the first that is wrong is named 
     [[ -v given[FILLBACK] ]] || given[FILLBACK]=0
     number FILLBACK 'x >= 0 && x < 1' 'of at least 0 and below 1'
     [[ ${given[ALGORITHM]} == refill || ! ${given[FILLBACK]} =~ [1-9] ]] ||
-        fail "FILLBACK: '${given[FILLBACK]}', but ${given[ALGORITHM]} puts nothing back; leave it out."
-    [[ ${PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES: '$PROCESSES' is not a number of processes."
+        fail "FILLBACK: '${given[FILLBACK]}' has no effect with ${given[ALGORITHM]}, which puts nothing back; omit it."
+    [[ ${PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES: '$PROCESSES' is not a positive whole number."
 }
 
 # -- from the recipe to a run
@@ -133,7 +133,7 @@ announce() {
         [[ $word =~ ^[A-Za-z0-9_./,:=@%+-]+$ ]] || word=${word@Q}
         line+=" $word"
     done
-    printf '%s\n' "${told[@]}" "${overrides[@]}" "${warnings[@]/#/warning: }" "" "the same without this script:" "${line# }" ""
+    printf '%s\n' "${told[@]}" "${overrides[@]}" "${warnings[@]/#/warning: }" "" "without this script:" "${line# }" ""
 }
 
 start() {
@@ -170,7 +170,7 @@ start() {
 parse "$@"
 check
 translate
-((${#unused[@]} == 0)) || fail "--${!unused[*]}: means nothing beside the others."
+((${#unused[@]} == 0)) || fail "--${!unused[*]}: has no effect with the other arguments; omit it."
 made+=("${overrides[@]}")
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
@@ -179,7 +179,7 @@ environment=(env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
 # Where this checkout is installed the command is shorter.
 [[ ! $(cd / && "$python" -c 'import vit_rsst; print(*vit_rsst.__path__)' 2>/dev/null) -ef $root/vit_rsst ]] || environment=()
 "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "timm", "accelerate", "pydantic"))))' ||
-    { echo "error: $python lacks what vit_rsst needs; run scripts/quickstart, or set PYTHON. Nothing was started." >&2; exit 3; }
+    { echo "error: $python does not have vit_rsst's dependencies; run scripts/quickstart, or set PYTHON. Nothing was started." >&2; exit 3; }
 # A wrong recipe ends here, with all its mistakes.
 run_folder=$("${environment[@]}" "$python" - "$recipe" "${made[@]}" <<'PYTHON'
 import sys
@@ -201,8 +201,8 @@ announce
 [[ $plan_only == no && ${given[AUTO]} == y ]] || "${plan[@]}" </dev/null
 [[ $plan_only == no ]] || exit 0
 if [[ ${given[AUTO]} == n && $ask == yes ]]; then
-    printf '\nStart it? [y/N] '
-    read -r answer || true # the last line may lack its end
+    printf '\nStart? [y/N] '
+    read -r answer || true # the last line may have no newline
     [[ $answer == [yY]* ]] || { echo "nothing was started"; exit 0; }
 fi
 start
