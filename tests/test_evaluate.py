@@ -56,7 +56,7 @@ def test_an_export_has_the_scores_of_its_ticket(run, tmp_path, target):
 def test_a_split_that_the_model_does_not_know_is_warned_of(run, tmp_path, capsys):
     for target, split, warned in (("timm", "val", True), ("timm", "test", False), ("dense", "val", False)):
         evaluated(tmp_path / "s.json", run.parent.parent / target, "--source", "digits", "--split", split)
-        assert ("does not say how its data were divided" in capsys.readouterr().err) == warned
+        assert ("does not record how its dataset was split" in capsys.readouterr().err) == warned
 
 
 def test_any_ticket_and_any_split_can_be_scored(run, tmp_path):
@@ -87,7 +87,7 @@ def test_the_csv_has_a_row_for_each_class_and_the_means(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (("timm",), 2, "name the data with --source and --data"),
+        (("timm",), 2, "name the dataset with --source and --data"),
         (("timm", "--source", "digts"), 2, "Did you mean 'digits'?"),
         (("vit_tiny", "--source", "digits"), 2, "is trained by a recipe first"),
         (("slim", "--batch", "0"), 2, "--batch: expected a whole number, 1 or more"),
@@ -120,7 +120,7 @@ def test_a_model_whose_weights_diverged_is_refused(run, tmp_path, capsys):
     bad = {name: torch.full_like(t, float("nan")) if name == "head.bias" else t for name, t in ticket.state.items()}
     ticket_file.save(tmp_path / "bad.safetensors", bad, ticket.mask, ticket.metadata)
     assert tiny.command("evaluate", tmp_path / "bad.safetensors") == 5
-    assert "logits that are not finite" in capsys.readouterr().err
+    assert "logits are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""The sources that a recipe can name, with the facts that do not need the data. No torch, no datasets here."""
+"""The data sources that a recipe can name, with what is known without reading them. No torch, no datasets here."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,19 @@ class SourceInfo:
     """Facts about a source.
 
     Attributes:
-        about: one line for a person.
+        about: one line for `vit-rsst methods`.
         hub_id: id on the Hub; None for the embedded digits and for local folders.
-        image_size: side in px at which images are kept unless the recipe says otherwise.
+        image_size: default side in px.
         mean, std: of the channels, in 0 … 1.
         test_split: name of the split that scores tickets.
-        test_fraction: share of train that becomes the test split where there is none.
-        val_fraction: share of train that is held out for validation unless the recipe says otherwise.
-        crop: how training images are cut unless the recipe says otherwise.
-        rows: published rows of train and test, for plans made without the data.
+        test_fraction: share of train used as the test split if there is none.
+        val_fraction: default share of train held out for validation.
+        crop: default crop of training images.
+        rows: published sizes of train and test, for plans made without the data.
         num_classes: likewise.
-        hflip: whether a mirrored image still shows its class.
-        crop_pct: share of the shorter side that validation and test see, the middle; timm's word for it.
-        interpolation: how images are resized.
+        hflip: whether flipping an image preserves its class.
+        crop_pct: center crop for validation and test, as a share of the shorter side (timm's term).
+        interpolation: default resampling filter.
     """
 
     about: str
@@ -79,11 +79,9 @@ CATALOG: dict[str, SourceInfo] = {
         rows=(1_281_167, 50_000),
         num_classes=1000,
     ),
-    "folder": SourceInfo(
-        "any local folder of parquet files, or of one folder a class, named by data.path", image_size=224
-    ),
+    "folder": SourceInfo("any local folder of parquet files or class folders, named by data.path", image_size=224),
 }
 """Means and standard deviations: of the training images of each set; ImageNet's for folders."""
 
 LABEL_COLUMNS = {"cifar100": "fine_label"}
-"""Which label is meant where a source has several."""
+"""The default label column of sources that have several."""

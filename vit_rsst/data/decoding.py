@@ -78,17 +78,17 @@ def suffixes() -> frozenset[str]:
 
 
 class Corrupt(InputError):
-    """An image that cannot be decoded; says where it lies and why."""
+    """An image that cannot be decoded; the message says which and why."""
 
 
 class Sample(NamedTuple):
     """One undecoded image.
 
     Attributes:
-        place: its id: `file:row` in a stream, split and row in a table.
-        image: encoded, or its row in the table that the decoder holds.
+        place: its id: path of the image, or file and row.
+        image: encoded, or its row in the decoder's table.
         label: number of its class.
-        seed: of its random crop and augmentation; 0 where there is none.
+        seed: of its random crop and augmentation; 0 if there is none.
     """
 
     place: str
@@ -103,8 +103,8 @@ class Decoded(NamedTuple):
     Attributes:
         images: uint8, (kept, 3, size, size).
         labels: int64, (kept,).
-        kept: positions in the batch of those that could be decoded.
-        problems: a sentence for each of the others.
+        kept: positions in the batch of the decoded images.
+        problems: a sentence for each other image.
     """
 
     images: torch.Tensor
@@ -115,11 +115,11 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """A random part of the image, resized to the square that the model takes (Inception's crop, as timm has it).
+    """A random resized crop (Inception style, as in timm).
 
     Attributes:
-        scale: smallest and largest share of the area.
-        ratio: smallest and largest width divided by height.
+        scale: range of the area, as a share of the image.
+        ratio: range of width divided by height.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -128,19 +128,19 @@ class Window:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decodes batches of samples; a `Dataset` to torch's DataLoader, whose workers hold a copy of it.
+    """Decodes batches of samples; serves torch's DataLoader as a `Dataset`, copied to each worker.
 
     Attributes:
         size: side of the square in px.
-        images: the table that samples name rows of.
-        max_pixels: an image of more is corrupt.
+        images: the table that samples index.
+        max_pixels: larger images are corrupt.
         interpolation: `bicubic` or `bilinear`.
-        crop_pct: share of the shorter side that the middle has.
-        crop_mode: `center`, or `squash`: a square is made of the whole image before its middle is cut.
-        window: a random part of each image; None: its middle.
+        crop_pct: center crop as a share of the shorter side.
+        crop_mode: `center`, or `squash`: squeeze the whole image into a square first.
+        window: random resized crop; None: center crop.
         auto_augment: timm's configuration of RandAugment, AutoAugment or AugMix, such as `rand-m9-mstd0.5-inc1`.
         color_jitter: strength of brightness, contrast and saturation.
-        mean: of the channels, 0 … 1: fills what a rotation leaves empty.
+        mean: of the channels, 0 … 1: fills the corners after a rotation.
     """
 
     size: int
@@ -168,7 +168,7 @@ class Decoder:
         return Decoded(images, torch.tensor(labels, dtype=torch.int64), torch.tensor(kept, dtype=torch.int64), problems)
 
     def fetched(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """The samples with their images instead of row numbers; together, since a table is slow to ask one by one."""
+        """The samples with images in place of row numbers, fetched in one call: row by row is slow."""
         if self.images is None:
             return samples
         images = self.images[[sample.image for sample in samples]]
@@ -195,7 +195,7 @@ class Decoder:
 
     @property
     def is_random(self) -> bool:
-        """Whether two looks at an image differ, so that decoded images cannot be kept."""
+        """Whether decoding is random, so that decoded images cannot be kept."""
         return self.window is not None or self.auto_augment is not None or bool(self.color_jitter)
 
     @cached_property
@@ -258,10 +258,10 @@ def decode(
 
     Args:
         place: names the image in an error.
-        max_pixels: an image of more is corrupt; checked before decoding.
-        window: a random part, drawn from torch's generator; None: the shorter side is resized and the middle kept.
+        max_pixels: larger images are corrupt; checked before decoding.
+        window: random resized crop, drawn from torch's generator; None: resize and center crop.
         interpolation: `bicubic` or `bilinear`.
-        crop_pct: share of the shorter side that the middle has.
+        crop_pct: center crop as a share of the shorter side.
         crop_mode: `center` or `squash`.
 
     Raises:
@@ -328,12 +328,12 @@ def _pixels(picture: Image.Image) -> np.ndarray:
 
 
 def resized_side(size: int, crop_pct: float) -> int:
-    """px of the shorter side of which `size` are kept; timm rounds it down too, and 247.9999999 is 248."""
+    """px of the shorter side before the center crop; rounded down as in timm, with 247.9999999 taken as 248."""
     return math.floor(round(size / crop_pct, 6))
 
 
 def _middle(opened: Image.Image, size: int, interpolation: str, crop_pct: float, crop_mode: str) -> np.ndarray:
-    """The shorter side, or both, resized to `size / crop_pct`, the middle kept; rounded as torchvision does."""
+    """Shorter side (or both) resized to `size / crop_pct`, then center crop; rounded as in torchvision."""
     picture = _upright(opened, _rgb(opened))
     shorter = resized_side(size, crop_pct)
     if picture.size == (size, size) == (shorter, shorter):

@@ -1,4 +1,4 @@
-"""The images of a run: three splits, and how they are decoded into memory."""
+"""The images of a run in three splits, decoded into memory on demand."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +23,13 @@ PART = 64
 
 @dataclass(frozen=True)
 class ImageData:
-    """A source, opened and split but not yet decoded; `train`, `val` and `test` decode when first asked for.
+    """A source, opened and split but not decoded; `train`, `val` and `test` are decoded on first use.
 
     Attributes:
         rows: split name → rows of a table, or a stream.
         classes: names of the classes, by label.
-        identity: what tells this data from any other, for the record of the run.
-        told: a line for each split, and for what was not read and why.
+        identity: identifies the dataset; recorded with the run.
+        told: a line per split, and what was not read and why.
     """
 
     options: DataOptions
@@ -39,11 +39,11 @@ class ImageData:
     told: tuple[str, ...] = ()
 
     def count(self, split: str) -> int | None:
-        """Its images; None for a stream of unknown length."""
+        """Number of images; None for a stream of unknown length."""
         return self.rows[split].count
 
     def decoder(self, split: str) -> Decoder:
-        """Decodes the samples of a split, the middle of each image."""
+        """Decodes the samples of a split, center-cropped."""
         rows = self.rows[split]
         images = rows.table.images if isinstance(rows, Rows) else None
         options = self.options
@@ -55,8 +55,8 @@ class ImageData:
         """A split decoded into memory, or as it is read.
 
         Args:
-            in_memory: None: where it takes at most a `share` of the free memory. A stream never is, nor what may have
-                corrupt images, which are found and counted while they are read.
+            in_memory: None: if it takes at most a `share` of free memory. Never for a stream, nor where corrupt images
+                are tolerated, which are counted as they are read.
         """
         rows = self.rows[split]
         if isinstance(rows, Stream) or self.options.max_corrupt:

@@ -132,6 +132,8 @@ def locate_scored(options: DataOptions, split: str) -> Found | None:
         InputError: no such folder, no such split.
     """
     tree = read_tree(check_folder(str(options.path)), cache_folder())
+    if options.splits and _fits(tree, options.splits):
+        return None
     layout = find_layout(tree, is_scored=True)
     parts = layout.parts
     if "train" in parts and parts["train"].paths != ("",):
@@ -144,6 +146,15 @@ def locate_scored(options: DataOptions, split: str) -> Found | None:
     notes = list(layout.notes)
     opened = _open_part(tree, split, part, replace(options, streaming=False), None, notes)
     return Found({split: opened}, {split: part.where}, notes, is_whole="train" in parts)
+
+
+def _fits(tree: Tree, splits: dict[str, str]) -> bool:
+    """Whether the folder is laid out as `data.splits` says."""
+    try:
+        find_layout(tree, splits)
+    except InputError:
+        return False
+    return True
 
 
 def check_folder(path: str) -> Path:

@@ -8,12 +8,12 @@ from annotated_types import Gt
 from vit_rsst.data.catalog import CATALOG, SourceInfo
 
 MAX_PIXELS = 89_478_485
-"""Above this Pillow suspects a decompression bomb: a small file that becomes gigabytes."""
+"""Above this Pillow suspects a decompression bomb, a small file that decodes to gigabytes."""
 
 
 @dataclass(frozen=True)
 class Imbalance:
-    """A training split with fewer images of some classes; the other splits stay as they are.
+    """A training split with fewer images of some classes; the other splits are unchanged.
 
     Attributes:
         kind: `long_tail`: fewer from class to class; `step`: the second half of the classes are minorities.
@@ -26,7 +26,7 @@ class Imbalance:
     ratio: Annotated[float, Gt(1)] = 50.0
 
     def counts(self, largest: int, num_classes: int) -> list[int]:
-        """How many images each class keeps, by its number.
+        """Images that each class keeps, by label.
 
         `long_tail`: largest · ratio^(−c / (C − 1)), Cui et al. 2019; `step`: the second half of the classes has
         largest / ratio, Buda et al. 2018. At least one each.
@@ -40,7 +40,7 @@ class Imbalance:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The fields of a recipe's `data` section that decide which images there are; tickets carry them."""
+    """The fields of a recipe's `data` section that select and prepare images; stored in tickets."""
 
     source: str
     path: str | None = None
@@ -72,7 +72,7 @@ class DataOptions:
 
     @property
     def crop_share(self) -> float:
-        """Share of the shorter side that the middle of an image has."""
+        """Center crop as a share of the shorter side."""
         return self.crop_pct or self.info.crop_pct
 
     @property
@@ -82,15 +82,15 @@ class DataOptions:
 
     @property
     def val_share(self) -> float:
-        """Share of train that is held out for validation."""
+        """Share of train held out for validation."""
         return self.info.val_fraction if self.val_fraction is None else self.val_fraction
 
     @property
     def test_share(self) -> float | None:
-        """Share of train that is held out for the test; None: the source has a test split."""
+        """Share of train held out for testing; None: the source has a test split."""
         return self.test_fraction or self.info.test_fraction
 
     @property
     def where(self) -> str:
-        """What a message calls the data."""
+        """How messages refer to the dataset."""
         return self.path or self.source

@@ -1,4 +1,4 @@
-"""Splits with random access: rows of a table, still encoded, or decoded in memory."""
+"""Splits with random access: encoded rows of a table, or images decoded in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Table:
 
     Attributes:
         labels: int64 (rows,); −1 where there is none.
-        digest: tells its content from any other.
-        place: what a message calls a row.
+        digest: identifies the content.
+        place: how messages refer to a row.
     """
 
     images: Sequence[Encoded]
@@ -34,10 +34,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a table, read at random.
+    """Rows of a table, with random access.
 
     Attributes:
-        weights: how often each row is drawn, relative to the others, float64 (rows,); None: each comes once.
+        weights: relative sampling weights, float64 (rows,); None: each row once per epoch.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Split:
 
 
 def shuffled(count: int, seed: int, weights: Tensor | None = None) -> Tensor:
-    """The rows of an epoch in the order of a seed, int64 (count,): each once, or drawn with replacement by weight."""
+    """Row order of an epoch for a seed, int64 (count,): each row once, or drawn with replacement by weight."""
     generator = torch.Generator().manual_seed(seed)
     if weights is None:
         return torch.randperm(count, generator=generator)
@@ -85,12 +85,12 @@ def shuffled(count: int, seed: int, weights: Tensor | None = None) -> Tensor:
 
 
 def class_balanced(labels: Tensor) -> Tensor:
-    """Weights of rows that draw each class as often as any other, float64 (rows,)."""
+    """Row weights that sample all classes equally often, float64 (rows,)."""
     return 1.0 / torch.bincount(labels).double()[labels]
 
 
 def balanced_rows(labels: Tensor, number: int, seed: int) -> Tensor:
-    """Rows of `number` images, as many of each class as there are, drawn by the seed; all rows where that is fewer."""
+    """`number` rows drawn by the seed, balanced over classes as far as possible; all rows if there are fewer."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     drawn = labels.cpu()[order]
     turn = torch.zeros_like(drawn)  # first, second … of its class

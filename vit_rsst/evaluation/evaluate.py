@@ -35,12 +35,12 @@ def evaluate(
     batch: int | None = None,
     by_position: bool = False,
 ) -> dict:
-    """Every score that is reported, the same on any number of ranks; collective.
+    """All reported scores, the same on any number of ranks; collective.
 
     Args:
-        what: a ticket, a run folder, whose last ticket is meant, a folder or an ONNX file that export wrote, or a name
-            of timm with published weights.
-        split: `test`, `val` or `train`, as the run divided them.
+        what: a ticket, a run folder (its last ticket), an exported folder or ONNX file, or a timm model with published
+            weights.
+        split: `test`, `val` or `train`, as the run split them.
         state: processes and device.
         data_path: folder of the dataset, if it has moved, or of images to score alone.
         source: name of the dataset; a ticket knows its own.
@@ -48,15 +48,15 @@ def evaluate(
         by_position: match classes by position instead of by name.
 
     Raises:
-        InputError: nothing of that name, or no data are named.
-        Damaged: it cannot be read, does not fit the data's classes, or gives logits that are not finite.
+        InputError: no such model, or no dataset is named.
+        Damaged: it cannot be read, does not fit the dataset's classes, or its logits are not finite.
     """
     if batch is not None and batch < 1:
-        raise InputError(f"--batch: {batch} images were asked; at least 1.")
+        raise InputError(f"--batch: {batch} images; expected at least 1.")
     trained = open_model(what, source, data_path)
     if split != "test" and "data" not in trained.header and state.is_main_process:
         to_stderr(
-            f"{what} does not say how its data were divided: some images of {split} may be of another split there."
+            f"{what} does not record how its dataset was split: it may have trained on some of these {split} images."
         )
     with once_a_node(state):
         data, classes = open_for(trained, split, data_path is not None, by_position)
@@ -66,9 +66,7 @@ def evaluate(
     place = (state.device, state.process_index, state.num_processes)
     found, rate = outcomes_of(trained, data, split, batch or EVALUATION_BATCH, *place)
     if not np.isfinite(found.confidences).all():
-        raise Damaged(
-            f"{trained.path}: it gives logits that are not finite: its weights diverged; take another ticket."
-        )
+        raise Damaged(f"{trained.path}: its logits are not finite (the weights diverged); use another ticket.")
 
     from vit_rsst.evaluation.reported import scores
 
@@ -85,9 +83,9 @@ def evaluate(
 
 
 def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
-    """The model and the data that it is shown.
+    """The model and the dataset to score it on.
 
-    One that is neither ticket nor slim or dense folder has a header without `data`, and seed 0.
+    A model that is neither a ticket nor a slim or dense folder has a header without `data`, and seed 0.
     """
     onnx = onnx_file.path_of(Path(what))
     if onnx is None and not published.kind(what):
@@ -95,7 +93,7 @@ def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
         changed = {key: value for key, value in (("source", source), ("path", data_path)) if value}
         return replace(trained, data=replace(trained.data, **changed))
     if source is None:
-        raise InputError(f"{what}: nothing there says what it was trained on; name the data with --source and --data.")
+        raise InputError(f"{what}: does not record what it was trained on; name the dataset with --source and --data.")
     found = published.open_published(what) if onnx is None else onnx_file.opened(onnx)
     weights = prunable_weights(found.net) if onnx is None else {}
     mask = MaskSet({name: weight.detach() != 0 for name, weight in weights.items()})
@@ -168,7 +166,7 @@ def check_classes(trained: Trained, data: ImageData, by_position: bool = False) 
 def outcomes_of(
     trained: Trained, data: ImageData, split: str, batch: int, device: torch.device, rank: int = 0, world: int = 1
 ) -> tuple[Outcomes, float]:
-    """What becomes of every image, and images a second; collective where `world` is more than 1."""
+    """Outcomes of all images, and images per second; collective if `world` is more than 1."""
     workers = 0 if device.type == "cpu" else min(8, machine.cores() // machine.local_processes(world))
     batches = evaluation_batches(
         data.samples(split), batch, rank, world, device, trained.mean, trained.std,
