@@ -96,3 +96,12 @@ def test_a_criterion_of_inputs_refuses_weights_whose_inputs_are_not_seen():
     observation.check_inputs(observed, weights, [])
     with pytest.raises(InputError, match=r"pruning\.criterion.*pos_embed"):
         observation.check_inputs(observed, {**weights, "pos_embed": net.pos_embed}, [])
+
+
+def test_a_model_that_fails_or_has_no_gradient_at_all_shows_nothing_and_is_left_to_the_checks():
+    net = make("vit_tiny", VIT)
+    assert observation.observe(net, 40) == observation.Observed()  # of another image size
+    observation.check_units(net, unit_groups(net), 40)
+    observation.check_inputs(observation.Observed(), prunable_weights(net), [])
+    net.register_forward_hook(lambda module, args, output: output.detach())
+    assert observation.observe(net, 32).unreached == ()

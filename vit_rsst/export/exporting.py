@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vit_rsst import files
-from vit_rsst.errors import InputError, MissingRequirement, RunError, unknown
+from vit_rsst.errors import OF_A_LIBRARY, InputError, MissingRequirement, RunError, first_line, unknown
 from vit_rsst.export import dense_folder, onnx_file, slim_target, timm_folder, transformers_folder
 from vit_rsst.export.card import Card
 from vit_rsst.export.work import Target, Work
@@ -123,7 +123,15 @@ def _beside(folder: Path) -> Path:
 def _compared(work: Work, target: Target, folder: Path) -> float | None:
     """Largest difference of logits from the ticket's, as a share of its largest logit where that is above 1."""
     images = work.images()
-    expected, found = work.net(images), target.logits(folder, images)
+    expected = work.net(images)
+    try:
+        found = target.logits(folder, images)
+    except RunError:
+        raise
+    except OF_A_LIBRARY as error:
+        raise RunError(
+            f"{work.path}: the exported model fails ({first_line(error)}): its units cannot be cut out; use --to dense."
+        ) from error
     if found is None:
         return None
     difference = relative_difference(expected, found)

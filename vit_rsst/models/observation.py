@@ -29,12 +29,13 @@ class Observed:
     """What one forward and backward pass in training mode shows.
 
     Attributes:
-        applied: parameters that a linear map or convolution multiplies its input by, as they are.
-        unreached: parameters that the loss has no gradient for.
+        applied: parameters that a linear map or convolution multiplies its input by, as they are; None: the forward
+            pass fails.
+        unreached: parameters that the loss has no gradient for; none if it has no gradient at all.
     """
 
-    applied: frozenset[str]
-    unreached: tuple[str, ...]
+    applied: frozenset[str] | None = None
+    unreached: tuple[str, ...] = ()
 
 
 class _Pass(nn.Module):
@@ -51,6 +52,8 @@ class _Pass(nn.Module):
             loss = self.net(images).float().square().sum()
         if (own := getattr(self.net, "auxiliary_loss", None)) is not None:
             loss = loss + own()
+        if not loss.requires_grad:
+            return Observed(frozenset(applied.found))
         gradients = torch.autograd.grad(loss, list(learnt.values()), allow_unused=True)
         unreached = tuple(name for name, found in zip(learnt, gradients, strict=True) if found is None)
         return Observed(frozenset(applied.found), unreached)
@@ -69,6 +72,8 @@ class _Applied(Products):
 def observe(net: nn.Module, image_size: int) -> Observed:
     """Looks at one forward and backward pass; computes shapes only, wherever the weights are.
 
+    A model that does not take such images shows nothing.
+
     Args:
         net: gives logits; is left as it was.
         image_size: side of the images in px.
@@ -81,8 +86,11 @@ def observe(net: nn.Module, image_size: int) -> Observed:
         named = {f"net.{name}": tensor for name, tensor in tensors.items()}
         return functional_call(_Pass(net), named, (complexity.images(2, image_size, device),))
 
-    with complexity.in_mode(net, training=True):
-        return complexity.without_numbers(passed)
+    try:
+        with complexity.in_mode(net, training=True):
+            return complexity.without_numbers(passed)
+    except OF_A_LIBRARY:
+        return Observed()
 
 
 def freeze_(net: nn.Module, names: Iterable[str]) -> None:
@@ -97,6 +105,8 @@ def check_inputs(observed: Observed, weights: Iterable[str], groups: Sequence[Un
     Raises:
         InputError: the forward pass does not multiply by one of them as it is.
     """
+    if observed.applied is None:
+        return
     watched = [f"{group.site.module}.weight" for group in groups] if groups else list(weights)
     if unseen := [name for name in watched if name not in observed.applied]:
         raise InputError(
@@ -157,7 +167,10 @@ def _cut_fails(net: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> 
         images = complexity.images(2, image_size, str(device))
         if not on_meta:
             images = torch.randn(images.shape, device=device)
-        expected = full(images)
+        try:
+            expected = full(images)
+        except OF_A_LIBRARY:
+            return None  # with or without the units
         try:
             found = small(images)
         except OF_A_LIBRARY as error:
