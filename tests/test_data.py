@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
+from vit_rsst.data.dealing import Dealing, steps_per_epoch
 from vit_rsst.data.decoding import auto_augment
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import Dealing, InMemoryLoader, evaluation_batches, steps_per_epoch
+from vit_rsst.data.loaders import InMemoryLoader, evaluation_batches
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data, open_tables
 from vit_rsst.data.tables import Rows, Split

@@ -15,7 +15,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import nn
 
 from vit_rsst import files
-from vit_rsst.data.loaders import Dealing, InMemoryLoader
+from vit_rsst.data.dealing import Dealing
+from vit_rsst.data.loaders import InMemoryLoader
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.options import Imbalance
 from vit_rsst.data.tables import Split, class_balanced, shuffled

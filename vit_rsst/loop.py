@@ -7,6 +7,7 @@ test split, once.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import NoReturn
 
@@ -81,7 +82,7 @@ def train_epoch(run: Run) -> None:
     report_steps(run, run.readings.flush())
 
 
-def train_step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+def train_step(run: Run, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """One optimizer step over all micro-batches of this rank: its mean loss and the gradient norm of all ranks.
 
     Both stay on the device, and nothing here waits for it. A step that is not finite is skipped there.

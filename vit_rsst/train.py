@@ -258,7 +258,7 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
 
-    from vit_rsst.data.loaders import Dealing
+    from vit_rsst.data.dealing import Dealing
     from vit_rsst.training import switches
 
     switches.set_precision_(recipe.train.precision, bool(recipe.train.deterministic))

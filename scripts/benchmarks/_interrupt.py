@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vit_rsst import loop
@@ -33,7 +33,8 @@ def send() -> None:
     time.sleep(0 if name == "TERM" else 60)
 
 
-def noted(s: loop.Run, micro_batches: list) -> tuple[float, float]:
+def noted(s: loop.Run, micro_batches: Sequence) -> tuple[float, float]:
+    micro_batches = list(micro_batches)  # each is given once
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for batch in micro_batches for t in batch)).hexdigest()
     with log.open("a") as file:
         file.write(json.dumps([s.progress.global_step, digest]) + "\n")

@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from vit_rsst.data.catalog import CATALOG
+from vit_rsst.data.dealing import Dealing
 from vit_rsst.data.decoding import Window
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import Dealing, DecodingLoader, InMemoryLoader
+from vit_rsst.data.loaders import DecodingLoader, InMemoryLoader
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data, open_tables
 from vit_rsst.data.tables import Rows

@@ -26,7 +26,7 @@ from pathlib import Path
 import _accelerate_canary
 from safetensors import safe_open
 
-from vit_rsst.data.loaders import WORKERS_IMPORT
+from vit_rsst.data.workers import IMPORTS
 
 EQUAL = "equal to the last bit"
 REQUIRED_SHARE = 1.0  # of the cells survive
@@ -113,7 +113,7 @@ class Bench:
         self.settles = True  # whether runs settle DDP's buckets before the first step
         # Processes are forked from one that has imported everything, in a second instead of eight.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", *WORKERS_IMPORT])
+        self.context.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", *IMPORTS])
 
     def undisturbed(self, setting: Setting) -> dict:
         if setting not in self._undisturbed:

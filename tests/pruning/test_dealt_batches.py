@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from toys import CPU, MEAN, STD, images
 
-from vit_rsst.data.loaders import Batch, Dealing, InMemoryLoader, evaluation_batches, steps_per_epoch
+from vit_rsst.data.dealing import Dealing, steps_per_epoch
+from vit_rsst.data.loaders import Batch, InMemoryLoader, evaluation_batches
 from vit_rsst.data.tables import Split
 from vit_rsst.data.transforms import Augmentation, normalize
 from vit_rsst.errors import InputError

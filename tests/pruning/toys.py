@@ -16,7 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vit_rsst import loop
-from vit_rsst.data.loaders import Dealing, InMemoryLoader, evaluation_batches
+from vit_rsst.data.dealing import Dealing
+from vit_rsst.data.loaders import InMemoryLoader, evaluation_batches
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.tables import Split
 from vit_rsst.data.transforms import Augmentation, Erasing

@@ -68,6 +68,7 @@ def build(
 
     lock, is_exact = None, bool(train.deterministic)
     record = environment(accelerator.num_processes, str(device), data.identity, str(sizes.dealing), is_exact)
+    record["order"] = loader.order()
     record["attention"] = switches.attention_backend(device, train.precision)
     record["fingerprints"] = [recipe.fingerprint] if restart else folder.fingerprints(recipe)
     record["question"] = recipe.pruning.method.question(recipe.setting)

@@ -8,12 +8,14 @@ from torch import nn
 
 from vit_rsst import machine
 from vit_rsst.data.catalog import CATALOG as SOURCES
+from vit_rsst.data.dealing import Dealing, dealt
 from vit_rsst.data.decoding import Decoder, Window, auto_augment
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import Dealing, DecodingLoader, InMemoryLoader, Loader, evaluation_batches, placed
+from vit_rsst.data.loaders import DecodingLoader, InMemoryLoader, Loader, evaluation_batches, placed
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.streams import Stream
+from vit_rsst.data.tables import Rows as TableRows
 from vit_rsst.data.tables import Split, class_balanced
 from vit_rsst.data.transforms import Augmentation, Erasing
 from vit_rsst.errors import MissingRequirement
@@ -101,6 +103,7 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
         decoder=decoder,
         workers=num_workers(recipe, accelerator),
         max_corrupt=recipe.data.max_corrupt,
+        lanes=recipe.data.lanes,
         **common,
     )
 
@@ -116,48 +119,72 @@ def make_evaluate(
     mean, std = channels(recipe)
     # What fits in memory is decoded now: a corrupt image is found before the first step, not after the last.
     share = 0.4 / machine.local_processes(accelerator.num_processes)
-    splits = {name: data.samples(name, recipe.data.in_memory, share) for name in ("val", "test")}
-    splits |= {name: placed(split, accelerator.device) for name, split in splits.items() if isinstance(split, Split)}
+    splits = {name: own_samples(data, name, accelerator, recipe.data.in_memory, share) for name in ("val", "test")}
     workers = num_workers(recipe, accelerator)
 
     def evaluate(split: str) -> dict[str, float]:
         batches = evaluation_batches(
-            splits[split], EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes,
-            accelerator.device, mean, std, data.decoder(split), workers, recipe.data.max_corrupt,
-        )  # fmt: skip
+            *splits[split], accelerator.device, mean, std, data.decoder(split), workers, recipe.data.max_corrupt
+        )
         return score(net, batches, accelerator.device, give_up)
 
     return evaluate
 
 
+def own_samples(
+    data: ImageData, split: str, accelerator: Accelerator, in_memory: bool | None, share: float
+) -> tuple[Split | TableRows | Stream, int, int, int]:
+    """What this rank evaluates of a split, and how: batch, rank and number of processes that it is dealt to.
+
+    Of a table, a rank decodes and holds its own rows alone.
+    """
+    rank, world, rows = accelerator.process_index, accelerator.num_processes, data.rows[split]
+    if isinstance(rows, Stream):
+        return rows, EVALUATION_BATCH, rank, world
+    rows = rows.part(dealt(rows.count, EVALUATION_BATCH, rank, world))
+    if not rows.count:
+        return rows, EVALUATION_BATCH, 0, 1
+    samples = replace(data, rows={split: rows}).samples(split, in_memory, share)
+    if isinstance(samples, Split):
+        samples = placed(samples, accelerator.device)
+    return samples, EVALUATION_BATCH, 0, 1
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Images per split, counted or as published; None: unknown, of a stream."""
+    """Images per split, counted or as published.
 
-    train: int | None
-    val: int | None
-    test: int | None
+    Attributes:
+        stream: what the training images are read from, unless from a table.
+    """
+
+    train: int
+    val: int
+    test: int
     num_classes: int
     are_counted: bool
     told: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    stream: Stream | None = None
 
     @classmethod
     def counted(cls, data: ImageData) -> "Rows":
         counts = (data.count(split) for split in ("train", "val", "test"))
-        return cls(*counts, len(data.classes), True, data.told, tuple(data.classes))
+        train = data.rows["train"]
+        stream = train if isinstance(train, Stream) else None
+        return cls(*counts, len(data.classes), True, data.told, tuple(data.classes), stream)
 
     def text(self) -> str:
         """`1,293 train, 144 val, 360 test`."""
         counts = {"train": self.train, "val": self.val, "test": self.test}
-        return ", ".join(f"{'unknown' if n is None else f'{n:,}'} {split}" for split, n in counts.items())
+        return ", ".join(f"{n:,} {split}" for split, n in counts.items())
 
 
 def count_rows(recipe: Recipe) -> Rows:
     """Images per split: counted, or as published if the Hub cannot be reached."""
     info = SOURCES[recipe.data.source]
     try:
-        return Rows.counted(open_data(data_options(recipe), recipe.seed))
+        return Rows.counted(open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer))
     except MissingRequirement:
         if info.rows is None or recipe.data.path:
             raise

@@ -10,7 +10,7 @@ from vit_rsst.assembly.data import Rows, data_options
 from vit_rsst.assembly.model import build_model, check_images
 from vit_rsst.assembly.optim import lr_scales
 from vit_rsst.assembly.pruning import build_selection, check_start, starting_density, starting_mask
-from vit_rsst.data.loaders import Dealing, steps_per_epoch
+from vit_rsst.data.dealing import Dealing, steps_per_epoch
 from vit_rsst.errors import InputError
 from vit_rsst.models import observation
 from vit_rsst.models.anatomy import prunable_parts

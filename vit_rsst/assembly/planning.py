@@ -10,6 +10,8 @@ from vit_rsst.assembly.data import count_rows
 from vit_rsst.assembly.needs import needs
 from vit_rsst.assembly.optim import make_lr
 from vit_rsst.assembly.parts import Parts, Sizes, prepare
+from vit_rsst.data.dealing import Dealing
+from vit_rsst.data.streams import READER_BYTES, Stream
 from vit_rsst.models import zoo
 from vit_rsst.models.weights import is_path
 from vit_rsst.progress import Progress
@@ -41,6 +43,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         *(f"           {line}" for line in parts.notes),
         f"batch      {sizes.dealing} with {num_processes} process(es); same result with any number that divides it",
         f"epoch      {steps:,} optimizer steps, {images_text(recipe, steps * recipe.train.global_batch, rows.train)}",
+        *stream_lines(recipe, sizes.dealing, rows.stream),
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
         f"{progress.total_steps * recipe.train.global_batch:,} images",
         "",
@@ -63,6 +66,28 @@ def images_text(recipe: Recipe, taken: int, there: int | None) -> str:
     if repeats > 1:
         return f"{taken // repeats:,} images{times}"
     return f"{'all' if there is None else f'{there - taken:,}'} images of the incomplete last batch dropped"
+
+
+def stream_lines(recipe: Recipe, dealing: Dealing, stream: Stream | None) -> list[str]:
+    """How a stream is dealt to processes, and the host memory that takes."""
+    if stream is None:
+        return []
+    lanes = stream.cut(dealing.global_batch, recipe.data.lanes)
+    own, row_bytes = dealing.lanes_of(0, lanes.lanes), stream.num_bytes / max(stream.count, 1)
+    windows = len(own) * lanes.tracks * lanes.largest_window * row_bytes
+    lines = [
+        f"stream     {lanes.lanes} lanes of {lanes.tracks} tracks over {int((lanes.counts > 0).sum()):,} blocks; a "
+        f"process reads {len(own)} lanes and holds at most {size(windows)} of encoded images, plus "
+        f"{size(READER_BYTES + 2 * stream.largest_block)} per worker"
+    ]
+    parts = dealing.num_processes * dealing.accumulation
+    if lanes.lanes % parts:
+        fitting = [d for d in range(parts, dealing.global_batch + 1, parts) if dealing.global_batch % d == 0]
+        lines.append(
+            f"           {parts} micro-batches per step do not divide the lanes, so several processes read the same "
+            f"ones; data.lanes={fitting[0]} avoids it"
+        )
+    return lines
 
 
 def weights_lines(recipe: Recipe, net: nn.Module) -> list[str]:

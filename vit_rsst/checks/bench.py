@@ -14,8 +14,9 @@ from vit_rsst.assembly.data import Rows, build_loader, channels, data_options
 from vit_rsst.assembly.model import build_model
 from vit_rsst.assembly.optim import build_optimizer
 from vit_rsst.assembly.parts import Parts, Sizes, parts_of
+from vit_rsst.data.dealing import Dealing
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import Batch, Dealing, Loader
+from vit_rsst.data.loaders import Batch, Loader
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.transforms import normalize
 from vit_rsst.progress import Progress
@@ -127,7 +128,7 @@ class Bench:
         for epoch in range(epochs):
             progress = Progress(self.progress.steps_per_epoch, (epochs,), 0, epoch)
             steps = islice(self.loader.steps(progress), number - len(found))
-            found += [(micro[0][0][:64], micro[0][1][:64]) for micro in steps]
+            found += [tuple(part[:64] for part in micro_batches[0]) for micro_batches in steps]
         return found
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:

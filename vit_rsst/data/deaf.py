@@ -1,8 +1,8 @@
 """Imported by the fork server of the workers, which then ignore the signals that ask a run to stop.
 
 SLURM sends a signal to every process of a job step. Workers that died of it would end the run before its resume point;
-they end with the process of the run (`loaders.end_with`), and SIGTERM, with which torch ends a worker that does not
-answer, ends them after a while.
+they end with the process of the run (`workers.end_with`), and SIGTERM, with which Python ends a process that it has
+started, ends them after a while.
 """
 
 import signal

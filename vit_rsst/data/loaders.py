@@ -1,121 +1,92 @@
 """Loaders: deal global batches to ranks and micro-batches. An epoch is a whole number of optimizer steps everywhere.
 
-`InMemoryLoader` gathers decoded images, `DecodingLoader` decodes the rows of a table or a stream in worker processes
-while the step before is computed; crop and flip of whole batches on the device are the same for both. Which sample
-comes when follows from seed and progress alone, whatever the number of ranks and workers.
+`InMemoryLoader` gathers decoded images, `DecodingLoader` decodes the rows of a table or a stream while the step before
+is computed (`workers.py`); crop and flip of whole batches on the device are the same for both. Which sample comes when
+follows from seed and progress alone, whatever the number of ranks and workers.
 """
 
-import importlib
 import math
-import os
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
 from typing import Protocol
 
-import psutil
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
-from vit_rsst.data.decoding import Decoded, Decoder, Sample
+from vit_rsst.data.dealing import Dealing, dealt
+from vit_rsst.data.decoding import Decoded, Decoder
+from vit_rsst.data.feeds import Course, Scan
+from vit_rsst.data.lanes import Lanes
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.streams import Stream
 from vit_rsst.data.tables import Rows, Split, shuffled
 from vit_rsst.data.transforms import Augmentation, Drawn, normalize, travel
+from vit_rsst.data.workers import Here, Pool
 from vit_rsst.errors import InputError
 from vit_rsst.progress import Progress
 from vit_rsst.seeds import derived_seed
 
-WORKERS_IMPORT = [
-    "vit_rsst.data.deaf",
-    "vit_rsst.data.decoding",
-    "vit_rsst.data.tables",
-    "torchvision.transforms",
-    "datasets",
-]
-"""Imported once, by the process that all workers of the run are forked from; a worker then starts in 40 ms."""
+AHEAD_IMAGES = 256
+"""Images that workers decode before they are needed, at the least."""
 
 Batch = tuple[Tensor, Tensor]
 """Images float32 (batch, 3, size, size), labels int64 (batch,), on the device."""
 
 
-@dataclass(frozen=True)
-class Dealing:
-    """How a global batch is divided: `global_batch = batch_per_device × num_processes × accumulation`."""
-
-    global_batch: int
-    batch_per_device: int
-    num_processes: int
-    accumulation: int
-
-    @classmethod
-    def of(cls, global_batch: int, batch_per_device: int | None, num_processes: int) -> "Dealing":
-        """Derives the accumulation; without `batch_per_device` there is none.
-
-        Raises:
-            InputError: the numbers do not divide, with the arithmetic.
-        """
-        per_device = batch_per_device or global_batch // num_processes
-        accumulation, rest = divmod(global_batch, max(per_device, 1) * num_processes)
-        if rest or not accumulation:
-            raise InputError(
-                f"train.global_batch: {global_batch} cannot be divided into {num_processes} processes × "
-                f"{per_device} images a device; choose a multiple of {max(per_device, 1) * num_processes}, or another "
-                "train.batch_per_device."
-            )
-        return cls(global_batch, per_device, num_processes, accumulation)
-
-    def slices(self, rank: int) -> list[slice]:
-        """The part of a global batch that each micro-batch of a rank is."""
-        size = self.batch_per_device
-        starts = ((micro * self.num_processes + rank) * size for micro in range(self.accumulation))
-        return [slice(start, start + size) for start in starts]
-
-    def __str__(self) -> str:
-        return (
-            f"{self.global_batch} = {self.batch_per_device} a device × {self.num_processes} processes "
-            f"× {self.accumulation} accumulated"
-        )
-
-
-def steps_per_epoch(num_samples: int | None, global_batch: int, limit: int | None) -> int:
-    """Whole global batches in an epoch; the tail that does not fill one is dropped.
-
-    Args:
-        num_samples: None for a stream of unknown length.
-
-    Raises:
-        InputError: there is not even one, or nobody knows.
-    """
-    if num_samples is None:
-        if limit is None:
-            raise InputError(
-                "train.steps_per_epoch: the length of this stream is not known without reading all of it; set how many "
-                "steps an epoch has."
-            )
-        return limit
-    steps = num_samples // global_batch
-    if steps == 0:
-        fitting = 1 << max(num_samples.bit_length() - 1, 0)
-        raise InputError(
-            f"train.global_batch: {global_batch} is more than the {num_samples} training images; set "
-            f"train.global_batch={fitting} train.batch_per_device=null, or bring more images."
-        )
-    return min(steps, limit or steps)
-
-
 class Loader(Protocol):
     """What the loop reads its batches from."""
 
-    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
-        """From the step at which `progress` stands to the end of its epoch: this rank's micro-batches of each step."""
+    def steps(self, progress: Progress) -> Iterator[Sequence[Batch]]:
+        """From the step at which `progress` stands to the end of its epoch: this rank's micro-batches of each step.
+
+        A micro-batch is made when it is asked for, and some loaders give it once.
+        """
+
+    def order(self) -> dict[str, int] | None:
+        """What the order of the images follows from besides seed and data; None: from nothing else."""
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Metrics and warnings of what was read since the last report; collective."""
+
+
+class MicroBatches(Sequence[Batch]):
+    """The micro-batches of a step, each made when it is asked for: one at a time lies in memory."""
+
+    def __init__(self, number: int, make: Callable[[int], Batch]):
+        self._number, self._make = number, make
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, micro: int) -> Batch:
+        if not 0 <= micro < self._number:
+            raise IndexError(micro)
+        return self._make(micro)
+
+
+class Arriving:
+    """Micro-batches that come one after the other; each is given once."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches, self._made, self._number = batches, {}, 0
+
+    def __call__(self, micro: int) -> Batch:
+        self.make(micro)
+        return self._made.pop(micro)
+
+    def make(self, last: int) -> None:
+        """Takes those up to `last` that have not come yet."""
+        for number in range(self._number, last + 1):
+            self._made[number] = next(self._batches)
+            self._number = number + 1
 
 
 @dataclass
@@ -138,6 +109,12 @@ class TrainingBatches:
     std: tuple[float, ...]
     repeats: int = 1
     mixing: Mixing | None = None
+
+    def order(self) -> dict[str, int] | None:
+        return None
+
+    def close(self) -> None:
+        """Nothing is left to end."""
 
     def _mixtures(self, step: int) -> list[Tensor]:
         """The numbers by which each micro-batch of this rank is mixed."""
@@ -165,7 +142,7 @@ class InMemoryLoader(TrainingBatches):
     split: Split
     weights: Tensor | None = None
 
-    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
+    def steps(self, progress: Progress) -> Iterator[Sequence[Batch]]:
         """From the step at which `progress` stands to the end of its epoch: this rank's micro-batches of each step."""
         size = self.dealing.global_batch
         seed = derived_seed(self.seed, "order", progress.global_epoch)
@@ -175,10 +152,12 @@ class InMemoryLoader(TrainingBatches):
         for step in range(progress.step, progress.steps_per_epoch):
             rows = order[step * size : (step + 1) * size]
             drawn = self.augmentation.draw(size, derived_seed(self.seed, "augmentation", first + step))
-            parts = zip(self.dealing.slices(self.rank), self._mixtures(first + step), strict=True)
-            yield [self._batch(rows[part], drawn.of(part), mixture) for part, mixture in parts]
+            slices = zip(self.dealing.slices(self.rank), self._mixtures(first + step), strict=True)
+            parts = [(rows[part], drawn.of(part), mixture) for part, mixture in slices]
+            yield MicroBatches(len(parts), partial(self._batch, parts))
 
-    def _batch(self, rows: Tensor, drawn: Drawn, mixture: Tensor) -> Batch:
+    def _batch(self, parts: list[tuple[Tensor, Drawn, Tensor]], micro: int) -> Batch:
+        rows, drawn, mixture = parts[micro]
         images, labels = (travel(t[rows], self.device) for t in (self.split.images, self.split.labels))
         return self._finished(images, labels, drawn, mixture)
 
@@ -190,7 +169,7 @@ class Clock:
     """How long the loop waited for images: time inside the context against all time since the first."""
 
     LIMITING = 0.2
-    """Above this share of waiting, the loader limits the speed."""
+    """Above this share of waiting, data loading is the bottleneck."""
 
     def __init__(self) -> None:
         self.waited = 0.0
@@ -212,15 +191,14 @@ class Clock:
         return self.waited / total if (total := self._left - (self._began or self._left)) > 0 else 0.0
 
     def advice(self, workers: int) -> str:
-        """What to do when the loader limits the speed; empty when it does not."""
+        """What to do when data loading is the bottleneck; empty when it is not."""
         share = self.waited_share
         if share <= self.LIMITING:
             return ""
         needed = max(round(max(workers, 1) / max(1.0 - share, 0.02)), workers + 1)
         return (
-            f"the loader limits the speed: {share:.0%} of the time was spent waiting for images with {workers} "
-            f"workers; about {needed} would keep up (data.workers), as far as there are cores for them, or images "
-            "that are smaller on disk"
+            f"data loading is the bottleneck: {share:.0%} of the time was spent waiting for images with {workers} "
+            f"workers; about {needed} would keep up (data.workers), given enough cores, or smaller images on disk"
         )
 
 
@@ -231,62 +209,86 @@ class DecodingLoader(TrainingBatches):
     Attributes:
         rows: what to read.
         decoder: from encoded rows to pixels.
-        workers: processes that decode; 0: this one does.
+        workers: processes that decode, from the first epoch to the last; 0: this one does.
         max_corrupt: share of an epoch's images that may be corrupt; they are left out and counted.
+        lanes: equal parts of a stream's epoch; None: as many as suit the data and the global batch.
     """
 
     rows: Rows | Stream
     decoder: Decoder
     workers: int = 0
     max_corrupt: float = 0.0
+    lanes: int | None = None
     _clock: Clock = field(default_factory=Clock, repr=False)
     _corrupt: list[str] = field(default_factory=list, repr=False)
+    _decoding: Pool | Here | None = field(default=None, repr=False)
 
-    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
+    @cached_property
+    def cut(self) -> Lanes | None:
+        """How the epochs of a stream are cut; None: of a table they are not."""
+        return self.rows.cut(self.dealing.global_batch, self.lanes) if isinstance(self.rows, Stream) else None
+
+    def order(self) -> dict[str, int] | None:
+        """Lanes, tracks and window of a stream."""
+        return self.cut and self.cut.record()
+
+    def steps(self, progress: Progress) -> Iterator[Sequence[Batch]]:
         """From the step at which `progress` stands to the end of its epoch: this rank's micro-batches of each step.
 
         Raises:
-            InputError: the stream has ended, or more images are corrupt than may be.
+            InputError: the data end before the epoch does, or more images are corrupt than may be.
         """
         size, parts = self.dealing.global_batch, self.dealing.slices(self.rank)
+        self._check_length(progress.steps_per_epoch)
         first = progress.global_step - progress.step
         tolerated = int(self.max_corrupt * progress.steps_per_epoch * size / self.dealing.num_processes)
-        batches = decoded(self._samples(progress), self.decoder, self.workers, self.device.type == "cuda")
-        for step in range(progress.step, progress.steps_per_epoch):
-            drawn = self.augmentation.draw(size, derived_seed(self.seed, "augmentation", first + step))
-            with self._clock:
-                found = list(islice(batches, len(parts)))
-            for batch in found:
-                check_corrupt(self._corrupt, batch, tolerated)
-                if not len(batch.labels):
-                    raise InputError(f"{batch.problems[0]} So are all images of its batch; nothing is learnt from it.")
-            micro = zip(found, parts, self._mixtures(first + step), strict=True)
-            yield [self._batch(batch, drawn.of(part), mixture) for batch, part, mixture in micro]
+        course = Course(
+            self.dealing, self.rank, self.seed, progress.global_epoch, first, progress.step, progress.steps_per_epoch,
+            self.repeats, self.cut,
+        )  # fmt: skip
+        with closing(one_ahead(self._opened().run(course), self.device)) as batches:
 
-    def _samples(self, progress: Progress) -> Iterator[list[Sample]]:
-        """The samples of each micro-batch of this rank, each with the seed of its own crop."""
-        size, first = self.dealing.global_batch, progress.global_step - progress.step
-        walk = self._walk(derived_seed(self.seed, "order", progress.global_epoch), progress.step * size)
-        for step in range(progress.step, progress.steps_per_epoch):
-            batch = list(islice(walk, size))
-            if len(batch) < size:
-                raise InputError(
-                    f"train.steps_per_epoch: the training images end within step {step + 1:,} of an epoch of "
-                    f"{progress.steps_per_epoch:,} steps; set it to {step:,} at most."
-                )
-            for part in self.dealing.slices(self.rank):
-                numbered = enumerate(batch[part], part.start)
-                yield [s._replace(seed=derived_seed(self.seed, "crop", first + step, i)) for i, s in numbered]
+            def arriving(step: int) -> Iterator[Batch]:
+                drawn = self.augmentation.draw(size, derived_seed(self.seed, "augmentation", first + step))
+                for part, mixture in zip(parts, self._mixtures(first + step), strict=True):
+                    with self._clock:
+                        batch = next(batches)
+                    check_corrupt(self._corrupt, batch, tolerated)
+                    if not len(batch.labels):
+                        raise InputError(f"{batch.problems[0]} So is every other image of its batch.")
+                    yield self._finished(batch.images, batch.labels, drawn.of(part).of(batch.kept), mixture)
 
-    def _walk(self, seed: int, start: int) -> Iterator[Sample]:
-        """The epoch from position `start` on, each sample as often as it comes."""
-        whole, rest = divmod(start, self.repeats)
-        each = (sample for sample in self.rows.walk(seed, whole) for _ in range(self.repeats))
-        return islice(each, rest, None)
+            for step in range(progress.step, progress.steps_per_epoch):
+                made = Arriving(arriving(step))
+                yield MicroBatches(len(parts), made)
+                made.make(len(parts) - 1)  # those that were not asked for
+            next(batches, None)  # the epoch has ended, and the workers wait for the next
 
-    def _batch(self, batch: Decoded, drawn: Drawn, mixture: Tensor) -> Batch:
-        images, labels = (t.to(self.device, non_blocking=True) for t in (batch.images, batch.labels))
-        return self._finished(images, labels, drawn.of(batch.kept), mixture)
+    def _check_length(self, steps: int) -> None:
+        count, size = self.rows.count, self.dealing.global_batch
+        if steps * size > count:
+            raise InputError(
+                f"train.steps_per_epoch: {steps:,} steps take {steps * size:,} images, and there are {count:,}; set it "
+                f"to {count // size:,} at most."
+            )
+
+    def _opened(self) -> Pool | Here:
+        if self._decoding is None or not self._decoding.is_open:
+            self._decoding = start_decoding(
+                self.rows, self.decoder, self.workers, self.dealing.batch_per_device, self.device, self._ahead()
+            )
+        return self._decoding
+
+    def _ahead(self) -> int:
+        """Images to decode in advance: where workers take the windows of a track in turns, one window each."""
+        if self.cut is None or self.cut.lanes * self.cut.tracks >= self.workers * self.dealing.num_processes:
+            return 0
+        return self.workers * self.cut.largest_window
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._decoding is not None:
+            self._decoding.close()
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Share of the time spent waiting for images and what would shorten it; corrupt images left out."""
@@ -313,48 +315,51 @@ def check_corrupt(found: list[str], batch: Decoded, tolerated: float) -> None:
     if len(found) > tolerated:
         more = f" It is the {len(found)}th of this epoch and {tolerated} are tolerated." if tolerated else ""
         raise InputError(
-            f"{batch.problems[0]}{more} Mend it, or raise data.max_corrupt, the share that may be left out."
+            f"{batch.problems[0]}{more} Repair it, or raise data.max_corrupt, the share that may be left out."
         )
 
 
-def decoded(batches: Iterable[list[Sample]], decoder: Decoder, workers: int, pin_memory: bool) -> Iterator[Decoded]:
-    """Decodes batch after batch, in order, ahead of their use where there are workers."""
-    from torch.multiprocessing import get_context
-    from torch.utils.data import DataLoader
-
-    context = None
-    if workers:  # a fork of this process would take its threads' locks along, and a GPU's state
-        context = get_context("forkserver")
-        context.set_forkserver_preload(WORKERS_IMPORT)
-    # The batches of samples travel to the workers as if they were batches of indices.
-    loader = DataLoader(
-        decoder,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        multiprocessing_context=context,
-        worker_init_fn=partial(end_with, os.getpid()) if workers else None,
-    )
-    return iter(loader)
+def start_decoding(
+    source: Rows | Stream, decoder: Decoder, workers: int, batch: int, device: torch.device, ahead: int = 0
+) -> Pool | Here:
+    """Workers that decode batches of a source, or this process without them."""
+    pin_memory = device.type == "cuda"
+    if not workers:
+        return Here(source, decoder, pin_memory)
+    return Pool(source, decoder, workers, batch, pin_memory, max(ahead, AHEAD_IMAGES))
 
 
-def end_with(run: int, worker: int) -> None:
-    """Lets a worker end once the process of the run is gone, be it killed.
+def one_ahead(batches: Iterator[Decoded], device: torch.device) -> Iterator[Decoded]:
+    """The batches on the device, each copied while the one before it is in use; on the CPU as they are."""
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    coming: deque[tuple[Decoded, torch.cuda.Event | None]] = deque()
+    with closing(batches):
+        for batch in batches:
+            coming.append(_copied(batch, device, side))
+            if len(coming) > (side is not None):
+                yield _arrived(*coming.popleft(), device)
+            for _, copied in coming:  # the ring writes over a batch once the second one after it is asked for
+                copied.synchronize()
+        for batch, copied in coming:
+            yield _arrived(batch, copied, device)
 
-    torch watches a worker's parent, which here is the fork server; and that one stays as long as it has a worker.
-    """
 
-    def watch() -> None:
-        while psutil.pid_exists(run):
-            time.sleep(1.0)
-        os._exit(0)
+def _copied(
+    batch: Decoded, device: torch.device, side: "torch.cuda.Stream | None"
+) -> "tuple[Decoded, torch.cuda.Event | None]":
+    if side is None:
+        return batch._replace(labels=batch.labels.clone()), None  # images are read before the next batch is asked for
+    with torch.cuda.stream(side):
+        images, labels = (t.to(device, non_blocking=True) for t in (batch.images, batch.labels))
+        return batch._replace(images=images, labels=labels), side.record_event()
 
-    threading.Thread(target=watch, daemon=True).start()
-    importlib.import_module("vit_rsst.data.deaf").outlive_terms()  # its import makes this process deaf
 
-
-def _as_it_is(batch: Decoded) -> Decoded:
+def _arrived(batch: Decoded, copied: "torch.cuda.Event | None", device: torch.device) -> Decoded:
+    if copied is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        batch.images.record_stream(current)
+        batch.labels.record_stream(current)
     return batch
 
 
@@ -379,31 +384,33 @@ def evaluation_batches(
         InputError: an image is corrupt, and that is not tolerated.
     """
     if isinstance(samples, Split):
-        for start in range(rank * batch, len(samples), batch * num_processes):
-            images, labels = samples.images[start : start + batch], samples.labels[start : start + batch]
+        own = dealt(len(samples), batch, rank, num_processes)
+        for start in own[::batch]:
+            rows = slice(start, min(start + batch, own.stop))
+            images, labels = samples.images[rows], samples.labels[rows]
             yield normalize(images.to(device), mean, std), labels.to(device)
         return
+    own = Scan(dealt(samples.count, batch, rank, num_processes), batch)
     corrupt, seen, tolerated = [], 0, math.inf if max_corrupt else 0
-    own = _every(samples.walk(None), batch, rank, num_processes)
-    for found in decoded(own, decoder, workers, device.type == "cuda"):
-        seen += len(found.labels) + len(found.problems)
-        check_corrupt(corrupt, found, tolerated)
-        yield normalize(found.images.to(device, non_blocking=True), mean, std), found.labels.to(device)
+    decoding = start_decoding(samples, decoder, workers if len(own) else 0, batch, device)
+    try:
+        for found in one_ahead(decoding.run(own), device):
+            seen += len(found.labels) + len(found.problems)
+            check_corrupt(corrupt, found, tolerated)
+            yield normalize(found.images, mean, std), found.labels
+    finally:
+        decoding.close()
     if len(corrupt) > max_corrupt * seen:
         raise InputError(f"{corrupt[0]} {len(corrupt)} of {seen} are, more than data.max_corrupt={max_corrupt}.")
 
 
-def _every(walk: Iterator[Sample], batch: int, rank: int, num_processes: int) -> Iterator[list[Sample]]:
-    """The batches of one rank."""
-    while samples := list(islice(walk, batch * num_processes)):
-        if own := samples[rank * batch : (rank + 1) * batch]:
-            yield own
-
-
 def placed(split: Split, device: torch.device, limit_bytes: int = 4 * 2**30) -> Split:
-    """The split on the device when it is small enough to lie there, else pinned in host memory."""
+    """The split on the device when it is small enough to lie there, else locked in host memory where it is."""
     if device.type == "cpu":
         return split
     if split.images.numel() <= limit_bytes:
         return Split(split.images.to(device), split.labels.to(device))
-    return Split(split.images.pin_memory(), split.labels.pin_memory())
+    for tensor in (split.images, split.labels):
+        if not tensor.is_pinned():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+    return split

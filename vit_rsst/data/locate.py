@@ -9,12 +9,14 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vit_rsst import reach
+from vit_rsst.data.blocks import Fields, tar_labels
 from vit_rsst.data.columns import (
     LABEL_NAMES,
     MISSING,
@@ -310,7 +312,11 @@ def _open_metadata(
         digest.update(f"{path[len(folder) :]} {os.path.getsize(os.path.join(tree.root, path))}".encode())
     for i in np.sort(np.random.default_rng(0).permutation(len(paths))[:256]).tolist():
         digest.update(Path(images[i]["path"]).read_bytes())
-    return Table(_Listed(images), labels, tuple(classes), digest.hexdigest(), lambda row: shown(paths[row]))
+    return Table(_Listed(images), labels, tuple(classes), digest.hexdigest(), partial(_shown_item, paths))
+
+
+def _shown_item(paths: Sequence[str], number: int) -> str:
+    return shown(paths[number])
 
 
 def _metadata_rows(tree: Tree, path: str) -> list[dict]:
@@ -341,16 +347,16 @@ def table_of(files: Sequence[ParquetFile], split: str) -> Table:
 
 def _labels_of(files: Sequence[ParquetFile], split: str) -> tuple[np.ndarray, str, Callable[[int], str]]:
     """Labels of all files, what tells their content from any other, and what messages call a row."""
-    starts = np.cumsum([0, *(file.rows for file in files)])
-
-    def place(row: int) -> str:
-        number = int(np.searchsorted(starts, row, "right")) - 1
-        return f"{files[number].name}, row {row - starts[number]}"
-
+    place = partial(_place, np.cumsum([0, *(file.rows for file in files)]), [file.name for file in files])
     labels = np.concatenate([file.labels for file in files])
     if split == "train" or not (labels == MISSING).all():
         check_labels(labels, files[0].columns, place)
     return labels, hashlib.sha256("".join(file.digest for file in files).encode()).hexdigest(), place
+
+
+def _place(starts: np.ndarray, names: Sequence[str], row: int) -> str:
+    number = int(np.searchsorted(starts, row, "right")) - 1
+    return f"{names[number]}, row {row - starts[number]}"
 
 
 def stream_of(files: Sequence[ParquetFile], split: str, root: str) -> Located:
@@ -379,7 +385,8 @@ def _open_tars(
         rows = datasets.load_dataset(
             "webdataset", data_files={split: list(map(glob.escape, paths))}, split=split, streaming=options.streaming
         )
-        columns = find_columns(rows.features, options, part.where)
+        known = replace(options, num_classes=options.num_classes or 2) if options.streaming else options
+        columns = find_columns(rows.features, known, part.where)
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{os.path.getsize(path)}".encode())
@@ -387,7 +394,11 @@ def _open_tars(
             digest.update(file.read(2**20))
     if not options.streaming:
         return _table_of_dataset(rows, columns, split, part.where, digest.hexdigest(), classes)
-    columns = replace(columns, classes=tuple(classes or columns.classes))
+    labels = tar_labels(paths, Fields(columns.image, columns.label))
+    number = options.num_classes or 1 + max((int(found.max(initial=0)) for found in labels.values()), default=0)
+    columns = replace(columns, classes=tuple(classes or map(str, range(number))), labels=labels)
+    starts = np.cumsum([0, *map(len, labels.values())])
+    check_labels(np.concatenate(list(labels.values())), columns, partial(_place, starts, part.paths))
     return Located(rows, columns, paths, digest.hexdigest(), tree.root)
 
 
@@ -411,9 +422,7 @@ def _table_of_dataset(
     """A split that `datasets` reads at random."""
     from datasets import Image
 
-    def place(row: int) -> str:
-        return f"{where.rstrip('/')}, row {row}"
-
+    place = partial("{}, row {}".format, where.rstrip("/"))
     column = rows.select_columns([columns.label]).with_format("arrow")[:].column(0)
     labels, names = read_labels(column, columns, place)
     classes = tuple(names if classes is None else classes)

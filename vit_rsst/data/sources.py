@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -248,8 +250,10 @@ def _split_streams(options: DataOptions, found: Found, roles: Roles, buffer: int
     if len(classes) < 2:
         raise _one_class(classes[0])
 
+    opened = open_stream(train, train.columns, train.root, (0.0, 1.0), buffer)
+
     def part(begin: float, end: float) -> Stream:
-        return open_stream(train, train.columns, train.root, (begin, end), buffer)
+        return replace(opened, part=(begin, end))
 
     def whole(name: str, split: Table | Located) -> Rows | Stream:
         if isinstance(split, Table):
@@ -291,7 +295,7 @@ def _held_out(name: str, stream: Stream, located: Located) -> Rows:
         np.asarray(held["label"][:], dtype=np.int64),
         stream.columns.classes,
         located.digest,
-        lambda row: places[row],
+        partial(getitem, places),
     )
     return Rows(name, table, np.arange(len(table.labels)))
 

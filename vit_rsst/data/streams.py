@@ -1,43 +1,29 @@
-"""A split that is read row after row, never as a whole: shards in a seeded order, mixed by a buffer.
+"""A split that is read block after block, never as a whole, and of which no rank reads more than it needs.
 
-The order is a function of the seed alone. Every rank reads the same undecoded stream and decodes its own rows, so that
-steps are equal on all ranks whatever the shards are, no row is seen twice, and a resumed run finds its place by
-counting. `datasets` could shuffle too, but its buffer loses rows when it is resumed, holds a stream that is given up
-for seconds, and its order differs between versions.
+`blocks.py` says what is read at once and reads it, `lanes.py` in which order; here the two meet. A row's id is
+`file:row`; rows are held out by a hash of it, so that every reader knows without reading which rows are whose.
 """
 
-import random
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from hashlib import blake2b
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vit_rsst.data.blocks import Block, Fields, Reader, list_blocks
 from vit_rsst.data.columns import Columns
 from vit_rsst.data.decoding import Sample
+from vit_rsst.data.lanes import Lanes, Piece, cut
 from vit_rsst.data.locate import Located
 from vit_rsst.errors import InputError
 
-if TYPE_CHECKING:
-    from datasets import IterableDataset
+AHEAD_BYTES = 64 * 2**20
+"""Windows that a reader loads before they are needed."""
 
-OPEN_SHARDS = 8
-"""Shards that are read in turns, so that the buffer mixes even shards of one class each."""
-
-READ_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of a stream; `rows` gives arrow tables of undecoded images and labels, unless `labels` are known."""
-
-    name: str
-    rows: "IterableDataset"
-    labels: np.ndarray | None = None
+READER_BYTES = AHEAD_BYTES + Reader.KEPT_BYTES
+"""What a worker holds besides its windows in use and the block that it reads."""
 
 
 @dataclass(frozen=True)
@@ -45,48 +31,102 @@ class Stream:
     """The rows of a split whose place lies in a part of 0 … 1.
 
     Attributes:
-        part: from and below; the place of a row is a hash of its id, so that every reader agrees without talking.
-        buffer: images that are drawn from at random; encoded, in host memory.
-        count: rows of the part; None where that is not known without reading everything.
+        part: from and below; the place of a row is a hash of its id.
+        buffer: images that the windows of all lanes hold together; encoded, in host memory.
     """
 
-    shards: tuple[Shard, ...]
+    blocks: tuple[Block, ...] = field(repr=False)
     columns: Columns
     part: tuple[float, float]
     buffer: int
-    count: int | None
 
-    def walk(self, seed: int | None, start: int = 0) -> Iterator[Sample]:
-        """The rows in the order of a seed, or as they lie, from position `start` on; skipped rows are not decoded.
+    @property
+    def count(self) -> int:
+        """Rows of the part."""
+        return int(self.counts.sum())
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Rows of each block that belong to the part, int64 (blocks,)."""
+        return np.asarray([len(self.kept(block)) for block in self.blocks], dtype=np.int64)
+
+    def kept(self, block: Block) -> np.ndarray:
+        """Numbers of the rows of a block that belong to the part, int64."""
+        if self.part == (0.0, 1.0):
+            return np.arange(block.rows)
+        shares = shares_of(block.shard.name, block.first, block.rows)
+        return np.flatnonzero((shares >= self.part[0]) & (shares < self.part[1]))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the rows of the part, estimated from their blocks."""
+        blocks = zip(self.blocks, self.counts.tolist(), strict=True)
+        return sum(block.num_bytes * count // max(block.rows, 1) for block, count in blocks)
+
+    @property
+    def largest_block(self) -> int:
+        """Bytes of the largest block."""
+        return max((block.num_bytes for block in self.blocks), default=0)
+
+    def cut(self, global_batch: int, lanes: int | None = None) -> Lanes:
+        """How the epochs of a training are cut.
 
         Raises:
-            InputError: a label that no class has.
+            InputError: `lanes` does not divide the global batch.
         """
-        if seed is None:
-            return islice((row for shard in self.shards for row in self._rows(shard)), start, None)
-        generator = random.Random(seed)
-        shards = list(self.shards)
-        generator.shuffle(shards)
-        return islice(mixed(in_turns(map(self._rows, shards), OPEN_SHARDS), self.buffer, generator), start, None)
+        return cut(self.counts, self.largest_block, global_batch, self.buffer, lanes)
 
-    def _rows(self, shard: Shard) -> Iterator[Sample]:
-        row = 0
-        for table in shard.rows.iter(batch_size=READ_ROWS):
-            images, labels = (table[name].to_pylist() for name in (self.columns.image, self.columns.label))
-            for image, label in zip(images, labels, strict=True):
-                place = f"{shard.name}:{row}"
-                label = label if shard.labels is None else int(shard.labels[row])
-                row += 1
-                if self.part == (0.0, 1.0) or self.part[0] <= share_of(place) < self.part[1]:
-                    yield Sample(place, image, self._checked(label, place))
+    def reader(self) -> Reader:
+        return Reader(Fields(self.columns.image, self.columns.label))
+
+    def walk(self, seed: int | None, start: int = 0) -> Iterator[Sample]:
+        """The rows as they lie, from position `start` on; with a seed, block after block in an order drawn from it.
+
+        Raises:
+            InputError: a label that no class has; a file that has changed or is damaged.
+            MissingRequirement: the network does not answer.
+        """
+        reader, order = self.reader(), np.arange(len(self.blocks))
+        if seed is not None:
+            order = np.random.default_rng(seed).permutation(order)
+        for number in order.tolist():
+            if start >= self.counts[number]:
+                start -= int(self.counts[number])
+                continue
+            samples = self.samples(reader, number)
+            if seed is not None:
+                samples = [samples[i] for i in np.random.default_rng((seed, number)).permutation(len(samples))]
+            yield from samples[start:]
+            start = 0
+
+    def samples(self, reader: Reader, number: int, first: int = 0, last: int | None = None) -> list[Sample]:
+        """Rows of a block that belong to the part, as they lie: those from `first` and below `last` of them."""
+        block = self.blocks[number]
+        rows = self.kept(block)[first:last].tolist()
+        images, labels = reader.read(block, is_shared=len(rows) < self.counts[number])
+        known = (self.columns.labels or {}).get(block.shard.file)
+        if known is not None:
+            labels = known[block.first : block.first + block.rows].tolist()
+        places = ((row, f"{block.shard.name}:{block.first + row}") for row in rows)
+        return [Sample(place, images[row], self._checked(labels[row], place)) for row, place in places]
+
+    def load(self, reader: Reader, pieces: Iterable[Piece]) -> list[Sample]:
+        """The rows of some pieces of blocks, as they lie."""
+        return [sample for piece in pieces for sample in self.samples(reader, *piece)]
 
     def _checked(self, label: int | None, place: str) -> int:
         if label is None or not 0 <= label < len(self.columns.classes):
             raise InputError(
-                f"data: label {label} in {place} is not among the {len(self.columns.classes)} classes; mend the row, "
-                "or set data.num_classes or data.label_column."
+                f"data: label {label} in {place} is not among the {len(self.columns.classes)} classes; correct the "
+                "row, or set data.num_classes or data.label_column."
             )
         return label
+
+
+@lru_cache(maxsize=2**16)
+def shares_of(name: str, first: int, rows: int) -> np.ndarray:
+    """The places of some rows of a file, float64 (rows,)."""
+    return np.asarray([share_of(f"{name}:{row}") for row in range(first, first + rows)])
 
 
 def share_of(place: str) -> float:
@@ -94,70 +134,87 @@ def share_of(place: str) -> float:
     return int.from_bytes(blake2b(place.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def in_turns(sources: Iterator[Iterator], number: int) -> Iterator:
-    """One row of each of `number` sources in turns; one that has ended is followed by the next."""
-    going = list(islice(sources, number))
-    while going:
-        for i, source in enumerate(going):
-            for row in source:
-                yield row
-                break
-            else:
-                going[i] = next(sources, None)
-        going = [source for source in going if source is not None]
-
-
-def mixed(rows: Iterator, size: int, generator: random.Random) -> Iterator:
-    """Rows in a random order: each is drawn from the `size` that were read last and are left."""
-    buffer = list(islice(rows, size))
-    for row in rows:
-        i = generator.randrange(size)
-        yield buffer[i]
-        buffer[i] = row
-    generator.shuffle(buffer)
-    yield from buffer
-
-
 def open_stream(located: Located, columns: Columns, root: str | None, part: tuple[float, float], buffer: int) -> Stream:
     """The part of a split as a stream.
 
     Args:
         root: folder that the names of shards are told from; None: their own folder.
+
+    Raises:
+        InputError: a row group of more than 512 MB; a tar that is cut short.
+        MissingRequirement: the network does not answer.
     """
-    from datasets import Image
-
-    wanted = located.rows.select_columns([columns.image, columns.label])
-    undecoded = wanted.cast_column(columns.image, Image(decode=False)).with_format("arrow")
-    number = undecoded.num_shards
-    names = located.files if len(located.files) == number else tuple(map(str, range(number)))
-    known = columns.labels or {}
-    shards = tuple(
-        Shard(_name(name, root), undecoded.shard(num_shards=number, index=i), known.get(name))
-        for i, name in enumerate(names)
-    )
-    return Stream(shards, columns, part, buffer, _count(shards, located.files, part))
+    return Stream(list_blocks(located.files, root, Fields(columns.image, columns.label)), columns, part, buffer)
 
 
-def _name(file: str, root: str | None) -> str:
-    path, folder = Path(file), Path(root).expanduser() if root else None
-    return path.relative_to(folder).as_posix() if folder and path.is_relative_to(folder) else path.name
+class Ahead:
+    """Loads pieces of blocks in a thread, in the order in which they are needed, some of them before they are.
 
+    Attributes:
+        reader: counts what it has read.
+    """
 
-def _count(shards: tuple[Shard, ...], files: tuple[str, ...], part: tuple[float, float]) -> int | None:
-    """Rows of the part, from the footers of parquet files and the hashes of ids."""
-    if len(files) != len(shards) or not all(file.endswith(".parquet") for file in files):
-        return None
-    with ThreadPoolExecutor(16) as pool:
-        rows = list(pool.map(_parquet_rows, files))
-    if part == (0.0, 1.0):
-        return sum(rows)
-    places = (f"{shard.name}:{row}" for shard, number in zip(shards, rows, strict=True) for row in range(number))
-    return sum(part[0] <= share_of(place) < part[1] for place in places)
+    def __init__(self, stream: Stream, loads: Iterator[tuple[int, Hashable, Sequence[Piece]]]):
+        """Begins to load.
 
+        Args:
+            loads: number of the batch that needs it first, name, pieces; in the order of the batches.
+        """
+        self.reader = stream.reader()
+        self._stream, self._loads = stream, loads
+        self._found: dict[Hashable, list[Sample]] = {}
+        self._bytes: dict[Hashable, int] = {}
+        self._batch, self._is_closed = -1, False
+        self._failure: Exception | None = None
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
 
-def _parquet_rows(file: str) -> int:
-    import fsspec
-    from pyarrow.parquet import read_metadata
+    def take(self, name: Hashable, batch: int) -> list[Sample]:
+        """What was loaded under a name, waiting for it.
 
-    with fsspec.open(file) as opened:
-        return read_metadata(opened).num_rows
+        Args:
+            batch: that is being made; loads of batches up to it do not wait for room.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        with self._changed:
+            self._batch = max(self._batch, batch)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: name in self._found or self._failure is not None)
+            if name not in self._found and self._failure is not None:
+                raise self._failure
+            del self._bytes[name]
+            self._changed.notify_all()
+            return self._found.pop(name)
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            for batch, name, pieces in self._loads:
+                if not self._has_room(batch):
+                    return
+                rows = self._stream.load(self.reader, pieces)
+                with self._changed:
+                    self._found[name], self._bytes[name] = rows, self._size(pieces)
+                    self._changed.notify_all()
+        except Exception as failure:  # it is raised where the rows are taken
+            with self._changed:
+                self._failure = failure
+                self._changed.notify_all()
+
+    def _has_room(self, batch: int) -> bool:
+        """Waits until a load of a batch may begin; False: it was closed."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_closed or batch <= self._batch or sum(self._bytes.values()) < AHEAD_BYTES
+            )
+            return not self._is_closed
+
+    def _size(self, pieces: Sequence[Piece]) -> int:
+        blocks = self._stream.blocks
+        return sum(blocks[p.block].num_bytes * (p.last - p.first) // max(blocks[p.block].rows, 1) for p in pieces)

@@ -1,7 +1,7 @@
 """Splits with random access: encoded rows of a table, or images decoded in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ class Table:
     Attributes:
         labels: int64 (rows,); −1 where there is none.
         digest: identifies the content.
-        place: how messages refer to a row.
+        place: how messages refer to a row; sent to workers.
     """
 
     images: Sequence[Encoded]
@@ -54,15 +54,22 @@ class Rows:
         """int64, shape (rows,)."""
         return torch.from_numpy(self.table.labels[self.index].astype(np.int64))
 
+    def part(self, positions: range) -> "Rows":
+        """Some of the rows, neighbours of each other."""
+        return replace(self, index=self.index[positions.start : positions.stop])
+
     def walk(self, seed: int | None, start: int = 0) -> Iterator[Sample]:
         """The rows in the order of a seed, or as they lie, from position `start` on."""
         if seed is None:
             order = range(start, self.count)
         else:
             order = shuffled(self.count, seed, self.weights)[start:].tolist()
-        for i in order:
-            row = int(self.index[i])
-            yield Sample(self.table.place(row), row, int(self.table.labels[row]))
+        return map(self.sample, order)
+
+    def sample(self, i: int) -> Sample:
+        """One of the rows."""
+        row = int(self.index[i])
+        return Sample(self.table.place(row), row, int(self.table.labels[row]))
 
 
 @dataclass(frozen=True)

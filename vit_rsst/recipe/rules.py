@@ -391,7 +391,7 @@ def _meanings(recipe: Recipe) -> Iterator[tuple[str, object, tuple[str, ...], bo
     data, augment, optim = recipe.data, recipe.data.augment, recipe.optim
     is_of_files = ("image_column", "label_column", "num_classes", "max_pixels")
     yield "data", data, is_of_files, data.source != "digits", "with the built-in digits; use another data.source, or"
-    yield "data", data, ("shuffle_buffer",), data.streaming, "without data.streaming; set it, or"
+    yield "data", data, ("shuffle_buffer", "lanes"), data.streaming, "without data.streaming; set it, or"
     imbalance = data.imbalance
     yield (
         "data.imbalance",

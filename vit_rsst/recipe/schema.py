@@ -77,7 +77,8 @@ class Data:
         interpolation: for resizing; default: that of the source.
         num_classes: needed where labels are plain numbers, as in tars.
         streaming: read shards row by row, without a copy in the cache.
-        shuffle_buffer: encoded images that a stream is shuffled with, in the memory of each process.
+        shuffle_buffer: encoded images a stream is shuffled with, over all processes; at least two row groups per lane.
+        lanes: equal parts of a stream's epoch, read by one process each; default: by the data, at most 64.
         in_memory: keep decoded images; default: if they are small and the same in every epoch.
         workers: decoding processes per training process; default: depends on the machine.
         max_corrupt: share of images that may be corrupt; they are skipped and counted.
@@ -100,6 +101,7 @@ class Data:
     num_classes: Annotated[int, Ge(2)] | None = None
     streaming: bool = False
     shuffle_buffer: Annotated[int, Ge(1)] = 4096
+    lanes: Annotated[int, Ge(1)] | None = None
     in_memory: bool | None = None
     workers: Annotated[int, Ge(0)] | None = None
     max_corrupt: Annotated[float, Ge(0), Lt(1)] = 0.0

@@ -69,7 +69,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory_text(num_processes: int, recipe: "Recipe") -> str:
     """The batch arithmetic and the next smaller batch per device."""
-    from vit_rsst.data.loaders import Dealing
+    from vit_rsst.data.dealing import Dealing
 
     dealing = Dealing.of(recipe.train.global_batch, recipe.train.batch_per_device, num_processes)
     share, now = dealing.global_batch // num_processes, dealing.batch_per_device

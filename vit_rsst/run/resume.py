@@ -181,6 +181,14 @@ def check_same_run(
             f"{now}. Start it with {then}, or pass --allow-world-size-change: every image is still seen, but sums are "
             "rounded in a different order, so the result is no longer bit-identical."
         )
+    then, now = (of.get("order") for of in (point.numbers.get("environment", {}), run.environment))
+    if then != now and point.numbers["progress"]["step"]:
+        why = f"its lanes were {then} and are {now}" if then else "version 0.1 read streams in a different order"
+        raise InputError(
+            f"{run.folder.path}: the run stopped mid-epoch, at step {point.step}, and which images are left of that "
+            f"epoch is lost: {why}. Finish the epoch with the version and settings that began it, or use --restart to "
+            "start over; between epochs such a run does resume."
+        )
     other = [f"data.{key}" for key in DATA_IDENTITY if f"data.{key}" in drift]
     if other and not allow_data_change:
         told = "; ".join(_change(key, *drift[key]) for key in other)
