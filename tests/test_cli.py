@@ -24,7 +24,7 @@ from vit_rsst.data import transforms
 from vit_rsst.errors import MissingRequirement
 from vit_rsst.evaluation import evaluate
 from vit_rsst.models.catalog import CATALOG as MODELS
-from vit_rsst.pruning.methods import __all__ as METHODS
+from vit_rsst.pruning.methods import METHODS
 from vit_rsst.recipe.loading import builtin_recipes, load
 from vit_rsst.run import console
 

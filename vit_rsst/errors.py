@@ -72,7 +72,7 @@ OF_A_LIBRARY = (RuntimeError, ValueError, TypeError, AssertionError, ArithmeticE
 
 
 def first_line(error: BaseException) -> str:
-    """First line of a library's error message."""
+    """First line of a library's error message, without a full stop."""
     name = type(error).__name__
-    text = (str(error).strip() or name).splitlines()[0]
+    text = (str(error).strip() or name).splitlines()[0].rstrip(".")
     return f"{name} {text}" if isinstance(error, LookupError) else text  # a KeyError is the key alone

@@ -97,8 +97,8 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor
             loss = run.loss(logits, labels)
             if run.distillation is not None:
                 loss = run.distillation(loss, logits, images)
-            if run.own_loss is not None:
-                loss = loss + run.own_loss()
+            if run.auxiliary_loss is not None:
+                loss = loss + run.auxiliary_loss()
             run.ranks.heartbeat.enter("backward")
             run.accelerator.backward(loss)  # divides by the accumulation
         run.meter.add(logits, labels, loss)

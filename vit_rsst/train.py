@@ -222,7 +222,7 @@ def train_to_the_end(
             if accelerator.is_main_process:
                 folder.record(recipe, run.environment)
             stop.is_training = True
-            settle_buckets(run.model, run.net, run.batch_shape, run.own_loss)
+            settle_buckets(run.model, run.net, run.batch_shape, run.auxiliary_loss)
             loop.train(run)
             finish(run, recipe)
         except BaseException as error:

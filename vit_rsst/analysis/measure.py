@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 
 from vit_rsst.errors import MissingRequirement
 from vit_rsst.tickets.trained import default_device
+
+T = TypeVar("T")
 
 BUDGET, FEWEST, MOST = 2.0, 5, 200
 """Time limit of a measurement in seconds, and the fewest and most repeats; the fewest are always done."""
@@ -38,20 +41,20 @@ def latency(networks: Mapping[str, nn.Module], image_size: int, batch: int, devi
         if repeat >= FEWEST and time.perf_counter() - start > budget:
             break
         for name, net in networks.items():
-            seconds[name].append(timed(lambda net=net: net(images), device))
+            seconds[name].append(timed(lambda net=net: net(images), device)[1])
     return {
         name: summary(values) | {"images_per_s": batch / float(np.median(values))} for name, values in seconds.items()
     }
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Duration of one call in seconds, including GPU work."""
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """The result of a call and its duration in seconds, including GPU work."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
-    work()
+    found = call()
     synchronize()
-    return time.perf_counter() - start
+    return found, time.perf_counter() - start
 
 
 def summary(seconds: list[float]) -> dict:

@@ -16,7 +16,7 @@ from vit_rsst.assembly.data import count_rows, data_options
 from vit_rsst.assembly.model import build_model
 from vit_rsst.assembly.parts import parts_of
 from vit_rsst.data.catalog import CATALOG as SOURCES
-from vit_rsst.errors import InputError
+from vit_rsst.errors import InputError, first_line
 from vit_rsst.models import slim, zoo
 from vit_rsst.models.anatomy import prunable_weights, unit_groups
 from vit_rsst.models.complexity import flops_by_module
@@ -105,7 +105,7 @@ def open_subject(what: str, image_size: int | None = None) -> Subject:
         flops_by_module(subject.net, subject.image_size)
     except (AssertionError, RuntimeError, ValueError) as error:  # depends on the library
         raise InputError(
-            f"{what}: does not accept images of {subject.image_size} px ({str(error).splitlines()[0].rstrip('.')}); "
+            f"{what}: does not accept images of {subject.image_size} px ({first_line(error)}); "
             "set --image-size to the input size of the model."
         ) from error
     return subject

@@ -95,7 +95,7 @@ def build(
         optimizer=optimizer,
         loader=loader,
         loss=build_loss(recipe, data, device),
-        own_loss=getattr(net, "auxiliary_loss", None),
+        auxiliary_loss=getattr(net, "auxiliary_loss", None),
         distillation=distillation,
         best=Best(train.patience, train.keep_best),
         lr=make_lr(recipe),

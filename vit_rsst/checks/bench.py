@@ -1,6 +1,5 @@
 """The bench that checks run on (model, data, batches and optimizer of the recipe) and their verdicts."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -143,12 +142,3 @@ class Bench:
     def estimate(self, steps: float, images: int) -> float:
         """Seconds of `steps` training steps on `images` each."""
         return self.step_seconds * steps * images / max(len(self.batch[1]), 1)
-
-
-def timed(call: Callable[[], object], device: torch.device) -> tuple[object, float]:
-    """The result of a call and its duration in seconds, including GPU work."""
-    start = time.perf_counter()
-    found = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return found, time.perf_counter() - start

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vit_rsst import files
-from vit_rsst.errors import InputError, MissingRequirement
+from vit_rsst.errors import InputError, MissingRequirement, first_line
 from vit_rsst.export import card
 from vit_rsst.export.work import Work
 from vit_rsst.text import size
@@ -76,10 +76,10 @@ def _upload(folder: Path, repo: str, public: bool) -> str:
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload by vit-rsst push")
     except HfHubHTTPError as error:
         raise MissingRequirement(
-            f"push: the Hub rejects {repo} ({_first_line(error)}); check the name and the token's permissions."
+            f"push: the Hub rejects {repo} ({first_line(error)}); check the name and the token's permissions."
         ) from error
     except NOT_REACHED as error:
-        raise MissingRequirement(f"push: cannot reach the Hub ({_first_line(error)}); try again online.") from error
+        raise MissingRequirement(f"push: cannot reach the Hub ({first_line(error)}); try again online.") from error
     return str(address)
 
 
@@ -88,7 +88,3 @@ def _check_visibility(is_private: bool, repo: str, public: bool) -> None:
     if is_private == public:
         found, way = ("private", "leave out --public") if is_private else ("public", "give --public")
         raise InputError(f"REPO: {repo} exists and is {found}; {way}, change it on the Hub, or name another.")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -25,16 +25,16 @@ def without_trace(net: nn.Module) -> Iterator[None]:
                 buffer.copy_(buffers[name])
 
 
-def backward(model: nn.Module, shape: tuple[int, ...], own_loss: Callable[[], Tensor] | None) -> None:
+def backward(model: nn.Module, shape: tuple[int, ...], auxiliary_loss: Callable[[], Tensor] | None) -> None:
     """One forward and backward pass on zeros of a micro-batch's shape."""
     loss = model(torch.zeros(shape, device=next(model.parameters()).device)).float().mean()
-    if own_loss is not None:
-        loss = loss + own_loss()
+    if auxiliary_loss is not None:
+        loss = loss + auxiliary_loss()
     loss.backward()
 
 
 def settle_buckets(
-    model: nn.Module, net: nn.Module, shape: tuple[int, ...], own_loss: Callable[[], Tensor] | None = None
+    model: nn.Module, net: nn.Module, shape: tuple[int, ...], auxiliary_loss: Callable[[], Tensor] | None = None
 ) -> None:
     """Lets DDP rebuild its buckets before the first step; collective, does nothing without DDP.
 
@@ -45,13 +45,13 @@ def settle_buckets(
     Args:
         model: `net` in DDP.
         shape: of a micro-batch of images.
-        own_loss: the model's own loss term, which changes the order of gradients.
+        auxiliary_loss: the model's own loss term, which changes the order of gradients.
     """
     if not isinstance(model, DistributedDataParallel):
         return
     with without_trace(net):
         for _ in range(2):  # the second forward pass rebuilds, its backward pass is the first of the new buckets
-            backward(model, shape, own_loss)
+            backward(model, shape, auxiliary_loss)
 
 
 def parameters_without_gradient(net: nn.Module, image_size: int) -> list[str]:

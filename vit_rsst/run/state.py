@@ -30,7 +30,7 @@ class Run:
     Attributes:
         model: as Accelerate prepared it; `net` is the same network without wrappers.
         loss: (logits, labels) → mean loss.
-        own_loss: the model's own loss term after a training forward pass; None if it has none.
+        auxiliary_loss: the model's own loss term after a training forward pass; None if it has none.
         distillation: adds a teacher to the loss; None without one.
         best: best epoch of the current round.
         lr: the learning rate at a progress.
@@ -72,7 +72,7 @@ class Run:
     environment: dict[str, object]
     ranks: Ranks
     batch_shape: tuple[int, int, int, int]
-    own_loss: Callable[[], Tensor] | None = None
+    auxiliary_loss: Callable[[], Tensor] | None = None
     distillation: Distillation | None = None
     best: Best = field(default_factory=Best)
     watch: Callable[[str, Progress, Controller], None] = lambda *_: None

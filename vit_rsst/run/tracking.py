@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit_rsst import files, reach
+from vit_rsst.errors import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +87,7 @@ class Tracker:
             try:
                 return self._start(name, options, config)
             except Exception as error:  # wandb raises errors of its own
-                why = _short(error)
+                why = first_line(error)[:200]
                 options["id"] += "-offline"  # the service may still hold the online one
         if why:
             self._warn_once(name, f"wandb could not start ({why}); it records offline in {options['dir']}.")
@@ -184,7 +185,7 @@ class Tracker:
             call()
         except Exception as error:  # whatever a tracker raises, training continues
             self.trackers.pop(name, None)
-            self._warn_once(name, f"{name} failed to {what} ({_short(error)}); dropping it for the rest of the run.")
+            self._warn_once(name, f"{name} failed to {what} ({first_line(error)[:200]}); dropped for this run.")
 
     def _warn_once(self, name: str, text: str) -> None:
         """Only the first problem of each tracker is shown."""
@@ -199,10 +200,6 @@ def _run_id(logs: Path) -> tuple[bool, str]:
     if is_new := not path.exists():
         files.write_text(path, os.urandom(4).hex())
     return is_new, path.read_text(encoding="utf-8")
-
-
-def _short(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
 
 
 def to_stderr(text: str) -> None:
