@@ -443,6 +443,7 @@ FREE_FIELDS = (
     "data.path",
     "data.in_memory",
     "data.workers",
+    "train.batch_per_device",
     "train.max_minutes",
     "train.rank_timeout",
     "train.log_every_steps",
@@ -451,15 +452,13 @@ FREE_FIELDS = (
 )
 """Fields that do not affect the result and may change when a run is resumed; data are identified by their content."""
 
-FREE_FIELDS_OF_0_1 = tuple(name for name in FREE_FIELDS if name != "data.path")
+FREE_FIELDS_OF_0_1 = tuple(name for name in FREE_FIELDS if name not in ("data.path", "train.batch_per_device"))
 """Those of version 0.1, whose resume points have fingerprints without the others."""
 
 
 def deciding(tree: Mapping) -> dict[str, Any]:
     """The fields that affect the result, flattened: dotted path → value; one spelling for what means the same."""
     fields = _flat(tree, FREE_FIELDS)
-    if not (fields.get("data.augment.mixup") or fields.get("data.augment.cutmix")):
-        fields.pop("train.batch_per_device", None)  # images are mixed within a device's batch
     for option, value in RAMPS_OF_0_1.get(str(fields.get("pruning.method.penalty.ramp")), {}).items():
         fields[f"pruning.method.penalty.{option}"] = value
     if fields.get("pruning.schedule.rounds") is None and not fields.get("pruning.schedule.sparsities"):

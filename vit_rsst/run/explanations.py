@@ -77,8 +77,7 @@ def out_of_memory_text(num_processes: int, recipe: "Recipe") -> str:
     if smaller is None:
         return f"out of memory with {dealing}: not even one image per device fits; use a smaller model or images."
     again = Dealing.of(dealing.global_batch, smaller, num_processes)
-    how = "under another name (name=…) or with --restart" if recipe.data.augment.mixes else "and resumes this run"
     return (
         f"out of memory with a global batch of {dealing}; set train.batch_per_device={smaller}: {again} takes the "
-        f"same steps with less memory, {how}."
+        "same steps with less memory and resumes this run."
     )
