@@ -684,3 +684,43 @@ def test_augmentations_of_timm_take_every_magnitude(config):
         random.seed(seed)
         np.random.seed(seed)
         assert vary(picture).size == (32, 32)
+
+
+# -- the validation split, and the cache
+
+
+def test_a_class_keeps_a_training_image_whatever_is_held_out(tmp_path):
+    write_parquet(tmp_path, "train", [0] * 30 + [1] * 2)
+    write_parquet(tmp_path, "test", LABELS)
+    for seed in range(12):
+        data = open_data(options(tmp_path, val_fraction=0.5), seed)
+        assert set(data.train.labels.tolist()) == {0, 1}
+        assert data.count("train") + data.count("val") == 32
+        is_said = any("one of each stays in train" in line for line in data.told)
+        assert is_said == (data.count("val") < 16)
+
+
+def test_a_cache_that_cannot_be_written_is_not_the_datasets_fault(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    text = refusal(options(folder), MissingRequirement)
+    assert "the cache" in text
+    assert "HF_DATASETS_CACHE" in text
+    assert "data.path" not in text
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("hf://datasets/a/b", "is an address.*download it first"),
+        ("s3://bucket/set", "is an address"),
+        ("uoft-cs/cifar10", "if it is a dataset of the Hub, download it first"),
+    ],
+)
+def test_an_address_given_as_a_path_is_said_to_be_one(path, said):
+    assert re.search(said, refusal(DataOptions("folder", path)))
+
+
+def test_an_archive_given_as_a_path_is_said_to_be_one(tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    assert "is an archive; unpack it" in refusal(options(tmp_path / "set.zip"))

@@ -247,5 +247,6 @@ def _copy(file: ParquetFile, cache: Path) -> Path:
             "HF_DATASETS_CACHE, or make room."
         ) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
     return copy

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -201,5 +202,5 @@ def _load(index: Path) -> dict[str, Folder]:
             known[path] = Folder(tuple(state), *part, tuple(folders), tuple(kept), others)
             image, byte = image + count, byte + length
         return known
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
