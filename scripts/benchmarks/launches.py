@@ -41,7 +41,7 @@ class Case:
 
     Attributes:
         like: the case without pruning that it is compared with.
-        is_due: the method chooses a new mask in this step.
+        is_due: the method chooses a new mask in this step, which may launch more.
     """
 
     method: Method
@@ -84,6 +84,8 @@ CASES = {
     "imp": Case(Imp(), "masked"),
     "gmp": Case(Gmp(interval=10**6), "masked"),
     "ste": Case(StraightThrough(interval=10**6), "ste"),
+    "gmp, a step that removes": Case(Gmp((0.0, 1.0), 1), "masked", is_due=True),
+    "ste, a step that chooses": Case(StraightThrough((0.0, 1.0), 1), "ste", is_due=True),
     "ste, ema": Case(StraightThrough(interval=10**6), "ste", "dense, ema", ema=0.99),
 }
 
@@ -149,7 +151,7 @@ def judge(found: dict[str, Counting]) -> list[str]:
 
 
 def added_by_pruning(name: str, found: dict[str, Counting]) -> int | None:
-    if name not in CASES or CASES[name].phase == "dense":
+    if name not in CASES or CASES[name].phase == "dense" or CASES[name].is_due:
         return None
     return found[name].kernels.total() - found[CASES[name].like].kernels.total()
 

@@ -10,6 +10,7 @@ from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.contest import Entry, contest, keep_windows, spread
 from vit_rsst.pruning.criteria import Evidence
+from vit_rsst.pruning.device_contest import keep_best
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.recipe.schema import Pruning, Recipe, Schedule
 
@@ -136,3 +137,38 @@ def test_a_budget_is_met_by_the_model_that_is_really_made(scope, budget):
     [share] = budget.values()
     assert size() <= share * whole
     assert size() > share * whole - len(groups) * largest
+
+
+def entries_of(random: torch.Generator) -> list[Entry]:
+    """One to six entries with ties, infinities, dead elements and floors."""
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=random))
+
+    made = []
+    for number in range(1 + below(6)):
+        size = (1, 3, 17, 200, 1000)[below(5)]
+        scores = torch.randn(size, generator=random)
+        kind = below(4)
+        if kind == 1:
+            scores = (scores * 2).round() * -0.0 if below(2) else (scores * 2).round() / 4
+        elif kind == 2:
+            scores[torch.rand(size, generator=random) < 0.2] = torch.inf
+            scores[torch.rand(size, generator=random) < 0.2] = -torch.inf
+        alive = torch.rand(size, generator=random) < (1.0, 0.7, 0.1, 0.0)[below(4)]
+        made.append(Entry(str(number), "x", scores, alive, least=(0, 1, 5, size // 3, size)[below(5)]))
+    return made
+
+
+def test_a_contest_on_the_device_keeps_what_the_cpu_keeps_to_the_last_bit():
+    random, floors_met = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        entries = entries_of(random)
+        total = sum(entry.scores.numel() for entry in entries)
+        budget = float(torch.rand((), generator=random)) * 1.1 * total
+        expected = contest(entries, budget)
+        least = [entry.least for entry in entries]
+        found = keep_best([e.scores for e in entries], [e.alive for e in entries], least, round(budget))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        floors_met += sum(map(int, (mask.sum() for mask in found))) > round(budget)
+    assert floors_met > 10

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_rsst.pruning.device_contest import keep_best
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -45,8 +47,16 @@ def contest(entries: Sequence[Entry], budget: float, never_above: bool = False) 
         Per entry bool, the shape of its scores.
 
     Raises:
-        ValueError: a score is not a number.
+        ValueError: a score on the CPU is not a number; elsewhere nobody waits to see that.
     """
+    costs = {entry.cost for entry in entries}
+    if len(costs) == 1:  # whole elements or units, so that floors do not round what is left once more
+        [cost] = costs
+        number = max(budget, 0.0) / cost
+        budget = cost * (int(number + 1e-9) if never_above else round(number))
+        if entries[0].scores.device.type != "cpu":
+            least = [entry.least for entry in entries]
+            return keep_best([e.scores for e in entries], [e.alive for e in entries], least, round(budget / cost))
     kept: dict[int, Tensor] = {}
     while True:
         open = [i for i in range(len(entries)) if i not in kept]

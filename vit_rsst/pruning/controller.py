@@ -436,7 +436,10 @@ class Controller:
         seed = self.seed * 1_000 + self.state.round  # a new draw for each round, the same on every device
         statistics = self.calibrate() if self.calibrate is not None else None
         evidence = Evidence(self.weights, self.mask, seed, statistics)
-        return agreed(lambda: choose(evidence), self.mask)
+        chosen = agreed(lambda: choose(evidence), self.mask)
+        if density is not None and self.state.density_asked < 1.0 - 0.5 / self.mask.num_elements:
+            chosen.__dict__["is_full"] = False  # known, where counting would wait for the device
+        return chosen
 
     def _penalty(self, progress: Progress) -> Penalty | None:
         """The penalty, when it acts at this step: from the start of its window until the condemned are removed."""

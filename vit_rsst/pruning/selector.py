@@ -165,6 +165,17 @@ class Selector:
         )
 
 
+def check_numbers(scores: Mapping[str, Tensor]) -> None:
+    """Refuses scores that no contest can rank.
+
+    Raises:
+        ValueError: one is not a number.
+    """
+    for name, values in scores.items():
+        if bool(values.isnan().any()):
+            raise ValueError(f"pruning.criterion: a score of {name} is not a number; the statistics have diverged.")
+
+
 def _relative(scores: Tensor) -> Tensor:
     """Scores over their mean, so that layers of another scale can compete."""
     return scores / scores.mean().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,105 @@
+"""A contest where the scores are: two passes of histograms, without a copy of all scores and without the host waiting.
+
+It keeps what `contest` keeps, to the last bit. That one settles floors by contests one after the other; here the best
+of each entry up to its floor are set aside at once and the others compete for what is left. Both come to the same: an
+entry keeps max(floor, its elements above one common threshold).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BINS = 1 << 16
+
+
+def keep_best(scores: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence[int], k: int) -> list[Tensor]:
+    """The best `k` of the living of all entries together, but of each at least its floor; ties by index.
+
+    Args:
+        scores: per entry float32 of any shape, none of them NaN.
+        alive: bool, likewise.
+        least: per entry how many must stay, as far as there are so many.
+
+    Returns:
+        Per entry bool, the shape of its scores.
+    """
+
+    def keys() -> Iterator[Tensor]:  # made again for each pass, so that one entry's are held at a time
+        return (_keys(*entry) for entry in zip(scores, alive, strict=True))
+
+    upper = torch.stack([_counts(_upper(key)) for key in keys()])  # (entries, bins)
+    upper[:, 0] = 0  # the dead
+    living = upper.sum(1)
+    floors = torch.stack([living[i].clamp(max=number) for i, number in enumerate(least)])
+    k_left = (living.sum().clamp(max=k) - floors.sum()).clamp(min=0)
+
+    # Where the floor of each entry ends: a bin of upper halves, one of lower halves, and so many of its ties.
+    floor_upper, above = _reach(upper, floors)
+    lower = torch.stack([_counts(_lower(key), _upper(key) == floor_upper[i]) for i, key in enumerate(keys())])
+    floor_lower, above_lower = _reach(lower, floors - above)
+    floor_ties = floors - above - above_lower
+
+    # The others: what is below the floors.
+    others = _below(upper, floor_upper, floors - above)
+    common_upper, above = _reach(others.sum(0, keepdim=True), k_left[None])
+    lower = torch.stack([_counts(_lower(key), _upper(key) == common_upper) for key in keys()])
+    in_floor_bin = (common_upper == floor_upper)[:, None]
+    others = torch.where(in_floor_bin, _below(lower, floor_lower, floor_ties), lower)
+    others = torch.where((common_upper > floor_upper)[:, None], 0, others)
+    common_lower, above_lower = _reach(others.sum(0, keepdim=True), k_left[None] - above)
+    ties_left = k_left - above - above_lower
+    ties = others.gather(1, common_lower.expand(len(scores))[:, None])[:, 0]
+    taken = (ties_left - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
+
+    floor, common = _joined(floor_upper, floor_lower), _joined(common_upper, common_lower)
+    threshold = torch.minimum(floor, common)
+    number = torch.where(floor <= common, floor_ties, 0) + torch.where(common <= floor, taken, 0)
+    found = []
+    for i, (key, shaped) in enumerate(zip(keys(), scores, strict=True)):
+        is_tie = key == threshold[i]
+        kept = (key > threshold[i]) | (is_tie & (is_tie.cumsum(0, dtype=torch.int32) <= number[i]))
+        found.append(kept.view(shaped.shape))
+    return found
+
+
+def _keys(scores: Tensor, alive: Tensor) -> Tensor:
+    """int32 of the same order as the scores, −0 and +0 alike; the dead below all."""
+    bits = (scores.detach().float().flatten() + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ordered.masked_fill_(~alive.flatten(), -(2**31))
+
+
+def _upper(keys: Tensor) -> Tensor:
+    return (keys >> 16) + BINS // 2
+
+
+def _lower(keys: Tensor) -> Tensor:
+    return keys & (BINS - 1)
+
+
+def _joined(upper: Tensor, lower: Tensor) -> Tensor:
+    return ((upper - BINS // 2) << 16) | lower
+
+
+def _counts(bins: Tensor, counted: Tensor | None = None) -> Tensor:
+    """How many fall into each bin, int64 (bins,); `bincount` would wait for the largest of a GPU's."""
+    ones = torch.ones((), dtype=torch.int64, device=bins.device).expand(bins.shape)
+    return torch.zeros(BINS, dtype=torch.int64, device=bins.device).scatter_add_(
+        0, bins.long(), ones if counted is None else counted.long()
+    )
+
+
+def _reach(counts: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row the bin in which the `number`-th from the top lies, and how many lie above that bin."""
+    from_top = counts.flip(1).cumsum(1).flip(1)
+    place = (from_top >= number[:, None]).sum(1) - 1
+    here = place[:, None]
+    return place, (from_top.gather(1, here) - counts.gather(1, here))[:, 0]
+
+
+def _below(counts: Tensor, place: Tensor, taken: Tensor) -> Tensor:
+    """What is left of a histogram without what lies above bin `place` and `taken` in it."""
+    bins = torch.arange(BINS, device=counts.device)
+    there = torch.where(bins == place[:, None], counts - taken[:, None], 0)
+    return torch.where(bins < place[:, None], counts, there)
