@@ -176,6 +176,7 @@ def test_widths_of_another_model_are_refused_in_one_sentence(widths):
     [
         ("resnetv2_18", set()),  # its norms stand before the convolutions
         ("resnet50_gn", set()),  # groups of channels are normalised together
+        ("davit_tiny", {"neuron"}),  # its attention puts out as many features as come in
         ("convnextv2_atto", set()),  # a norm over the neurons
         ("nf_resnet26", set()),  # kernels are standardised
         ("vit_small_patch16_rope_mixed_224", {"neuron"}),  # frequencies by head

@@ -37,6 +37,7 @@ HF = {
     "image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
     "intermediate_size": 48,
 }  # fmt: skip
+HF_DINO = {key: HF[key] for key in HF if key != "intermediate_size"}
 HF_SWIN = {
     "image_size": 32, "patch_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
 }  # fmt: skip
@@ -91,9 +92,9 @@ TRANSFORMERS: dict[str, tuple[str, dict, int]] = {
     "hf:beit, own biases": ("hf:beit", HF | {"use_relative_position_bias": True}, 32),
     "hf:beit, shared biases": ("hf:beit", HF | {"use_shared_relative_position_bias": True}, 32),
     "hf:data2vec-vision": ("hf:data2vec-vision", HF | {"use_relative_position_bias": True}, 32),
-    "hf:dinov2": ("hf:dinov2", HF, 32),
-    "hf:dinov2, SwiGLU": ("hf:dinov2", HF | {"use_swiglu_ffn": True}, 32),
-    "hf:dinov2_with_registers": ("hf:dinov2_with_registers", HF, 32),
+    "hf:dinov2": ("hf:dinov2", HF_DINO, 32),
+    "hf:dinov2, SwiGLU": ("hf:dinov2", HF_DINO | {"use_swiglu_ffn": True}, 32),
+    "hf:dinov2_with_registers": ("hf:dinov2_with_registers", HF_DINO, 32),
     "hf:dinov3_vit": ("hf:dinov3_vit", HF, 32),
     "hf:dinov3_convnext": ("hf:dinov3_convnext", HF_STAGES, 64),
     "hf:swin": ("hf:swin", HF_SWIN, 32),
@@ -115,7 +116,7 @@ TRANSFORMERS: dict[str, tuple[str, dict, int]] = {
     "hf:convnextv2": ("hf:convnextv2", HF_STAGES, 64),
     "hf:poolformer": ("hf:poolformer", HF_STAGES, 64),
     "hf:cvt": ("hf:cvt", {}, 64),
-    "hf:segformer": ("hf:segformer", HF_PYRAMID, 64),
+    "hf:segformer": ("hf:segformer", {key: HF_PYRAMID[key] for key in HF_PYRAMID if key != "image_size"}, 64),
     "hf:hiera": ("hf:hiera", {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 2, 2, 1]}, 64),
     "hf:focalnet": (
         "hf:focalnet",

@@ -76,10 +76,9 @@ def timm_heads(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup
 
 
 def _lets_heads_go(module: nn.Module) -> bool:
-    """Whether the forward pass takes its width from its weights, or there is a class here that does."""
+    """Whether the forward pass is known to take its width from its weights; of a plugin that is tried before a run."""
     is_plugin = type(module).__module__.split(".")[0] not in ("timm", "transformers")
-    is_free = hasattr(module, "attn_dim") or type(module).__name__ == "WindowAttention"
-    return is_plugin or narrow.is_known(module) or is_free
+    return is_plugin or narrow.lets_heads_go(module)
 
 
 PROJECTIONS = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat, maybe_add_mask, resolve_self_attn_mask
-from timm.models import beit, eva, fastvit, metaformer
+from timm.models import beit, eva, fastvit, metaformer, swin_transformer
 from torch import Tensor, nn
 
 
@@ -88,10 +88,13 @@ NARROW: dict[type[nn.Module], type[nn.Module]] = {
 }
 """Class of timm → the one that a module of it becomes."""
 
+FREE = (swin_transformer.WindowAttention, *NARROW.values())
+"""Classes that take the features out of their heads from their weights."""
 
-def is_known(module: nn.Module) -> bool:
-    """Whether a module can become narrow, or is already."""
-    return type(module) in NARROW or type(module) in NARROW.values()
+
+def lets_heads_go(module: nn.Module) -> bool:
+    """Whether a module of timm keeps working without a head, as it is or as the class that it becomes."""
+    return hasattr(module, "attn_dim") or type(module) in NARROW or type(module) in FREE
 
 
 def let_go_(module: nn.Module) -> None:
