@@ -3,6 +3,7 @@
 With VIT_RSST_REHEARSE=1 they run on the CPU, so that none meets a GPU untried.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_bf16_learns_as_fp32_does(tmp_path: Path) -> None:
         assert train(tmp_path, f"name={precision}", f"train.precision={precision}", *longer) == 0
     full, half = (losses(tmp_path, precision) for precision in ("no", "bf16"))
     assert half == pytest.approx(full, rel=0.1)
+
+
+def test_a_run_that_is_stopped_after_every_step_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Where kernels are deterministic; the environment names the GPU, its driver and its libraries."""
+    exact = ("train.deterministic=true", "train.precision=bf16")
+    assert train(tmp_path, "name=whole", *exact) == 0
+    sittings = [train(tmp_path, "name=parts", "train.max_minutes=1e-6", *exact) for _ in range(5)]
+    assert sittings == [75] * 5
+    assert train(tmp_path, "name=parts", *exact) == 0
+    resumes = [event for event in events(tmp_path / "runs" / "parts") if event["event"] == "resume"]
+    assert [event["bit_exact"] for event in resumes] == [True] * 5, resumes
+    whole, parts = (sorted((tmp_path / "runs" / name / "tickets").glob("*.safetensors")) for name in ("whole", "parts"))
+    assert len(whole) == 3
+    for first, second in zip(whole, parts, strict=True):
+        one, two = load_file(first), load_file(second)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    gpu = json.loads((tmp_path / "runs" / "parts" / "environment.json").read_text())["gpu"]
+    assert (gpu is None) == (not HAS_GPU)
+    assert gpu is None or all(gpu[name] for name in ("model", "memory", "driver", "cuda", "cudnn", "nccl")), gpu
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

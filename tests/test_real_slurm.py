@@ -93,9 +93,9 @@ def wait_for(path: Path, slurm: Slurm, job: int, seconds: float = 180) -> None:
         time.sleep(0.05)
 
 
-def is_interpreter(words: list[str] | None) -> bool:
-    """Whether a command line is that of a trainer or its launcher, not of the shell around it."""
-    return bool(words) and "python" in words[0] and "vit_rsst.train" in words
+def is_interpreter(words: list[str] | None, recipe: Path) -> bool:
+    """Whether a command line is that of a trainer of this recipe or its launcher, not of the shell around it."""
+    return bool(words) and "python" in words[0] and "vit_rsst.train" in words and str(recipe) in words
 
 
 def tickets(recipe: Path) -> dict[str, dict[str, bytes]]:
@@ -131,7 +131,7 @@ def test_usr1_requeues_the_job_until_the_run_is_finished(slurm, undisturbed, tmp
     job = submit(slurm, recipe, nodes, place)
     if place == "launch":  # the interpreters are starting, and no handler is installed
         slurm.wait(job, "RUNNING")
-        while not any(is_interpreter(process.info["cmdline"]) for process in psutil.process_iter(["cmdline"])):
+        while not any(is_interpreter(process.info["cmdline"], recipe) for process in psutil.process_iter(["cmdline"])):
             time.sleep(0.02)
     else:
         wait_for(tmp_path / "flag", slurm, job)

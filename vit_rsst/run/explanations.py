@@ -35,9 +35,10 @@ def is_of_a_lost_rank(error: BaseException) -> bool:
 
 def lost_rank(found: str, folder: "RunFolder") -> LostRank:
     """The error for a sentence of the heartbeat that names who is lost."""
+    who = found.rstrip(".") or "another process of this job died"
     return LostRank(
-        f"{found.rstrip('.') or 'another process of this job died'}. Its own message and {folder.logs} may say why; run the same "
-        "command to resume from the last resume point. Where steps or disks are that slow, raise train.rank_timeout."
+        f"{who}. Its own message and {folder.logs} may say why; run the same command to resume "
+        "from the last resume point. Where steps or disks are that slow, raise train.rank_timeout."
     )
 
 
