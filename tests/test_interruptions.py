@@ -37,7 +37,7 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("interruptions"))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in SLOW)], ids=str)
 def test_an_interrupted_run_ends_as_the_undisturbed_one(bench, cell):
     survived, why = bench.survives(cell)

@@ -32,7 +32,7 @@ EQUAL = "equal to the last bit"
 REQUIRED_SHARE = 1.0  # of the cells survive
 
 HERE = Path(__file__).resolve().parent
-SECONDS = 120
+SECONDS = 240
 STEPS = 4  # an epoch; round 0 has 2 epochs, rounds 1 and 2 have 3 each
 MOMENTS = {
     "mid-epoch": ("step", 6),
@@ -117,7 +117,7 @@ class Bench:
 
     def undisturbed(self, setting: Setting) -> dict:
         if setting not in self._undisturbed:
-            folder = self.folder / f"undisturbed-{len(self._undisturbed)}"
+            folder = Path(tempfile.mkdtemp(prefix="undisturbed-", dir=self.folder))
             codes = self.train(setting, folder)
             assert set(codes) == {0}, f"the undisturbed run failed: {log_of(folder)}"
             self._undisturbed[setting] = outcome(folder)
