@@ -5,6 +5,7 @@ With VIT_RSST_REHEARSE=1 they run on the CPU, so that none meets a GPU untried.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,62 @@ def test_too_little_memory_says_which_batch_fits(tmp_path: Path, capsys: pytest.
         torch.cuda.empty_cache()
     assert code == 3  # a missing requirement
     assert "train.batch_per_device=256" in capsys.readouterr().err
+
+
+def test_a_deterministic_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """A run stopped after each epoch and the same command again, beside one that is not disturbed."""
+    common = ("train.deterministic=true", "train.save_every_steps=1", "train.ema_decay=0.9", "model.args.drop_rate=0.1")
+    assert train(tmp_path, "name=whole", *common) == 0
+    codes = []
+    for _ in range(20):
+        codes.append(train(tmp_path, "name=stopped", "train.max_minutes=0.0005", *common))
+        if codes[-1] == 0:
+            break
+    else:
+        assert train(tmp_path, "name=stopped", *common) == 0
+    assert 75 in codes
+    tickets = sorted((tmp_path / "runs" / "whole" / "tickets").glob("*.safetensors"))
+    assert len(tickets) == 3
+    for path in tickets:
+        expected, found = load_file(path), load_file(tmp_path / "runs" / "stopped" / "tickets" / path.name)
+        assert all(torch.equal(expected[name], found[name]) for name in expected), path.name
+
+
+MEMORY = {
+    "dense": ["pruning.method=dense"],
+    "rsst": ["pruning.method={name: rsst, remove_at: 1.0}"],
+    "ema": ["pruning.method=dense", "train.ema_decay=0.99"],
+    "distill": ["pruning.method=imp", "train.distill.teacher=dense"],
+    "ste": ["pruning.method={name: ste, interval: 1}"],
+}
+
+
+@pytest.mark.parametrize("case", MEMORY)
+def test_the_peak_of_memory_is_the_predicted_one(case: str, tmp_path: Path, record_property: Callable) -> None:
+    from vit_rsst.assembly.data import Rows
+    from vit_rsst.assembly.needs import needs
+    from vit_rsst.assembly.parts import Sizes, prepare
+    from vit_rsst.recipe.loading import load
+
+    overrides = [
+        "model.args={embed_dim: 384, depth: 6, num_heads: 6}" if HAS_GPU else "model.args={embed_dim: 48, depth: 1}",
+        f"train.global_batch={256 if HAS_GPU else 32}", "train.steps_per_epoch=2", "train.epochs=1",
+        "train.round_epochs=1", f"train.precision={'bf16' if HAS_GPU else 'no'}", f"name={case}",
+    ]  # fmt: skip
+    path = write_recipe(tmp_path)
+    recipe = load(path, [*overrides, *MEMORY[case]])
+    sizes = Sizes.of(recipe, Rows(1293, 144, 360, 10, True), 1)
+    parts = prepare(recipe, sizes, torch.device("meta"))
+    found = needs(parts, parts.preview(sizes.progress), sizes.dealing.batch_per_device)
+    predicted = found.peak
+    if HAS_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    assert train(tmp_path, *overrides, *MEMORY[case]) == 0
+    if not HAS_GPU:
+        return
+    images = 1797 * 3 * 32 * 32
+    measured = torch.cuda.max_memory_allocated() - images
+    record_property("predicted_mib", round(predicted / 2**20, 1))
+    record_property("measured_mib", round(measured / 2**20, 1))
+    assert measured == pytest.approx(predicted, rel=0.1)

@@ -18,12 +18,20 @@ class Needs:
     Attributes:
         device: memory of a process, by use.
         best: host memory for the best epoch (`train.keep_best`).
+        shared: of a step, which gradients take after activations have left it; 0 where gradients stay from one
+            micro-batch to the next, or in the buckets of several processes.
         resume_point: on disk.
     """
 
     device: dict[str, int]
     best: int
     resume_point: int
+    shared: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most that a process holds at once on its device."""
+        return sum(self.device.values()) - self.shared
 
 
 def needs(parts: Parts, rounds: Sequence[RoundPreview], images: int) -> Needs:
@@ -49,10 +57,13 @@ def needs(parts: Parts, rounds: Sequence[RoundPreview], images: int) -> Needs:
         "moving average": average,
         "teacher": _teacher_bytes(train.distill.teacher, total),
         "activations": activations // 2 if train.precision == "bf16" else activations,
+        "weights in bf16": total // 2 if train.precision == "bf16" else 0,
     }
+    has_one_backward = images == train.global_batch
+    shared = min(total, device["activations"]) if has_one_backward else 0
     rewind = total if recipe.pruning.rewind_epoch is not None else 0
     best = total + average if train.keep_best else 0
-    return Needs(device, best, total * (1 + moments) + prunable // 4 + rewind + average + best)
+    return Needs(device, best, total * (1 + moments) + prunable // 4 + rewind + average + best, shared)
 
 
 def _teacher_bytes(teacher: str | None, own: int) -> int:

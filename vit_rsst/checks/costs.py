@@ -18,7 +18,7 @@ def memory(bench: Bench) -> Verdict:
     images = bench.dealing.batch_per_device
     parts = bench.parts(bench.make_net())
     found = needs(parts, parts.preview(bench.progress), images)
-    needed = sum(found.device.values()) + (found.best if bench.device.type == "cpu" else 0)
+    needed = found.peak + (found.best if bench.device.type == "cpu" else 0)
     free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else machine.available_memory()
     text = f"about {size(needed)} for {images} images per device, {size(free)} free"
     details = {"needed": needed, "free": free}
