@@ -232,7 +232,7 @@ def _shards(index: Path) -> list[Path]:
     """Files that an index names."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise Damaged(
             f"model.pretrained: {index} is not a readable index of shards ({first_line(error)}); copy it again."
         ) from error
