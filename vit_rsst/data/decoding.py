@@ -10,6 +10,7 @@ import io
 import math
 import random
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -399,11 +400,22 @@ def _eight_bits(opened: Image.Image) -> Image.Image:
     return Image.fromarray(greys.astype(np.uint8))
 
 
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    """Once per process, whatever image it is: a dataset may hold thousands of the kind."""
+    if not _said:
+        _said.add(text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def _upright(opened: Image.Image, picture: Image.Image) -> Image.Image:
     """Turned as the camera marked the file, which is also how `datasets` decodes it."""
     try:
         orientation = opened.getexif().get(0x0112, 1)
-    except Exception:  # whatever is wrong with the metadata, the pixels are sound
+    except Exception as error:  # whatever is wrong with the metadata, the pixels are sound
+        _say_once(f"an image has broken EXIF ({first_line(error)}): such images are read as they are, not rotated")
         return picture
     turn = TURNS.get(orientation) if isinstance(orientation, int) else None
     return picture if turn is None else picture.transpose(turn)
