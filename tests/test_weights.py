@@ -373,7 +373,7 @@ def test_a_tag_that_timm_does_not_know_names_those_that_it_knows():
         build("vit_small", "no_such")
     with pytest.raises(InputError, match=r"only timm models have tags"):
         build("hf:vit", "dino")
-    with pytest.raises(InputError, match=r"names a type, which has no weights"):
+    with pytest.raises(InputError, match=r"is a type, which has no weights"):
         build("hf:vit", True)
 
 
