@@ -8,6 +8,7 @@ The peers are `datasets` streams with torchvision's transforms a sample, and tim
 """
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,17 +28,19 @@ from torchvision import transforms
 
 from vit_rsst.data.catalog import CATALOG
 from vit_rsst.data.dealing import Dealing
-from vit_rsst.data.decoding import Window
+from vit_rsst.data.decoding import Sample, Window
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import DecodingLoader, InMemoryLoader
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data, open_tables
+from vit_rsst.data.streams import share_of
 from vit_rsst.data.tables import Rows
 from vit_rsst.data.transforms import Augmentation
 from vit_rsst.progress import Progress
 
 BATCH = 64
 AT_224 = 1.0  # a stream, times the faster peer
+FORMER = 0.97  # a stream at 224 px, times that of version 0.1
 AT_32 = 1.3  # a stream, times the plain loader
 FROM_MEMORY = 10.0  # at 32 px, times the plain loader
 FIRST_BATCH_SECONDS = 2.0
@@ -116,6 +119,50 @@ def ours(folder: Path, size: int, source: str, streaming: bool = True, in_memory
         progress.epoch += 1
 
 
+def former(folder: Path, size: int, source: str) -> Iterator:
+    """The stream of version 0.1: shards row after row in turns, mixed by a buffer, decoded as today."""
+    info = CATALOG[source]
+    data = open_data(DataOptions(source, str(folder), image_size=size, streaming=True, test_fraction=0.1), 0)
+    decoder = replace(data.decoder("train"), window=Window() if size > 32 else None)
+    crop, part = Augmentation(4 if size == 32 else 0, 0.5), data.rows["train"].part
+    rows = stream_of(folder)
+    image = next(name for name, feature in rows.features.items() if isinstance(feature, Image))
+    rows = rows.select_columns([image, "label"]).cast_column(image, Image(decode=False)).with_format("arrow")
+    names = [Path(file).name for file in sorted(map(str, folder.rglob("train-*.parquet")))]
+
+    def samples(number: int) -> Iterator[Sample]:
+        row = 0
+        for table in rows.shard(num_shards=len(names), index=number).iter(batch_size=64):
+            for image_of_row, label in zip(table[image].to_pylist(), table["label"].to_pylist(), strict=True):
+                place = f"{names[number]}:{row}"
+                row += 1
+                if part[0] <= share_of(place) < part[1]:
+                    yield Sample(place, image_of_row, label, row)
+
+    def in_turns() -> Iterator[Sample]:
+        going = [samples(number) for number in range(len(names))]
+        while going:
+            for source in list(going):
+                if (sample := next(source, None)) is None:
+                    going.remove(source)
+                else:
+                    yield sample
+
+    generator, step = random.Random(0), 0
+    while True:
+        read = in_turns()
+        buffer = list(islice(read, 256))
+        batch = []
+        for sample in read:
+            place = generator.randrange(len(buffer))
+            batch.append(buffer[place])
+            buffer[place] = sample
+            if len(batch) == BATCH:
+                decoded = decoder.__getitems__(batch)
+                yield crop.apply(decoded.images, crop.draw(BATCH, step), info.mean, info.std), decoded.labels
+                batch, step = [], step + 1
+
+
 def first_and_last(folder: Path, workers: int) -> tuple[float, float]:
     """Seconds from iter() to the first batch, and from giving a shuffled stream up to being free of it."""
     data = open_data(DataOptions("cifar10", str(folder), streaming=True), 0)
@@ -145,6 +192,7 @@ def plain_gives_up(folder: Path) -> float:
 
 def measure(folder: Path, size: int, source: str, alternations: int, batches: int) -> dict:
     loaders = {"vit_rsst stream": ours(folder, size, source), "vit_rsst table": ours(folder, size, source, False)}
+    loaders["version 0.1 stream"] = former(folder, size, source)
     if size == 32:
         loaders["vit_rsst memory"] = ours(folder, size, source, False, True)
     loaders |= {"datasets + torchvision": plain(folder, size, source), "timm": timms(folder, size, source)}
@@ -159,6 +207,7 @@ def measure(folder: Path, size: int, source: str, alternations: int, batches: in
         "times_plain": {name: vars(ratio) for name, ratio in ratios.items()},
         "stream_times_faster_peer": vars(interval(seconds[faster] / seconds["vit_rsst stream"])),
         "faster_peer": faster,
+        "stream_times_former": vars(interval(seconds["version 0.1 stream"] / seconds["vit_rsst stream"])),
     }
 
 
@@ -167,6 +216,8 @@ def missed(small: dict | None, large: dict | None, first: float, given_up: float
     sentences = []
     if large and large["stream_times_faster_peer"]["high"] < AT_224:
         sentences.append(f"at 224 px a stream is slower than {large['faster_peer']}")
+    if large and large["stream_times_former"]["high"] < FORMER:
+        sentences.append("at 224 px a stream is slower than that of version 0.1")
     for name, bound in (("vit_rsst stream", AT_32), ("vit_rsst memory", FROM_MEMORY)):
         if small and small["times_plain"][name]["high"] < bound:
             sentences.append(f"at 32 px {name} is less than {bound} times the plain loader")
