@@ -41,7 +41,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"{len(parts.weights)} weights ({parts.num_prunable / total:.1%})",
         *weights_lines(recipe, parts.net),
         *(f"           {line}" for line in parts.notes),
-        f"batch      {sizes.dealing} with {num_processes} process(es); same result with any number that divides it",
+        f"batch      {sizes.dealing} with {num_processes} process(es); {dealing_text(parts.net)}",
         f"epoch      {steps:,} optimizer steps, {images_text(recipe, steps * recipe.train.global_batch, rows.train)}",
         *stream_lines(recipe, sizes.dealing, rows.stream),
         f"total      {progress.total_epochs:,} epochs, {progress.total_steps:,} steps, "
@@ -55,6 +55,15 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"run folder {recipe.run_folder}",
     ]
     return "\n".join(lines)
+
+
+def dealing_text(net: nn.Module) -> str:
+    """Whether the result depends on how the global batch is divided: dropout and drop path are drawn per process."""
+    drops = {type(m).__name__ for m in net.modules() if getattr(m, "p", 0.0) or getattr(m, "drop_prob", 0.0)}
+    drops = sorted(name for name in drops if "Drop" in name)
+    if not drops:
+        return "same result with any number that divides it"
+    return f"same images with any number that divides it; {' and '.join(drops)} draw per process"
 
 
 def images_text(recipe: Recipe, taken: int, there: int | None) -> str:

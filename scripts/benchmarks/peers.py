@@ -1,0 +1,226 @@
+"""How long a small training takes as a whole process: this project, a loop of timm's pieces, transformers' Trainer.
+
+Three epochs of 10,000 CIFAR-10 images at 32 px with the same small ViT (patch 4, 192 wide, 6 blocks of 3 heads), batch
+64, AdamW, crop and flip, one evaluation an epoch. Each contender is a process of its own from start to end; they
+alternate in an order drawn anew each time. Printed are medians and ranges of the seconds of everything, of training
+alone and up to the first step. The bound is missed when the project's whole process is slower than the faster peer's
+beyond the interval. With --quick: 256 images, one alternation; the numbers then mean nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import Interval, environment, interval, parse_args, report
+
+EPOCHS, IMAGES, BATCH, ALTERNATIONS = 3, 10_000, 64, 5
+QUICK_IMAGES, QUICK_ALTERNATIONS = 256, 1
+BOUND = 1.0
+MODEL = {"patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
+LR, DECAY = 1e-3, 0.05
+ROLE, DATA, SIZE = "PEERS_ROLE", "PEERS_DATA", "PEERS_IMAGES"
+"""Variables that make this script one of the peers: which, the folder of CIFAR-10's parquet files, how many images."""
+OURS = "vit-rsst"
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Training and validation images, uint8, and their labels, as any loader would decode them."""
+    from vit_rsst.data.options import DataOptions
+    from vit_rsst.data.sources import open_data
+
+    number = int(os.environ[SIZE])
+    data = open_data(DataOptions("cifar10", os.environ[DATA], train_samples=number), 0)
+    train, val = data.samples("train", True, 0.5), data.samples("val", True, 0.5)
+    return train.images, train.labels, val.images, val.labels
+
+
+def said(moment: str) -> None:
+    print(json.dumps({"moment": moment, "time": time.time()}), flush=True)
+
+
+def by_timm() -> None:
+    """What a user of timm writes: its model, optimizer, scheduler, clipping and meters, torch's DataLoader."""
+    import timm
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import AverageMeter, accuracy, dispatch_clip_grad
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision.transforms import v2
+
+    train_images, train_labels, val_images, val_labels = images()
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))]
+    augment = v2.Compose([v2.RandomCrop(32, 4), v2.RandomHorizontalFlip(), *to_float])
+
+    class Images(Dataset):
+        def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, transform: Callable):
+            self.pixels, self.labels, self.transform = pixels, labels, transform
+
+        def __len__(self) -> int:
+            return len(self.labels)
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+            return self.transform(self.pixels[i]), int(self.labels[i])
+
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, **MODEL)
+    optimizer = create_optimizer_v2(net, "adamw", lr=LR, weight_decay=DECAY)
+    train = DataLoader(Images(train_images, train_labels, augment), BATCH, shuffle=True, drop_last=True)
+    val = DataLoader(Images(val_images, val_labels, v2.Compose(to_float)), 500)
+    scheduler = CosineLRScheduler(optimizer, EPOCHS * len(train), t_in_epochs=False)
+    said("training")
+    for epoch in range(EPOCHS):
+        net.train()
+        losses = AverageMeter()
+        for step, (batch, labels) in enumerate(train):
+            loss = torch.nn.functional.cross_entropy(net(batch), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            dispatch_clip_grad(net.parameters(), 1.0)
+            optimizer.step()
+            if step % 50 == 0:
+                losses.update(loss.item(), len(labels))
+            scheduler.step_update(epoch * len(train) + step + 1)
+        net.eval()
+        top1 = AverageMeter()
+        with torch.inference_mode():
+            for batch, labels in val:
+                top1.update(accuracy(net(batch), labels)[0].item(), len(labels))
+    said("trained")
+
+
+def by_trainer() -> None:
+    """What a user of transformers writes: its ViT, its Trainer, its collator's columns."""
+    from torch.utils.data import Dataset
+    from torchvision.transforms import v2
+    from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+
+    train_images, train_labels, val_images, val_labels = images()
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))]
+    augment = v2.Compose([v2.RandomCrop(32, 4), v2.RandomHorizontalFlip(), *to_float])
+
+    class Images(Dataset):
+        def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, transform: Callable):
+            self.pixels, self.labels, self.transform = pixels, labels, transform
+
+        def __len__(self) -> int:
+            return len(self.labels)
+
+        def __getitem__(self, i: int) -> dict:
+            return {"pixel_values": self.transform(self.pixels[i]), "labels": int(self.labels[i])}
+
+    class Moments(TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            said("training")
+
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, image_size=32,
+        patch_size=4, num_labels=10,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, per_device_eval_batch_size=500,
+            learning_rate=LR, weight_decay=DECAY, lr_scheduler_type="cosine", eval_strategy="epoch", logging_steps=50,
+            save_strategy="no", report_to=[], dataloader_drop_last=True, disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = Trainer(
+            ViTForImageClassification(config), arguments, train_dataset=Images(train_images, train_labels, augment),
+            eval_dataset=Images(val_images, val_labels, v2.Compose(to_float)), callbacks=[Moments()],
+            compute_metrics=lambda found: {"top1": float((found.predictions.argmax(1) == found.label_ids).mean())},
+        )  # fmt: skip
+        trainer.train()
+    said("trained")
+
+
+ROLES = {"timm": by_timm, "Trainer": by_trainer}
+
+
+def command(name: str, folder: Path, data: Path, number: int) -> list[str]:
+    if name in ROLES:
+        return [sys.executable, __file__]
+    recipe = Path(folder) / "recipe.yaml"
+    recipe.write_text(
+        f"name: run\noutput_dir: {folder}\n"
+        f"data: {{source: cifar10, path: {data}, train_samples: {number}, augment: plain}}\n"
+        f"model: {{name: vit_tiny, args: {json.dumps(MODEL)}}}\n"
+        f"optim: {{lr: {LR}, weight_decay: {DECAY}}}\n"
+        f"train: {{epochs: {EPOCHS}, global_batch: {BATCH}}}\n"
+        "pruning: {method: dense, schedule: {rounds: 0}}\ntracking: {figures: false}\n",
+        encoding="utf-8",
+    )
+    return [sys.executable, "-m", "vit_rsst.train", str(recipe)]
+
+
+def whole_process(name: str, data: Path, number: int) -> dict[str, float]:
+    """Seconds of everything, of training, and up to its first step.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+        variables = {ROLE: name, DATA: str(data), SIZE: str(number), "PYTHONPATH": paths}
+        began = time.time()
+        done = subprocess.run(
+            command(name, Path(folder), data, number), env=os.environ | variables, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        ended = time.time()
+        if done.returncode:
+            raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
+        if name == OURS:
+            events = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+            rounds = [event["seconds"] for event in events if event["event"] == "round"]
+            training = sum(rounds)
+            return {"everything": ended - began, "training": training, "outside": ended - began - training}
+    moments = {
+        m["moment"]: m["time"] for line in done.stdout.splitlines() if line.startswith("{") for m in [json.loads(line)]
+    }
+    training = moments["trained"] - moments["training"]
+    return {"everything": ended - began, "training": training, "outside": ended - began - training}
+
+
+def main() -> int:
+    if os.environ.get(ROLE) in ROLES:
+        ROLES[os.environ[ROLE]]()
+        return 0
+    args = parse_args(__doc__)
+    data = Path(os.environ.get(DATA, "data/cifar10")).resolve()
+    number = QUICK_IMAGES if args.quick else IMAGES
+    names, rng = [OURS, *ROLES], np.random.default_rng(0)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(QUICK_ALTERNATIONS if args.quick else ALTERNATIONS):
+        for name in rng.permutation(names):
+            found[name].append(whole_process(name, data, number))
+    everything = {name: np.array([times["everything"] for times in runs]) for name, runs in found.items()}
+    faster = min(ROLES, key=lambda name: float(np.median(everything[name])))
+    ratio: Interval = interval(everything[OURS] / everything[faster])
+    missed = [f"{OURS} takes {ratio} of {faster}'s time, bound {BOUND}"] if ratio.exceeds(BOUND) else []
+    rows = []
+    for name, runs in found.items():
+        cells = []
+        for part in ("everything", "training", "outside"):
+            values = [times[part] for times in runs]
+            cells.append(f"{np.median(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+        rows.append((name, *cells))
+    result = {
+        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.quick),
+        "ratio": asdict(ratio),
+        "faster_peer": faster,
+        "missed": missed,
+        "seconds": found,
+    }
+    return report(args, result, ("peers", "s of everything", "training", "start and end"), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
