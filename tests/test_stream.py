@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import datasets
@@ -36,6 +37,7 @@ from vit_rsst.data.streams import share_of
 from vit_rsst.data.transforms import Augmentation, Erasing
 from vit_rsst.errors import InputError, MissingRequirement
 from vit_rsst.progress import Progress
+from vit_rsst.run.resume import check_same_run
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -397,6 +399,22 @@ def test_a_shard_that_changes_mid_run_is_said(many_blocks, tmp_path, monkeypatch
     monkeypatch.setattr("vit_rsst.data.streams.AHEAD_BYTES", 1)
     with pytest.raises(InputError, match=sentence):
         first_steps(of, happen)
+
+
+@pytest.mark.parametrize("then", [None, {"lanes": 8, "tracks": 2, "window": 1}], ids=["version 0.1", "other lanes"])
+def test_a_run_that_stopped_mid_epoch_in_another_order_is_refused_there_alone(then):
+    now = {"lanes": 16, "tracks": 2, "window": 1}
+    run = SimpleNamespace(folder=SimpleNamespace(path="runs/x"), recipe_fingerprint="f", environment={"order": now})
+
+    def resume(step: int) -> None:
+        numbers = {"recipe": "f", "progress": {"step": step}, "environment": {"order": then} if then else {}}
+        check_same_run(run, SimpleNamespace(step=30, numbers=numbers), {}, False, False)
+
+    resume(0)
+    with pytest.raises(
+        InputError, match=r"mid-epoch, at step 30, .*(version 0\.1 read streams|lanes were .*8.* and are .*16)"
+    ):
+        resume(4)
 
 
 def test_a_tar_that_is_cut_short_is_said(tmp_path):
