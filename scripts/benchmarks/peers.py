@@ -182,9 +182,8 @@ def whole_process(name: str, data: Path, number: int) -> dict[str, float]:
             rounds = [event["seconds"] for event in events if event["event"] == "round"]
             training = sum(rounds)
             return {"everything": ended - began, "training": training, "outside": ended - began - training}
-    moments = {
-        m["moment"]: m["time"] for line in done.stdout.splitlines() if line.startswith("{") for m in [json.loads(line)]
-    }
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"moment"')]
+    moments = {line["moment"]: line["time"] for line in told}
     training = moments["trained"] - moments["training"]
     return {"everything": ended - began, "training": training, "outside": ended - began - training}
 
