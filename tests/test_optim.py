@@ -160,6 +160,17 @@ def test_state_tensors_put_into_a_fresh_optimizer_give_the_same_next_steps(name)
     assert torch.equal(model.bias, other.bias)
 
 
+def test_moments_are_loaded_in_the_memory_format_of_their_weight():
+    """A fused step on a GPU refuses moments of another layout, and safetensors keeps none."""
+    weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    optimizer, saved = torch.optim.AdamW([weight], fused=True), torch.randn(4, 3, 2, 2)
+    optim.load_state_tensors_(optimizer, {"w/exp_avg": saved, "w/step": torch.tensor(3.0)}, {"w": weight})
+    state = optimizer.state[weight]
+    assert state["exp_avg"].stride() == weight.stride() != saved.stride()
+    assert torch.equal(state["exp_avg"], saved)
+    assert state["step"] == 3
+
+
 def test_loading_replaces_the_whole_state():
     model = linear()
     optimizer = make(model, "adamw")

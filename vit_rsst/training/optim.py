@@ -124,5 +124,7 @@ def load_state_tensors_(
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
-        # torch keeps the step counter of non-capturable optimizers on the CPU, that of fused ones with the weight
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        if value.shape == parameter.shape:
+            # In the weight's memory format: a fused step takes channels-last weights with channels-last moments alone.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][key] = value.to(parameter.device)  # a fused optimizer counts its steps there too
