@@ -667,7 +667,7 @@ def test_the_fingerprint_depends_on_exactly_the_fields_that_affect_the_result(tm
             decisive += 1
     method = load(written(tmp_path, "name: r\noptim: {schedule: {steps: [3]}}\npruning: {method: imp}\n"))
     assert method.fingerprint != recipe.fingerprint
-    assert free == 14
+    assert free == 16
     assert free + decisive == len(LEAVES) + 1
     assert re.fullmatch("[0-9a-f]{16}", recipe.fingerprint)
 

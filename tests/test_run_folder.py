@@ -97,8 +97,8 @@ def test_a_folder_of_the_same_recipe_is_gone_on_in(folder):
         {"name": "another"},
         {"output_dir": "/elsewhere"},
         {"train": Train(log_every_steps=7, save_every_steps=3, keep_resume_points=5)},
-        {"train": Train(batch_per_device=8, rank_timeout=5, max_minutes=9)},
-        {"data": Data(path="/moved", workers=3, in_memory=False)},
+        {"train": Train(batch_per_device=8, rank_timeout=5, max_minutes=9, max_skipped_steps=2)},
+        {"data": Data(path="/moved", workers=3, in_memory=False, max_corrupt=0.5)},
         {"pruning": replace(RECIPE.pruning, schedule=replace(RECIPE.pruning.schedule, rounds=10))},  # the default
     ],
 )

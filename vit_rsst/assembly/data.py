@@ -126,7 +126,7 @@ def make_evaluate(
         batches = evaluation_batches(
             *splits[split], accelerator.device, mean, std, data.decoder(split), workers, recipe.data.max_corrupt
         )
-        return score(net, batches, accelerator.device, give_up)
+        return score(net, batches, accelerator.device, give_up, pads=bool(recipe.train.compile))
 
     return evaluate
 

@@ -443,16 +443,22 @@ FREE_FIELDS = (
     "data.path",
     "data.in_memory",
     "data.workers",
+    "data.max_corrupt",
     "train.batch_per_device",
     "train.max_minutes",
+    "train.max_skipped_steps",
     "train.rank_timeout",
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_resume_points",
 )
-"""Fields that do not affect the result and may change when a run is resumed; data are identified by their content."""
+"""Fields that do not affect the result and may change when a run is resumed; data are identified by their content.
 
-FREE_FIELDS_OF_0_1 = tuple(name for name in FREE_FIELDS if name not in ("data.path", "train.batch_per_device"))
+A tolerance is one of them: it decides whether a run stops, and no number before that.
+"""
+
+_NEW_FREE_FIELDS = ("data.path", "data.max_corrupt", "train.batch_per_device", "train.max_skipped_steps")
+FREE_FIELDS_OF_0_1 = tuple(name for name in FREE_FIELDS if name not in _NEW_FREE_FIELDS)
 """Those of version 0.1, whose resume points have fingerprints without the others."""
 
 
