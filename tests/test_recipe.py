@@ -485,6 +485,8 @@ RULES = {
     "refill at the last rate": (
         ["pruning.method={name: refill, feedback: post}", UNITS, "pruning.rewind=none", "optim.min_lr=1e-5"],
         "pruning.rewind", "the final learning rate"),
+    "a rewind within one round": (
+        ["pruning.method=gmp", "pruning.rewind=init"], "pruning.rewind", "has no effect with gmp"),
     "gmp with a list": (["pruning.method=gmp", EXPLICIT], "pruning.schedule.name", "use cubic or linear"),
     "gmp with a window turned round": (
         ["pruning.method={name: gmp, window: [0.7, 0.1]}"], "pruning.method.window", "0 ≤ start ≤ end ≤ 1"),

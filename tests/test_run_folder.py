@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import yaml
 from vit_rsst.errors import InputError, MissingRequirement
 from vit_rsst.pruning.methods import METHODS
 from vit_rsst.recipe.loading import load
-from vit_rsst.recipe.schema import Data, Pruning, Recipe, Train
+from vit_rsst.recipe.schema import Data, Pruning, Recipe, Schedule, Train
 from vit_rsst.run.environment import environment
 from vit_rsst.run.folder import RunFolder
 
@@ -150,6 +150,36 @@ def test_more_epochs_are_refused_with_the_way_to_train_on(tmp_path, method, kept
         with pytest.raises(InputError) as caught:
             folder.check(replace(recipe, train=fewer))
         assert "start_from" not in str(caught.value)
+
+
+def saved_by_0_1(folder: RunFolder, recipe: Recipe, **pruning: object) -> RunFolder:
+    """A run folder whose saved recipe has these values in its section `pruning`."""
+    saved = opened(folder, recipe).path / "recipe.yaml"
+    tree = yaml.safe_load(saved.read_text())
+    tree["pruning"] |= pruning
+    saved.write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def test_a_dense_run_of_version_0_1_is_refused_with_the_rounds_that_resume_it(folder):
+    dense = replace(RECIPE, pruning=Pruning(METHODS["dense"]()))
+    saved_by_0_1(folder, dense, schedule=asdict(Schedule()))
+    with pytest.raises(InputError) as caught:
+        folder.check(dense)
+    assert "pruning.schedule.rounds: 10 there, 0 now" in str(caught.value)
+    assert "set pruning.schedule.rounds=10 to resume such a run." in str(caught.value)
+    folder.check(replace(dense, pruning=Pruning(METHODS["dense"](), schedule=Schedule(rounds=10))))
+    with pytest.raises(InputError) as caught:
+        folder.check(replace(dense, pruning=Pruning(METHODS["dense"](), schedule=Schedule(rounds=3))))
+    assert "to resume such a run" not in str(caught.value)
+
+
+def test_a_rewind_that_version_0_1_ignored_is_no_difference(folder):
+    gmp = replace(RECIPE, pruning=Pruning(METHODS["gmp"]()))
+    saved_by_0_1(folder, gmp, rewind="init").check(gmp)
+    imp = replace(RECIPE, pruning=Pruning(METHODS["imp"]()))
+    with pytest.raises(InputError, match=r"pruning\.rewind: 'init' there, 'lr' now"):
+        saved_by_0_1(folder, imp, rewind="init").check(imp)
 
 
 def test_resume_points_of_version_0_1_are_those_of_the_recipe_in_the_folder(folder):

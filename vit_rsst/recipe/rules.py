@@ -164,6 +164,8 @@ def _method(recipe: Recipe) -> Iterator[Problem]:
             "pruning.schedule.name",
             f"explicit lists one sparsity per round, and {pruning.method_name} has one round; use cubic or linear",
         )
+    if method.one_round and pruning.rewind != method.default_rewind:
+        yield Problem("pruning.rewind", f"has no effect with {pruning.method_name}, which has one round; omit it")
     if method.gradual is not None:
         yield from _window(method.gradual.window, f"{place}.window")
     if isinstance(method.penalty, Penalty):
@@ -361,7 +363,9 @@ def _optim(recipe: Recipe) -> Iterator[Problem]:
         )
     if optim.min_lr > optim.lr:
         yield Problem("optim.min_lr", f"{optim.min_lr} is greater than optim.lr ({optim.lr})")
-    if recipe.pruning.rewind == "none" and optim.schedule == "cosine" and optim.min_lr == 0:
+    pruning = recipe.pruning
+    is_rewound = not pruning.method.one_round
+    if is_rewound and pruning.rewind == "none" and optim.schedule == "cosine" and optim.min_lr == 0:
         yield Problem(
             "pruning.rewind",
             "with none, later rounds train at the end of the cosine, optim.min_lr, which is 0; set it, or use lr",

@@ -467,6 +467,9 @@ def deciding(tree: Mapping) -> dict[str, Any]:
     fields = _flat(tree, FREE_FIELDS)
     for option, value in RAMPS_OF_0_1.get(str(fields.get("pruning.method.penalty.ramp")), {}).items():
         fields[f"pruning.method.penalty.{option}"] = value
+    name = fields.get("pruning.method.name")
+    if "pruning.rewind" in fields and name in METHODS and METHODS[name].one_round:  # not used; version 0.1 took any
+        fields["pruning.rewind"] = METHODS[name].default_rewind
     if fields.get("pruning.schedule.rounds") is None and not fields.get("pruning.schedule.sparsities"):
         fields["pruning.schedule.rounds"] = ROUNDS
     return fields

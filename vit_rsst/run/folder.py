@@ -15,7 +15,7 @@ from vit_rsst.errors import InputError, MissingRequirement, Stopped
 from vit_rsst.pruning.methods import METHODS
 from vit_rsst.pruning.plan import Method
 from vit_rsst.recipe import strict_yaml
-from vit_rsst.recipe.schema import Recipe, deciding, fingerprint_of_0_1
+from vit_rsst.recipe.schema import ROUNDS, Recipe, deciding, fingerprint_of_0_1
 
 HOLDER = ".lock.json"
 """Which process holds, or last held, the lock."""
@@ -87,6 +87,7 @@ class RunFolder:
                         f"{self.path} holds a run of a different recipe; {len(differences)} fields differ:",
                         *differences,
                         *longer(self.path, old, new),
+                        *rounds_of_0_1(old, new),
                         "Give this run another name (name=…), or use --restart to start over; the old folder is kept.",
                     ]
                 )
@@ -197,6 +198,17 @@ def longer(path: Path, old: Mapping, new: Mapping) -> list[str]:
     return [
         "A run's epochs are fixed when it starts. To train its last ticket further, start a new run from it: "
         f"name=… model.start_from={path}{kept} train.epochs=…, with the epochs to add."
+    ]
+
+
+def rounds_of_0_1(old: Mapping, new: Mapping) -> list[str]:
+    """How to resume a run without pruning that version 0.1 began without a schedule."""
+    rounds, method = "pruning.schedule.rounds", METHODS.get(str(new.get("pruning.method.name")), Method)
+    if method.prunes or method.keeps_start or (old.get(rounds), new.get(rounds)) != (ROUNDS, 0):
+        return []
+    return [
+        f"Version 0.1 trained {new['pruning.method.name']} for the epochs of {ROUNDS} rounds when the recipe named no "
+        f"schedule; set {rounds}={ROUNDS} to resume such a run."
     ]
 
 
