@@ -14,13 +14,15 @@ from toys import Toy, bits, copied, train_rounds, vit
 
 from vit_rsst import loop
 from vit_rsst.errors import InputError
+from vit_rsst.progress import Progress
 from vit_rsst.pruning.criteria import Criterion, Evidence
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.methods.dense import Dense
 from vit_rsst.pruning.methods.gmp import Gmp
 from vit_rsst.pruning.methods.imp import Imp
 from vit_rsst.pruning.methods.rsst import Rsst
-from vit_rsst.pruning.plan import METHODS, Method, Penalty, PruningView, RoundPlan, register_method
+from vit_rsst.pruning.plan import METHODS, Gradual, Method, Penalty, PruningView, RoundPlan, register_method
+from vit_rsst.pruning.preview import preview
 from vit_rsst.recipe.schema import Pruning, Recipe, Schedule, Train
 from vit_rsst.tickets import ticket_file
 
@@ -201,6 +203,37 @@ def test_gmp_follows_the_cubic_at_every_interval_and_ends_exactly(tmp_path, inte
     assert alive == expected
     assert alive[-1] == round(Fraction(1, 5) * size)
     assert alive == sorted(alive, reverse=True)
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.1, 0.7), (0.3, 0.3), (1.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("interval", [1, 4, 100])
+@pytest.mark.parametrize("epochs", [0, 1, 3])
+def test_the_steps_that_are_due_are_those_with_a_fraction(window, interval, epochs):
+    progress, gradual, found = Progress(7, (epochs,)), Gradual(window, interval), []
+    for step in range(7 * epochs):
+        if gradual.fraction_at(progress) is not None:
+            found.append(step)
+        progress.advance()
+    assert gradual.due(7 * epochs) == found
+
+
+class Unannounced(Gmp):
+    """gmp that does not say when it removes."""
+
+    gradual = None
+
+    def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
+        return Gmp(self.window, self.interval).refresh(progress, view)
+
+
+@pytest.mark.parametrize("window", [(0.1, 0.7), (0.4, 0.4)])
+def test_the_preview_of_a_method_that_says_when_it_removes_is_that_of_asking_every_step(window):
+    asked = (Progress(7, (3,)), 10, lambda fraction: 1.0 - 0.9 * fraction, lambda density: density, ["a", "b"])
+    announced, unannounced = (
+        [vars(r) | {"plan": None} for r in preview(m(window, 4), *asked)] for m in (Gmp, Unannounced)
+    )
+    assert announced == unannounced
+    assert announced[0]["refreshes"]
 
 
 def test_gmp_ranks_the_current_weights_at_each_removal(tmp_path):

@@ -153,6 +153,11 @@ class Gradual:
         start, end = (at_fraction(x, round_steps) for x in self.window)
         return range(start, max(end, start + 1))
 
+    def due(self, round_steps: int) -> list[int]:
+        """The steps of a round after which the mask changes: every `interval` of `steps`, and the last."""
+        steps = self.steps(round_steps)
+        return sorted({step for step in (*steps[self.interval - 1 :: self.interval], steps[-1]) if step < round_steps})
+
     def fraction_at(self, progress: Progress) -> float | None:
         """Fraction of the schedule to reach after the step at which `progress` stands; None: nothing is due."""
         steps = self.steps(progress.round_steps)

@@ -65,13 +65,15 @@ def preview(
         mean: one number for a density by kind of unit.
         weights: names of the prunable weights.
     """
-    mask, asked, found = MaskSet.full({name: torch.ones(ELEMENTS) for name in weights}), 1.0, []
+    mask, asked, found = MaskSet(dict.fromkeys(weights, torch.ones(ELEMENTS, dtype=torch.bool))), 1.0, []
+    full = mask
 
     def chosen(density: Density, among: MaskSet) -> MaskSet:
         nonlocal asked
         asked = mean(density)
         best = torch.arange(ELEMENTS) < round(asked * ELEMENTS)
-        return MaskSet({name: best & among[name] for name in among})
+        cut = {alive: best & alive for alive in set(among.tensors())}  # most weights share one stand-in
+        return MaskSet({name: cut[alive] for name, alive in among.masks.items()})
 
     def view() -> PruningView:
         return PruningView(
@@ -80,7 +82,7 @@ def preview(
             density=density,
             units=lambda density: chosen(density, mask),
             elements=lambda density: chosen(density, mask),
-            anew=lambda density: chosen(density, MaskSet.full(mask.masks)),
+            anew=lambda density: chosen(density, full),
             fill=lambda elements, ratio: elements,
         )
 
@@ -89,10 +91,17 @@ def preview(
         plan, refreshes = method.plan(number, view()), []
         mask = plan.mask if plan.target is None else plan.target
         steps = epochs * progress.steps_per_epoch
-        for step in range(steps if changes_within_rounds(method) else 0):
+        for step in _asked(method, steps):
+            place.epoch, place.step = divmod(step, progress.steps_per_epoch)
             if (new := method.refresh(place, view())) is not None:
                 mask = new
                 refreshes.append(step)
-            place.advance()
         found.append(RoundPreview(plan, asked, steps, refreshes))
     return found
+
+
+def _asked(method: Method, round_steps: int) -> Iterable[int]:
+    """The steps of a round after which `refresh` is asked: those that are due, or all if the method does not say."""
+    if not changes_within_rounds(method):
+        return ()
+    return range(round_steps) if method.gradual is None else method.gradual.due(round_steps)
