@@ -282,7 +282,7 @@ def test_every_recipe_of_the_package_has_a_plan(capsys, monkeypatch):
         plan = ["train", path, "--dry-run", "data.path=null"]
         if "shape_from: runs/" in path.read_text(encoding="utf-8"):  # it follows a run that is not there
             assert tiny.command(*plan) == 5, path
-            assert "train the run that leaves it first" in capsys.readouterr().err
+            assert "train its run first" in capsys.readouterr().err
             plan.append("model.shape_from=null")
         assert tiny.command(*plan) == 0, path
         assert "as published" in capsys.readouterr().out or "digits" in path.read_text(encoding="utf-8")
@@ -310,7 +310,7 @@ def test_the_plan_of_a_long_tail_counts_the_remaining_images(tmp_path, monkeypat
         (["train.global_batch=2000"], 2, "train.global_batch"),
         (["train.global_batch=33", "train.batch_per_device=10"], 2, "train.global_batch: 33 cannot be divided"),
         (["pruning.protect=[nothing.*]"], 2, "pruning.protect"),
-        (["pruning.protect=['*']"], 2, "nothing is left to prune"),
+        (["pruning.protect=['*']"], 2, "no weight is left to prune"),
         (["data.train_samples=5000"], 2, "data.train_samples"),
         (["data.image_size=48"], 2, "data.image_size=32, or model.args.img_size=48"),
         (["data.image_size=33"], 2, "expects images of 32 px, but the dataset has 33 px"),
@@ -582,9 +582,9 @@ def test_a_finished_run_is_left_unchanged(finished, capsys):
     before = snapshot(finished)
     capsys.readouterr()
     assert tiny.command("train", finished / "tiny.yaml") == 0
-    shown = capsys.readouterr().out
-    assert "is already finished; use --restart to start over" in shown
-    assert f"{float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in shown
+    shown = capsys.readouterr()
+    assert "is already finished; use --restart to start over" in shown.err
+    assert f"{float(rounds(finished / 'runs' / 'tiny')[2]['test_top1']):.2f}" in shown.out
     assert snapshot(finished) == before
 
 
@@ -644,7 +644,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, capsys):
     found = tiny.status(run)
     assert (found["state"], found["exit_code"]) == ("failed", 4)
     assert where in found["reason"]
-    assert where.endswith(f"step {found['step']}")
+    assert int(where.rsplit(" ", 1)[1]) <= found["step"], "it is noticed when the losses are read, a moment later"
     assert tiny.command("train", recipe, "optim.lr=1e30") == 4, "the same command goes on, to the same end"
     assert tiny.command("train", recipe, "optim.lr=1e-3") == 2, "another recipe needs another name or --restart"
 

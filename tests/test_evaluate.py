@@ -89,7 +89,7 @@ def test_the_csv_has_a_row_for_each_class_and_the_means(run, tmp_path, capsys):
     [
         (("timm",), 2, "name the dataset with --source and --data"),
         (("timm", "--source", "digts"), 2, "Did you mean 'digits'?"),
-        (("vit_tiny", "--source", "digits"), 2, "is trained by a recipe first"),
+        (("vit_tiny", "--source", "digits"), 2, "has no weights until a recipe trains it"),
         (("slim", "--batch", "0"), 2, "--batch: expected a whole number, 1 or more"),
         (("no-such-model",), 5, "no such ticket"),
     ],

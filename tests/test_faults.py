@@ -79,7 +79,7 @@ def test_a_signal_leaves_a_resume_point_and_the_same_command_goes_on(tmp_path, h
 def test_a_second_interrupt_ends_at_once_and_the_last_point_is_sound(tmp_path, happened):
     recipe = faulty.write_recipe(tmp_path)
     job = faulty.start("train", recipe, log=tmp_path / "log", FAULT="hang:0:7")
-    faulty.wait_for_step(run_of(recipe), 7, job)
+    faulty.wait_for_step(run_of(recipe), 6, job)  # a step is logged while the next one runs
     time.sleep(0.2)
     begin = time.monotonic()
     for _ in range(2):
@@ -314,6 +314,8 @@ def test_nothing_in_the_package_unpickles():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert not {"pickle", "dill", "joblib", "shelve"} & set(names), path
+            if called == "np.load" and "allow_pickle=False" in ast.unparse(node):
+                continue
             assert called not in ("torch.load", "np.load", "torch.jit.load", "eval", "exec"), path
         seen += 1
     assert seen > 60
@@ -333,7 +335,7 @@ def test_a_pickle_is_never_taken_for_weights(tmp_path, happened, capsys):
             refused.append(capsys.readouterr().err)
         assert tiny.command("evaluate", evil) == 5
     capsys.readouterr()
-    assert "names other weights" in refused[1]
+    assert "loads weights without any check" in refused[1]
     assert not target.exists()
     assert not (tmp_path / "runs").exists()
     pickle.loads(evil.read_bytes())
@@ -568,7 +570,7 @@ def test_a_point_of_another_model_is_refused_with_the_differences(tmp_path, happ
     assert job.code == 5, job.log
     assert "does not fit this model in" in job.last
     assert job.last.count("file ") <= 5
-    happened(f"{change}: exit 5, {job.last[job.last.index('it does') :][:70]}…")
+    happened(f"{change}: exit 5, {job.last[job.last.index('does not fit') :][:70]}…")
 
 
 def rewrite_manifest(folder: Path) -> None:
@@ -745,7 +747,7 @@ def test_weights_that_the_hub_does_not_give_end_with_3_in_seconds(tmp_path, happ
 def test_a_lock_names_its_holder_and_a_stale_one_is_free(tmp_path, happened):
     recipe = faulty.write_recipe(tmp_path)
     first = faulty.start("train", recipe, log=tmp_path / "log", FAULT="hang:0:5")
-    faulty.wait_for_step(run_of(recipe), 5, first)
+    faulty.wait_for_step(run_of(recipe), 4, first)
     second = faulty.command("train", recipe)
     assert second.code == 3, second.log
     assert f"process {first[0].pid} on {os.uname().nodename}, since 20" in second.last
@@ -779,7 +781,7 @@ def test_the_workers_of_a_killed_run_end_too(tmp_path, happened):
     recipe = faulty.write_recipe(tmp_path)
     workers = ("data.workers=2", "data.augment={crop: resized}")
     [run] = faulty.start("train", recipe, *workers, log=tmp_path / "log", FAULT="hang:0:5")
-    faulty.wait_for_step(run_of(recipe), 5, [run])
+    faulty.wait_for_step(run_of(recipe), 4, [run])
     family = psutil.Process(run.pid).children(recursive=True)
     assert len(family) >= 3, "two workers and their fork server"
     run.kill()

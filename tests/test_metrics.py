@@ -1,5 +1,7 @@
 """Reported scores against hand-calculated answers and torchmetrics."""
 
+import itertools
+
 import evaluate
 import numpy as np
 import pytest
@@ -128,11 +130,12 @@ def test_outcomes_come_in_the_order_of_the_images(num_processes, monkeypatch):
     images = torch.randn(23, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(23) % 7
     batches = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 23, 4)]
-    shares = [batches[rank::num_processes] for rank in range(num_processes)]
+    starts = [rank * len(batches) // num_processes for rank in range(num_processes + 1)]
+    shares = [batches[begin:end] for begin, end in itertools.pairwise(starts)]
     expected, _ = outcomes(nn.Identity(), batches)
 
     def parts(rank: int) -> list:
-        return [(i * num_processes + rank, Outcomes.of(x, y)) for i, (x, y) in enumerate(shares[rank])]
+        return [((rank, i), Outcomes.of(x, y)) for i, (x, y) in enumerate(shares[rank])]
 
     def gathered(own: list) -> list:
         if isinstance(own[0], float):

@@ -123,7 +123,7 @@ def test_checkpointed_gradients_keep_a_fraction_of_the_activations(name):
         (("model.name=hf:vit", "model.args={image_size: 32}", "optim.layer_decay=0.5"), "optim.layer_decay"),
         (
             ("optim.name=sgd", "optim.layer_decay=0.5", "pruning.method.penalty.coupling=gradient"),
-            "which optim.layer_decay makes another in each layer",
+            "which optim.layer_decay varies by layer",
         ),
     ],
 )

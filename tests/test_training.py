@@ -145,7 +145,7 @@ def test_no_dealing_changes_a_mixture(repeats):
 def test_an_image_that_comes_several_times_is_mixed_with_another():
     images = torch.arange(4.0).repeat_interleave(3).view(12, 1, 1, 1).expand(12, 3, 8, 8)
     mixed, _ = Mixing(3, 0.8, 0.0, 1.0, 0.5, repeats=3)(
-        images, torch.zeros(12, dtype=torch.long), torch.full((12, 4), 0.5)
+        images, torch.zeros(12, dtype=torch.long), torch.tensor([0.5, 0.0, 0.5, 0.5]).expand(12, 4)
     )
     assert mixed[:, 0, 0, 0].tolist() == pytest.approx([0.5] * 6 + [2.5] * 6)
 
@@ -191,7 +191,7 @@ def test_erasing_covers_as_much_as_that_of_timm(mode):
     expected = images != 9.0
     assert found.flatten(1).any(1).float().mean() == pytest.approx(0.5, abs=0.04)
     assert found.float().mean() == pytest.approx(float(expected.float().mean()), rel=0.1)
-    assert found.float().mean(0).std() < 0.05
+    assert found.float().mean(0).std() == pytest.approx(float(expected.float().mean(0).std()), rel=0.1)
 
 
 def test_erased_pixels_are_normal_and_independent_of_the_others_in_the_batch():
@@ -269,7 +269,8 @@ def test_the_average_is_that_of_float64_and_follows_what_is_not_averaged():
     for step in range(1, 60):
         with torch.no_grad():
             net.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(step)))
-        ema.update_({"weight": staying})
+        ema.update_()
+        ema.follow_({"weight": staying})
         decay = min(0.95, (1 + step) / (10 + step))
         reference = torch.where(staying, decay * reference + (1 - decay) * net.weight.detach().double(), net.weight)
     assert torch.allclose(ema.tensors["weight"].double(), reference, atol=1e-6)
@@ -280,7 +281,7 @@ def test_the_average_takes_the_place_of_the_weights_and_gives_it_back():
     net = nn.BatchNorm1d(4)
     ema = Ema(net, 0.5)
     net(torch.randn(16, 4))
-    ema.update_({})
+    ema.update_()
     live, averaged = copy.deepcopy(net.state_dict()), {name: t.clone() for name, t in ema.tensors.items()}
     with ema.in_place():
         assert all(torch.equal(net.state_dict()[name], t) for name, t in averaged.items())
@@ -295,7 +296,7 @@ def test_weights_that_are_tied_come_back_as_they_were():
     ema, live = Ema(net, 0.5), net[0].weight.detach().clone()
     with torch.no_grad():
         net[0].weight.add_(1.0)
-    ema.update_({})
+    ema.update_()
     with ema.in_place():
         assert not torch.equal(net[1].weight, live + 1.0)
     assert torch.equal(net[1].weight, live + 1.0)
@@ -363,7 +364,14 @@ def test_the_best_epoch_of_any_method_is_one_after_its_last_removal(tmp_path, me
 def test_a_models_own_loss_is_not_the_teachers_to_weigh(tmp_path, monkeypatch):
     seen = []
     plain = DynamicVit.auxiliary_loss
-    monkeypatch.setattr(DynamicVit, "auxiliary_loss", lambda s: seen.append(plain(s)) or 1000.0 * seen[-1])
+
+    def auxiliary_loss(net: DynamicVit) -> torch.Tensor:
+        loss = plain(net)
+        if not loss.is_meta:  # where the model is observed before it trains
+            seen.append(loss)
+        return 1000.0 * loss
+
+    monkeypatch.setattr(DynamicVit, "auxiliary_loss", auxiliary_loss)
     args = json.dumps({"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "stages": [1]})
     options = ("model.name=dynamic_vit", f"model.args={args}", "train.distill={teacher: dense, weight: 1.0}")
     assert tiny.command("train", tiny.write_recipe(tmp_path), *options, "train.log_every_steps=1") == 0
@@ -395,7 +403,7 @@ def test_a_teacher_of_other_data_is_refused_before_anything_is_written(tmp_path,
     args = json.dumps(tiny.MODEL_ARGS | {"img_size": 64})
     other = ("data.image_size=64", f"model.args={args}", f"train.distill.teacher={tmp_path}/runs/teacher")
     assert tiny.command("train", recipe, "name=student", *other) == 2
-    assert "px: 32 there, 64 here" in capsys.readouterr().err
+    assert "image size 32 there, 64 here" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "student").exists()
     for flags in ((), ("--dry-run",)):
         assert tiny.command("train", recipe, "name=student", "train.distill.teacher=nowhere", *flags) == 5

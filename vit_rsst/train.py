@@ -191,7 +191,8 @@ def is_finished(folder: "RunFolder", recipe: "Recipe", restart: bool, attempt: i
         raise kind(f"the launcher restarts the run, which {status['state']} ({status['reason']}); not restarting.")
     if status.get("state") != "finished":
         return False
-    print(f"{folder.path} is already finished; use --restart to start over.\n\n{table(load_rows(folder.path))}")
+    print(f"{folder.path} is already finished; use --restart to start over.", file=sys.stderr, flush=True)
+    print(table(load_rows(folder.path)))
     return True
 
 

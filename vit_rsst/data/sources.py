@@ -223,8 +223,9 @@ def _identity(options: DataOptions, found: Found, roles: Roles) -> dict:
     """What tells this data from any other later: content by split, wherever it lies; and where it was found."""
     train = found.splits["train"]
     content = {name: found.splits[name].digest for name in filter(None, ("train", roles.val, roles.test))}
+    published = options.info.hub_id or "scikit-learn digits"
     return {
-        "source": options.info.hub_id if options.path is None else str(Path(options.path).expanduser().resolve()),
+        "source": str(Path(options.path).expanduser().resolve()) if options.path else published,
         "revision": options.revision,
         "rows": len(train.labels) if isinstance(train, Table) else train.num_rows,
         "content": content,

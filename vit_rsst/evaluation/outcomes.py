@@ -65,7 +65,7 @@ def outcomes(
 
     Args:
         net: returns logits (batch, classes); in evaluation mode.
-        batches: every `num_processes`-th batch of the split, starting at the `rank`-th.
+        batches: this rank's part of the split, which follows those of the ranks before it.
 
     Raises:
         ValueError: no rank has an image.
@@ -74,7 +74,7 @@ def outcomes(
     for turn, (images, labels) in enumerate(batches):
         if not len(labels):  # none of its images can be decoded
             continue
-        found.append((turn * num_processes + rank, Outcomes.of(net(images), labels)))
+        found.append(((rank, turn), Outcomes.of(net(images), labels)))
         if not warm:  # the first pass allocates: it counts only if it is the only one
             first, warm = time.perf_counter(), len(labels)
     now, done = time.perf_counter(), sum(len(part) for _, part in found)

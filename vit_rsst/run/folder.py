@@ -77,8 +77,7 @@ class RunFolder:
         old, new = deciding(self._saved()), deciding(recipe.tree())
         differences = [
             f"  {key}: {old.get(key, 'missing')!r} there, {new.get(key, 'missing')!r} now"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
+            for key in differing(old, new)
         ]
         if differences:
             raise InputError(
@@ -101,9 +100,12 @@ class RunFolder:
         return strict_yaml.parse(saved.read_text(encoding="utf-8", errors="replace")).tree
 
     def fingerprints(self, recipe: Recipe) -> list[str]:
-        """Those that resume points of this run may have; points of version 0.1 have another one than a recipe now."""
-        earlier = files.read_json(self.path / "environment.json").get("fingerprints", [])
-        return sorted({recipe.fingerprint, fingerprint_of_0_1(self._saved()), *earlier})
+        """Those that resume points of this recipe may have: its own, and the one that version 0.1 gave it."""
+        earlier, saved = files.read_json(self.path / "environment.json").get("fingerprints", []), self._saved()
+        known = {recipe.fingerprint, *(earlier if recipe.fingerprint in earlier else ())}
+        if saved and not differing(deciding(saved), deciding(recipe.tree())):
+            known.add(fingerprint_of_0_1(saved))
+        return sorted(known)
 
     def check_place(self) -> None:
         """Checks early that the folder can be created; creates nothing.
@@ -186,6 +188,11 @@ class RunFolder:
 
 
 EPOCHS = ("train.epochs", "train.round_epochs", "train.recovery_epochs")
+
+
+def differing(old: Mapping, new: Mapping) -> list[str]:
+    """Fields of which two recipes have different values; one that is missing is null."""
+    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
 
 
 def longer(path: Path, old: Mapping, new: Mapping) -> list[str]:
