@@ -45,8 +45,8 @@ def step(self, loss):
         strike()
 
 
-def batches(*arguments):
-    for number, batch in enumerate(evaluation_batches(*arguments)):
+def batches(*samples, **options):
+    for number, batch in enumerate(evaluation_batches(*samples, **options)):
         yield batch
         if place == f"batch{number}" or (place == "scoring" and scoring):
             strike()

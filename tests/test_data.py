@@ -579,7 +579,7 @@ def test_evaluation_meets_every_sample_once_over_all_ranks(world, count):
     met = []
     for rank in range(world):
         for images, labels in evaluation_batches(
-            numbered(count), 10, rank, world, torch.device("cpu"), (0,) * 3, (1,) * 3
+            numbered(count), 10, rank=rank, num_processes=world, device=torch.device("cpu"), mean=(0,) * 3, std=(1,) * 3
         ):
             assert len(labels) <= 10
             assert torch.allclose(images[:, 0, 0, 0] * 255, labels.float())

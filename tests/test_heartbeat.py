@@ -53,8 +53,8 @@ def before(owner, name, where):
 
 evaluation_batches = data.evaluation_batches
 
-def batches(*arguments):
-    for batch in evaluation_batches(*arguments):
+def batches(*samples, **options):
+    for batch in evaluation_batches(*samples, **options):
         strike("evaluation")
         yield batch
 

@@ -221,7 +221,15 @@ def test_an_evaluation_sees_every_image_exactly_once(folder, world, workers):
     seen = []
     for rank in range(world):
         batches = evaluation_batches(
-            data.rows["test"], 3, rank, world, CPU, MEAN, STD, data.decoder("test"), workers=workers
+            data.rows["test"],
+            3,
+            rank=rank,
+            num_processes=world,
+            device=CPU,
+            mean=MEAN,
+            std=STD,
+            decoder=data.decoder("test"),
+            workers=workers,
         )
         for images, labels in batches:
             seen += numbers(images)
@@ -658,8 +666,18 @@ def test_an_evaluation_counts_corrupt_images_too(tmp_path):
     data = open_data(options(tmp_path), 0)
 
     def batches(share: float) -> list:
-        arguments = (data.rows["test"], 4, 0, 1, CPU, MEAN, STD, data.decoder("test"))
-        return [n for images, _ in evaluation_batches(*arguments, max_corrupt=share) for n in numbers(images)]
+        found = evaluation_batches(
+            data.rows["test"],
+            4,
+            rank=0,
+            num_processes=1,
+            device=CPU,
+            mean=MEAN,
+            std=STD,
+            decoder=data.decoder("test"),
+            max_corrupt=share,
+        )
+        return [n for images, _ in found for n in numbers(images)]
 
     assert sorted(batches(0.2)) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     with pytest.raises(InputError, match=r"test-00000-of-00001\.parquet:4"):

@@ -48,8 +48,8 @@ def after_step(self: console.Console, loss: float) -> None:
     evaluating.here = self.progress.global_step == step
 
 
-def evaluating(*arguments: object) -> Iterator:
-    for number, batch in enumerate(evaluation_batches(*arguments)):
+def evaluating(*samples: object, **options: object) -> Iterator:
+    for number, batch in enumerate(evaluation_batches(*samples, **options)):
         yield batch
         if is_target and moment == "evaluation" and evaluating.here and number == 0:
             send()

@@ -84,16 +84,17 @@ def measure(path: Path, seed: int, data_path: str | None) -> list[dict]:
     net, mean, std = model.net, model.mean, model.std
     data = open_data(replace(model.data, path=data_path), seed)
     cpu = torch.device("cpu")
+    shown = {"rank": 0, "num_processes": 1, "device": cpu, "mean": mean, "std": std}
 
     def scored() -> dict[str, float]:
-        return score(net, evaluation_batches(data.test, EVALUATION_BATCH, 0, 1, cpu, mean, std), cpu)
+        return score(net, evaluation_batches(data.test, EVALUATION_BATCH, **shown), cpu)
 
     whole = scored()
     found = [{"seed": seed, "kind": "", "criterion": "nothing", **whole}]
     split = data.balanced("train", 2048, seed)
     for kind, density in REMOVALS.items():
         weights, groups = prunable_parts(net, kind)
-        batches = evaluation_batches(split, CALIBRATION_BATCH, 0, 1, cpu, mean, std)
+        batches = evaluation_batches(split, CALIBRATION_BATCH, **shown)
         evidence_of_images = collect(net, batches, weights, groups, with_gradients=True)
         selector = Selector(CRITERIA["random"], kind, groups, Allocation("layer"), Floors(min_neurons=1))
         for name, draw in [*((name, 0) for name in CRITERIA_TRIED), *(("random", i) for i in range(RANDOM_DRAWS))]:

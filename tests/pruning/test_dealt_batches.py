@@ -197,7 +197,7 @@ def test_evaluation_sees_every_sample_once_over_all_ranks_without_augmentation(n
     split = images(43, seed=5)
     found: list[tuple[Tensor, Tensor]] = []
     for rank in range(num_processes):
-        found += evaluation_batches(split, 5, rank, num_processes, CPU, MEAN, STD)
+        found += evaluation_batches(split, 5, rank=rank, num_processes=num_processes, device=CPU, mean=MEAN, std=STD)
     x, y = (torch.cat(parts) for parts in zip(*found, strict=True))
     assert len(y) == 43
     expected = normalize(split.images, MEAN, STD)

@@ -100,7 +100,7 @@ def by_hand(net: nn.Module) -> tuple[float, float]:
     """top-1 and loss on the validation images, in one batch and in float64."""
     val = images(100, seed=2)
     net = copy.deepcopy(net).double().eval()
-    [(x, y)] = evaluation_batches(val, len(val), 0, 1, CPU, MEAN, STD)
+    [(x, y)] = evaluation_batches(val, len(val), rank=0, num_processes=1, device=CPU, mean=MEAN, std=STD)
     with torch.no_grad():
         logits = net(x.double())
     return 100 * float((logits.argmax(1) == y).double().mean()), float(F.cross_entropy(logits, y))

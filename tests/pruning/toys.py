@@ -124,11 +124,13 @@ class Toy:
         progress = Progress(self.steps_per_epoch, self.round_epochs)
         val, needs = images(100, seed=2), CRITERIA[self.criterion].needs
 
+        shown = {"rank": 0, "num_processes": 1, "device": CPU, "mean": MEAN, "std": STD}
+
         def evaluate(split: str) -> dict[str, float]:
-            return score(net, evaluation_batches(val, 50, 0, 1, CPU, MEAN, STD), CPU)
+            return score(net, evaluation_batches(val, 50, **shown), CPU)
 
         def calibrate() -> Statistics:
-            batches = evaluation_batches(images(40, seed=3), 16, 0, 1, CPU, MEAN, STD)
+            batches = evaluation_batches(images(40, seed=3), 16, **shown)
             return collect(net, batches, weights, groups, needs == "gradients")
 
         model, prepared = accelerator.prepare(net, optimizer)

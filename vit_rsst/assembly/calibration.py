@@ -28,11 +28,11 @@ def make_calibrate(parts: Parts, data: ImageData, accelerator: Accelerator) -> C
         batches = evaluation_batches(
             split,
             CALIBRATION_BATCH,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.device,
-            mean,
-            std,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            device=accelerator.device,
+            mean=mean,
+            std=std,
         )
         return collect(parts.net, batches, parts.weights, parts.groups, needs == "gradients")
 

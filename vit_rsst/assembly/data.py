@@ -123,8 +123,18 @@ def make_evaluate(
     workers = num_workers(recipe, accelerator)
 
     def evaluate(split: str) -> dict[str, float]:
+        samples, rank, num_processes = splits[split]
         batches = evaluation_batches(
-            *splits[split], accelerator.device, mean, std, data.decoder(split), workers, recipe.data.max_corrupt
+            samples,
+            EVALUATION_BATCH,
+            rank=rank,
+            num_processes=num_processes,
+            device=accelerator.device,
+            mean=mean,
+            std=std,
+            decoder=data.decoder(split),
+            workers=workers,
+            max_corrupt=recipe.data.max_corrupt,
         )
         return score(net, batches, accelerator.device, give_up, pads=bool(recipe.train.compile))
 
@@ -133,21 +143,21 @@ def make_evaluate(
 
 def own_samples(
     data: ImageData, split: str, accelerator: Accelerator, in_memory: bool | None, share: float
-) -> tuple[Split | TableRows | Stream, int, int, int]:
-    """What this rank evaluates of a split, and how: batch, rank and number of processes that it is dealt to.
+) -> tuple[Split | TableRows | Stream, int, int]:
+    """What this rank evaluates of a split, and the rank and number of processes that it is dealt to.
 
     Of a table, a rank decodes and holds its own rows alone.
     """
     rank, world, rows = accelerator.process_index, accelerator.num_processes, data.rows[split]
     if isinstance(rows, Stream):
-        return rows, EVALUATION_BATCH, rank, world
+        return rows, rank, world
     rows = rows.part(dealt(rows.count, EVALUATION_BATCH, rank, world))
     if not rows.count:
-        return rows, EVALUATION_BATCH, 0, 1
+        return rows, 0, 1
     samples = replace(data, rows={split: rows}).samples(split, in_memory, share)
     if isinstance(samples, Split):
         samples = placed(samples, accelerator.device)
-    return samples, EVALUATION_BATCH, 0, 1
+    return samples, 0, 1
 
 
 @dataclass(frozen=True)

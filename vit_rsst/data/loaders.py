@@ -366,6 +366,7 @@ def _arrived(batch: Decoded, copied: "torch.cuda.Event | None", device: torch.de
 def evaluation_batches(
     samples: Split | Rows | Stream,
     batch: int,
+    *,
     rank: int,
     num_processes: int,
     device: torch.device,

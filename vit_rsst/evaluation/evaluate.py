@@ -169,9 +169,17 @@ def outcomes_of(
     """Outcomes of all images, and images per second; collective if `world` is more than 1."""
     workers = 0 if device.type == "cpu" else min(8, machine.cores() // machine.local_processes(world))
     batches = evaluation_batches(
-        data.samples(split), batch, rank, world, device, trained.mean, trained.std,
-        data.decoder(split), workers, trained.data.max_corrupt,
-    )  # fmt: skip
+        data.samples(split),
+        batch,
+        rank=rank,
+        num_processes=world,
+        device=device,
+        mean=trained.mean,
+        std=trained.std,
+        decoder=data.decoder(split),
+        workers=workers,
+        max_corrupt=trained.data.max_corrupt,
+    )
     with trained.autocast(device):
         return outcomes(trained.net.to(device), batches, rank, world)
 
