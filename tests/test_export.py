@@ -386,7 +386,7 @@ def test_the_onnx_file_takes_any_batch_says_how_to_prepare_images_and_scores_as_
     # The exporter's notes name files of this machine.
     assert b"onnx_file.py" not in (tmp_path / "out" / "model.onnx").read_bytes()
     stored = sum(np.prod(tensor.dims) for tensor in model.graph.initializer)
-    assert stored < 1.05 * sum(p.numel() for p in Work.of(runs["units"]).slimmed.parameters()) + 100
+    assert stored < 1.05 * sum(p.numel() for p in Work.of(runs["units"]).slim.net.parameters()) + 100
     expected = scores(tmp_path, runs["units"])
     for path in (tmp_path / "out", tmp_path / "out" / "model.onnx"):
         found = scores(tmp_path, path, "--source", "digits")

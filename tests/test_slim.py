@@ -1,9 +1,12 @@
 """Dead units are cut out of a network, and it answers as before: masked against slim, for every kind of unit."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
+from vit_rsst.analysis.counts import num_parameters
 from vit_rsst.errors import Damaged
 from vit_rsst.models import slim, zoo
 from vit_rsst.models.anatomy import prunable_weights, unit_groups
@@ -125,6 +128,18 @@ def test_widths_are_rounded_up_for_neurons_and_not_for_heads():
     for name, width in exact.items():
         assert rounded[name] == (width if name.endswith("attn") else min(48, -(-width // 8) * 8))
     assert any(width % 8 for name, width in exact.items() if name.endswith("mlp"))
+
+
+def test_a_slim_form_is_a_smaller_copy_or_the_network_itself():
+    net = make("vit_tiny", VIT)
+    whole = num_parameters(net)
+    form = slim.SlimForm(net, some_dead(net, "head+neuron"))
+    assert form.is_narrower
+    assert num_parameters(form.net) < num_parameters(net) == whole
+    assert json.loads(form.header["widths"]) == {name: len(units) for name, units in form.kept.items()}
+    full = slim.SlimForm(net, MaskSet.full(prunable_weights(net)))
+    assert not full.is_narrower
+    assert full.net is net
 
 
 def test_a_rounded_network_keeps_every_live_unit():

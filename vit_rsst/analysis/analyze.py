@@ -54,8 +54,8 @@ def measured(subject: Subject, batches: Sequence[int], device: torch.device) -> 
     """
     networks = {"dense": subject.net.to(device)}
     headers = {"dense": subject.header}
-    if subject.is_shrinkable:
-        networks["slim"], headers["slim"] = subject.slimmed.to(device).eval(), subject.slim_header
+    if subject.slim.is_narrower:
+        networks["slim"], headers["slim"] = subject.slim.net.to(device).eval(), subject.header | subject.slim.header
     times = {batch: measure.latency(networks, subject.image_size, batch, device) for batch in batches}
     probes = {
         name: measure.probe(header, subject.image_size, max(batches), subject.batch if name == "dense" else None)

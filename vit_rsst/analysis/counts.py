@@ -30,23 +30,23 @@ def count(subject: Subject) -> dict:
             "prunable": mask.num_elements,
             "alive": alive,
             "density": mask.density,
-            "slim": num_parameters(subject.slimmed),
+            "slim": num_parameters(subject.slim.net),
         },
         "flops": {
             "dense": dense,
             "effective": round(effective_flops(net, mask, subject.groups, size)),
-            "slim": flops(subject.slimmed, size),
+            "slim": flops(subject.slim.net, size),
         },
         "bytes": {
             "file": _file_bytes(subject),
             "dense_fp32": state_bytes(net),
-            "slim_fp32": state_bytes(subject.slimmed),
+            "slim_fp32": state_bytes(subject.slim.net),
         },
         "training": {"batch": subject.batch, "computed_bytes": training_bytes(subject)},
         "kinds": _by_kind(layers),
         "layers": layers,
         "units": [
-            {"name": g.name, "kind": g.kind, "block": g.depth, "units": g.units, "left": len(subject.kept[g.name])}
+            {"name": g.name, "kind": g.kind, "block": g.depth, "units": g.units, "left": len(subject.slim.kept[g.name])}
             for g in subject.groups
         ],
     }

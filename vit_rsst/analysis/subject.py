@@ -3,7 +3,6 @@
 A model of the catalogue, of timm or `hf:TYPE`; a recipe; a ticket, a run folder (its last ticket) or a slim folder.
 """
 
-import copy
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +16,10 @@ from vit_rsst.assembly.model import build_model
 from vit_rsst.assembly.parts import parts_of
 from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.errors import InputError, first_line
-from vit_rsst.models import slim, zoo
+from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights, unit_groups
 from vit_rsst.models.complexity import flops_by_module
+from vit_rsst.models.slim import SlimForm
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe import loading
@@ -61,26 +61,8 @@ class Subject:
         return unit_groups(self.net)
 
     @cached_property
-    def kept(self) -> slim.Kept:
-        """Units that the slim network keeps, by group; at least one each."""
-        return slim.kept_units(self.net, self.mask)
-
-    @cached_property
-    def slimmed(self) -> nn.Module:
-        """The network without its dead units; the network itself if there are none."""
-        if not self.is_shrinkable:
-            return self.net
-        net = copy.deepcopy(self.net)
-        slim.shrink_(net, self.kept)
-        return net
-
-    @property
-    def is_shrinkable(self) -> bool:
-        return any(len(self.kept[group.name]) < group.units for group in self.groups)
-
-    @property
-    def slim_header(self) -> dict[str, str]:
-        return self.header | {"widths": json.dumps(slim.widths(self.kept))}
+    def slim(self) -> SlimForm:
+        return SlimForm(self.net, self.mask)
 
 
 def open_subject(what: str, image_size: int | None = None) -> Subject:

@@ -121,7 +121,7 @@ def _units(work: Work) -> str:
     rows: dict[int, dict[str, list[str]]] = {}
     for group in groups:
         cells = rows.setdefault(group.depth, {kind: [] for kind in kinds})
-        cells[group.kind].append(f"{len(work.kept[group.name])} of {group.units}")
+        cells[group.kind].append(f"{len(work.slim.kept[group.name])} of {group.units}")
     if not rows:
         return ""
     lines = [(str(depth), *(", ".join(cells[kind]) for kind in kinds)) for depth, cells in rows.items()]

@@ -86,7 +86,7 @@ def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(work.path, folder, sizes, found, work.is_narrower, target.is_slim)
+    return Exported(work.path, folder, sizes, found, work.slim.is_narrower, target.is_slim)
 
 
 def check_vacant(folder: Path) -> None:
@@ -149,7 +149,7 @@ def _card(work: Work, target: Target, folder: Path, name: str, found: float | No
         if found is None
         else f"Compared with the ticket on random images: logits differ by {found:.1e} of the largest."
     )
-    net = work.slimmed if target.is_slim else work.net
+    net = work.slim.net if target.is_slim else work.net
     largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
     return Card(work, name, target.library, net, largest, compared, target.usage(work))
 

@@ -103,7 +103,7 @@ def write(work: Work, folder: Path) -> None:
     Raises:
         InputError: the exporter does not take this network, or has no such opset.
     """
-    net = work.slimmed if work.is_narrower else work.net
+    net = work.slim.net
     try:
         program = _traced(work, Logits(net))
     except EXPORTER_ERRORS:

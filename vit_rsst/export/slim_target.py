@@ -1,13 +1,11 @@
 """slim: the small model as a slim folder."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vit_rsst.export.work import Target, Work
-from vit_rsst.models import slim
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.tickets import slim_folder
 from vit_rsst.tickets.ticket_file import Ticket
@@ -38,9 +36,9 @@ def check(work: Work) -> None:
 
 def write(work: Work, folder: Path) -> None:
     """config.json and model.safetensors."""
-    state = work.slimmed.state_dict()
+    state = work.slim.net.state_dict()
     mask = MaskSet({name: state[name] != 0 for name in work.trained.mask})
-    header = work.header | {"widths": json.dumps(slim.widths(work.kept)), "density": repr(mask.density)}
+    header = work.header | work.slim.header | {"density": repr(mask.density)}
     slim_folder.write(folder, Ticket(state, mask, header))
 
 

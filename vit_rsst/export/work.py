@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vit_rsst.models import hub, slim
-from vit_rsst.models.anatomy import unit_groups
+from vit_rsst.models import hub
 from vit_rsst.models.catalog import stock
+from vit_rsst.models.slim import SlimForm
 from vit_rsst.tickets import rounds
 from vit_rsst.tickets.trained import Trained, open_trained
 
@@ -75,21 +75,8 @@ class Work:
         return "" if stock(self.architecture).is_stock else repr(self.architecture)
 
     @cached_property
-    def kept(self) -> dict[str, Tensor]:
-        """The units of each group that a slim model keeps."""
-        return slim.kept_units(self.net, self.trained.mask, self.round_to)
-
-    @property
-    def is_narrower(self) -> bool:
-        """Whether a slim model has fewer units than this one."""
-        return any(len(self.kept[group.name]) < group.units for group in unit_groups(self.net))
-
-    @cached_property
-    def slimmed(self) -> nn.Module:
-        """The network less all but the kept units, in evaluation mode."""
-        net = slim.copy_of(self.net)
-        slim.shrink_(net, self.kept)
-        return net
+    def slim(self) -> SlimForm:
+        return SlimForm(self.net, self.trained.mask, self.round_to)
 
     def images(self, count: int = 5) -> Tensor:
         """Random images as the model takes them: normalised float32, (count, 3, size, size)."""

@@ -7,6 +7,8 @@ leave the producing layers with their biases and norms, its columns leave the co
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,44 @@ def kept_units(net: nn.Module, mask: MaskSet, round_to: int = 1) -> Kept:
         spare = (~alive).nonzero().flatten()[: number - int(alive.sum())]
         found[group.name] = torch.cat([alive.nonzero().flatten(), spare]).sort().values
     return found
+
+
+@dataclass(frozen=True)
+class SlimForm:
+    """What is left of a network without its dead units; each part is made when it is first asked for.
+
+    Attributes:
+        whole: the full network that the mask belongs to; not changed.
+        round_to: neurons and channels are rounded up to a multiple.
+    """
+
+    whole: nn.Module
+    mask: MaskSet
+    round_to: int = 1
+
+    @cached_property
+    def kept(self) -> Kept:
+        """The units of each group that stay; at least one each."""
+        return kept_units(self.whole, self.mask, self.round_to)
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether it has fewer units than the full network."""
+        return any(len(self.kept[group.name]) < group.units for group in unit_groups(self.whole))
+
+    @cached_property
+    def net(self) -> nn.Module:
+        """The network itself; the full one, not a copy, if it has no fewer units."""
+        if not self.is_narrower:
+            return self.whole
+        net = copy_of(self.whole)
+        shrink_(net, self.kept)
+        return net
+
+    @property
+    def header(self) -> dict[str, str]:
+        """What the header of a slim ticket says beyond that of the full one."""
+        return {"widths": json.dumps(widths(self.kept))}
 
 
 def widths(kept: Kept) -> dict[str, int]:

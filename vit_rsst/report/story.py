@@ -178,8 +178,8 @@ def measured(subjects: Sequence[Subject]) -> dict[int, dict[str, dict]]:
     networks = {}
     for i, subject in enumerate(subjects):
         networks[f"{i} dense"] = subject.net.to(device)
-        if subject.is_shrinkable:
-            networks[f"{i} slim"] = subject.slimmed.to(device).eval()
+        if subject.slim.is_narrower:
+            networks[f"{i} slim"] = subject.slim.net.to(device).eval()
     return {batch: latency(networks, subjects[0].image_size, batch, device) for batch in BATCHES}
 
 
