@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vit_rsst.assembly.data import count_rows, data_options
+from vit_rsst.assembly.data import count_rows
 from vit_rsst.assembly.model import build_model
 from vit_rsst.assembly.parts import parts_of
-from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.errors import InputError, first_line
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights, unit_groups
@@ -111,9 +110,9 @@ def _of_ticket(what: Path, image_size: int | None) -> Subject:
 
 
 def _of_recipe(recipe: Recipe, image_size: int | None) -> Subject:
-    num_classes = SOURCES[recipe.data.source].num_classes or count_rows(recipe).num_classes
+    num_classes = recipe.data.info.num_classes or count_rows(recipe).num_classes
     net, start_mask = build_model(recipe, num_classes)
-    parts = parts_of(recipe, net, start_mask, data_options(recipe).size)
+    parts = parts_of(recipe, net, start_mask, recipe.data.size)
     architecture, args = zoo.describe(recipe.model.name, recipe.model.args, num_classes)
     return Subject(
         recipe.name,

@@ -7,12 +7,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from vit_rsst import machine
-from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.dealing import Dealing, dealt
 from vit_rsst.data.decoding import Decoder, Window, auto_augment
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import DecodingLoader, InMemoryLoader, Loader, evaluation_batches, placed
-from vit_rsst.data.options import DataOptions
+from vit_rsst.data.options import DataOptions, Images
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.streams import Stream
 from vit_rsst.data.tables import Rows as TableRows
@@ -27,20 +26,19 @@ EVALUATION_BATCH = 500
 
 def data_options(recipe: Recipe) -> DataOptions:
     """The recipe's data section as options of the data package; images are always cropped at the center."""
-    data = recipe.data
-    return DataOptions(**{f.name: getattr(data, f.name) for f in fields(DataOptions) if hasattr(data, f.name)})
+    return DataOptions(**{f.name: getattr(recipe.data, f.name) for f in fields(Images)})
 
 
 def channels(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the source's channels."""
-    info = SOURCES[recipe.data.source]
+    info = recipe.data.info
     return info.mean, info.std
 
 
 def augmentation(recipe: Recipe) -> Augmentation:
     """Augmentation of whole batches, on the device."""
     augment = recipe.data.augment
-    hflip = 0.5 * SOURCES[recipe.data.source].hflip if augment.hflip is None else augment.hflip
+    hflip = 0.5 * recipe.data.info.hflip if augment.hflip is None else augment.hflip
     erasing = None
     if augment.reprob:
         erasing = Erasing(augment.reprob, augment.remode, augment.rearea, augment.reaspect)
@@ -192,13 +190,13 @@ class Rows:
 
 def count_rows(recipe: Recipe) -> Rows:
     """Images per split: counted, or as published if the Hub cannot be reached."""
-    info = SOURCES[recipe.data.source]
+    info = recipe.data.info
     try:
         return Rows.counted(open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer))
     except MissingRequirement:
         if info.rows is None or recipe.data.path:
             raise
-        val = round(info.rows[0] * data_options(recipe).val_share)
+        val = round(info.rows[0] * recipe.data.val_share)
         train = min(info.rows[0] - val, recipe.data.train_samples or info.rows[0])
         if recipe.data.imbalance.kind is not None:
             train = sum(recipe.data.imbalance.counts(round(train / info.num_classes), info.num_classes))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vit_rsst.assembly.data import channels, data_options
+from vit_rsst.assembly.data import channels
 from vit_rsst.data.images import ImageData
 from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, at_field, first_line
 from vit_rsst.models import complexity, observation, slim, zoo
@@ -43,7 +43,7 @@ def build_model(
     pretrained = recipe.model.pretrained if is_real or is_path(recipe.model.pretrained) else False
     torch.manual_seed(derived_seed(recipe.seed, "model"))
     net = zoo.create(architecture, args, pretrained, None if is_real else "meta", classes)
-    net.observed = observe(architecture, json.dumps(args), data_options(recipe).size)
+    net.observed = observe(architecture, json.dumps(args), recipe.data.size)
     observation.freeze_(net, net.observed.unreached)
     if recipe.train.grad_checkpointing:
         zoo.checkpoint_gradients_(net)

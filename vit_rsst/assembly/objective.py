@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from vit_rsst import files
-from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.errors import InputError, at_field
@@ -81,7 +80,7 @@ def check_teacher(path: Path, teacher: Trained, recipe: Recipe, data: ImageData)
     Raises:
         InputError: its classes, image size or normalisation differ.
     """
-    info = SOURCES[recipe.data.source]
+    info = recipe.data.info
     pairs = {
         "classes": (len(teacher.classes), len(data.classes)),
         "class names": (list(teacher.classes), list(data.classes)),

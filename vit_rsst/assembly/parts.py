@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vit_rsst.assembly.data import Rows, data_options
+from vit_rsst.assembly.data import Rows
 from vit_rsst.assembly.model import build_model, check_images
 from vit_rsst.assembly.optim import lr_scales
 from vit_rsst.assembly.pruning import build_selection, check_start, starting_density, starting_mask
@@ -49,7 +49,7 @@ class Sizes:
                 f"global batch of {dealing} splits; make the batch per device a multiple of {group}."
             )
         steps = steps_per_epoch(rows.train, train.global_batch, train.steps_per_epoch)
-        return cls(rows, data_options(recipe).size, dealing, Progress(steps, recipe.round_epochs))
+        return cls(rows, recipe.data.size, dealing, Progress(steps, recipe.round_epochs))
 
 
 @dataclass(frozen=True)

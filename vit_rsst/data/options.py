@@ -1,9 +1,9 @@
 """What to read and how to split it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Le, Lt
 
 from vit_rsst.data.catalog import CATALOG, SourceInfo
 
@@ -39,27 +39,35 @@ class Imbalance:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """The fields of a recipe's `data` section that select and prepare images; stored in tickets."""
+class Images:
+    """Which images are read, and how they are split and prepared: fields of a recipe's `data` that tickets store.
+
+    Attributes:
+        crop_pct: center crop for validation and test, as a share of the shorter side; default: that of the source.
+        interpolation: for resizing; default: that of the source.
+        num_classes: needed where labels are plain numbers, as in tars.
+        streaming: read shards row by row, without a copy in the cache.
+        max_pixels: larger images count as corrupt.
+        max_corrupt: share of images that may be corrupt; they are skipped and counted.
+    """
 
     source: str
     path: str | None = None
-    splits: dict[str, str] | None = None
+    splits: dict[Literal["train", "val", "test"], str] | None = None
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
-    image_size: int | None = None
-    crop_pct: float | None = None
-    crop_mode: str = "center"
+    image_size: Annotated[int, Ge(8)] | None = None
+    crop_pct: Annotated[float, Ge(0.1), Le(1)] | None = None
     interpolation: str | None = None
-    val_fraction: float | None = None
-    test_fraction: float | None = None
-    train_samples: int | None = None
-    num_classes: int | None = None
+    val_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
+    test_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
+    train_samples: Annotated[int, Ge(1)] | None = None
+    num_classes: Annotated[int, Ge(2)] | None = None
     streaming: bool = False
-    max_pixels: int = MAX_PIXELS
-    max_corrupt: float = 0.0
-    imbalance: Imbalance = Imbalance()
+    max_pixels: Annotated[int, Ge(64)] = MAX_PIXELS
+    max_corrupt: Annotated[float, Ge(0), Lt(1)] = 0.0
+    imbalance: Imbalance = field(default_factory=Imbalance)
 
     @property
     def info(self) -> SourceInfo:
@@ -94,3 +102,14 @@ class DataOptions:
     def where(self) -> str:
         """How messages refer to the dataset."""
         return self.path or self.source
+
+
+@dataclass(frozen=True)
+class DataOptions(Images):
+    """What the data package is asked for.
+
+    Attributes:
+        crop_mode: as in `Decoder`; no recipe sets it, but a published model may have been trained with another.
+    """
+
+    crop_mode: str = "center"

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from vit_rsst.data.catalog import CATALOG as SOURCES
 from vit_rsst.errors import unknown
 from vit_rsst.models.catalog import CATALOG as MODELS
 from vit_rsst.pruning.criteria import CRITERIA
@@ -235,7 +234,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("data.splits", "names files of a local folder; set data.path")
     if data.splits is not None and "train" not in data.splits:
         yield Problem("data.splits", "names no training split; add train: GLOB")
-    if data.revision is not None and (data.path is not None or not SOURCES[data.source].hub_id):
+    if data.revision is not None and (data.path is not None or not data.info.hub_id):
         yield Problem("data.revision", "selects a version on the Hub, but the data are local; omit it")
     if data.streaming and data.source == "digits":
         yield Problem("data.streaming", "has no effect with the built-in digits, which are in memory; omit it")

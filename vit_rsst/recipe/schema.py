@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field
 
-from vit_rsst.data.catalog import CATALOG
-from vit_rsst.data.options import MAX_PIXELS, Imbalance
+from vit_rsst.data.options import Images
 from vit_rsst.pruning.methods import METHODS
 from vit_rsst.pruning.patterns import pattern
 from vit_rsst.pruning.plan import RAMPS_OF_0_1
@@ -69,51 +68,30 @@ class Augment:
 
 
 @section
-class Data:
+class Data(Images):
     """What to train on, and how it is read.
 
     Attributes:
-        crop_pct: center crop for validation and test, as a share of the shorter side; default: that of the source.
-        interpolation: for resizing; default: that of the source.
-        num_classes: needed where labels are plain numbers, as in tars.
-        streaming: read shards row by row, without a copy in the cache.
         shuffle_buffer: encoded images a stream is shuffled with, over all processes; at least two row groups per lane.
         lanes: equal parts of a stream's epoch, read by one process each; default: by the data, at most 64.
         in_memory: keep decoded images; default: if they are small and the same in every epoch.
         workers: decoding processes per training process; default: depends on the machine.
-        max_corrupt: share of images that may be corrupt; they are skipped and counted.
-        max_pixels: larger images count as corrupt.
         sampler: `class_balanced` draws with replacement, all classes equally often.
     """
 
     source: str = "digits"
-    path: str | None = None
-    splits: dict[Literal["train", "val", "test"], str] | None = None
-    revision: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: Annotated[int, Ge(8)] | None = None
-    crop_pct: Annotated[float, Ge(0.1), Le(1)] | None = None
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    val_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
-    test_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
-    train_samples: Annotated[int, Ge(1)] | None = None
-    num_classes: Annotated[int, Ge(2)] | None = None
-    streaming: bool = False
     shuffle_buffer: Annotated[int, Ge(1)] = 4096
     lanes: Annotated[int, Ge(1)] | None = None
     in_memory: bool | None = None
     workers: Annotated[int, Ge(0)] | None = None
-    max_corrupt: Annotated[float, Ge(0), Lt(1)] = 0.0
-    max_pixels: Annotated[int, Ge(64)] = MAX_PIXELS
-    imbalance: Imbalance = field(default_factory=Imbalance)
     sampler: Literal["shuffle", "class_balanced"] = "shuffle"
     augment: Augment = field(default_factory=Augment)
 
     @property
     def crop(self) -> str:
         """How training images are cropped: as set here, or as usual for the source."""
-        return self.augment.crop or CATALOG[self.source].crop
+        return self.augment.crop or self.info.crop
 
     @property
     def redrawn(self) -> list[str]:
