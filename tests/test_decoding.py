@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from torchvision.transforms import functional
 
-from vit_rsst.data.decoding import Corrupt, Window, decode, suffixes
+from vit_rsst.data.decoding import Corrupt, RandomCrop, decode, suffixes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -61,10 +61,11 @@ BROKEN_EXIF = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("change", BROKEN_EXIF.values(), ids=BROKEN_EXIF)
-@pytest.mark.parametrize("window", [None, Window((1.0, 1.0), (1.0, 1.0))])
-def test_broken_metadata_are_no_damage(kind, change, window):
+@pytest.mark.parametrize("random_crop", [None, RandomCrop((1.0, 1.0), (1.0, 1.0))])
+def test_broken_metadata_are_no_damage(kind, change, random_crop):
     found = pixels(
-        encoded(PICTURE, kind, exif=camera(change), **({"lossless": True} if kind == "WEBP" else {})), window=window
+        encoded(PICTURE, kind, exif=camera(change), **({"lossless": True} if kind == "WEBP" else {})),
+        random_crop=random_crop,
     )
     assert found.shape == (3, 16, 16)
     assert found.std() > 10
@@ -115,9 +116,9 @@ def test_an_orientation_that_does_not_exist_turns_nothing(orientation):
         (np.zeros((8, 8), np.float32), 0),
     ],
 )
-@pytest.mark.parametrize("window", [None, Window((1.0, 1.0), (1.0, 1.0))])
-def test_deep_greys_are_scaled_by_what_they_hold(values, expected, window):
-    found = pixels(encoded(Image.fromarray(values), "TIFF"), 8, window=window)
+@pytest.mark.parametrize("random_crop", [None, RandomCrop((1.0, 1.0), (1.0, 1.0))])
+def test_deep_greys_are_scaled_by_what_they_hold(values, expected, random_crop):
+    found = pixels(encoded(Image.fromarray(values), "TIFF"), 8, random_crop=random_crop)
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
@@ -271,9 +272,9 @@ def fuzz(number: int, seed: int) -> tuple[int, int]:
     draw, files, read = random.Random(seed), originals(), 0
     for _ in range(number):
         content = mutated(draw.choice(files), draw)
-        window = draw.choice((None, Window()))
+        random_crop = draw.choice((None, RandomCrop()))
         try:
-            found = pixels(content, 16, max_pixels=2**20, window=window)
+            found = pixels(content, 16, max_pixels=2**20, random_crop=random_crop)
         except Corrupt as problem:
             assert "\n" not in str(problem)  # noqa: PT017
             assert "data: train/a/1.png cannot be decoded" in str(problem)  # noqa: PT017

@@ -16,7 +16,7 @@ from tiny import alone_on_cpu, events, status, write_recipe
 from vit_rsst import cli
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts
-from vit_rsst.pruning.contest import keep_windows
+from vit_rsst.pruning.contest import keep_n_of_m
 from vit_rsst.pruning.criteria import CRITERIA, Evidence
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.selector import Selector
@@ -63,8 +63,8 @@ def test_a_selection_is_the_one_of_the_cpu(granularity: str) -> None:
 def test_ties_break_by_index_on_every_device() -> None:
     scores = torch.randint(0, 4, (64, 64), generator=torch.Generator().manual_seed(0)).float()
     alive = torch.ones_like(scores, dtype=torch.bool)
-    ours = keep_windows(scores.to(DEVICE), alive.to(DEVICE), 2, 4).cpu()
-    assert torch.equal(ours, keep_windows(scores, alive, 2, 4))
+    ours = keep_n_of_m(scores.to(DEVICE), alive.to(DEVICE), 2, 4).cpu()
+    assert torch.equal(ours, keep_n_of_m(scores, alive, 2, 4))
 
 
 def test_a_ticket_is_the_same_file_from_every_device(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from PIL import Image, ImageFile
 
 from vit_rsst.data import blocks, sources
 from vit_rsst.data.dealing import Dealing, dealt, steps_per_epoch
-from vit_rsst.data.decoding import Corrupt, Decoder, Sample, Window, auto_augment, decode
+from vit_rsst.data.decoding import Corrupt, Decoder, RandomCrop, Sample, auto_augment, decode
 from vit_rsst.data.feeds import Course, Scan, Tracks
 from vit_rsst.data.loaders import Clock, DecodingLoader, InMemoryLoader, evaluation_batches
 from vit_rsst.data.options import DataOptions
@@ -554,7 +554,7 @@ def test_workers_stay_from_epoch_to_epoch(folder):
 
 def test_decoding_in_this_process_leaves_its_generators_as_they_were(folder):
     of = loader(open_data(options(folder), 0), 0, 1)
-    of.decoder = replace(of.decoder, window=Window())
+    of.decoder = replace(of.decoder, random_crop=RandomCrop())
     of.augmentation = Augmentation(erasing=Erasing(1.0))
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -704,7 +704,7 @@ def test_an_image_of_too_many_pixels_is_refused_from_its_header_alone(monkeypatc
 
 def test_a_random_part_is_drawn_by_the_samples_seed_alone():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
-    decoder = Decoder(16, window=Window(), auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
+    decoder = Decoder(16, random_crop=RandomCrop(), auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
     sample = Sample("x", {"bytes": png(noise), "path": None}, 0, seed=5)
     first, again = decoder.picture(sample), decoder.picture(sample)
     assert (first == again).all()
@@ -721,7 +721,7 @@ def test_a_random_part_equals_torchvisions_crop():
         torch.manual_seed(seed)
         expected = np.asarray(theirs(noise)).astype(int)
         torch.manual_seed(seed)
-        found = decode({"bytes": png(noise), "path": None}, 16, "x", window=Window()).astype(int)
+        found = decode({"bytes": png(noise), "path": None}, 16, "x", random_crop=RandomCrop()).astype(int)
         largest.append(np.abs(found - expected.transpose(2, 0, 1)).max())
     # Between its two passes torch clips what Pillow does, now and then in another order; on noise that is most.
     assert sorted(largest)[-2] <= 1
@@ -745,22 +745,22 @@ def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size_when_enough_is_
     x = np.linspace(0, 255, 1024)
     smooth = Image.fromarray(np.stack([np.add.outer(x, x) / 2] * 3, -1).astype(np.uint8))
     encoded = {"bytes": png(smooth, "JPEG"), "path": None}
-    window = Window((1.0, 1.0), (1.0, 1.0))
-    found = decode(encoded, 64, "x", window=window).astype(int)
+    random_crop = RandomCrop((1.0, 1.0), (1.0, 1.0))
+    found = decode(encoded, 64, "x", random_crop=random_crop).astype(int)
     expected = decode(encoded, 64, "x").astype(int)
     assert np.abs(found - expected).max() <= 6
 
 
 @pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))])
-@pytest.mark.parametrize("window", [None, Window((1.0, 1.0), (1.0, 1.0))])
-def test_an_image_stands_upright_as_its_camera_marked_it(orientation, corner, window):
+@pytest.mark.parametrize("random_crop", [None, RandomCrop((1.0, 1.0), (1.0, 1.0))])
+def test_an_image_stands_upright_as_its_camera_marked_it(orientation, corner, random_crop):
     array = np.zeros((16, 16, 3), np.uint8)
     array[:6, :6] = 255
     buffer, picture = io.BytesIO(), Image.fromarray(array)
     exif = picture.getexif()
     exif[0x0112] = orientation
     picture.save(buffer, "JPEG", quality=95, exif=exif)
-    found = decode({"bytes": buffer.getvalue(), "path": None}, 16, "x", window=window).transpose(1, 2, 0)
+    found = decode({"bytes": buffer.getvalue(), "path": None}, 16, "x", random_crop=random_crop).transpose(1, 2, 0)
     bright = found[corner[0] * 2, corner[1] * 2] if corner[0] < 0 or corner[1] < 0 else found[1, 1]
     assert bright.min() > 200
     assert (found.mean(2) > 128).sum() == pytest.approx(36, abs=8)

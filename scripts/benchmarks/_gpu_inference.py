@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vit_rsst.models import zoo
 from vit_rsst.models.complexity import flops
-from vit_rsst.pruning.contest import keep_windows
+from vit_rsst.pruning.contest import keep_n_of_m
 
 Contender = Callable[[Tensor], Tensor]
 ALTERNATIONS, CALLS = (20, 10) if torch.cuda.is_available() else (2, 1)
@@ -60,7 +60,7 @@ def two_of_four(model: str, args: dict, image_size: int, batch: int, ledger: Led
     layers = {n: m for n, m in masked.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)}
     for layer in layers.values():
         weight = layer.weight.data
-        weight.mul_(keep_windows(weight.abs(), torch.ones_like(weight, dtype=torch.bool), 2, 4))
+        weight.mul_(keep_n_of_m(weight.abs(), torch.ones_like(weight, dtype=torch.bool), 2, 4))
     ready: dict[str, Contender] = {DENSE: masked}
     name = f"2:4, {model}, batch {batch}"
     with ledger.guarded(f"{name}: to_sparse_semi_structured"):

@@ -28,7 +28,7 @@ from torchvision import transforms
 
 from vit_rsst.data.catalog import CATALOG
 from vit_rsst.data.dealing import Dealing
-from vit_rsst.data.decoding import Sample, Window
+from vit_rsst.data.decoding import RandomCrop, Sample
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import DecodingLoader, InMemoryLoader
 from vit_rsst.data.options import DataOptions
@@ -110,7 +110,7 @@ def ours(folder: Path, size: int, source: str, streaming: bool = True, in_memory
     else:
         decoder = data.decoder("train")
         if size > 32:
-            decoder = replace(decoder, window=Window())
+            decoder = replace(decoder, random_crop=RandomCrop())
         loader = DecodingLoader(*common, rows=data.rows["train"], decoder=decoder)
     progress = Progress(data.count("train") // BATCH, (1_000_000,))
     while True:
@@ -123,7 +123,7 @@ def former(folder: Path, size: int, source: str) -> Iterator:
     """The stream of version 0.1: shards row after row in turns, mixed by a buffer, decoded as today."""
     info = CATALOG[source]
     data = open_data(DataOptions(source, str(folder), image_size=size, streaming=True, test_fraction=0.1), 0)
-    decoder = replace(data.decoder("train"), window=Window() if size > 32 else None)
+    decoder = replace(data.decoder("train"), random_crop=RandomCrop() if size > 32 else None)
     crop, part = Augmentation(4 if size == 32 else 0, 0.5), data.rows["train"].part
     rows = stream_of(folder)
     image = next(name for name, feature in rows.features.items() if isinstance(feature, Image))

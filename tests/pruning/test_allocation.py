@@ -8,7 +8,7 @@ from vit_rsst.errors import InputError
 from vit_rsst.models import complexity, slim, zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.allocation import Allocation
-from vit_rsst.pruning.contest import Entry, contest, keep_windows, spread
+from vit_rsst.pruning.contest import Entry, contest, keep_n_of_m, spread
 from vit_rsst.pruning.criteria import Evidence
 from vit_rsst.pruning.device_contest import keep_best
 from vit_rsst.pruning.masks import MaskSet
@@ -47,7 +47,7 @@ def test_what_a_capped_part_cannot_take_goes_to_the_others():
 def test_windows_lie_along_the_input_and_each_keeps_its_best(shape, window):
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     for kept in range(1, window):
-        mask = keep_windows(scores, torch.ones(shape, dtype=torch.bool), kept, window)
+        mask = keep_n_of_m(scores, torch.ones(shape, dtype=torch.bool), kept, window)
         rows = scores.movedim(1, -1).reshape(-1, window).tolist()
         marks = mask.movedim(1, -1).reshape(-1, window).tolist()
         for row, mark in zip(rows, marks, strict=True):
@@ -57,7 +57,7 @@ def test_windows_lie_along_the_input_and_each_keeps_its_best(shape, window):
 
 def test_equal_windows_keep_the_first_and_dead_inputs_stay_dead():
     alive = torch.tensor([[True, True, True, True], [False, True, False, False]])
-    assert keep_windows(torch.ones(2, 4), alive, 2, 4).tolist() == [
+    assert keep_n_of_m(torch.ones(2, 4), alive, 2, 4).tolist() == [
         [True, True, False, False],
         [False, True, False, False],
     ]

@@ -8,7 +8,7 @@ from torch import nn
 
 from vit_rsst import machine
 from vit_rsst.data.dealing import Dealing, dealt
-from vit_rsst.data.decoding import Decoder, Window, auto_augment
+from vit_rsst.data.decoding import Decoder, RandomCrop, auto_augment
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import DecodingLoader, InMemoryLoader, Loader, evaluation_batches, placed
 from vit_rsst.data.options import DataOptions, Images
@@ -56,7 +56,7 @@ def training_decoder(recipe: Recipe, data: ImageData) -> Decoder:
         auto_augment(augment.auto_augment, data.options.size, mean)
     return replace(
         data.decoder("train"),
-        window=Window(augment.scale, augment.ratio) if recipe.data.crop == "resized" else None,
+        random_crop=RandomCrop(augment.scale, augment.ratio) if recipe.data.crop == "resized" else None,
         auto_augment=augment.auto_augment,
         color_jitter=augment.color_jitter,
         mean=mean,

@@ -115,7 +115,7 @@ class Decoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Window:
+class RandomCrop:
     """A random resized crop (Inception style, as in timm).
 
     Attributes:
@@ -138,7 +138,7 @@ class Decoder:
         interpolation: `bicubic` or `bilinear`.
         crop_pct: center crop as a share of the shorter side.
         crop_mode: `center`, or `squash`: squeeze the whole image into a square first.
-        window: random resized crop; None: center crop.
+        random_crop: of training images; None: center crop.
         auto_augment: timm's configuration of RandAugment, AutoAugment or AugMix, such as `rand-m9-mstd0.5-inc1`.
         color_jitter: strength of brightness, contrast and saturation.
         mean: of the channels, 0 … 1: fills the corners after a rotation.
@@ -150,7 +150,7 @@ class Decoder:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     crop_mode: str = "center"
-    window: Window | None = None
+    random_crop: RandomCrop | None = None
     auto_augment: str | None = None
     color_jitter: float | None = None
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -184,7 +184,7 @@ class Decoder:
         if self.is_random:
             _seed(sample.seed)
         pixels = decode(
-            sample.image, self.size, sample.place, self.max_pixels, self.window, self.interpolation, self.crop_pct,
+            sample.image, self.size, sample.place, self.max_pixels, self.random_crop, self.interpolation, self.crop_pct,
             self.crop_mode,
         )  # fmt: skip
         if not self._transforms:
@@ -197,7 +197,7 @@ class Decoder:
     @property
     def is_random(self) -> bool:
         """Whether decoding is random, so that decoded images cannot be kept."""
-        return self.window is not None or self.auto_augment is not None or bool(self.color_jitter)
+        return self.random_crop is not None or self.auto_augment is not None or bool(self.color_jitter)
 
     @cached_property
     def _transforms(self) -> list[Callable[[Image.Image], Image.Image]]:
@@ -250,7 +250,7 @@ def decode(
     size: int,
     place: str,
     max_pixels: int = MAX_PIXELS,
-    window: Window | None = None,
+    random_crop: RandomCrop | None = None,
     interpolation: str = "bicubic",
     crop_pct: float = 1.0,
     crop_mode: str = "center",
@@ -260,7 +260,7 @@ def decode(
     Args:
         place: names the image in an error.
         max_pixels: larger images are corrupt; checked before decoding.
-        window: random resized crop, drawn from torch's generator; None: resize and center crop.
+        random_crop: drawn from torch's generator; None: resize and center crop.
         interpolation: `bicubic` or `bilinear`.
         crop_pct: center crop as a share of the shorter side.
         crop_mode: `center` or `squash`.
@@ -270,7 +270,7 @@ def decode(
     """
 
     if isinstance(image, np.ndarray):
-        return _cut(Image.fromarray(image.transpose(1, 2, 0)), size, window, interpolation, crop_pct, crop_mode)
+        return _cut(Image.fromarray(image.transpose(1, 2, 0)), size, random_crop, interpolation, crop_pct, crop_mode)
     if isinstance(image, bytes):
         image = {"bytes": image, "path": None}
     try:
@@ -279,7 +279,7 @@ def decode(
         with Image.open(_file(image), formats=formats()) as opened:
             if opened.width * opened.height > max_pixels:
                 raise _TooLarge(f"{opened.width:,} × {opened.height:,} px")
-            return _cut(opened, size, window, interpolation, crop_pct, crop_mode)
+            return _cut(opened, size, random_crop, interpolation, crop_pct, crop_mode)
     except (_TooLarge, Image.DecompressionBombError) as error:
         found = re.search(r"\d+ pixels", str(error))  # Pillow's own sentence says its own limit
         raise Corrupt(
@@ -315,12 +315,12 @@ def _reason(image: dict | None, error: Exception) -> str:
 
 
 def _cut(
-    picture: Image.Image, size: int, window: Window | None, interpolation: str, crop_pct: float, crop_mode: str
+    picture: Image.Image, size: int, random_crop: RandomCrop | None, interpolation: str, crop_pct: float, crop_mode: str
 ) -> np.ndarray:
     """The random part, or the middle, as uint8 (3, size, size)."""
-    if window is None:
+    if random_crop is None:
         return _middle(picture, size, interpolation, crop_pct, crop_mode)
-    return _random_part(picture, size, interpolation, window)
+    return _random_part(picture, size, interpolation, random_crop)
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
@@ -348,12 +348,12 @@ def _middle(opened: Image.Image, size: int, interpolation: str, crop_pct: float,
     return _pixels(resized.crop((left, top, left + size, top + size)))
 
 
-def _random_part(opened: Image.Image, size: int, interpolation: str, window: Window) -> np.ndarray:
+def _random_part(opened: Image.Image, size: int, interpolation: str, random_crop: RandomCrop) -> np.ndarray:
     from torchvision.transforms import RandomResizedCrop
 
     file, opened = opened, _eight_bits(opened)  # by the largest value of the whole image, not of the part
     full = opened.size
-    top, left, height, width = RandomResizedCrop.get_params(opened, window.scale, window.ratio)
+    top, left, height, width = RandomResizedCrop.get_params(opened, random_crop.scale, random_crop.ratio)
     reduction = min(width, height) // size
     if reduction > 1:  # a JPEG can be decoded at a half, a quarter or an eighth: as long as enough pixels are left
         opened.draft("RGB", (full[0] // reduction, full[1] // reduction))

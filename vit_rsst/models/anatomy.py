@@ -97,11 +97,11 @@ def prunable_parts(
                 f"pruning.protect: every {granularity} has a weight that is protected or frozen; protect fewer."
             )
         return {name: weights[name] for name in weights if name in owned}, groups
-    if (windows := pattern(granularity)) is not None:
-        wrong = [name for name, weight in weights.items() if weight.shape[1] % windows[1]]
+    if (n_of_m := pattern(granularity)) is not None:
+        wrong = [name for name, weight in weights.items() if weight.shape[1] % n_of_m[1]]
         if wrong:
             raise InputError(
-                f"pruning.granularity: {granularity} needs input widths divisible by {windows[1]}, but {wrong[0]} has "
+                f"pruning.granularity: {granularity} needs input widths divisible by {n_of_m[1]}, but {wrong[0]} has "
                 f"{weights[wrong[0]].shape[1]} ({len(wrong)} such weights); protect them with pruning.protect, or use "
                 f"another pattern."
             )

@@ -85,17 +85,17 @@ def spread(total: float, shares: Sequence[float], caps: Sequence[float]) -> list
     return parts
 
 
-def keep_windows(scores: Tensor, alive: Tensor, kept: int, window: int) -> Tensor:
-    """The best `kept` of every `window` consecutive inputs.
+def keep_n_of_m(scores: Tensor, alive: Tensor, n: int, m: int) -> Tensor:
+    """The best `n` of every `m` consecutive inputs.
 
     Args:
-        scores: (out, in, …) of a Linear or Conv weight; `window` divides `in`.
-        alive: of the same shape; a window with fewer alive keeps those.
+        scores: (out, in, …) of a Linear or Conv weight; `m` divides `in`.
+        alive: of the same shape; where fewer are alive, those stay.
     """
     ranked = scores.float().masked_fill(~alive, -torch.inf).movedim(1, -1)  # (out, …, in)
-    windows = ranked.reshape(-1, window)
-    best = windows.argsort(dim=1, descending=True, stable=True)[:, :kept]
-    mask = torch.zeros_like(windows, dtype=torch.bool).scatter_(1, best, True)
+    sets = ranked.reshape(-1, m)
+    best = sets.argsort(dim=1, descending=True, stable=True)[:, :n]
+    mask = torch.zeros_like(sets, dtype=torch.bool).scatter_(1, best, True)
     return (mask.view(ranked.shape).movedim(-1, 1) & alive).contiguous()
 
 

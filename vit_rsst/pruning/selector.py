@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vit_rsst.pruning.allocation import Allocation, mean_density
-from vit_rsst.pruning.contest import Entry, contest, keep_windows
+from vit_rsst.pruning.contest import Entry, contest, keep_n_of_m
 from vit_rsst.pruning.criteria import CRITERIA, Criterion, Evidence
 from vit_rsst.pruning.granularity import alive_units, expand, pool, unit_size
 from vit_rsst.pruning.masks import MaskSet
@@ -54,9 +54,9 @@ class Selector:
         Args:
             density: share to keep, 0 … 1, of all that is prunable, or by kind.
         """
-        windows = pattern(self.granularity)
-        if windows is not None:
-            return self._windows(evidence, density, *windows)
+        n_of_m = pattern(self.granularity)
+        if n_of_m is not None:
+            return self._n_of_m(evidence, density, *n_of_m)
         if not self.groups:
             return self._elements(evidence, density, self.criterion, self.allocation)
         entries = self._unit_entries(evidence, density)
@@ -156,13 +156,11 @@ class Selector:
         entries = self._weight_entries(evidence.weights, scores, evidence.alive)
         return MaskSet(allocation.keep(entries, depths(evidence.weights), density))
 
-    def _windows(self, evidence: Evidence, density: float, final: int, window: int) -> MaskSet:
-        """N:M: the same number in every window; the schedule steps it down to N."""
-        kept = max(final, round(density * window))
+    def _n_of_m(self, evidence: Evidence, density: float, n: int, m: int) -> MaskSet:
+        """N:M: the same number of every M inputs; the schedule steps it down to N."""
+        kept = max(n, round(density * m))
         scores = self.criterion.of_elements(evidence)
-        return MaskSet(
-            {name: keep_windows(scores[name], evidence.alive[name], kept, window) for name in evidence.weights}
-        )
+        return MaskSet({name: keep_n_of_m(scores[name], evidence.alive[name], kept, m) for name in evidence.weights})
 
 
 def check_numbers(scores: Mapping[str, Tensor]) -> None:

@@ -38,7 +38,7 @@ AUGMENT_PRESETS = {
 """Values of `data.augment: NAME`; `{preset: NAME, …}` overrides some of them. Strong is the DeiT recipe."""
 
 
-class Source:
+class RawRecipe:
     """A recipe's raw tree, and where each of its keys was set."""
 
     def __init__(self, file: Path, overrides: Sequence[str]):
@@ -146,20 +146,20 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: listing every problem with its place, the value, the choices and the closest match.
     """
-    source = Source(file, overrides)
-    _load_plugins(source)
-    recipe, problems = _validate(source.tree)
-    problems = [*source.problems, *problems]
+    raw = RawRecipe(file, overrides)
+    _load_plugins(raw)
+    recipe, problems = _validate(raw.tree)
+    problems = [*raw.problems, *problems]
     faulty = {problem.path for problem in problems}
     # Rules are checked with faulty fields reset to their defaults, so that all problems are reported in one go.
-    whole = recipe or _validate(_without(source.tree, faulty))[0]
+    whole = recipe or _validate(_without(raw.tree, faulty))[0]
     if whole is not None:
         problems += [problem for problem in broken_rules(whole) if problem.path not in faulty]
     if not problems and os.environ.get("RANK", "0") == "0":
-        for hint in source.hints:
-            print(f"hint: {source.place(hint)}  {hint.path}: {hint.sentence}", file=sys.stderr)
+        for hint in raw.hints:
+            print(f"hint: {raw.place(hint)}  {hint.path}: {hint.sentence}", file=sys.stderr)
     if problems:
-        lines = [f"{source.place(p)}  {p.path + ': ' if p.path else ''}{p.sentence}" for p in problems]
+        lines = [f"{raw.place(p)}  {p.path + ': ' if p.path else ''}{p.sentence}" for p in problems]
         count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
         raise InputError("\n".join([f"{count} in the recipe; nothing was started.", *lines]))
     return recipe
@@ -209,8 +209,8 @@ def _without(tree: dict, paths: Iterable[str]) -> dict:
     return tree
 
 
-def _load_plugins(source: Source) -> None:
-    plugins = source.tree.get("plugins", [])
+def _load_plugins(raw: RawRecipe) -> None:
+    plugins = raw.tree.get("plugins", [])
     for module in plugins if isinstance(plugins, list) else []:
         try:
             importlib.import_module(str(module))
@@ -218,7 +218,7 @@ def _load_plugins(source: Source) -> None:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = "" if last.filename.startswith("<") else f" at {last.filename}:{last.lineno}"
             what = f"{type(error).__name__}: {error}".splitlines()[0] + where
-            source.problems.append(
+            raw.problems.append(
                 Problem(
                     "plugins", f"module {module!r} cannot be imported ({what}); name one that can, and is on PYTHONPATH"
                 )

@@ -17,7 +17,7 @@ YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
-    pruning = (_schedule, _windows, _targets, _granularity, _allocation, _method)
+    pruning = (_schedule, _n_of_m, _targets, _granularity, _allocation, _method)
     rules = (_name, *pruning, _data, _model, _distill, _other_runs, _optim, _epochs, idle_fields)
     return [problem for rule in rules for problem in rule(recipe)]
 
@@ -64,16 +64,16 @@ def _schedule(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _windows(recipe: Recipe) -> Iterator[Problem]:
+def _n_of_m(recipe: Recipe) -> Iterator[Problem]:
     pruning, schedule = recipe.pruning, recipe.pruning.schedule
-    windows = pattern(pruning.granularity)
-    if windows is None:
+    n_of_m = pattern(pruning.granularity)
+    if n_of_m is None:
         return
-    kept, window = windows
-    if not 1 <= kept < window:
-        yield Problem("pruning.granularity", f"{pruning.granularity} keeps {kept} of {window}; expected 1 ≤ N < M")
+    n, m = n_of_m
+    if not 1 <= n < m:
+        yield Problem("pruning.granularity", f"{pruning.granularity} keeps {n} of {m}; expected 1 ≤ N < M")
         return
-    final = 1.0 - kept / window
+    final = 1.0 - n / m
     if schedule.rate is not None or schedule.sparsities or schedule.budget:
         yield Problem("pruning.schedule", f"{pruning.granularity} implies its own density; set only rounds")
     elif schedule.final_sparsity != final:
@@ -82,10 +82,10 @@ def _windows(recipe: Recipe) -> Iterator[Problem]:
             f"{schedule.final_sparsity} does not match {pruning.granularity}, which implies {final:g}; omit it, or "
             "replace the whole schedule: pruning.schedule=linear",
         )
-    if not recipe.pruning.method.one_round and schedule.num_rounds > window - kept:
+    if not recipe.pruning.method.one_round and schedule.num_rounds > m - n:
         yield Problem(
             "pruning.schedule.rounds",
-            f"{schedule.num_rounds} rounds cannot each remove a weight from every window; use at most {window - kept}, "
+            f"{schedule.num_rounds} rounds cannot each remove a weight from every window; use at most {m - n}, "
             "omit rounds, or replace the whole schedule: pruning.schedule=linear",
         )
     for field in ("scope", "depth_ramp", "layer_sparsity"):

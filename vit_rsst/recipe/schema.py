@@ -310,13 +310,13 @@ class Pruning:
         schedule = self.schedule
         if not self.method.prunes and schedule == Schedule():  # rounds count as a control's budget only if named
             schedule = replace(schedule, rounds=0)
-        windows = pattern(self.granularity)
-        scope = "isomorphic" if self.granularity == "head+neuron" else None if windows else "global"
+        n_of_m = pattern(self.granularity)
+        scope = "isomorphic" if self.granularity == "head+neuron" else None if n_of_m else "global"
         derived = {
             "criterion": self.criterion or self.method.default_criterion,
             "rewind": self.rewind or self.method.default_rewind,
             "scope": self.scope or scope,
-            "schedule": _window_schedule(schedule, *windows) if windows else schedule,
+            "schedule": _n_of_m_schedule(schedule, *n_of_m) if n_of_m else schedule,
         }
         for key, value in derived.items():
             object.__setattr__(self, key, value)
@@ -335,14 +335,14 @@ class Pruning:
         return int(self.rewind.split(":")[1]) if self.rewind.startswith("epoch:") else None
 
 
-def _window_schedule(schedule: Schedule, kept: int, window: int) -> Schedule:
+def _n_of_m_schedule(schedule: Schedule, n: int, m: int) -> Schedule:
     """N:M implies its density: each round lowers N by one, from M − 1."""
-    if kept >= window:  # rejected by a rule
+    if n >= m:  # rejected by a rule
         return schedule
     name = "linear" if schedule.name == "geometric" else schedule.name
-    final = 1.0 - kept / window if schedule.final_sparsity is None else schedule.final_sparsity
+    final = 1.0 - n / m if schedule.final_sparsity is None else schedule.final_sparsity
     return replace(
-        schedule, name=name, rounds=window - kept if schedule.rounds is None else schedule.rounds, final_sparsity=final
+        schedule, name=name, rounds=m - n if schedule.rounds is None else schedule.rounds, final_sparsity=final
     )
 
 
