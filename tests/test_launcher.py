@@ -427,7 +427,7 @@ def test_a_launched_experiment_is_a_run_as_any_other(place, capsys, monkeypatch)
     done = place.train(shortened(EXAMPLES[0], place.folder / "some images"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[y/N]" not in done.stdout
-    assert "THERE ARE NO PRETRAINED WEIGHTS OF vit_tiny" in done.stdout
+    assert "THERE ARE NO PRETRAINED WEIGHTS FOR vit_tiny" in done.stdout
     run = place.folder / "runs" / "cifar10-vit_tiny-rsst-1-1.0-4-false-0.2-0"
     assert tiny.status(run)["state"] == "finished"
     [log] = (run / "logs").glob("launch-*.log")
