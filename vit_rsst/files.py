@@ -122,7 +122,7 @@ def output_file(name: str | None, suffix: str = "") -> Path | None:
     return path
 
 
-def leave(path: Path | None, write: Callable[[Path, object], None], result: object) -> None:
+def write_result(path: Path | None, write: Callable[[Path, object], None], result: object) -> None:
     """Writes a result if a file was given; before printing, since a reader such as `head` may end the program.
 
     Raises:

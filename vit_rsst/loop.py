@@ -19,7 +19,7 @@ from vit_rsst.data.loaders import Batch
 from vit_rsst.errors import Diverged, Stopped
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.agreement import check_same_weights
-from vit_rsst.pruning.controller import RoundReport
+from vit_rsst.pruning.controller import RoundResult
 from vit_rsst.run import resume
 from vit_rsst.run.state import Run
 from vit_rsst.seeds import derived_seed
@@ -38,7 +38,7 @@ def train(run: Run) -> None:
     try:
         train_rounds(run)
     except Interrupted:  # an evaluation between two epochs: the last point stands, and it is repeated from there
-        leave(run, saves=False)
+        stop_run(run, saves=False)
 
 
 def train_rounds(run: Run) -> None:
@@ -161,7 +161,7 @@ def host_metrics(run: Run) -> dict[str, float]:
 
 
 def save(run: Run) -> None:
-    """Leaves a resume point; all steps before it are reported first. Collective."""
+    """Saves a resume point; all steps before it are reported first. Collective."""
     report_steps(run, run.readings.flush())
     resume.save(run)
 
@@ -174,7 +174,7 @@ def finish_epoch(run: Run) -> None:
         with run.controller.as_deployed():
             scores = run.evaluate("val")
     except Interrupted:
-        leave(run, saves=True)
+        stop_run(run, saves=True)
     train, run.epoch_is_open = run.meter.compute_and_reset(), False
     last = replace(run.progress, epoch=run.progress.epoch - 1, step=run.progress.steps_per_epoch - 1)
     metrics = {"train/loss": train["loss"], "train/top1": train["top1"], "train/lr": run.lr(last)}
@@ -210,37 +210,37 @@ def note_best(run: Run, top1: float) -> bool:
 
 
 def finish_round(run: Run) -> None:
-    """Leaves the round's ticket, its report and its row."""
+    """Writes the round's ticket, its result and its row."""
     if run.best.weights is not None:
         run.controller.restore_(run.best.weights)
-    report = run.controller.end_round()
+    result = run.controller.end_round()
     with run.controller.as_deployed():
         scores = run.evaluate("val")
-        run.ranks.on_main("writing the ticket", lambda: leave_ticket(run, report, scores))
+        run.ranks.on_main("writing the ticket", lambda: write_ticket(run, result, scores))
     run.watch("round ended", run.progress, run.controller)
 
 
-def leave_ticket(run: Run, report: RoundReport, scores: dict[str, float]) -> None:
-    """The ticket of the weights as they stand, its report and its row; on the main process."""
-    path = rounds.ticket_path(run.folder.path, report.round)
-    header = run.header | {"round": str(report.round), "density": repr(report.density)}
+def write_ticket(run: Run, result: RoundResult, scores: dict[str, float]) -> None:
+    """The ticket of the weights as they stand, its result and its row; on the main process."""
+    path = rounds.ticket_path(run.folder.path, result.round)
+    header = run.header | {"round": str(result.round), "density": repr(result.density)}
     num_bytes = ticket_file.save(path, run.net.state_dict(), run.controller.mask, header)
     row = rounds.RoundRow(
-        round=report.round,
-        density_asked=report.density_asked,
-        density=report.density,
+        round=result.round,
+        density_asked=result.density_asked,
+        density=result.density,
         val_top1=scores["top1"],
         val_top5=scores["top5"],
         val_loss=scores["loss"],
         test_top1=None,
         test_loss=None,
-        what_if_gap=report.what_if_gap,
-        epochs=run.best.ended_after or run.progress.round_epochs[report.round],
+        what_if_gap=result.what_if_gap,
+        epochs=run.best.ended_after or run.progress.round_epochs[result.round],
         seconds=round(run.seconds + time.monotonic() - run.clock, 1),
         ticket_bytes=num_bytes,
     )
-    rounds.save_row(run.folder.path, row, asdict(report))
-    if report.round + 1 < len(run.progress.round_epochs):  # the last table comes with the test scores
+    rounds.save_row(run.folder.path, row, asdict(result))
+    if result.round + 1 < len(run.progress.round_epochs):  # the last table comes with the test scores
         run.console.rounds(rounds.load_rows(run.folder.path))
     run.tracker.log("round", run.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
 
@@ -254,21 +254,21 @@ def score_tickets(run: Run) -> None:
         ticket_file.load_into_(run.net, ticket_file.load(path), str(path))
         scores = run.evaluate("test")
         if run.accelerator.is_main_process:
-            report = rounds.load_report(path.with_suffix(".json"))["pruning"]
+            pruning = rounds.load_result(path.with_suffix(".json"))["pruning"]
             scored = replace(row, test_top1=scores["top1"], test_loss=scores["loss"])
-            rounds.save_row(run.folder.path, scored, report)
+            rounds.save_row(run.folder.path, scored, pruning)
             found = {"round": row.round, **{f"test/{key}": value for key, value in scores.items()}}
             run.tracker.log("test", run.progress.global_step, found)
     run.accelerator.wait_for_everyone()
 
 
 def stop_if_asked(run: Run) -> None:
-    """Leaves a resume point at this step on every rank, then stops."""
+    """Saves a resume point at this step on every rank, then stops."""
     if run.stop.agreed(run.progress.global_step):
-        leave(run, saves=True)
+        stop_run(run, saves=True)
 
 
-def leave(run: Run, saves: bool) -> NoReturn:
+def stop_run(run: Run, saves: bool) -> NoReturn:
     """Stops cleanly; collective."""
     if saves:
         report_steps(run, run.readings.flush())

@@ -43,7 +43,7 @@ def test_masks_of_different_weights_do_not_combine():
 def test_density_is_the_share_of_all_elements_and_the_report_has_it_by_weight():
     both = MaskSet({"a": torch.tensor([True, False]), "b": torch.tensor([[True, True, True], [True, False, True]])})
     assert (both.num_alive, both.num_elements, both.density) == (6, 8, 0.75)
-    assert both.report() == {
+    assert both.layers() == {
         "a": {"elements": 2, "alive": 1, "density": 0.5},
         "b": {"elements": 6, "alive": 5, "density": pytest.approx(5 / 6)},
     }

@@ -16,9 +16,9 @@ def count(subject: Subject) -> dict:
         alive and their share of all weights alive; `units` left per group.
     """
     net, mask, size = subject.net, subject.mask, subject.image_size
-    alive, report = mask.num_alive, mask.report()
-    in_order = [name for name, _ in net.named_parameters() if name in report]  # those of a ticket are sorted by name
-    layers = {name: report[name] | {"share": report[name]["alive"] / max(alive, 1)} for name in in_order}
+    alive, found = mask.num_alive, mask.layers()
+    in_order = [name for name, _ in net.named_parameters() if name in found]  # those of a ticket are sorted by name
+    layers = {name: found[name] | {"share": found[name]["alive"] / max(alive, 1)} for name in in_order}
     dense = flops(net, size)
     return {
         "what": subject.label,

@@ -59,9 +59,9 @@ def accuracy(net: nn.Module, batch: Batch) -> float:
 
 
 def _judged(net: nn.Module, mask: MaskSet, images: Tensor, asked: float, text: str) -> Verdict:
-    report = mask.report()
-    details = {"density": mask.density, "layers": {name: layer["density"] for name, layer in report.items()}}
-    dead = [name for name, layer in report.items() if layer["alive"] == 0]
+    layers = mask.layers()
+    details = {"density": mask.density, "layers": {name: layer["density"] for name, layer in layers.items()}}
+    dead = [name for name, layer in layers.items() if layer["alive"] == 0]
     if dead:
         blocks = ", ".join(dict.fromkeys(block_of(name) or name for name in dead))
         advice = "lower pruning.max_layer_sparsity, check pruning.layer_sparsity, or use pruning.scope=layer or erk"
@@ -71,9 +71,9 @@ def _judged(net: nn.Module, mask: MaskSet, images: Tensor, asked: float, text: s
     if (difference := _slim_difference(net, mask, images)) > 1e-4:
         text = f"{text}; the slim model differs by {difference:.1e}"
         return Verdict("removal", "failed", text, "please report this: a removed unit is still in use", details)
-    thin = min(report, key=lambda name: report[name]["density"])
-    if report[thin]["density"] < LEAST:
-        text = f"{text}; sparsest layer: {thin} ({report[thin]['density']:.2%} of weights kept)"
+    thin = min(layers, key=lambda name: layers[name]["density"])
+    if layers[thin]["density"] < LEAST:
+        text = f"{text}; sparsest layer: {thin} ({layers[thin]['density']:.2%} of weights kept)"
         return Verdict("removal", "warning", text, "lower pruning.max_layer_sparsity to spare it", details)
     if abs(mask.density - asked) > 0.05:
         return Verdict("removal", "warning", text, "units are too coarse to meet the target density", details)

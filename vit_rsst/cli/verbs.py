@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from vit_rsst.files import leave, output_file
+from vit_rsst.files import output_file, write_result
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -27,7 +27,9 @@ def check(arguments: argparse.Namespace) -> None:
             verdicts.append(verdict)
             print(checking.line(verdict), flush=True)
     finally:  # keep the verdicts so far
-        leave(as_json, files.write_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]})
+        write_result(
+            as_json, files.write_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]}
+        )
     if picture and checking.draw_range_test(verdicts, recipe.optim.lr, picture):
         print(f"range test: {picture}")
     print(checking.conclude(verdicts))
@@ -49,8 +51,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     a = arguments
     result = evaluation.evaluate(a.what, a.split, state, a.data, a.source, a.batch, a.classes_by == "position")
     if state.is_main_process:
-        leave(as_json, files.write_json, result)
-        leave(as_csv, evaluation.write_csv, result)
+        write_result(as_json, files.write_json, result)
+        write_result(as_csv, evaluation.write_csv, result)
         print(evaluation.report_text(result))
     state.destroy_process_group()
 
@@ -63,7 +65,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
     output = output_file(arguments.json)
     result = prediction.predict(Path(arguments.what), [Path(image) for image in arguments.images], arguments.top)
-    leave(output, files.write_json, result)
+    write_result(output, files.write_json, result)
     print(prediction.predictions_text(result))
     if skipped := prediction.skipped_text(result):
         print(skipped, file=sys.stderr)
@@ -76,8 +78,8 @@ def analyze(arguments: argparse.Namespace) -> None:
 
     as_json, as_csv = output_file(arguments.json), output_file(arguments.csv)
     result = analysis.analyze(arguments.what, arguments.image_size, arguments.batch, not arguments.no_latency)
-    leave(as_json, files.write_json, result)
-    leave(as_csv, analysis.write_csv, result)
+    write_result(as_json, files.write_json, result)
+    write_result(as_csv, analysis.write_csv, result)
     print(analysis_text(result))
 
 
@@ -187,6 +189,6 @@ def runs(arguments: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name the output_dir of your runs.")
     items = [listing.listed(path, folder) for path in listing.find(folder)]
-    leave(output, files.write_json, listing.as_data(items))
+    write_result(output, files.write_json, listing.as_data(items))
     now, is_colored = datetime.datetime.now(datetime.UTC), listing.wants_color(sys.stdout.isatty())
     print(listing.table(items, now, terminal_width(), is_colored) if items else f"no runs in {folder}")

@@ -14,7 +14,7 @@ from vit_rsst.errors import RunError
 from vit_rsst.experiments import study_file, tables
 from vit_rsst.experiments.running import Crew
 from vit_rsst.experiments.study_file import PlannedRun, Study
-from vit_rsst.files import leave, output_file
+from vit_rsst.files import output_file, write_result
 from vit_rsst.text import aligned, duration
 from vit_rsst.tickets.rounds import load_rows
 
@@ -46,9 +46,9 @@ def conclude(study: Study, crew: Crew, arguments: argparse.Namespace) -> None:
     """Writes the requested files, then prints the table and the failures."""
     text = tables.summary(study)
     failures = [f"{name}: {why}" for name, why in crew.failed.items()]
-    leave(arguments.markdown, files.write_text, text + "\n")
+    write_result(arguments.markdown, files.write_text, text + "\n")
     rows = tables.rows(study, crew.failed)
-    leave(arguments.csv, files.write_csv, [rows[0].keys(), *(row.values() for row in rows)])
+    write_result(arguments.csv, files.write_csv, [rows[0].keys(), *(row.values() for row in rows)])
     print("\n".join(["", text, *(["", "did not finish:", *failures] if failures else [])]), flush=True)
 
 

@@ -85,11 +85,11 @@ class Work:
 
     def measured(self) -> dict[str, float]:
         """Scores of the ticket's round, where it lies in a run folder and has met the test split."""
-        report = self.path.with_suffix(".json")
-        if not (self.path.is_file() and report.is_file()):
+        result = self.path.with_suffix(".json")
+        if not (self.path.is_file() and result.is_file()):
             return {}
-        row = rounds.load_report(report).get("row", {})
-        if row.get("ticket_bytes") != self.path.stat().st_size:  # the report of another ticket of that name
+        row = rounds.load_result(result).get("row", {})
+        if row.get("ticket_bytes") != self.path.stat().st_size:  # the result of another ticket of that name
             return {}
         return {key: row[key] for key in ("test_top1", "test_loss", "val_top1") if row.get(key) is not None}
 

@@ -31,7 +31,7 @@ Calibrate = Callable[[], Statistics]
 
 
 @dataclass(frozen=True)
-class RoundReport:
+class RoundResult:
     """What pruning did in one round; densities over prunable weights.
 
     Attributes:
@@ -234,14 +234,14 @@ class Controller:
         if progress.round == 0 and progress.epoch == self.rewind_epoch:
             self.rewind_point = self._model_on_host()
 
-    def end_round(self) -> RoundReport:
-        """Makes the zeros of the mask final, checks them and that the ranks agree, and reports."""
+    def end_round(self) -> RoundResult:
+        """Makes the zeros of the mask final, checks them and that the ranks agree."""
         if self.state.forward == "straight_through":
             self.state = replace(self.state, forward="masked")
             self._set_mask_(self.mask)
         zeros = all(not bool((w.detach() * ~self.mask[n]).any()) for n, w in self.weights.items())
         assert zeros, "a masked weight is not zero"
-        return RoundReport(
+        return RoundResult(
             round=self.state.round,
             density_asked=self.state.density_asked,
             density=self.mask.density,
@@ -249,7 +249,7 @@ class Controller:
             what_if_gap=self.state.what_if_gap,
             what_if_loss_gap=self.state.what_if_loss_gap,
             mask_fingerprints=fingerprints(self.mask),
-            layers=self.mask.report(),
+            layers=self.mask.layers(),
             units={
                 group.name: {
                     "kind": group.kind,

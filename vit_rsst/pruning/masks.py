@@ -67,7 +67,7 @@ class MaskSet:
         """Share of the prunable elements that is alive."""
         return self.num_alive / self.num_elements
 
-    def report(self) -> dict[str, dict[str, float]]:
+    def layers(self) -> dict[str, dict[str, float]]:
         """Per weight: number of elements, number alive, density."""
         return {
             name: {"elements": mask.numel(), "alive": int(mask.sum()), "density": int(mask.sum()) / mask.numel()}

@@ -30,7 +30,7 @@ class History:
         recipe, environment, status: as written; empty if missing.
         events: readable lines of metrics.jsonl.
         rows: one per finished round.
-        pruning: the pruning report of each of these.
+        pruning: the `RoundResult` of each of these.
     """
 
     path: Path
@@ -112,16 +112,16 @@ def read(path: Path) -> History:
     recipe, status = _recipe(path), shapes.status(RunFolder(path).status())
     if not recipe and not is_run(path):
         raise InputError(f"{path}: not a run folder: it has neither recipe.yaml nor status.json.")
-    reports = [files.read_json(file) for file in rounds.of_rounds(path, ".json")]
-    reports = [report for report in reports if shapes.row(report.get("row"))]
+    results = [files.read_json(file) for file in rounds.of_rounds(path, ".json")]
+    results = [result for result in results if shapes.row(result.get("row"))]
     return History(
         path,
         recipe,
         shapes.environment(files.read_json(path / "environment.json")),
         status,
         _events(path / "metrics.jsonl"),
-        [shapes.row(report["row"]) for report in reports],
-        [shapes.pruning(report.get("pruning")) for report in reports],
+        [shapes.row(result["row"]) for result in results],
+        [shapes.pruning(result.get("pruning")) for result in results],
     )
 
 

@@ -52,25 +52,26 @@ def last_ticket(folder: Path) -> Path:
     return found[-1]
 
 
-def save_row(folder: Path, row: RoundRow, report: dict) -> None:
-    """Writes the row with its report beside the ticket, and rewrites rounds.csv from all rows."""
-    files.write_json(ticket_path(folder, row.round).with_suffix(".json"), {"row": asdict(row), "pruning": report})
+def save_row(folder: Path, row: RoundRow, pruning: dict) -> None:
+    """Writes the row and the `RoundResult` beside the ticket, and rewrites rounds.csv from all rows."""
+    files.write_json(ticket_path(folder, row.round).with_suffix(".json"), {"row": asdict(row), "pruning": pruning})
     files.write_csv(folder / "rounds.csv", [COLUMNS, *(astuple(r) for r in load_rows(folder))])
 
 
 def load_rows(folder: Path) -> list[RoundRow]:
     """All rows of a run, by round."""
-    return [RoundRow(**load_report(path)["row"]) for path in of_rounds(folder, ".json")]
+    return [RoundRow(**load_result(path)["row"]) for path in of_rounds(folder, ".json")]
 
 
 def forget_from(folder: Path, round: int) -> None:
-    """Removes tickets and reports of `round` and later ones, before which the run resumes."""
+    """Removes tickets and results of `round` and later ones, before which the run resumes."""
     for path in (folder / "tickets").glob("round_*"):
         if int(path.stem.removeprefix("round_")) >= round:
             path.unlink()
 
 
-def load_report(path: Path) -> dict:
+def load_result(path: Path) -> dict:
+    """The row and the `RoundResult` of a round, from the JSON file beside its ticket."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
