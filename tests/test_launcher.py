@@ -1,8 +1,9 @@
-"""The launch script: old positionals and options become a recipe and overrides, said aloud, and a run as any other.
+"""The launcher of old command lines: old arguments become a recipe and overrides, and a run like any other.
 
-Where nothing is trained, a stand-in for python writes down what would have been started.
+Where nothing is trained, a stand-in for python records what would have been started.
 """
 
+import io
 import json
 import os
 import re
@@ -12,11 +13,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
-from vit_rsst.recipe.loading import load
+from vit_rsst.cli import launcher
+from vit_rsst.cli.old_names import CHOICES, FIELDS, LABELS, OTHERS, Arguments, translate_
+from vit_rsst.recipe.loading import find, load
+from vit_rsst.recipe.schema import Recipe
 
 SCRIPT = tiny.REPOSITORY / "scripts" / "launch_experiment.sh"
 
@@ -37,11 +42,18 @@ TINY = EXAMPLES[1].split()
 
 STAND_IN = """\
 #!/usr/bin/env bash
-case $1 in
-    -) echo "$RUN" ;;     # asked for the run folder
-    -c) ;;                # asked what there is
-    -m) printf '%s\\n' "$@" >>"$STARTED"; cat; eval "${DO-}" ;;
-esac
+printf '%s\\n' "$@" >>"$STARTED"
+cat
+eval "${DO-}"
+"""
+
+PYTHON = sys.executable
+
+IN_PLACE_OF_PYTHON = """\
+import sys
+from vit_rsst.cli import launcher
+sys.executable = sys.argv.pop(1)
+sys.exit(launcher.main(sys.argv[1:]))
 """
 
 SHORT = [
@@ -58,37 +70,30 @@ SHORT = [
 ]
 
 
-def heeds_interrupts() -> None:
-    """What was started in the background of a shell ignores SIGINT, and bash lets its children do the same."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Place:
-    """A folder with spaces in its name, to launch from."""
+    """A folder with spaces in its name, to launch from within this process."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder / "a folder"
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+        self.folder, self.monkeypatch, self.capsys = folder / "a folder", monkeypatch, capsys
         self.folder.mkdir()
-        self.python, self.started, self.run = (self.folder / name for name in ("stand in", "started", "run"))
+        self.python, self.started = folder / "stand in", folder / "started"
+        self.run = self.folder / "runs" / "cifar10-vit_tiny-rsst-80-1.0-4-false-0.2-0"
         self.python.write_text(STAND_IN)
         self.python.chmod(0o755)
+        self.variables = {"STARTED": str(self.started), "RUN": str(self.run), "PROCESSES": "1"}
+        monkeypatch.chdir(self.folder)
+        monkeypatch.setattr(sys, "executable", str(self.python))
+        monkeypatch.setattr("vit_rsst.assembly.planning.plan_text", lambda recipe, world: f"plan of {recipe.name}")
 
-    def start(self, words: list[str], python: Path | str = "", **variables: str) -> subprocess.Popen:
-        more = {"PYTHON": str(python or self.python), "STARTED": str(self.started), "RUN": str(self.run)}
-        return subprocess.Popen(
-            [str(SCRIPT), *words], cwd=self.folder, env=tiny.environment(PROCESSES="1") | more | variables, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=heeds_interrupts,
-        )  # fmt: skip
-
-    def launch(self, words: list[str], answer: str = "", **more: str) -> subprocess.CompletedProcess:
-        with self.start(words, **more) as process:
-            out, err = process.communicate(answer, timeout=100)
-        return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-    def train(self, words: list[str], answer: str = "", **more: str) -> subprocess.CompletedProcess:
-        """For real, by this python."""
-        return self.launch(words, answer, python=sys.executable, **more)
+    def launch(self, words: list[str], answer: str = "", **variables: str) -> SimpleNamespace:
+        self.capsys.readouterr()
+        with self.monkeypatch.context() as context:
+            for name, value in (self.variables | variables).items():
+                context.setenv(name, value)
+            context.setattr(sys, "stdin", io.StringIO(answer))
+            code = launcher.main(words)
+        out, err = self.capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     @property
     def arguments(self) -> list[str]:
@@ -98,8 +103,23 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path, monkeypatch, capsys) -> Place:
+    return Place(tmp_path, monkeypatch, capsys)
+
+
+def script(words: list[str], folder: Path, python: Path | str = PYTHON, **more: str):
+    return subprocess.run(
+        [SCRIPT, *words], cwd=folder, env=tiny.environment(PYTHON=str(python), PROCESSES="1") | more,
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def translated(words: list[str]) -> tuple[Arguments, Path, list[str], Recipe]:
+    """The arguments, and the recipe file, overrides and recipe they become."""
+    old, _ = launcher.parse(words)
+    file = find(translate_(old))
+    overrides = [*old.made, *old.user_overrides]
+    return old, file, overrides, load(file, overrides)
 
 
 def shortened(line: str, data: Path) -> list[str]:
@@ -126,15 +146,13 @@ def own_weights(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_an_example_becomes_a_recipe_that_has_a_plan(line, place, capsys):
-    done = place.launch(line.split())
-    assert done.returncode == 0, done.stderr
-    recipe, *overrides = place.arguments
-    assert tiny.command("train", recipe, *overrides, "--dry-run") == 0
-    assert f"plan of {overrides[-1].removeprefix('name=')}" in capsys.readouterr().out
+def test_an_example_becomes_a_recipe_that_has_a_plan(line, capsys):
+    assert launcher.main([*line.split(), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    _, file, _, made = translated(line.split())
+    assert file.is_relative_to(tiny.REPOSITORY / "recipes")
+    assert f"plan of {made.name}" in told
     dataset, model, epochs, _, _, pretrained, _, _, algorithm, *fill = line.split()
-    made = load(Path(recipe), overrides)
-    assert Path(recipe).is_relative_to(tiny.REPOSITORY / "recipes")
     assert made.data.source == dataset.replace("imagenet", "imagenet1k")
     assert made.model.name == model
     assert set(made.round_epochs) == {int(epochs)}
@@ -147,11 +165,11 @@ def test_an_example_becomes_a_recipe_that_has_a_plan(line, place, capsys):
     if fill:
         assert made.pruning.granularity == "head+neuron"
         assert made.pruning.method.refill_ratio == 0.2
-        assert "REG 1.0 and EXP 4 are ignored" in done.stdout
+        assert "REG 1.0 and EXP 4 are ignored" in told
     else:
         penalty = made.pruning.method.penalty
         assert (penalty.strength, penalty.exponent, penalty.ramp) == (1.0, 4.0, "exponential")
-    assert ("PRETRAINED true became false" in done.stdout) == (line == EXAMPLES[0])
+    assert ("PRETRAINED true became false" in told) == (line == EXAMPLES[0])
 
 
 OPTIONS = {
@@ -208,11 +226,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_an_old_option_becomes_a_field(options, place):
-    done = place.launch([*TINY, *shlex.split(options)])
-    assert done.returncode == 0, done.stderr
-    file, *overrides = place.arguments
-    recipe = load(Path(file), overrides)
+def test_an_old_option_becomes_a_field(options):
+    _, _, overrides, recipe = translated([*TINY, *shlex.split(options)])
     for field, expected in OPTIONS[options].items():
         value = recipe
         if not hasattr(recipe, field.split(".")[0]):
@@ -222,12 +237,11 @@ def test_an_old_option_becomes_a_field(options, place):
         assert value == expected, f"{field} of {overrides}"
 
 
-def test_every_old_name_of_an_option_is_in_the_usage_and_in_these_tests():
-    usage = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
-    options = re.search(r"--OLD-NAME  (.*?)KEY=VALUE", usage, re.DOTALL)[1]
-    names = set(re.findall(r"\w+", options)) - {"the", "positionals", "are", "also", "or", "and"}
+def test_every_old_name_of_an_option_is_in_the_usage_and_in_these_tests(capsys):
+    assert launcher.main(["--help"]) == 0
+    usage = set(re.findall(r"--(\w+)", capsys.readouterr().out.split("Old names")[1]))
     tested = {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", " ".join(OPTIONS))}
-    assert names == tested | {"vit_pretrained", "rate"}
+    assert usage == {*CHOICES, *FIELDS, *OTHERS, *LABELS} == tested | {"vit_pretrained", "rate"}
 
 
 @pytest.mark.parametrize(
@@ -250,8 +264,8 @@ def test_every_old_name_of_an_option_is_in_the_usage_and_in_these_tests():
         ("cifar10 vit_tiny 80 1.0 4 false 0.2 y refill", "ONLY 7 ROUNDS INSTEAD OF 20"),
     ],
 )
-def test_a_broken_old_meaning_is_warned_of(words, told, place):
-    assert told in place.launch(words.split()).stdout
+def test_a_broken_old_meaning_is_warned_of(words, told):
+    assert told in "\n".join(translated(words.split())[0].warnings)
 
 
 def test_the_printed_command_is_the_one_that_is_started(place):
@@ -259,7 +273,8 @@ def test_the_printed_command_is_the_one_that_is_started(place):
     command = done.stdout.split("without this script:\n")[1].splitlines()[0]
     words = shlex.split(command)
     assert words[words.index("vit_rsst.train") + 1 :] == place.arguments
-    assert load(Path(place.arguments[0]), place.arguments[1:]).name == "it's mine"
+    assert load(find(place.arguments[0]), place.arguments[1:]).name == "it's mine"
+    assert "warning: the old RSST trained dense" in done.stdout
 
 
 # -- what is wrong
@@ -307,7 +322,7 @@ def test_a_wrong_word_is_named_with_its_choices_before_anything_is_started(words
     assert WRONG[words] in done.stderr
     assert "usage: launch_experiment.sh DATASET MODEL" in done.stderr
     assert "ALGORITHM   rsst | refill" in done.stderr
-    assert sorted(path.name for path in place.folder.iterdir()) == ["stand in"]
+    assert list(place.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("place_of_the_word", range(10))
@@ -326,26 +341,19 @@ def test_a_number_of_processes_that_is_none_is_refused(place):
     assert "PROCESSES: 'x' is not a positive whole number" in done.stderr
 
 
-def test_an_old_bash_is_said_before_it_stumbles(tmp_path):
-    old = tmp_path / "old.sh"
-    old.write_text("VERSION=(3 2)\n" + SCRIPT.read_text(encoding="utf-8").replace("BASH_VERSINFO", "VERSION"))
-    done = subprocess.run(["bash", old], capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    assert done.stderr.count("\n") == 1
-    assert "4.4 or newer is required" in done.stderr
-
-
 def test_a_field_that_the_recipe_refuses_ends_it_before_anything_is_started(place):
-    done = place.train([*TINY, "--lr", "fast", "train.epoch=3", "output_dir=runs"])
+    done = place.launch([*TINY, "--lr", "fast", "train.epoch=3"])
     assert done.returncode == 2
     assert "optim.lr: 'fast' is not a number" in done.stderr
     assert "train.epoch: unknown key" in done.stderr
     assert not (place.folder / "runs").exists()
 
 
-def test_an_interpreter_without_the_packages_is_said(place):
-    place.python.write_text("#!/bin/sh\nexit 1\n")
-    done = place.launch(TINY)
+def test_an_interpreter_without_the_packages_is_said(tmp_path):
+    bare = tmp_path / "bare python"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    done = script(TINY, tmp_path, bare)
     assert done.returncode == 3
     assert "run scripts/quickstart, or set PYTHON" in done.stderr
 
@@ -360,18 +368,19 @@ def test_without_auto_the_plan_is_shown_and_only_a_yes_starts(answer, starts, pl
     assert done.returncode == 0
     assert "Start? [y/N]" in done.stdout
     assert ("nothing was started" in done.stdout) != starts
-    assert place.started.read_text().count("vit_rsst.train") == 1 + starts
-    assert place.started.read_text().count("--dry-run") == 1
-    assert place.run.exists() == starts
+    assert f"plan of {place.run.name}" in done.stdout
+    assert place.started.exists() == place.run.exists() == starts
 
 
-@pytest.mark.parametrize("auto, more, times", [("y", [], 1), ("n", ["--yes"], 2), ("y", ["--dry-run"], 1)])
-def test_auto_and_yes_ask_nothing(auto, more, times, place):
+@pytest.mark.parametrize(
+    "auto, more, shows_plan", [("y", [], False), ("n", ["--yes"], True), ("y", ["--dry-run"], True)]
+)
+def test_auto_and_yes_ask_nothing(auto, more, shows_plan, place):
     done = place.launch([*TINY[:7], auto, "rsst", *more])
     assert done.returncode == 0
     assert "[y/N]" not in done.stdout
-    assert place.started.read_text().count("vit_rsst.train") == times
-    assert place.run.exists() == (more != ["--dry-run"])
+    assert ("plan of" in done.stdout) == shows_plan
+    assert place.started.exists() == place.run.exists() == (more != ["--dry-run"])
 
 
 def test_the_exit_code_of_the_training_is_that_of_the_script_and_its_output_is_kept(place):
@@ -382,7 +391,7 @@ def test_the_exit_code_of_the_training_is_that_of_the_script_and_its_output_is_k
     assert "pruning.schedule={rounds: 20, rate: 0.2}" in told
     assert told.endswith("said\ncomplained\n")
     assert "said\ncomplained\n" in done.stdout
-    assert str(log) in done.stdout
+    assert f"log: {log.relative_to(place.folder)}" in done.stdout
 
 
 def test_a_restart_is_passed_on_and_keeps_its_log(place):
@@ -391,25 +400,33 @@ def test_a_restart_is_passed_on_and_keeps_its_log(place):
     assert done.returncode == 0, done.stderr
     assert place.arguments[-2:] == ["--restart", "--allow-data-change"]
     assert len(list((place.run / "logs").glob("launch-*.log"))) == 1
-    assert [path.name for path in place.folder.glob("run.old-1/*")] == ["old"]
-    assert place.launch([*TINY, "--restart"], RUN=f"{place.run}-new", DO='mv "$RUN" "$RUN.old-1"').returncode == 0
-    assert not list(place.folder.glob("run-new.old-1"))
+    assert [path.name for path in Path(f"{place.run}.old-1").iterdir()] == ["old"]
+    new = place.folder / "runs" / "new"
+    words = [*TINY, "--exp_name", "new", "--restart"]
+    assert place.launch(words, RUN=str(new), DO='touch "$RUN/.lock"; mv "$RUN" "$RUN.old-1"').returncode == 0
+    assert not Path(f"{new}.old-1").exists()
+    assert len(list((new / "logs").glob("launch-*.log"))) == 1
 
 
 def test_several_processes_are_launched_and_the_exit_code_read_from_the_status(place):
     wrote = """echo '{"state": "stopped", "exit_code": 75}' >"$RUN/status.json"; exit 1"""
+    running = """echo '{"state": "running", "exit_code": null}' >"$RUN/status.json"; exit 1"""
     done = place.launch(TINY, PROCESSES="2", DO=wrote)
     assert done.returncode == 75
     started = place.started.read_text().split("\n")
     assert started[:2] == ["-m", "accelerate.commands.launch"]
     assert started[started.index("--num_processes") + 1] == "2"
+    assert place.launch(TINY, PROCESSES="2", DO=running).returncode == 1
     assert place.launch(TINY, PROCESSES="2", DO="exit 1").returncode == 1  # what an earlier run said is not its own
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_the_training_once_and_its_end_is_waited_for(number, place):
     do = "trap 'echo caught; sleep 0.2; exit 75' TERM INT USR1; touch \"$RUN/ready\"; while :; do sleep 0.05; done"
-    with place.start(TINY, DO=do) as process:
+    with subprocess.Popen(
+        [PYTHON, "-c", IN_PLACE_OF_PYTHON, place.python, *TINY],
+        env=tiny.environment(DO=do, **place.variables), text=True, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
         while not (place.run / "ready").exists():
             assert process.poll() is None
             time.sleep(0.02)
@@ -422,61 +439,59 @@ def test_a_signal_reaches_the_training_once_and_its_end_is_waited_for(number, pl
     assert out.count("caught") == 1
 
 
-def test_a_launched_experiment_is_a_run_as_any_other(place, capsys, monkeypatch):
+def test_a_launched_experiment_is_a_run_as_any_other(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    done = place.train(shortened(EXAMPLES[0], place.folder / "some images"))
+    done = script(shortened(EXAMPLES[0], tmp_path / "some images"), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[y/N]" not in done.stdout
     assert "THERE ARE NO PRETRAINED WEIGHTS FOR vit_tiny" in done.stdout
-    run = place.folder / "runs" / "cifar10-vit_tiny-rsst-1-1.0-4-false-0.2-0"
+    run = tmp_path / "runs" / "cifar10-vit_tiny-rsst-1-1.0-4-false-0.2-0"
     assert tiny.status(run)["state"] == "finished"
     [log] = (run / "logs").glob("launch-*.log")
     assert "The last ticket holds" in log.read_text()
-    assert tiny.command("runs", place.folder / "runs") == 0
+    assert tiny.command("runs", tmp_path / "runs") == 0
     assert re.search(rf"{run.name}.*finished", capsys.readouterr().out)
 
 
-def test_a_refill_begins_with_weights_of_ones_own(place):
-    words = shortened(EXAMPLES[7], place.folder / "images")
-    done = place.train([*words, own_weights(place.folder / "weights"), "name=mine"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "round_01.safetensors" in done.stdout
-    assert json.loads((place.folder / "runs" / "mine" / "environment.json").read_text())["weights"]
+def train_here(line: str, folder: Path, *more: str) -> int:
+    """Trains what a shortened example becomes within this process; returns the exit code."""
+    _, file, overrides, _ = translated([*shortened(line, folder / "images"), *more, f"output_dir={folder / 'runs'}"])
+    return tiny.command("train", file, *overrides)
 
 
-def test_an_example_of_imagenet_trains_on_a_few_images(place):
-    words = [*shortened(EXAMPLES[9], place.folder / "images"), own_weights(place.folder / "weights"), "name=few"]
-    assert place.launch(words).returncode == 0
-    recipe, *overrides = place.arguments
-    assert tiny.command("train", recipe, *overrides, f"output_dir={place.folder}/runs") == 0
-    assert tiny.status(place.folder / "runs" / "few")["state"] == "finished"
+def test_a_refill_begins_with_weights_of_ones_own(tmp_path):
+    assert train_here(EXAMPLES[7], tmp_path, own_weights(tmp_path / "weights"), "name=mine") == 0
+    assert json.loads((tmp_path / "runs" / "mine" / "environment.json").read_text())["weights"]
 
 
-def test_published_weights_that_cannot_be_had_stop_the_run_with_one_sentence(place, capfd):
-    assert place.launch(shortened(EXAMPLES[2], place.folder / "images")).returncode == 0
-    recipe, *overrides = place.arguments
-    assert tiny.command("train", recipe, *overrides, f"output_dir={place.folder}/runs") == 3
+def test_an_example_of_imagenet_trains_on_a_few_images(tmp_path):
+    assert train_here(EXAMPLES[9], tmp_path, own_weights(tmp_path / "weights"), "name=few") == 0
+    assert tiny.status(tmp_path / "runs" / "few")["state"] == "finished"
+
+
+def test_published_weights_that_cannot_be_had_stop_the_run_with_one_sentence(tmp_path, capfd):
+    assert train_here(EXAMPLES[2], tmp_path) == 3
     told = capfd.readouterr().err
     assert len(re.findall("error:", told)) == 1
     assert "model.pretrained" in told
-    assert not (place.folder / "runs").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_every_example_trains(line, place):
-    own = [] if "true" not in line or "vit_tiny" in line else [own_weights(place.folder / "weights")]
-    done = place.train([*shortened(line, place.folder / "images"), *own])
+def test_every_example_trains(line, tmp_path):
+    own = [] if "true" not in line or "vit_tiny" in line else [own_weights(tmp_path / "weights")]
+    done = script([*shortened(line, tmp_path / "images"), *own], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_train_and_their_exit_code_is_passed_on(place):
-    words = [*shortened(EXAMPLES[1], place.folder / "images"), "name=two"]
-    done = place.train(words, PROCESSES="2", ACCELERATE_USE_CPU="true")
+def test_two_processes_train_and_their_exit_code_is_passed_on(tmp_path):
+    words = [*shortened(EXAMPLES[1], tmp_path / "images"), "name=two"]
+    done = script(words, tmp_path, PROCESSES="2", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"processes": 2' in (place.folder / "runs" / "two" / "environment.json").read_text()
-    again = place.train([*words, "seed=5"], PROCESSES="2", ACCELERATE_USE_CPU="true")
-    assert again.returncode != 0
+    assert '"processes": 2' in (tmp_path / "runs" / "two" / "environment.json").read_text()
+    again = script([*words, "seed=5"], tmp_path, PROCESSES="2", ACCELERATE_USE_CPU="true")
+    assert again.returncode == 2, again.stdout
     assert "holds a run of a different recipe" in again.stdout
