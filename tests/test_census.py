@@ -22,4 +22,4 @@ def test_the_census_knows_its_families_once():
     assert len(census.QUICK) == 15
     assert set(census.QUICK) <= set(census.families())
     with_faults = [census.Row("a", wrong="differs"), census.Row("b", verdict={"head": "equal"})]
-    assert census.missed(with_faults, 2) == ["a: differs", "1 families are cut in some kind of unit, bound 2"]
+    assert census.missed(with_faults, 2) == ["a: differs", "1 families have removable units, bound 2"]

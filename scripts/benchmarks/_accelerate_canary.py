@@ -1,4 +1,4 @@
-"""The same interruptions for a loop that saves and resumes with Accelerate alone, as its documentation shows it."""
+"""The same interruptions for a loop that saves and resumes with Accelerate alone, following its documentation."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 EPOCHS, STEPS, BATCH = 3, 8, 4
 MOMENTS = {"mid-epoch": 11, "epoch end": 15, "evaluation": 16}
-"""Moment → step after which it comes; epoch 1 is steps 8 to 15, saved after every second step and after each epoch."""
+"""Moment → step after which it occurs; epoch 1 is steps 8 to 15, saved every two steps and at each epoch end."""
 
 
 class Noisy(torch.utils.data.Dataset):
-    """Numbers with a random augmentation, like any map-style data set."""
+    """Numbers with a random augmentation, like any map-style dataset."""
 
     def __len__(self) -> int:
         return STEPS * BATCH + 2
@@ -39,7 +39,7 @@ def build_loader(kind: str, workers: int) -> DataLoader:
 
 
 def train(folder: Path, kind: str, workers: int, moment: str = "", number: int = signal.SIGKILL) -> None:
-    """Trains to the end, from the newest state where there is one; leaves what it saw and the weights."""
+    """Trains to the end, resuming from the newest state if any; writes the batches it saw and its weights."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     set_seed(0)
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))

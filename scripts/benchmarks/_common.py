@@ -1,7 +1,7 @@
-"""What the benchmarks share: arguments, alternated timing, intervals, the table, the record of where it ran.
+"""Shared by the benchmarks: arguments, alternating timing, intervals, tables, environment records.
 
-Each benchmark states its bounds as constants at its top, prints its table last and exits 1 when it misses a bound:
-`sys.exit(report(…))`. Two things are compared by alternating them in one process, never by two runs.
+Each benchmark declares its bounds as constants at the top, prints its table last and exits with 1 if it misses a bound:
+`sys.exit(report(…))`. Contenders are compared by alternating them in one process, never across runs.
 """
 
 import argparse
@@ -38,17 +38,17 @@ class Interval:
         return f"{self.median:.3f}  [{self.low:.3f}, {self.high:.3f}]"
 
     def exceeds(self, bound: float) -> bool:
-        """Whether the bound is missed beyond doubt: the lower end lies above it."""
+        """Whether the bound is missed with confidence: the whole interval is above it."""
         return self.low > bound
 
 
 def parse_args(doc: str, families: bool = False) -> argparse.Namespace:
-    """`--json FILE` and `--quick`; the first line of the benchmark's docstring is its description."""
+    """Parses `--json FILE` and `--quick`; the first line of the benchmark's docstring is the description."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    parser.add_argument("--quick", action="store_true", help="few alternations: shows that it runs, proves no number")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    parser.add_argument("--quick", action="store_true", help="few alternations: a smoke test, numbers are meaningless")
     if families:
-        parser.add_argument("families", nargs="*", metavar="FAMILY", help="only these; default: all")
+        parser.add_argument("families", nargs="*", metavar="FAMILY", help="families to test; default: all")
     return parser.parse_args()
 
 
@@ -58,14 +58,14 @@ def alternate(
     num_warmups: int,
     device: torch.device,
 ) -> dict[str, np.ndarray]:
-    """Times every contender once per alternation, in an order drawn anew each time.
+    """Times every contender once per alternation, in random order.
 
     Args:
         contenders: name → a short block of work, the same amount for each.
-        num_warmups: alternations that go before and are not counted.
+        num_warmups: additional alternations at the start that are not counted.
 
     Returns:
-        name → seconds, shape (num_alternations,); equal positions were measured next to each other.
+        name → seconds, shape (num_alternations,); equal indices were measured next to each other.
     """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rng, names = np.random.default_rng(0), list(contenders)
@@ -82,20 +82,20 @@ def alternate(
 
 
 def interval(values: np.ndarray, draws: int = 10_000) -> Interval:
-    """The median of paired ratios, with the percentile bootstrap's 95 % interval."""
+    """The median of paired ratios, with its 95 % percentile-bootstrap interval."""
     picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
     return Interval(float(np.median(values)), float(low), float(high))
 
 
 def show_progress(text: str) -> None:
-    """One changing line on a terminal, nothing in a log."""
+    """Updates a status line on a terminal; prints nothing to a log."""
     if sys.stderr.isatty():
         print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
 
 
 def environment(device: torch.device, quick: bool) -> dict:
-    """Where a number was measured: device, versions, command, threads; neither paths nor host names."""
+    """Where the numbers were measured: device, versions, command, threads; no paths or host names."""
     return {
         "device": f"{device.type}: {device_name(device)}",
         "threads": torch.get_num_threads(),
@@ -108,10 +108,10 @@ def environment(device: torch.device, quick: bool) -> dict:
 
 
 def report(args: argparse.Namespace, result: dict, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Prints where it ran and what was missed, then the table; writes the JSON. Returns the exit code.
+    """Prints the environment, missed bounds and the table; writes the JSON. Returns the exit code.
 
     Args:
-        result: plain data for the JSON; `environment` and `missed` (sentences) are shown as well.
+        result: plain data for the JSON; `environment` and `missed` (sentences) are printed too.
     """
     show_progress("")
     where, missed = result["environment"], result["missed"]
@@ -127,7 +127,7 @@ def report(args: argparse.Namespace, result: dict, headers: Sequence[str], rows:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    """Aligned columns: the first left-aligned, the others right-aligned."""
     lines = [list(headers), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
     cells = [
@@ -137,7 +137,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout, `-dirty` when tracked files have changed since."""
+    """The commit of the checkout, with `-dirty` if tracked files have changed."""
     git = [
         "git",
         "--no-optional-locks",

@@ -1,4 +1,4 @@
-"""Part c of gpu.py: what zeros are worth in inference. Units that are removed, and 2:4 on the sparse tensor cores."""
+"""Part c of gpu.py: inference speed-up from sparsity. Removed units, and 2:4 sparsity on sparse tensor cores."""
 
 import copy
 import functools
@@ -18,7 +18,7 @@ from vit_rsst.pruning.contest import keep_n_of_m
 Contender = Callable[[Tensor], Tensor]
 ALTERNATIONS, CALLS = (20, 10) if torch.cuda.is_available() else (2, 1)
 TOLERANCE = 0.1
-"""Largest difference of two bf16 networks' logits that compute the same, relative to the largest logit."""
+"""Maximum difference between logits of equivalent bf16 networks, relative to the largest logit."""
 
 
 def cases(rehearse: bool) -> dict[str, Callable[[Ledger], None]]:
@@ -53,7 +53,7 @@ def slim(image_size: int, batch: int, ledger: Ledger) -> None:
 
 
 def two_of_four(model: str, args: dict, image_size: int, batch: int, ledger: Ledger) -> None:
-    """Linear layers of the blocks with 2 zeros in 4, stored as zeros and in the sparse tensor cores' format."""
+    """Linear layers of the blocks with 2:4 sparsity, stored as zeros and in the semi-structured sparse format."""
     device, dtype = on()
     torch.manual_seed(0)
     masked = zoo.create(*zoo.describe(model, args, 10)).to(device, dtype).eval()
@@ -99,7 +99,7 @@ def time_them(
     ledger: Ledger,
     more: dict[str, dict],
 ) -> None:
-    """Adds a row for each contender whose logits are those of the one it is like."""
+    """Adds a row for each contender whose logits match its reference."""
     device, dtype = on()
     images = torch.randn(batch, 3, image_size, image_size, device=device, dtype=dtype)
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def time_them(
                 logits[name] = ready[name](images).float().clone()
                 like = logits[likes[name]] if likes[name] in logits else ready[likes[name]](images).float().clone()
                 off = float((logits[name] - like).abs().max() / like.abs().max().clamp(min=1.0))
-                assert off <= TOLERANCE, f"the logits are off by {off:.2g} of the largest"
+                assert off <= TOLERANCE, f"logits differ by {off:.2g} of the largest"
             if name not in logits or f"{case}: {name}" in ledger.rows:
                 ready = {key: value for key, value in ready.items() if key != name}
 

@@ -1,4 +1,4 @@
-"""Part b of gpu.py: training steps of this project beside those of a bare PyTorch loop and of timm's train.py."""
+"""Part b of gpu.py: training steps of this project, a bare PyTorch loop and timm's train.py."""
 
 import math
 import tempfile
@@ -29,12 +29,12 @@ from vit_rsst.recipe.schema import Augment, Data, Model, Pruning, Recipe, Schedu
 
 NUM_CLASSES, WARMUPS, ALTERNATIONS = 10, 2, 8
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
-"""GPU → dense bf16 FLOP/s with fp32 accumulation, of the vendor's data sheets (SXM where there are several)."""
+"""GPU → dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets (SXM if there are several)."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A block is one epoch of `steps` steps."""
+    """One comparison; a block is one epoch of `steps` steps."""
 
     model: str
     image_size: int
@@ -47,7 +47,7 @@ class Case:
 
 
 def cases(rehearse: bool) -> list[Case]:
-    """What a user asks first comes first."""
+    """Cases in order of interest."""
     if rehearse:
         return [Case("vit_tiny", 32, 4, 2, {"embed_dim": 24, "depth": 2, "num_heads": 3})]
     return [
@@ -61,7 +61,7 @@ def cases(rehearse: bool) -> list[Case]:
 
 
 def recipe_of(case: Case, folder: Path, compile: bool | str, is_in_window: bool, blocks: int, rehearse: bool) -> Recipe:
-    """Round 0 of rsst, or the inside of its penalty window."""
+    """A recipe for round 0 of rsst, or for its penalty window."""
     return Recipe(
         name=f"{compile}-{is_in_window}",
         output_dir=str(folder),
@@ -83,11 +83,7 @@ def recipe_of(case: Case, folder: Path, compile: bool | str, is_in_window: bool,
 
 @dataclass
 class ByHand:
-    """A loop that anybody would write: bare, or with what timm's train.py does around a step.
-
-    Attributes:
-        steps: of a block; the loss is read once a block.
-    """
+    """A hand-written loop: bare, or with what timm's train.py does around a step; reads the loss once per block."""
 
     recipe: Recipe
     data: InMemoryLoader
@@ -144,7 +140,7 @@ BARE = "bare loop"
 
 
 def contenders(case: Case, folder: Path, rehearse: bool) -> dict[str, Callable[[], Callable[[], None]]]:
-    """Name → what makes the block of work; each is made in its turn, so that one that fails costs no other."""
+    """Name → factory of a block of work; built one by one, so that a failure does not affect the others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random = torch.Generator().manual_seed(0)
     number = case.batch * case.steps
@@ -172,8 +168,8 @@ def contenders(case: Case, folder: Path, rehearse: bool) -> dict[str, Callable[[
 
 
 def measure(case: Case, ledger: Ledger, rehearse: bool) -> None:
-    """Adds a row for each contender; the ratio is of blocks of one alternation to those of the bare loop."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # it fixes the precision once a process
+    """Adds a row for each contender; ratios are to the bare loop within the same alternation."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision is otherwise fixed once per process
     torch.compiler.reset()
     device, peaks = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     cost = 3 * flops(zoo.create(*zoo.describe(case.model, case.args, NUM_CLASSES), device="meta"), case.image_size)
@@ -201,7 +197,7 @@ def measure(case: Case, ledger: Ledger, rehearse: bool) -> None:
 
 
 def peak_of(block: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """GiB that one block takes beyond what all contenders hold meanwhile."""
+    """Peak GiB of one block, in addition to what all contenders hold."""
     if device.type != "cuda":
         block()
         return {}

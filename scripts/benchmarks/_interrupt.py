@@ -1,7 +1,7 @@
-"""A plugin of a recipe: notes what every step saw, and sends a signal at the moment that INTERRUPT names.
+"""A recipe plugin: records the batch of every step, and sends a signal at the moment given by INTERRUPT.
 
-INTERRUPT is `MOMENT:SIGNAL:RANK`, such as `window:KILL:0`. The moments are those of `interruptions.py`; the steps that
-they fall on are given by STEP.
+INTERRUPT is `MOMENT:SIGNAL:RANK`, such as `window:KILL:0`. Moments are those of `interruptions.py`; STEP is the step at
+which they occur.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ log = Path(os.environ["BATCHES"] + os.environ.get("RANK", "0"))
 
 train_step, evaluation_batches, step_of = loop.train_step, data.evaluation_batches, console.Console.step
 log_of = Tracker.log
-data.EVALUATION_BATCH = 10  # so that every rank has some
+data.EVALUATION_BATCH = 10  # so that every rank has batches
 
 
 def send() -> None:
@@ -34,7 +34,7 @@ def send() -> None:
 
 
 def noted(s: loop.Run, micro_batches: Sequence) -> tuple[float, float]:
-    micro_batches = list(micro_batches)  # each is given once
+    micro_batches = list(micro_batches)  # an iterator
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for batch in micro_batches for t in batch)).hexdigest()
     with log.open("a") as file:
         file.write(json.dumps([s.progress.global_step, digest]) + "\n")

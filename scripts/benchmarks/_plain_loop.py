@@ -1,7 +1,7 @@
-"""The yardstick: the loop that anybody would write by hand, bare or with Accelerate, or masked by torch's own means.
+"""The baseline: a hand-written loop, bare or with Accelerate, or masked with torch's own utilities.
 
-It takes the project's data, augmentation, optimizer and recipe, so that only the loop differs; it has none of the
-project's controller, seeds, console, tracker or resume points.
+It uses the project's data, augmentation, optimizer and recipe, so that only the loop differs; it has no controller,
+seeding, console, tracker or resume points.
 """
 
 import json
@@ -48,8 +48,8 @@ class PlainLoop:
     """Trains `net` in blocks.
 
     Attributes:
-        data: its images and its augmentation; the batches are made here.
-        log: takes a line of JSON a step.
+        data: provides images and augmentation; batches are made here.
+        log: file that receives a line of JSON per step.
         accelerator: None for the bare loop.
         loss, hits: sums over all steps.
     """
@@ -115,14 +115,14 @@ def plain_loop(recipe: Recipe, data: InMemoryLoader, log: Path) -> PlainLoop:
 
 
 def accelerated_loop(recipe: Recipe, data: InMemoryLoader, log: Path) -> PlainLoop:
-    """The plain Accelerate loop, as its documentation writes it."""
+    """The plain Accelerate loop, as in its documentation."""
     net, accelerator = _net(recipe, data), make_accelerator(recipe)
     prepared = accelerator.prepare(net, build_optimizer(net, recipe.optim))
     return PlainLoop(recipe, data, *prepared, log, accelerator)
 
 
 def masked_loop(peer: str, mask: MaskSet, recipe: Recipe, data: InMemoryLoader, log: Path) -> PlainLoop:
-    """The bare loop on a network masked by one of `MASKINGS`."""
+    """The bare loop on a network masked with one of `MASKINGS`."""
     net = _net(recipe, data)
     for weight in mask:
         MASKINGS[peer](net.get_submodule(weight.removesuffix(".weight")), mask[weight])

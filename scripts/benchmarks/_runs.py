@@ -1,4 +1,4 @@
-"""Runs of the project for benchmarks that time its steps: built from a recipe, fed with images of the benchmark."""
+"""Runs of the project for step benchmarks: built from a recipe, fed with the benchmark's images."""
 
 import io
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,7 +16,7 @@ from vit_rsst.train import make_accelerator
 
 
 def begin_run(recipe: Recipe, split: Split, round: int) -> Run:
-    """The run of a recipe at the start of a round; an epoch is as many steps as `split` has global batches."""
+    """A run at the start of a round; an epoch has as many steps as `split` has global batches."""
     folder = RunFolder(recipe.run_folder)
     ranks = Ranks(0, 1, Heartbeat(0, 1, 3600.0, folder.logs / "stacks-0.txt", None, print))
     with redirect_stdout(io.StringIO()):
@@ -33,6 +33,6 @@ def begin_run(recipe: Recipe, split: Split, round: int) -> Run:
 
 
 def train_epoch(run: Run) -> None:
-    """An epoch of the project's loop, without its progress."""
+    """An epoch of the project's loop, without its console output."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         loop.train_epoch(run)

@@ -1,7 +1,7 @@
-"""A training step on the stand-in device `meta`, shapes without numbers: a GPU's step is counted without a GPU.
+"""A training step on the device `meta` as a stand-in for a GPU: counts kernels and synchronizations without one.
 
-Tensors of the CPU and of `meta` do not mix, as those of the CPU and of a GPU do not. Whatever would make the host wait
-for a GPU is answered and counted.
+CPU and `meta` tensors do not mix, just as CPU and GPU tensors do not. Whatever would make the host wait for a GPU
+returns a dummy value and is counted.
 """
 
 from collections import Counter
@@ -40,18 +40,18 @@ WITHOUT_A_KERNEL = ("aten::empty", "aten::new_empty", "aten::detach", "aten::lif
 
 
 class Counting(TorchDispatchMode):
-    """Counts what a step asks of its device.
+    """Counts the device operations of a step.
 
     Attributes:
-        waits: reads of the device by the host, by what reads.
-        copies: copies of host memory that the host waits for.
-        kernels: calls that would launch something there, by name; views and allocations are none.
+        waits: reads from the device by the host, by operation.
+        copies: blocking copies from host memory.
+        kernels: calls that would launch a kernel, by name; views and allocations do not count.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits, self.copies, self.kernels = Counter(), Counter(), Counter()
-        # torch builds no fused optimizer for `meta`
+        # torch does not offer fused optimizers on `meta`.
         name = "torch.optim.optimizer._get_fused_kernels_supported_devices"
         self._fused = mock.patch(name, return_value=["cuda", "cpu", "meta"])
 
@@ -92,7 +92,7 @@ class Counting(TorchDispatchMode):
 
 
 def stand_in(recipe: Recipe, folder: Path, teacher: bool = False) -> tuple[Run, Parts]:
-    """What `loop.train_step` needs of a run; the rest of it is missing."""
+    """A partial run with what `loop.train_step` needs."""
     for state in (AcceleratorState, GradientState):
         state._reset_state()
     sizes = Sizes.of(recipe, Rows(50_000, 5_000, 10_000, ROWS.get(recipe.data.source, 10), False), 1)
@@ -155,7 +155,7 @@ def stand_in(recipe: Recipe, folder: Path, teacher: bool = False) -> tuple[Run, 
 
 
 def begin_phase(run: Run, phase: str) -> None:
-    """Sets the controller to a phase of a round as a selection would: `dense`, `window`, `masked` or `ste`."""
+    """Puts the controller in a phase of a round, as after a selection: `dense`, `window`, `masked` or `ste`."""
     controller, method = run.controller, run.controller.method
     sparse = MaskSet({n: torch.empty_like(w, dtype=torch.bool) for n, w in controller.weights.items()})
     controller.mask.__dict__["is_full"], sparse.__dict__["is_full"] = True, False
@@ -170,7 +170,7 @@ def begin_phase(run: Run, phase: str) -> None:
 
 
 def batches(run: Run) -> list[Batch]:
-    """The micro-batches of a step, cropped, erased and mixed as the loader does it."""
+    """The micro-batches of a step, cropped, erased and mixed like the loader's."""
     dealing, loader = run.loader.dealing, run.loader
     drawn = loader.augmentation.draw(dealing.global_batch, 0)
     found = []

@@ -1,8 +1,8 @@
-"""Which model families lose heads, neurons and channels exactly: one small variant each of timm and transformers.
+"""Which model families support exact removal of heads, neurons and channels: a small variant of each family.
 
-Half of the units of each kind are masked, and the same units are cut out of a copy; in float64 both give the same
-logits, or the family has no such unit. Norms, biases and what begins as zero get noise first, or a difference would not
-show. Every family is a process of its own. Also `census.py FAMILY…`: only these.
+Half of the units of each kind are masked, and the same units are removed from a copy; in float64 both must return the
+same logits, unless the family has no such units. Norms, biases and zero-initialized tensors get noise first, so that
+differences show. Every family runs in its own process. `census.py FAMILY…` tests only these.
 """
 
 import copy
@@ -25,11 +25,11 @@ from vit_rsst.pruning.patterns import UNIT_KINDS
 from vit_rsst.pruning.units import UnitGroup
 
 LEAST_CUT = 110
-"""Families that lose units of some kind."""
+"""Minimum number of families with removable units."""
 TOLERANCE = 1e-9
-"""Largest difference of logits in float64, as a share of the largest logit."""
+"""Maximum difference of float64 logits, relative to the largest logit."""
 SECONDS = 240
-"""A family may take."""
+"""Time limit per family."""
 KINDS = ("head", "neuron", "channel")
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -55,7 +55,7 @@ SMALL: tuple[tuple[dict, int], ...] = (
     ({}, 128),
     ({}, 0),
 )
-"""Arguments and image size (0: the model's own) tried in this order; the first that gives logits is taken."""
+"""Arguments and image size (0: the model's own), tried in this order until one returns logits."""
 
 NAMES = """
     vit_tiny_patch16_224 deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224
@@ -140,19 +140,19 @@ QUICK = (
     "vit_small_plus_patch16_dinov3", "swin_tiny_patch4_window7_224", "cait_xxs24_224", "test_convnext", "resnet10t",
     "mobilenetv2_035", "efficientvit_m0", "hf:dinov2", "hf:swinv2", "hf:convnext", "hf:beit, own biases",
 )  # fmt: skip
-"""The fifteen that the test suite tries as well."""
+"""The fifteen families that the test suite covers."""
 
 
 @dataclass
 class Row:
-    """What was found of a family.
+    """Result for one family.
 
     Attributes:
-        share: of all parameters, the prunable ones.
+        share: prunable fraction of all parameters.
         units: kind → number of units.
-        verdict: kind → `equal`, or what went wrong.
+        verdict: kind → `equal`, or the difference.
         refused: why there is nothing to prune, or no model.
-        wrong: a traceback or a difference; a fault of this package.
+        wrong: an exception or a difference, which is a bug of this package.
     """
 
     family: str
@@ -173,7 +173,7 @@ def families() -> list[str]:
 
 
 def made(family: str) -> tuple[nn.Module, int]:
-    """A small variant and the side of its images in px; the first of several that gives logits."""
+    """A small variant and its image size in px: the first that returns logits."""
     if family in TRANSFORMERS:
         name, args, size = TRANSFORMERS[family]
         return built(name, args), size
@@ -185,9 +185,9 @@ def made(family: str) -> tuple[nn.Module, int]:
             with torch.no_grad():
                 if net.eval()(images(size, torch.float32)).shape == (3, 10):
                     return net, size
-        except Exception as error:  # some arguments fit no model of this family
+        except Exception as error:  # some arguments do not fit this family
             reasons.append(str(error))
-    raise RuntimeError(f"no small variant gives logits: {reasons[-1] if reasons else ''}")
+    raise RuntimeError(f"no small variant returns logits: {reasons[-1] if reasons else ''}")
 
 
 def built(name: str, args: dict) -> nn.Module:
@@ -201,7 +201,7 @@ def images(size: int, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def unsettle_(net: nn.Module, size: int) -> nn.Module:
-    """Statistics, vectors and zeros that hide nothing, in float64."""
+    """Perturbs statistics, vectors and zero tensors so that differences show; in float64."""
     torch.manual_seed(3)
     net.double().train()
     net(images(size, torch.float64))
@@ -213,7 +213,7 @@ def unsettle_(net: nn.Module, size: int) -> nn.Module:
 
 @torch.no_grad()
 def difference(net: nn.Module, groups: list[UnitGroup], size: int) -> float:
-    """Relative difference of logits between half of the units masked, and cut; spoils the network."""
+    """Relative difference of logits between masking and removing half of the units; modifies the network."""
     generator = torch.Generator().manual_seed(2)
     kept = [torch.rand(group.units, generator=generator) > 0.5 for group in groups]
     kept[0][:] = False
@@ -241,7 +241,7 @@ def examined(family: str) -> Row:
                 row.verdict[kind] = "equal" if found <= TOLERANCE else f"differs by {found:.1e}"
     except RunError as error:
         row.refused = str(error)
-    except Exception as error:  # whatever it is, the family is listed with it
+    except Exception as error:  # listed with the family
         row.wrong = f"{type(error).__name__}: {error}".splitlines()[0]
     unequal = [f"{kind} {verdict}" for kind, verdict in row.verdict.items() if verdict != "equal"]
     row.wrong = row.wrong or ", ".join(unequal)
@@ -255,7 +255,7 @@ def _child(family: str, sender: Connection) -> None:
 
 
 def in_a_process(family: str) -> Row:
-    """A family in a process of its own, which is given up after a while."""
+    """Examines a family in its own process, with a time limit."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(family, sender))
@@ -271,10 +271,10 @@ def in_a_process(family: str) -> Row:
 
 
 def missed(rows: list[Row], least: int) -> list[str]:
-    """What does not hold."""
+    """Violated bounds."""
     found = [f"{row.family}: {row.wrong}" for row in rows if row.wrong]
     if (cut := sum(row.is_cut for row in rows)) < least:
-        found.append(f"{cut} families are cut in some kind of unit, bound {least}")
+        found.append(f"{cut} families have removable units, bound {least}")
     return found
 
 
@@ -303,7 +303,7 @@ def main() -> int:
         )
         for row in rows
     ]
-    lines.append((f"{cut} of {len(rows)} are cut in some kind, bound {least}", "", "", "", "", ""))
+    lines.append((f"{cut} of {len(rows)} have removable units, bound {least}", "", "", "", "", ""))
     return report(args, result, ("family", "prunable", *(f"{kind}s" for kind in KINDS), ""), lines)
 
 

@@ -1,8 +1,8 @@
 """Images per second and core: streams and tables of vit_rsst against a plain DataLoader and timm's loader.
 
-All read the same parquet files with the same augmentation, alternated in one process, without workers, on one thread:
+All read the same parquet files with the same augmentation, alternating in one process, without workers, on one thread:
 random resized crop and flip at 224 px (a sample of ImageNet), random crop with padding and flip at 32 px (CIFAR-10).
-The peers are `datasets` streams with torchvision's transforms a sample, and timm's transforms and collation.
+The peers are `datasets` streams with torchvision's transforms per sample, and timm's transforms and collation.
 
     python scripts/benchmarks/data.py --cifar FOLDER --imagenet FOLDER
 """
@@ -48,7 +48,7 @@ GIVE_UP_SECONDS = 1.0
 
 
 class Plain(torch.utils.data.IterableDataset):
-    """A shuffled stream of `datasets`, decoded by it and transformed sample by sample."""
+    """A shuffled `datasets` stream, decoded by `datasets` and transformed sample by sample."""
 
     def __init__(self, folder: Path, transform: Callable):
         self.rows = stream_of(folder).shuffle(seed=0, buffer_size=256)
@@ -77,7 +77,7 @@ def plain(folder: Path, size: int, source: str) -> Iterator:
 
 
 def timms(folder: Path, size: int, source: str) -> Iterator:
-    """timm's training transform and collation of bytes, normalised as its PrefetchLoader does it on the device."""
+    """timm's training transform and uint8 collation, normalised like its PrefetchLoader does on the device."""
     info = CATALOG[source]
     transform = create_transform(
         size, is_training=True, no_aug=False, use_prefetcher=True, interpolation="bicubic", color_jitter=None,
@@ -120,7 +120,7 @@ def ours(folder: Path, size: int, source: str, streaming: bool = True, in_memory
 
 
 def former(folder: Path, size: int, source: str) -> Iterator:
-    """The stream of version 0.1: shards row after row in turns, mixed by a buffer, decoded as today."""
+    """The stream of version 0.1: shards read round-robin, shuffled through a buffer, decoded as today."""
     info = CATALOG[source]
     data = open_data(DataOptions(source, str(folder), image_size=size, streaming=True, test_fraction=0.1), 0)
     decoder = replace(data.decoder("train"), random_crop=RandomCrop() if size > 32 else None)
@@ -164,7 +164,7 @@ def former(folder: Path, size: int, source: str) -> Iterator:
 
 
 def first_and_last(folder: Path, workers: int) -> tuple[float, float]:
-    """Seconds from iter() to the first batch, and from giving a shuffled stream up to being free of it."""
+    """Seconds from iter() to the first batch, and to close a shuffled stream mid-epoch."""
     data = open_data(DataOptions("cifar10", str(folder), streaming=True), 0)
     loader = DecodingLoader(
         Dealing.of(BATCH, None, 1), 0, torch.device("cpu"), 0, Augmentation(4, 0.5), (0.5,) * 3, (0.5,) * 3,
@@ -181,7 +181,7 @@ def first_and_last(folder: Path, workers: int) -> tuple[float, float]:
 
 
 def plain_gives_up(folder: Path) -> float:
-    """Seconds that a shuffled stream of `datasets` takes to be given up in mid-epoch."""
+    """Seconds to close a shuffled `datasets` stream mid-epoch."""
     rows = iter(stream_of(folder).shuffle(seed=0, buffer_size=4096))
     list(islice(rows, 5 * BATCH))
     began = time.perf_counter()
@@ -212,7 +212,7 @@ def measure(folder: Path, size: int, source: str, alternations: int, batches: in
 
 
 def missed(small: dict | None, large: dict | None, first: float, given_up: float) -> list[str]:
-    """A bound is missed when the interval lies below it."""
+    """A bound is missed if the whole interval is below it."""
     sentences = []
     if large and large["stream_times_faster_peer"]["high"] < AT_224:
         sentences.append(f"at 224 px a stream is slower than {large['faster_peer']}")
@@ -222,18 +222,18 @@ def missed(small: dict | None, large: dict | None, first: float, given_up: float
         if small and small["times_plain"][name]["high"] < bound:
             sentences.append(f"at 32 px {name} is less than {bound} times the plain loader")
     if first > FIRST_BATCH_SECONDS:
-        sentences.append(f"the first batch came after {first:.2f} s")
+        sentences.append(f"the first batch took {first:.2f} s")
     if given_up > GIVE_UP_SECONDS:
-        sentences.append(f"a stream took {given_up:.2f} s to give way")
+        sentences.append(f"closing a stream took {given_up:.2f} s")
     return sentences
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    parser.add_argument("--quick", action="store_true", help="few alternations: shows that it runs, proves no number")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    parser.add_argument("--quick", action="store_true", help="few alternations: a smoke test, numbers are meaningless")
     parser.add_argument("--cifar", type=Path, required=True, metavar="FOLDER", help="CIFAR-10 in the Hub's layout")
-    parser.add_argument("--imagenet", type=Path, metavar="FOLDER", help="a part of ImageNet-1k in the Hub's layout")
+    parser.add_argument("--imagenet", type=Path, metavar="FOLDER", help="a subset of ImageNet-1k in the Hub's layout")
     args = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -256,7 +256,7 @@ def main() -> int:
             rows.append([f"{size}  {name}", f"{found['images_per_s'][name]:,.0f}", times])
     rows.append(["first batch of a stream, s", f"{first:.2f}", ""])
     rows.append(
-        ["a stream given up, s (with 2 workers; datasets)", f"{given_up:.2f}", f"{with_workers:.2f}; {theirs:.2f}"]
+        ["closing a stream, s (with 2 workers; datasets)", f"{given_up:.2f}", f"{with_workers:.2f}; {theirs:.2f}"]
     )
     return report(args, result, ["images per second, one core", "median", "times datasets + torchvision"], rows)
 

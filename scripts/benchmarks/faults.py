@@ -1,8 +1,8 @@
-"""Which faults a run survives: causes each of the table below, with real processes and files, and says what happened.
+"""Which faults a run survives: injects each fault of the table below into real processes and files, and reports.
 
 Every fault has tests marked with its number, `@pytest.mark.fault("F4")`; this script runs them and prints a line for
-each: the fault, what was done and what happened, the seconds. A fault is survived when it has tests and all of them
-pass; the bound is that all are. With --quick the tests marked slow are left out, and faults that have no others.
+each: the fault, what was done and what happened, the seconds. A fault is survived if it has tests and all of them pass;
+the bound is that all are survived. --quick skips slow tests, and faults that have no others.
 """
 
 import sys
@@ -15,16 +15,16 @@ from _common import environment, parse_args, report, show_progress
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 FAULTS = {
-    "F1": "SIGTERM within an epoch",
-    "F2": "SIGUSR1, as SLURM sends it",
+    "F1": "SIGTERM mid-epoch",
+    "F2": "SIGUSR1, as sent by SLURM",
     "F3": "a second SIGINT",
-    "F4": "SIGKILL while a point is saved",
+    "F4": "SIGKILL while saving a resume point",
     "F5": "the launcher is killed",
     "F6": "the disk is full",
     "F7": "the output folder cannot be written",
     "F8": "a truncated file",
     "F9": "a flipped bit",
-    "F10": "a pickle in place of weights",
+    "F10": "a pickle instead of weights",
     "F11": "paths that lead elsewhere",
     "F12": "wrong keys, types, duplicates",
     "F13": "missing or ambiguous columns",
@@ -37,9 +37,9 @@ FAULTS = {
     "F20": "a rank dies",
     "F21": "a rank hangs",
     "F22": "a decompression bomb",
-    "F23": "another number of processes",
-    "F24": "a point or ticket of another model",
-    "F25": "a sparsity out of reach",
+    "F23": "a different number of processes",
+    "F24": "a resume point or ticket of another model",
+    "F25": "an unreachable sparsity",
     "F26": "a layer pruned to nothing",
     "F27": "wandb missing, unreachable, dying",
     "F28": "the Hub offline, gated, failing",
@@ -52,10 +52,10 @@ FAULTS = {
 
 @dataclass(eq=False)  # pytest keeps its plugins in a set
 class Witness:
-    """A plugin of pytest that notes how the tests of each fault went.
+    """A pytest plugin that records the outcome of the tests of each fault.
 
     Attributes:
-        cases: fault → (what was done and happened, how it ended, seconds) of each test.
+        cases: fault → (what was done and what happened, outcome, seconds) of each test.
     """
 
     cases: dict[str, list[tuple[str, str, float]]] = field(default_factory=lambda: {name: [] for name in FAULTS})
@@ -68,23 +68,23 @@ class Witness:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             name = report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " ")
-            told = dict(report.user_properties).get("happened", name)
+            happened = dict(report.user_properties).get("happened", name)
             why = "" if report.passed or report.skipped else str(report.longrepr).strip().splitlines()[-1]
             for fault in self.faults_of[report.nodeid]:
-                self.cases[fault].append((why or told, report.outcome, report.duration))
+                self.cases[fault].append((why or happened, report.outcome, report.duration))
             show_progress(name)
 
 
 def rows(cases: dict[str, list[tuple[str, str, float]]]) -> list[tuple[str, str, str, str]]:
-    """One line a test; those of one fault that say the same are one."""
+    """One line per test; identical ones of a fault are merged."""
     lines = []
     for fault, about in FAULTS.items():
         counted: dict[tuple[str, str], list[float]] = {}
-        for told, outcome, seconds in cases[fault]:
-            counted.setdefault((told.partition("[")[0], outcome), []).append(seconds)
-        for (told, outcome), seconds in counted.items():
+        for happened, outcome, seconds in cases[fault]:
+            counted.setdefault((happened.partition("[")[0], outcome), []).append(seconds)
+        for (happened, outcome), seconds in counted.items():
             times = f" ({len(seconds)} cases)" if len(seconds) > 1 else ""
-            lines.append((f"{fault}  {about}", outcome, f"{sum(seconds):.1f}", f"{told}{times}"))
+            lines.append((f"{fault}  {about}", outcome, f"{sum(seconds):.1f}", f"{happened}{times}"))
     return lines
 
 

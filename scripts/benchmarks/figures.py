@@ -1,8 +1,7 @@
-"""What figures and the report add to the time of the quick start: within the run and after it.
+"""Overhead of figures and the report in the quick start, during and after the run.
 
-One run of digits/quickstart is trained here with its figures; the time within the hook that draws and within the last
-drawing is set against all the other time of the same run. With --quick it trains two rounds of two epochs, where the
-share is far above any bound and none is judged.
+Trains digits/quickstart once with its figures, and compares the time in the drawing hook and in the final drawing with
+the rest of the run. --quick trains two rounds of two epochs, where the overhead exceeds any bound and none is checked.
 """
 
 import contextlib
@@ -20,13 +19,13 @@ from vit_rsst import train
 from vit_rsst.report import watching
 
 SHARE_BOUND = 0.05
-"""Time of figures and report, relative to the time of the run without them."""
+"""Time of figures and report, relative to the rest of the run."""
 
 SHORT = ("train.epochs=2", "train.round_epochs=2", "pruning.schedule.rounds=1", "optim.warmup_epochs=0")
 
 
 class Timed(watching.Watcher):
-    """Counts the seconds of each of its parts."""
+    """Measures the seconds of each part."""
 
     seconds: ClassVar = {"while it trains": 0.0, "last figures and report": 0.0}
 

@@ -1,17 +1,16 @@
-"""What the project does on a GPU: correct, fast, worth its zeros, and a run to the end.
+"""The project on a GPU: correctness, training speed, inference speed, and complete runs.
 
-Four parts, each of which stands alone and fits into a few minutes:
+Four independent parts, of a few minutes each:
 
-a  the tests marked `gpu` (tests/test_gpu.py), one row a test;
-b  training steps of six ViTs in bf16: this project eager, in a penalty window, compiled and with CUDA graphs, beside a
-   bare PyTorch loop and one like timm's train.py, alternated in one process, with model FLOPs utilisation;
+a  the tests marked `gpu` (tests/test_gpu.py), one row per test;
+b  training steps of six ViTs in bf16: this project eager, in a penalty window, compiled and with CUDA graphs, against a
+   bare PyTorch loop and one like timm's train.py, alternating in one process, with model FLOPs utilisation;
 c  inference: slim against dense, 2:4 sparse against dense;
-d  recipes/cifar100/vit_tiny_rsst_short.yaml and its controls, until the time is up.
+d  recipes/cifar100/vit_tiny_rsst_short.yaml and its controls, within a time limit.
 
-Every row is written as soon as it exists: `--json gpu.json` leaves gpu-a.json and gpu-a.md, gpu-b.json and so on. The
-same command again skips the rows that are there and measures the others. A part that fails leaves the error as its row
-and ends no other part. `--rehearse` runs everything in miniature, on the CPU where there is no GPU, so that nothing
-meets a GPU untried.
+Every row is written as soon as it is measured: `--json gpu.json` writes gpu-a.json and gpu-a.md, gpu-b.json and so on.
+Running the same command again skips finished rows and measures the rest. An error becomes a row and does not stop other
+parts. `--rehearse` runs everything in miniature, on the CPU if there is no GPU, to test it beforehand.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from _common import environment
 
 PARTS = "abcd"
 MINUTES = {"a": 2.0, "b": 4.0, "c": 1.0, "d": 9.0}
-"""Part → how long it may go on beginning rows."""
+"""Part → time limit for starting new rows."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 Row = dict[str, object]
@@ -53,7 +52,7 @@ class Ledger:
     def __post_init__(self) -> None:
         if self.path.is_file():
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["environment"]["device"] == self.environment["device"]:  # rows of another card are no beginning
+            if found["environment"]["device"] == self.environment["device"]:  # do not continue another card's rows
                 self.rows = {name: row for name, row in found["rows"].items() if "error" not in row}
 
     def add(self, name: str, row: Row) -> None:
@@ -67,10 +66,10 @@ class Ledger:
 
     @contextmanager
     def guarded(self, name: str) -> Iterator[None]:
-        """An error becomes the row."""
+        """Turns an exception into the row."""
         try:
             yield
-        except Exception as error:  # one measurement must not cost the others their time on the machine
+        except Exception as error:  # a failed measurement must not stop the others
             traceback.print_exc()
             self.add(name, {"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:300]})
 
@@ -91,7 +90,7 @@ def text_of(value: object) -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
@@ -102,7 +101,7 @@ def replace(path: Path, text: str) -> None:
 
 @dataclass
 class Watching:
-    """A plugin of pytest: one row a test, and no further test once the time is up."""
+    """A pytest plugin: adds a row per test, and stops when the time is up."""
 
     ledger: Ledger
     time_left: Callable[[], float]
@@ -131,10 +130,10 @@ def tests(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespa
     options += [f"--deselect=tests/test_gpu.py::{name}" for name in ledger.rows]
     code = pytest.main(options, plugins=[Watching(ledger, time_left)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED, 2):
-        raise RuntimeError(f"pytest ended with code {int(code)}")
+        raise RuntimeError(f"pytest exited with {int(code)}")
 
 
-# -- b and c stand in modules of their own, since they import the project
+# -- b and c: in separate modules, since they import the project
 
 
 def steps(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
@@ -162,7 +161,7 @@ def inference(ledger: Ledger, time_left: Callable[[], float], args: argparse.Nam
 # -- d
 
 METHODS = ("rsst", "imp", "gmp", "dense")
-"""Runs of the same recipe and as many epochs; the first is the recipe's own."""
+"""Methods to run with the same recipe and number of epochs; the first is the recipe's own."""
 
 MINIATURE = {
     "data.source": "digits",
@@ -178,7 +177,7 @@ MINIATURE = {
 
 
 def runs(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
-    """Starts `--jobs` runs at a time; one that runs out of time stops with a resume point, and goes on next time."""
+    """Starts `--jobs` runs at a time; one that runs out of time saves a resume point and resumes next time."""
     open_runs = [name for name in METHODS if ledger.rows.get(name, {}).get("state") != "finished"]
     for i in range(0, len(open_runs), args.jobs):
         if time_left() <= 0.5:
@@ -222,7 +221,7 @@ def start_run(name: str, minutes: float, args: argparse.Namespace) -> subprocess
 
 
 def read_run(folder: Path, code: int) -> Row:
-    """How far a run came and what its rounds scored."""
+    """Progress of a run and the scores of its rounds."""
     from vit_rsst.tickets.rounds import load_rows
 
     status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
@@ -254,14 +253,14 @@ BY_LETTER = {
         steps,
         {
             "images_per_s": "images/s",
-            "ms": "ms a step",
-            "ratio": "step to the bare loop's [95 %]",
+            "ms": "ms/step",
+            "ratio": "step / bare loop [95 %]",
             "mfu": "MFU",
             "peak_gib": "peak GiB",
         },
     ),
     "c": Part(
-        inference, {"ms": "ms", "images_per_s": "images/s", "speed": "times as fast as dense [95 %]", "error": "error"}
+        inference, {"ms": "ms", "images_per_s": "images/s", "speed": "speed-up over dense [95 %]", "error": "error"}
     ),
     "d": Part(
         runs,
@@ -280,14 +279,14 @@ BY_LETTER = {
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=list(PARTS), help="one part alone; without it all four, each a process")
-    parser.add_argument("--minutes", type=float, help="begin no row after so long; without it by part")
+    parser.add_argument("--part", choices=list(PARTS), help="run only this part; default: all four, one process each")
+    parser.add_argument("--minutes", type=float, help="start no new row after this time; default: depends on the part")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="rows go to FILE-a.json, FILE-a.md …")
-    parser.add_argument("--rehearse", action="store_true", help="everything in miniature; shows that it runs")
+    parser.add_argument("--rehearse", action="store_true", help="run everything in miniature, as a smoke test")
     parser.add_argument("--data", type=Path, help="part d: a folder with the parquet files of CIFAR-100")
-    parser.add_argument("--runs", type=Path, help="part d: the run folders; default: beside the rows")
-    parser.add_argument("--shorten", type=int, default=1, help="part d: divide all epochs by so many")
-    parser.add_argument("--jobs", type=int, default=1, help="part d: runs at a time")
+    parser.add_argument("--runs", type=Path, help="part d: folder for the runs; default: next to the rows")
+    parser.add_argument("--shorten", type=int, default=1, help="part d: divide all epochs by this number")
+    parser.add_argument("--jobs", type=int, default=1, help="part d: concurrent runs")
     args = parser.parse_args(argv)
     args.runs = args.runs or args.json.parent / "gpu-runs"
     return args
@@ -296,7 +295,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if not (args.rehearse or torch.cuda.is_available()):
-        print("gpu.py: torch sees no GPU; --rehearse runs everything in miniature on the CPU", file=sys.stderr)
+        print("gpu.py: torch finds no GPU; --rehearse runs everything in miniature on the CPU", file=sys.stderr)
         return 2
     if args.part is None:
         given = sys.argv[1:] if argv is None else list(argv)

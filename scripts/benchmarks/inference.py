@@ -1,16 +1,16 @@
-"""How much faster a vit_small answers once half of its heads and neurons are removed, beside the other usual ways.
+"""Inference speed-up of a vit_small with half of its heads and neurons removed, compared with the usual alternatives.
 
-Structured pruning pays only if the smaller network is faster in proportion. So the network with half of the heads and
-neurons removed (`models/slim.py`) runs beside the dense one at 32 px (patch 4) and at 224 px (patch 16), one image and
-64 at a time, in fp32 on two threads. Masked with the same zeros the network is no faster: a zero that is stored is
-multiplied like any number. The peers are what else makes inference cheaper: torch.compile, bf16 weights, onnxruntime in
-fp32 and with int8 weights, and what Torch-Pruning makes of the same heads and neurons; each for dense and slim, so that
-one sees what adds up. Before anything is timed, the fp32 contenders must give the masked network's logits.
+Structured pruning pays off only if the smaller network is proportionally faster. The network with half of the heads and
+neurons removed (`models/slim.py`) is compared with the dense one at 32 px (patch 4) and at 224 px (patch 16), at batch
+sizes 1 and 64, in fp32 on two threads. Masking alone is no faster: stored zeros are multiplied like any number. The
+peers are other ways to speed up inference: torch.compile, bf16 weights, onnxruntime in fp32 and with int8 weights, and
+Torch-Pruning's removal of the same heads and neurons; each for dense and slim, to show which combine. Before any
+timing, the fp32 contenders must return the masked network's logits.
 
-The contenders alternate in one process, in an order drawn anew each time. A ratio compares two runs of one alternation,
-dense over contender, so that 2 is twice as fast; its median and 95 % interval are printed, and `dense, again` shows the
-noise. A bound is missed when the interval's upper end lies below it. With --quick nothing is compiled, 4 images stand
-for 64, and the intervals are too wide to mean much.
+The contenders alternate in one process, in random order. A ratio compares two runs of one alternation, dense over
+contender, so that 2 is twice as fast; its median and 95 % interval are printed, and `dense, again` shows the noise. A
+bound is missed if the whole interval is below it. --quick skips compilation and uses 4 images instead of 64; its
+intervals are too wide to be meaningful.
 """
 
 import copy
@@ -35,16 +35,16 @@ from vit_rsst.models.slim import Kept, shrink_
 from vit_rsst.pruning.granularity import expand
 
 SPEED_BOUNDS = {1: 1.6, 64: 1.85}
-"""Batch size → how many times as fast as dense the slim network must be at least."""
+"""Batch size → minimum speed-up of the slim network over dense."""
 
 MODELS = {32: "vit_small", 224: "vit_small_patch16_224"}
-"""Image size → model: 384 wide, 12 blocks of 6 heads and 1,536 neurons."""
+"""Image size → model: width 384, 12 blocks of 6 heads and 1,536 neurons."""
 THREADS, QUICK_BATCH = 2, 4
 ALTERNATIONS = {(32, 1): 20, (32, 64): 12, (224, 1): 15, (224, 64): 6}
 QUICK_ALTERNATIONS = 3
 CALLS = {1: 10}
-"""Batch size → forward passes a block, otherwise one: enough to outlast the idle threads of the contender before, which
-spin for a while."""
+"""Batch size → forward passes per block, else one: enough to outlast the spinning idle threads of the previous
+contender."""
 DENSE, SLIM, MASKED = "dense", "slim", "masked dense"
 
 Contender = Callable[[Tensor], Tensor]
@@ -63,7 +63,7 @@ class Case:
 
 
 def make_networks(image_size: int) -> tuple[Networks, Kept]:
-    """The dense network, the one with half of its units masked, and the one with these removed; and what is kept."""
+    """The dense network, one with half of its units masked and one with them removed; and the kept units."""
     torch.manual_seed(0)
     dense = zoo.create(*zoo.describe(MODELS[image_size], {}, 10)).eval()
     groups = unit_groups(dense, ("head", "neuron"))
@@ -80,7 +80,7 @@ def make_networks(image_size: int) -> tuple[Networks, Kept]:
 
 
 def by_torch_pruning(dense: nn.Module, kept: Kept, image_size: int) -> nn.Module:
-    """Torch-Pruning's result for the same units; the number of heads is left to its caller.
+    """Torch-Pruning's result for the same units; it leaves updating the number of heads to its caller.
 
     Raises:
         ImportError: it is not installed.
@@ -89,7 +89,7 @@ def by_torch_pruning(dense: nn.Module, kept: Kept, image_size: int) -> nn.Module
 
     net = copy.deepcopy(dense)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it found parameters outside of modules
+        warnings.simplefilter("ignore")  # about parameters outside of modules
         graph = torch_pruning.DependencyGraph().build_dependency(net, torch.randn(2, 3, image_size, image_size))
     for group in unit_groups(net, ("head", "neuron")):
         producer = group.members[0]
@@ -105,7 +105,7 @@ def by_torch_pruning(dense: nn.Module, kept: Kept, image_size: int) -> nn.Module
 
 
 def compiled(net: nn.Module) -> nn.Module:
-    """Block by block: the blocks are alike, so that one is compiled for all of them."""
+    """Compiles block by block: the blocks are identical and share one compilation."""
     net = copy.deepcopy(net)
     for block in net.blocks:
         block.compile(dynamic=False)
@@ -118,13 +118,13 @@ def in_bf16(net: nn.Module) -> Contender:
 
 
 def in_onnxruntime(net: nn.Module, image_size: int) -> dict[str, Contender]:
-    """The network in onnxruntime, with weights in fp32 and in int8 (activations are quantised as they come).
+    """The network in onnxruntime, with fp32 and int8 weights (dynamic quantisation of activations).
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
     """
     import onnx
-    import onnxscript  # noqa: F401 - which torch's exporter needs, and misses less clearly
+    import onnxscript  # noqa: F401 - required by torch's exporter, whose own error is less clear
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.getLogger("root").setLevel(logging.ERROR)  # quantize_dynamic advises on pre-processing
@@ -134,7 +134,7 @@ def in_onnxruntime(net: nn.Module, image_size: int) -> dict[str, Contender]:
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.onnx.export(net, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False)
     model = program.model_proto
-    del model.graph.value_info[:]  # of shapes before constants were folded, which quantize_dynamic takes for wrong
+    del model.graph.value_info[:]  # shapes from before constant folding, which quantize_dynamic rejects
     with tempfile.TemporaryDirectory() as folder:
         fp32, int8 = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         onnx.save(model, fp32)
@@ -143,7 +143,7 @@ def in_onnxruntime(net: nn.Module, image_size: int) -> dict[str, Contender]:
 
 
 def session(path: Path) -> Contender:
-    """A network that lies in an ONNX file, on as many threads as the others."""
+    """A network from an ONNX file, on as many threads as the others."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -155,7 +155,7 @@ def session(path: Path) -> Contender:
 
 
 def make_contenders(networks: Networks, kept: Kept, image_size: int) -> tuple[dict[str, Contender], list[str]]:
-    """All that need not be compiled for one batch size, and a line for each that cannot run here."""
+    """Contenders that need no compilation per batch size, and a line for each that cannot run here."""
     contenders: dict[str, Contender] = {DENSE: networks[DENSE], "dense, again": networks[DENSE]}
     contenders |= {MASKED: networks[MASKED], SLIM: networks[SLIM]}
     contenders |= {f"{name}, bf16": in_bf16(networks[name]) for name in (DENSE, SLIM)}
@@ -172,20 +172,20 @@ def make_contenders(networks: Networks, kept: Kept, image_size: int) -> tuple[di
         try:
             contenders |= make()
         except ImportError as error:
-            skipped.append(f"{image_size} px: {name} is left out, {error.name} is not installed")
+            skipped.append(f"{image_size} px: skipped {name}, {error.name} is not installed")
     return contenders, skipped
 
 
 def make_compiled(networks: Networks) -> dict[str, Contender]:
-    """Those that are compiled anew for every shape."""
-    torch.compiler.reset()  # it gives up after eight shapes of one function
+    """Contenders that are recompiled for every shape."""
+    torch.compiler.reset()  # torch falls back to eager after eight shapes of one function
     ways = {"torch.compile": compiled, "bf16, torch.compile": lambda net: in_bf16(compiled(net))}
     return {f"{name}, {way}": make(networks[name]) for way, make in ways.items() for name in (DENSE, SLIM)}
 
 
 @torch.inference_mode()
 def check_logits(contenders: dict[str, Contender], case: Case) -> None:
-    """What is compared computes the same thing: the dense or the masked network's logits. It warms up as well."""
+    """Checks that contenders return the dense or masked network's logits; also warms them up."""
     random = torch.Generator().manual_seed(1)
     images = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=random)
     expected = {name: contenders[name](images) for name in (DENSE, MASKED)}
@@ -193,11 +193,11 @@ def check_logits(contenders: dict[str, Contender], case: Case) -> None:
         like = expected[DENSE if name.startswith(DENSE) else MASKED]
         error = float((run(images) - like).abs().max() / like.abs().max().clamp(min=1.0))
         allowed = 0.2 if "int8" in name else 0.1 if "bf16" in name else 1e-4
-        assert error <= allowed, f"{case}: {name}: the logits are off by {error:.2g} of the largest"
+        assert error <= allowed, f"{case}: {name}: logits differ by {error:.2g} of the largest"
 
 
 def measure(case: Case, contenders: dict[str, Contender], num_alternations: int) -> dict:
-    """Times of all contenders and how many times as fast as dense they are."""
+    """Times of all contenders and their speed-up over dense."""
     images = torch.randn(case.batch, 3, case.image_size, case.image_size)
     calls = CALLS.get(case.batch, 1)
 
@@ -225,7 +225,7 @@ def measure(case: Case, contenders: dict[str, Contender], num_alternations: int)
 
 
 def judge(case: dict) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The case's rows of the table, and a sentence for a bound that it misses."""
+    """Table rows of the case, and a sentence for each missed bound."""
     rows, missed = [], []
     for name, timing in case["contenders"].items():
         speed, bound = Interval(**timing["speed"]), timing["bound"]
@@ -252,11 +252,11 @@ def main() -> int:
     for case in cases:
         speed = Interval(**case["contenders"][MASKED]["speed"])
         notes.append(
-            f"{case['case']}: half of its units masked, it is {speed} times as fast: stored zeros save nothing"
+            f"{case['case']}: with half of its units masked it is {speed} times as fast: stored zeros save nothing"
         )
     for image_size, by_network in counted.items():
         share = by_network[SLIM] / by_network[DENSE]
-        notes.append(f"{image_size} px: slim has {share:.3f} of the FLOPs, so {1 / share:.2f} is all that can be won")
+        notes.append(f"{image_size} px: slim has {share:.3f} of the FLOPs, so the ideal speed-up is {1 / share:.2f}")
     result = {
         "environment": environment(torch.device("cpu"), args.quick),
         "load": {"before": load_before, "after": os.getloadavg()[0]},

@@ -1,11 +1,11 @@
-"""Interrupts runs at every kind of moment, really, and compares what they end with to the undisturbed run, bit for bit.
+"""Interrupts real runs at every kind of moment and compares the result with an uninterrupted run, bit for bit.
 
 Every meaningful cell of {in memory, map-style, stream} × {1, 2 ranks} × {0, 2 workers} × {six moments} × {SIGKILL,
-SIGTERM} trains, is interrupted once and resumes; so does a run of 2 ranks with mixtures, erasing, a balanced sampler,
-an averaged model, a teacher and the best epoch, and runs of 3 and 4 ranks with a model that fills two of DDP's buckets.
-Batches, tickets, accuracies, epoch metrics and the last resume point (weights, optimizer, masks) must then equal those
-of the undisturbed run. Two canaries show that the comparison can fail: `_accelerate_canary.py`, which resumes as
-Accelerate documents it, goes through the one-rank cells, and a run of 3 ranks leaves its buckets unsettled.
+SIGTERM} trains, is interrupted once and resumes; so do a run of 2 ranks with mixing, erasing, a balanced sampler, EMA,
+a teacher and best-epoch selection, and runs of 3 and 4 ranks with a model that fills two DDP buckets. Batches, tickets,
+accuracies, epoch metrics and the last resume point (weights, optimizer, masks) must then equal those of the
+uninterrupted run. Two canaries show that the comparison can fail: `_accelerate_canary.py`, which resumes as Accelerate
+documents it, runs the one-rank cells, and a run of 3 ranks leaves DDP's buckets unsettled.
 """
 
 import csv
@@ -33,7 +33,7 @@ REQUIRED_SHARE = 1.0  # of the cells survive
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 240
-STEPS = 4  # an epoch; round 0 has 2 epochs, rounds 1 and 2 have 3 each
+STEPS = 4  # per epoch; round 0 has 2 epochs, rounds 1 and 2 have 3 each
 MOMENTS = {
     "mid-epoch": ("step", 6),
     "epoch end": ("epoch", 12),
@@ -42,7 +42,7 @@ MOMENTS = {
     "after removal": ("step", 15),
     "first step of a round": ("step", 9),
 }
-"""Moment → what the plugin waits for, and the global step of it. The window of round 1 is steps 9 to 14."""
+"""Moment → the event that the plugin waits for, and its global step. The window of round 1 is steps 9 to 14."""
 
 RECIPE = """\
 name: run
@@ -84,7 +84,7 @@ class Setting:
 SETTINGS = [
     Setting(kind, ranks, workers)
     for kind, ranks, workers in product(ACCESS, (1, 2, 3, 4), (0, 2))
-    if kind not in ("in memory", "two buckets") or not workers  # nothing is left to decode
+    if kind not in ("in memory", "two buckets") or not workers  # nothing to decode
     if kind != "techniques" or ranks == workers == 2
     if (kind == "two buckets") == (ranks > 2)  # the sum of two ranks does not depend on the order
 ]
@@ -104,14 +104,14 @@ CELLS = [Cell(*cell) for cell in product(SETTINGS, MOMENTS, ("KILL", "TERM"))]
 
 
 class Bench:
-    """Runs cells in a folder of their own; the undisturbed run of each setting is made once."""
+    """Runs cells in their own folder; each setting is trained once without interruption."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.data = write_digits(folder / "data")
         self._undisturbed: dict[Setting, dict] = {}
         self.settles = True  # whether runs settle DDP's buckets before the first step
-        # Processes are forked from one that has imported everything, in a second instead of eight.
+        # Forking from a process that has imported everything starts in one second instead of eight.
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", *IMPORTS])
 
@@ -124,7 +124,7 @@ class Bench:
         return self._undisturbed[setting]
 
     def survives(self, cell: Cell) -> tuple[bool, str]:
-        """Whether the interrupted run ends as the undisturbed one does; otherwise what differs."""
+        """Whether the interrupted run ends like the undisturbed one; if not, what differs."""
         expected = self.undisturbed(cell.setting)
         folder = self.folder / "cell"
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,13 +136,13 @@ class Bench:
             return False, f"exit codes {codes} instead of 75: {log_of(folder)}"
         codes = self.train(cell.setting, folder)
         if set(codes) != {0}:
-            return False, f"it did not go on: exit codes {codes}: {log_of(folder)}"
+            return False, f"it did not resume: exit codes {codes}: {log_of(folder)}"
         found = outcome(folder)
         different = [name for name in expected if found.get(name) != expected[name]]
         return not different, f"{', '.join(different)} differ" if different else EQUAL
 
     def train(self, setting: Setting, folder: Path, interrupt: str = "", step: int = -1) -> list[int]:
-        """Trains with as many processes as the setting has; when one dies, its launcher ends the others. Exit codes."""
+        """Trains with the setting's number of processes, and kills all if one dies; returns their exit codes."""
         folder.mkdir(exist_ok=True)
         access = ACCESS[setting.kind].format(workers=setting.workers)
         recipe = folder / "recipe.yaml"
@@ -169,7 +169,7 @@ class Bench:
         return [process.exitcode for process in processes]
 
     def canary_survives(self, cell: Cell) -> bool:
-        """Whether Accelerate's own way of resuming saw and learnt what its undisturbed run did."""
+        """Whether a run resumed by Accelerate alone equals its undisturbed run in batches and weights."""
         import torch
 
         found = []
@@ -187,7 +187,7 @@ class Bench:
 
 
 def train_here(recipe: str, variables: dict[str, str], log: str) -> None:
-    """The body of a training process, as `python -m vit_rsst.train` has it."""
+    """Body of a training process, like `python -m vit_rsst.train`."""
     os.environ.update(variables | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -214,7 +214,7 @@ def end_together(processes: list) -> None:
 
 
 def outcome(folder: Path) -> dict:
-    """All that a run leaves behind, less times."""
+    """Everything a run writes, without times."""
     run = folder / "run"
     with open(run / "rounds.csv") as file:
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
@@ -237,7 +237,7 @@ def timeless(line: dict) -> dict:
 
 
 def batches(path: Path) -> dict[int, set[str]]:
-    """Step → hashes of what it saw, in every sitting."""
+    """Step → hashes of its batches, over all restarts."""
     seen: dict[int, set[str]] = {}
     for line in path.read_text().splitlines():
         step, digest = json.loads(line)
@@ -283,7 +283,7 @@ def write_digits(folder: Path) -> Path:
 
 
 def chosen(quick: bool) -> Iterator[Cell]:
-    """All cells, or one of every setting and two of every moment."""
+    """All cells, or a subset that covers every setting and moment."""
     for number, cell in enumerate(CELLS):
         if not quick or number % len(MOMENTS) == number // len(MOMENTS) % len(MOMENTS):
             yield cell
@@ -311,7 +311,7 @@ def main() -> int:
         bench.settles = False
         result["unsettled"] = bench.survives(unsettled)[1]
         if result["unsettled"] == EQUAL:
-            result["missed"].append(f"{unsettled}, buckets unsettled: {EQUAL}, so that the comparison shows nothing")
+            result["missed"].append(f"{unsettled}, buckets unsettled: {EQUAL}, so the comparison proves nothing")
     tried, survived = len(result["cells"]), sum(cell["survived"] for cell in result["cells"].values())
     result["survived"], result["tried"] = survived, tried
     result["canary"] = canary

@@ -1,8 +1,8 @@
-"""How often a training step makes the host wait for a GPU, and what pruning launches there; counted without one.
+"""Host-device synchronizations and kernel launches per training step, counted without a GPU.
 
-Steps of this project run on the stand-in device `meta` beside a bare loop: loader (crop, flip, erasing, mixing),
-forward, backward, clipping, fused optimizer, pruning, averages. Counted are reads of the device by the host, copies
-that the host waits for, and calls that launch kernels; a `foreach` call over tensors of one kind is one.
+Steps of this project and of a bare loop run on the stand-in device `meta`: loader (crop, flip, erasing, mixing),
+forward, backward, clipping, fused optimizer, pruning, averaging. Counted are reads from the device by the host,
+blocking copies, and calls that launch kernels; a `foreach` call over tensors of one dtype counts once.
 """
 
 import sys
@@ -29,7 +29,7 @@ from vit_rsst.training import optim
 from vit_rsst.training.readings import Reading
 
 WAITS, WAITS_LOGGED, COPIES, PRUNING = 0, 1, 0, 6
-"""Bounds of a step: waits, those of a step that logs, blocking copies, kernels that pruning adds to a dense step."""
+"""Bounds per step: waits, waits of a logging step, blocking copies, kernels added by pruning to a dense step."""
 BARE, DENSE = "bare loop", "dense"
 PLAIN, STRONG = Augment(hflip=0.5), Augment(hflip=0.5, mixup=0.8, cutmix=1.0, reprob=0.25)
 WHOLE = Rsst(Penalty(window=(0.0, 1.0)), remove_at=1.0)
@@ -40,8 +40,8 @@ class Case:
     """One step to count.
 
     Attributes:
-        like: the case without pruning that it is compared with.
-        is_due: the method chooses a new mask in this step, which may launch more.
+        like: the corresponding case without pruning.
+        is_due: the method selects a new mask in this step, which may launch more kernels.
     """
 
     method: Method
@@ -91,7 +91,7 @@ CASES = {
 
 
 def count(case: Case, folder: Path) -> Counting:
-    """One step after two that allocate the optimizer's state."""
+    """Counts one step, after two that allocate the optimizer's state."""
     with redirect_stdout(StringIO()):
         run, _ = stand_in(case.recipe(), folder, case.teacher)
     with Counting():
@@ -104,7 +104,7 @@ def count(case: Case, folder: Path) -> Counting:
 
 
 def step(run: loop.Run, logs: bool) -> None:
-    """What `loop.train_epoch` does in a step."""
+    """One step, as in `loop.train_epoch`."""
     loop.seed_step(run)
     optim.set_lr_(run.optimizer, 1e-3)
     loss, norm = loop.train_step(run, batches(run))
@@ -115,7 +115,7 @@ def step(run: loop.Run, logs: bool) -> None:
 
 
 def count_bare(folder: Path) -> Counting:
-    """The loop that anybody would write by hand, with the same batches."""
+    """Counts one step of a bare, hand-written loop with the same batches."""
     with redirect_stdout(StringIO()):
         run, _ = stand_in(CASES[DENSE].recipe(), folder)
     inner = run.optimizer.optimizer
@@ -135,7 +135,7 @@ def count_bare(folder: Path) -> Counting:
 
 
 def judge(found: dict[str, Counting]) -> list[str]:
-    """A sentence for each bound that is missed."""
+    """A sentence for each missed bound."""
     missed = []
     for name, counting in found.items():
         waits, copies = sum(counting.waits.values()), sum(counting.copies.values())

@@ -1,9 +1,9 @@
-"""How long class folders take to open: 200,000 empty files in 1,000 folders, the first and the second time.
+"""Time to open class folders: 200,000 empty files in 1,000 folders, without and with a cached index.
 
     python scripts/benchmarks/listing.py [--quick] [--json FILE]
 
-Exit 1 when a bound is missed. Each opening is a process of its own; times are CPU seconds of `open_data` alone, without
-imports; memory is what the process had in use at most beyond what it had before.
+Exits with 1 if a bound is missed. Each opening runs in its own process; times are CPU seconds of `open_data`, without
+imports; memory is the increase in peak memory.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 FIRST_SECONDS, SECOND_SECONDS, MEMORY_MB = 10.0, 2.0, 300.0
-"""Bounds for 200,000 files; --quick takes a tenth of the files and keeps the bounds."""
+"""Bounds for 200,000 files; --quick uses a tenth of the files with the same bounds."""
 
 OPENING = """
 import json, resource, sys, time
@@ -35,7 +35,7 @@ print(json.dumps({"images": images, "classes": len(data.classes), "cpu_s": took,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="20,000 files in 100 folders")
-    parser.add_argument("--json", metavar="FILE", help="write every number to FILE")
+    parser.add_argument("--json", metavar="FILE", help="also write the result to FILE")
     arguments = parser.parse_args()
     folders, each = (100, 200) if arguments.quick else (1000, 200)
     with tempfile.TemporaryDirectory() as place:
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def write(root: Path, folders: int, each: int) -> Path:
-    """Empty files; folders with a time stamp that has passed, so that the index holds them."""
+    """Writes empty files; folders get an old timestamp, so that the index caches them."""
     for c in range(folders):
         folder = root / f"class {c:04d}"
         folder.mkdir(parents=True)

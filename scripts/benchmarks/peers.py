@@ -1,10 +1,10 @@
-"""How long a small training takes as a whole process: this project, a loop of timm's pieces, transformers' Trainer.
+"""Wall time of a small training as a whole process: this project, a loop built from timm, transformers' Trainer.
 
-Three epochs of 10,000 CIFAR-10 images at 32 px with the same small ViT (patch 4, 192 wide, 6 blocks of 3 heads), batch
-64, AdamW, crop and flip, one evaluation an epoch. Each contender is a process of its own from start to end; they
-alternate in an order drawn anew each time. Printed are medians and ranges of the seconds of everything, of training
-alone and up to the first step. The bound is missed when the project's whole process is slower than the faster peer's
-beyond the interval. With --quick: 256 images, one alternation; the numbers then mean nothing.
+Three epochs of 10,000 CIFAR-10 images at 32 px with the same small ViT (patch 4, width 192, 6 blocks of 3 heads), batch
+64, AdamW, crop and flip, one evaluation per epoch. Each contender is a separate process; they alternate in random
+order. Printed are medians and ranges of the total time, training alone, and start-up and shutdown. The bound is missed
+if the whole interval of the ratio to the faster peer is above it. --quick: 256 images, one alternation; the numbers are
+then meaningless.
 """
 
 import json
@@ -27,12 +27,12 @@ BOUND = 1.0
 MODEL = {"patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
 LR, DECAY = 1e-3, 0.05
 ROLE, DATA, SIZE = "PEERS_ROLE", "PEERS_DATA", "PEERS_IMAGES"
-"""Variables that make this script one of the peers: which, the folder of CIFAR-10's parquet files, how many images."""
+"""Environment variables that make this script a peer: its role, the CIFAR-10 folder, the number of images."""
 OURS = "vit-rsst"
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Training and validation images, uint8, and their labels, as any loader would decode them."""
+    """Decoded training and validation images, uint8, and their labels."""
     from vit_rsst.data.options import DataOptions
     from vit_rsst.data.sources import open_data
 
@@ -47,7 +47,7 @@ def said(moment: str) -> None:
 
 
 def by_timm() -> None:
-    """What a user of timm writes: its model, optimizer, scheduler, clipping and meters, torch's DataLoader."""
+    """What a timm user would write: its model, optimizer, scheduler, clipping and meters, torch's DataLoader."""
     import timm
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
@@ -97,7 +97,7 @@ def by_timm() -> None:
 
 
 def by_trainer() -> None:
-    """What a user of transformers writes: its ViT, its Trainer, its collator's columns."""
+    """What a transformers user would write: its ViT, its Trainer, its default collator."""
     from torch.utils.data import Dataset
     from torchvision.transforms import v2
     from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
@@ -161,7 +161,7 @@ def command(name: str, folder: Path, data: Path, number: int) -> list[str]:
 
 
 def whole_process(name: str, data: Path, number: int) -> dict[str, float]:
-    """Seconds of everything, of training, and up to its first step.
+    """Seconds in total, of training, and of the rest.
 
     Raises:
         RuntimeError: the process failed.
@@ -176,14 +176,14 @@ def whole_process(name: str, data: Path, number: int) -> dict[str, float]:
         )  # fmt: skip
         ended = time.time()
         if done.returncode:
-            raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{name} exited with {done.returncode}: {done.stderr[-2000:]}")
         if name == OURS:
             events = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
             rounds = [event["seconds"] for event in events if event["event"] == "round"]
             training = sum(rounds)
             return {"everything": ended - began, "training": training, "outside": ended - began - training}
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"moment"')]
-    moments = {line["moment"]: line["time"] for line in told}
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"moment"')]
+    moments = {line["moment"]: line["time"] for line in lines}
     training = moments["trained"] - moments["training"]
     return {"everything": ended - began, "training": training, "outside": ended - began - training}
 
@@ -218,7 +218,7 @@ def main() -> int:
         "missed": missed,
         "seconds": found,
     }
-    return report(args, result, ("peers", "s of everything", "training", "start and end"), rows)
+    return report(args, result, ("peers", "total s", "training", "start-up and shutdown"), rows)
 
 
 if __name__ == "__main__":

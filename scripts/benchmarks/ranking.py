@@ -1,8 +1,8 @@
-"""Whether what a criterion calls unimportant is unimportant: mean test loss after removing it, beside random removals.
+"""Whether criteria rank units better than chance: mean test loss after removing the lowest-ranked, or random, units.
 
 Dense models of several seeds are trained on part of CIFAR-10 (the recipe cifar10/cpu_dense). From each, half of the
-neurons of every MLP, or one head of the three in every block, is removed at once, without any training after it: those
-of the lowest score by each criterion, and as many at random. Loss and top-1 over all 10,000 test images.
+neurons of every MLP, or one head of the three in every block, is removed at once, without further training: the units
+with the lowest scores by each criterion, and as many at random. Loss and top-1 are over all 10,000 test images.
 
     python scripts/benchmarks/ranking.py --data FOLDER      (without --data: from the Hub)
 """
@@ -36,19 +36,19 @@ from vit_rsst.tickets.trained import open_trained
 from vit_rsst.training.counters import score
 
 RANDOM_BOUND = 1.0
-"""A criterion's mean test loss over all seeds may be at most this share of the mean of random removals."""
+"""Maximum mean test loss of a criterion over all seeds, relative to that of random removals."""
 
 SEEDS, QUICK_SEEDS = 3, 1
 RANDOM_DRAWS = 5
 CRITERIA_TRIED = ("magnitude", "activation_l1", "activation_l2", "saliency", "taylor")
 REMOVALS = {"neuron": 1 / 2, "head": 2 / 3}
-"""Kind of unit → share that stays in every block."""
+"""Kind of unit → fraction kept in every block."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: shows that it runs, judges nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    parser.add_argument("--quick", action="store_true", help="one seed, two epochs: a smoke test, checks no bounds")
     parser.add_argument("--data", metavar="FOLDER", help="CIFAR-10 as parquet; default: from the Hub")
     args = parser.parse_args()
     found: list[dict] = []
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def trained(seed: int, args: argparse.Namespace, folder: Path) -> Path:
-    """The ticket of a dense model of this seed."""
+    """Trains a dense model with this seed; returns its ticket."""
     argv = ["train", str(builtin_folder() / "cifar10" / "cpu_dense.yaml"), f"seed={seed}", f"name=seed-{seed}"]
     argv += [f"output_dir={folder}", "train.round_epochs=1", *([f"data.path={args.data}"] if args.data else [])]
     argv += ["train.epochs=2", "optim.warmup_epochs=0", "train.steps_per_epoch=20"] if args.quick else []
@@ -79,7 +79,7 @@ def trained(seed: int, args: argparse.Namespace, folder: Path) -> Path:
 
 
 def measure(path: Path, seed: int, data_path: str | None) -> list[dict]:
-    """Loss and top-1 of one model: whole, and after each removal."""
+    """Loss and top-1 of one model: unpruned, and after each removal."""
     model = open_trained(path)
     net, mean, std = model.net, model.mean, model.std
     data = open_data(replace(model.data, path=data_path), seed)
@@ -107,7 +107,7 @@ def measure(path: Path, seed: int, data_path: str | None) -> list[dict]:
 
 @contextmanager
 def removed(weights: dict[str, nn.Parameter], mask: MaskSet) -> Iterator[None]:
-    """The weights under a mask, and as they were afterwards."""
+    """Masks the weights inside the context."""
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     with torch.no_grad():
         for name, weight in weights.items():
@@ -118,7 +118,7 @@ def removed(weights: dict[str, nn.Parameter], mask: MaskSet) -> Iterator[None]:
 
 
 def rows(found: list[dict], summary: dict[tuple[str, str], float]) -> Iterator[tuple[str, ...]]:
-    """A line for each kind of unit and criterion; random is the mean of its draws."""
+    """A row for each kind of unit and criterion; random is the mean over its draws."""
     for (kind, name), loss in summary.items():
         part = [row for row in found if (row["kind"], row["criterion"]) == (kind, name)]
         seeds = dict.fromkeys(row["seed"] for row in part)

@@ -1,11 +1,11 @@
-"""How long a resume point of vit_base holds the loop, and what the thread that writes it costs meanwhile.
+"""How long saving a resume point of vit_base blocks the loop, and how much the writer thread slows it down.
 
-Weights and both moments of AdamW, a gigabyte in all, are saved by `Checkpointer.save` and, by its side, by a plain
-`safetensors.torch.save_file` of the same tensors, which hashes nothing and waits for no disk. The loop is held for the
-copy to host memory alone. While the thread hashes, writes and flushes, steps of a small model go on and are timed.
+Weights and both moments of AdamW, one gigabyte, are saved with `Checkpointer.save` and, for comparison, with a plain
+`safetensors.torch.save_file`, which neither hashes nor syncs to disk. The loop is blocked only while tensors are copied
+to host memory. While the thread hashes, writes and syncs, steps of a small model continue and are timed.
 
-Both alternate in one process, in an order drawn anew each time; a ratio compares the two of one alternation. Its median
-and 95 % interval are printed; the bound is missed when the interval's lower end lies above it.
+Both alternate in one process, in random order; a ratio compares the two within one alternation. Its median and 95 %
+interval are printed; the bound is missed if the whole interval is above it.
 """
 
 import sys
@@ -27,15 +27,15 @@ from vit_rsst.run.checkpoint import Checkpointer, ResumePoint
 from vit_rsst.training import optim
 
 HOLD_BOUND = 1.5
-"""Time that a save holds the loop, relative to a plain save_file of the same bytes."""
+"""Time that a save blocks the loop, relative to a plain save_file of the same bytes."""
 MEMORY_BOUND = 1.1
-"""Memory that a save takes at most, relative to the bytes of the point: one copy."""
+"""Peak memory of a save, relative to the size of the resume point: one copy."""
 
 ALTERNATIONS, QUICK_ALTERNATIONS, WARMUPS = 10, 2, 1
 
 
 def make_point() -> ResumePoint:
-    """What a run of vit_base saves, after one step of AdamW."""
+    """The resume point of a vit_base run after one AdamW step."""
     torch.manual_seed(0)
     net = zoo.create(*zoo.describe("vit_base", {}, 100))
     optimizer = torch.optim.AdamW(net.parameters())
@@ -48,7 +48,7 @@ def make_point() -> ResumePoint:
 
 
 def make_step() -> Callable[[], None]:
-    """A step of training that takes some milliseconds."""
+    """A training step of a few milliseconds."""
     net = zoo.create(*zoo.describe("vit_tiny", {"depth": 2}, 10))
     optimizer, images = torch.optim.SGD(net.parameters(), lr=1e-3), torch.randn(8, 3, 32, 32)
 
@@ -67,7 +67,7 @@ def timed(work: Callable[[], None]) -> float:
 
 
 class PeakMemory:
-    """The most that this process takes inside the context beyond what it took before, in bytes."""
+    """Peak increase in this process's memory inside the context, in bytes."""
 
     def __enter__(self) -> "PeakMemory":
         self.extra, self._ended = 0, threading.Event()
@@ -87,7 +87,7 @@ class PeakMemory:
 
 
 def measure_save(point: ResumePoint, folder: Path, step: Callable[[], None]) -> dict[str, float]:
-    """Seconds that the loop was held, of the whole save, and of a step meanwhile (median and longest)."""
+    """Seconds that the loop was blocked, of the whole save, and of concurrent steps (median and longest)."""
     checkpointer, begin = Checkpointer(folder, keep=1), time.perf_counter()
     held = timed(lambda: checkpointer.save(point))
     steps = []
@@ -103,7 +103,7 @@ def measure_save(point: ResumePoint, folder: Path, step: Callable[[], None]) -> 
 
 
 def measure(point: ResumePoint, num_alternations: int, folder: Path) -> list[dict[str, float]]:
-    """One record an alternation."""
+    """One record per alternation."""
     step, rng, records = make_step(), np.random.default_rng(0), []
     tensors = {f"{part}/{name}": t for part, all_of in point.tensors.items() for name, t in all_of.items()}
     for number in range(WARMUPS + num_alternations):
@@ -124,7 +124,7 @@ def main() -> int:
     point = make_point()
     num_bytes = sum(t.numel() * t.element_size() for part in point.tensors.values() for t in part.values())
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:  # /tmp may be memory
-        with PeakMemory() as memory:  # first: what later saves take is already held by the allocator
+        with PeakMemory() as memory:  # first, since later saves reuse memory held by the allocator
             measure_save(point, Path(name) / "ours", lambda: time.sleep(0.01))
         records = measure(point, QUICK_ALTERNATIONS if args.quick else ALTERNATIONS, Path(name))
     series = {key: np.array([record[key] for record in records]) for key in records[0]}
@@ -132,9 +132,9 @@ def main() -> int:
     copies = memory.extra / num_bytes
     missed = []
     if held.exceeds(HOLD_BOUND):
-        missed.append(f"a save holds the loop for {held} of a plain save_file, bound {HOLD_BOUND}")
+        missed.append(f"a save blocks the loop for {held} times a plain save_file, bound {HOLD_BOUND}")
     if copies > MEMORY_BOUND:
-        missed.append(f"a save takes {copies:.2f} times the bytes of the point, bound {MEMORY_BOUND}")
+        missed.append(f"a save takes {copies:.2f} times the size of the resume point, bound {MEMORY_BOUND}")
     result = {
         "environment": environment(torch.device("cpu"), args.quick),
         "bytes": num_bytes,
@@ -148,11 +148,11 @@ def main() -> int:
     seconds = {key: f"{float(np.median(values)):.3f}" for key, values in series.items()}
     rows = [
         ("plain save_file", seconds["plain"], "1", ""),
-        ("the loop is held", seconds["held"], str(held), str(HOLD_BOUND)),
+        ("loop blocked", seconds["held"], str(held), str(HOLD_BOUND)),
         ("whole save, in the thread", seconds["whole"], str(interval(series["whole"] / series["plain"])), ""),
-        ("a step while it writes, to a quiet one", seconds["step"], str(slowed), ""),
-        ("the longest such step", f"{series['longest_step'].max():.3f}", "", ""),
-        ("memory, in copies of the point", "", f"{copies:.3f}", str(MEMORY_BOUND)),
+        ("step during a save, to one without", seconds["step"], str(slowed), ""),
+        ("longest step during a save", f"{series['longest_step'].max():.3f}", "", ""),
+        ("memory, in copies of the resume point", "", f"{copies:.3f}", str(MEMORY_BOUND)),
     ]
     headers = (f"saving, {num_bytes / 2**30:.2f} GiB", "seconds", "ratio  [95 %]", "bound")
     return report(args, result, headers, rows)

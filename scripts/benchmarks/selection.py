@@ -1,9 +1,9 @@
-"""What a global threshold over 85 M weights costs in time and memory, beside torch.nn.utils.prune.
+"""Time and memory of a global threshold over 85 M weights, compared with torch.nn.utils.prune.
 
 vit_base (32 px, patch 4): magnitude scores of all prunable weights, one threshold, masks that keep exactly 10 %. The
-project's selector and `torch.nn.utils.prune.global_unstructured` work on the same weights, alternated in one process;
-the masks must be the same but for ties. Peak memory is that of a process of its own that selects once, counted above
-what it held before, in copies of the scores (4 bytes a weight).
+project's selector and `torch.nn.utils.prune.global_unstructured` alternate in one process on the same weights; the
+masks must be equal up to ties. Peak memory is the increase in a separate process that selects once, in copies of the
+scores (4 bytes per weight).
 """
 
 import json
@@ -24,15 +24,15 @@ from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.selector import Selector
 
 TIME_BOUND = 1.0
-"""Largest ratio of the selector's time to that of `global_unstructured`."""
+"""Maximum ratio of the selector's time to that of `global_unstructured`."""
 COPIES_BOUND = 2.0
-"""Copies of the scores that may be held at the peak; the masks that come out, a quarter of a copy, are not scores."""
+"""Maximum copies of the scores at peak; the resulting masks, a quarter of a copy, do not count."""
 
 MODEL, DENSITY = "vit_base", 0.1
 ALTERNATIONS, QUICK_ALTERNATIONS, WARMUPS = 7, 2, 1
 OURS, TORCHS = "vit_rsst selector", "torch global_unstructured"
 MEMORY_OF = "SELECTION_MEMORY_OF"
-"""Variable that makes this script a process that selects once and prints its peak."""
+"""Environment variable that makes this script select once and print its peak memory."""
 
 
 def network() -> nn.Module:
@@ -51,7 +51,7 @@ def torchs(net: nn.Module) -> MaskSet:
     places = [(net.get_submodule(name.removesuffix(".weight")), "weight") for name in names]
     prune.global_unstructured(places, prune.L1Unstructured, amount=1.0 - DENSITY)
     masks = {name: module.weight_mask.bool() for name, (module, _) in zip(names, places, strict=True)}
-    for module, name in places:  # back to plain weights, as they were
+    for module, name in places:  # restore plain weights
         module.parametrized = module._parameters.pop("weight_orig")
         for hook in list(module._forward_pre_hooks):
             del module._forward_pre_hooks[hook]
@@ -64,7 +64,7 @@ CONTENDERS = {OURS: ours, TORCHS: torchs}
 
 
 def resident(key: str) -> int:
-    """Bytes that this process holds (`VmRSS`) or held at most (`VmHWM`); Linux."""
+    """Current (`VmRSS`) or peak (`VmHWM`) memory of this process in bytes; Linux only."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -72,9 +72,9 @@ def resident(key: str) -> int:
 
 
 def select_once(name: str) -> None:
-    """Prints the bytes that one selection held above what was there before."""
+    """Prints the increase in peak memory of one selection, in bytes."""
     net = network()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here on
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = resident("VmRSS")
     CONTENDERS[name](net)
     print(json.dumps(resident("VmHWM") - before))

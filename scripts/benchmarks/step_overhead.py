@@ -1,14 +1,14 @@
-"""What a step of an rsst round costs beside a bare PyTorch loop, and what its masks cost in memory.
+"""Cost of a step in an rsst round compared with a bare PyTorch loop, and memory of its masks.
 
-RSST pays only if masks and penalty are nearly free. So the project's own loop (`loop.train_epoch`: loader, Accelerate,
-controller, seeds, console, tracker) runs beside the loop that anybody would write by hand: the same vit_tiny (32 px,
-patch 4, width 192, depth 9), random images in memory, augmentation, AdamW with decay and clipping, with loss and
-gradient norm logged at every step. The peers are other ways to mask; `bare loop, again` shows the machine's noise:
-whatever is as near to 1 as that row is no finding.
+RSST pays off only if masks and penalty are nearly free. The project's loop (`loop.train_epoch`: loader, Accelerate,
+controller, seeding, console, tracker) is compared with a hand-written one: the same vit_tiny (32 px, patch 4, width
+192, depth 9), random images in memory, augmentation, AdamW with decay and clipping, loss and gradient norm logged every
+step. The peers are other ways to mask; `bare loop, again` shows the noise: a ratio as close to 1 as that row is not
+significant.
 
-The contenders alternate in short blocks, in one process and in an order drawn anew each time. A ratio compares two
-blocks of one alternation; its median and 95 % interval are printed. A bound is missed when the interval's lower end
-lies above it; with --quick the intervals are too wide to mean much.
+The contenders alternate in short blocks, in one process and in random order. A ratio compares two blocks of one
+alternation; its median and 95 % interval are printed. A bound is missed if the whole interval is above it; with --quick
+the intervals are too wide to be meaningful.
 """
 
 import os
@@ -35,9 +35,9 @@ from vit_rsst.recipe.schema import Augment, Data, Pruning, Recipe, Schedule, Tra
 from vit_rsst.run.state import Run
 
 RATIO_BOUNDS = {64: 1.03, 8: 1.05}
-"""Batch size → largest ratio of the project's step to the bare loop's, in every phase of a round."""
+"""Batch size → maximum ratio of the project's step to the bare loop's, in every phase of a round."""
 BYTES_BOUND = 2.0
-"""Bytes a prunable weight that masks and condemned sets may take inside the window."""
+"""Maximum bytes per prunable weight of masks and condemned sets inside the window."""
 
 ALTERNATIONS, QUICK_ALTERNATIONS, WARMUPS = 40, 3, 2
 IMAGES_PER_BLOCK = {"cpu": 128, "cuda": 2048}
@@ -48,7 +48,7 @@ PHASES = ("dense round", "inside the window", "after the removal")
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: every contender trains `blocks` blocks of `steps` steps, of which the last is never reached."""
+    """One comparison: every contender trains up to `blocks` blocks of `steps` steps; the last is never reached."""
 
     batch: int
     precision: str
@@ -85,13 +85,13 @@ def phase_run(case: Case, folder: Path, phase: str, split: Split) -> Run:
 
 
 def check_phases(runs: Mapping[str, Run]) -> None:
-    """The blocks were what their names say."""
+    """Checks that the runs were in the phases that their names say."""
     found = [(round(run.controller.mask.density, 3), run.controller.condemned is not None) for run in runs.values()]
     assert found == [(1.0, False), (1.0, True), (1 - SPARSITY, False)], found
 
 
 def mask_bytes(controller: Controller) -> float:
-    """Bytes a prunable weight of all tensors that the controller holds beside model, optimizer and rewind point."""
+    """Bytes per prunable weight of all tensors of the controller except model, optimizer and rewind point."""
     found: dict[int, int] = {}
 
     def walk(value: object) -> None:
@@ -107,14 +107,14 @@ def mask_bytes(controller: Controller) -> float:
             walk(vars(value))
 
     walk({k: v for k, v in vars(controller).items() if k not in ("model", "weights", "optimizer", "rewind_point")})
-    for tensor in controller.model.state_dict().values():  # where it also lists the weights
+    for tensor in controller.model.state_dict().values():  # the controller also references the weights
         found.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(found.values()) / controller.mask.num_elements
 
 
 def measure(case: Case, num_alternations: int, device: torch.device, folder: Path) -> dict:
     """Times of all contenders, and the memory of masks and condemned sets inside the window."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # it fixes the precision once a process
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision is otherwise fixed once per process
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8, generator=random)
     split = placed(Split(images, torch.arange(NUM_IMAGES) % NUM_CLASSES), device)
@@ -144,16 +144,16 @@ def measure(case: Case, num_alternations: int, device: torch.device, folder: Pat
 
 
 def judge(case: dict) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The case's rows of the table, and a sentence for each bound that it misses."""
+    """Table rows of the case, and a sentence for each missed bound."""
     rows, missed = [], []
     for name, timing in case["contenders"].items():
         ratio, bound = Interval(**timing["ratio"]), timing["bound"]
         rows.append((f"{case['case']}: {name}", f"{timing['ms_a_step']:.2f}", str(ratio), str(bound or "")))
         if bound is not None and ratio.exceeds(bound):
             missed.append(f"{case['case']}: {name} takes {ratio} of the bare loop's step, bound {bound}")
-    rows.append((f"{case['case']}: mask bytes a weight", "", f"{case['bytes_a_weight']:.3f}", str(BYTES_BOUND)))
+    rows.append((f"{case['case']}: mask bytes per weight", "", f"{case['bytes_a_weight']:.3f}", str(BYTES_BOUND)))
     if case["bytes_a_weight"] > BYTES_BOUND:
-        missed.append(f"{case['case']}: masks take {case['bytes_a_weight']:.3f} bytes a weight, bound {BYTES_BOUND}")
+        missed.append(f"{case['case']}: masks take {case['bytes_a_weight']:.3f} bytes per weight, bound {BYTES_BOUND}")
     return rows, missed
 
 
@@ -175,7 +175,7 @@ def main() -> int:
         "cases": cases,
     }
     rows = [row for case in cases for row in judge(case)[0]]
-    return report(args, result, ("step_overhead", "ms a step", "to the bare loop  [95 %]", "bound"), rows)
+    return report(args, result, ("step_overhead", "ms/step", "ratio to bare loop  [95 %]", "bound"), rows)
 
 
 if __name__ == "__main__":

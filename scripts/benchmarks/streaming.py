@@ -1,8 +1,8 @@
-"""What a stream reads and how fast: per rank, in the training thread, in a worker, after a resume; how it shuffles.
+"""Streaming: data read per rank, time in the training thread, worker throughput, resume time, shuffle quality.
 
-Images are written here: real ones from a folder where one is given (`--imagenet`), else drawn ones. Reading is counted
-for 1 to 16 ranks in turn, in one process. The rate of a worker is alternated with decoding the same encoded images
-alone; the time of the training thread is its processor time between two batches, without augmentation.
+Images come from a folder (`--imagenet`) or are synthetic. Reads are counted for 1 to 16 ranks in turn, in one process.
+Worker throughput alternates with decoding the same encoded images alone; the time of the training thread is its CPU
+time between two batches, without augmentation.
 
     python scripts/benchmarks/streaming.py --imagenet FOLDER
 """
@@ -46,7 +46,7 @@ SIZE = 224
 
 
 def write(folder: Path, images: list[bytes], rows: int, group: int, shards: int = 8) -> Path:
-    """Parquet shards of so many rows, in row groups."""
+    """Writes parquet shards with the given number of rows and row group size."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     for split, number in (("train", rows), ("test", 200)):
         for shard, part in enumerate(np.array_split(np.arange(number), shards if split == "train" else 1)):
@@ -60,7 +60,7 @@ def write(folder: Path, images: list[bytes], rows: int, group: int, shards: int 
 
 
 def encoded(folder: Path | None, number: int) -> list[bytes]:
-    """Encoded images: of a folder in the Hub's layout, or smooth noise of 320 px."""
+    """Encoded images: from a folder in the Hub's layout, or smooth noise of 320 px."""
     if folder is not None:
         files = sorted(folder.rglob("train-*.parquet"))
         rows = (row for file in files for row in pq.read_table(file, columns=["image"])["image"].to_pylist())
@@ -86,7 +86,7 @@ def course(stream: Stream, rank: int = 0, world: int = 1, start: int = 0, epoch:
 
 
 def reading(stream: Stream, of: Course) -> tuple[int, int]:
-    """Rows and bytes that a rank reads for the rest of an epoch."""
+    """Rows and bytes that a rank reads in the rest of an epoch."""
     tracks = Tracks(of, stream, 0, 1)
     for number, step, part in of.numbered():
         for position in range(part.start, part.stop):
@@ -96,7 +96,7 @@ def reading(stream: Stream, of: Course) -> tuple[int, int]:
 
 
 def shares(stream: Stream) -> dict[int, dict]:
-    """For each number of ranks: the most rows and bytes that one of them reads, and the bound of rows."""
+    """For each number of ranks: the maximum rows and bytes read by a rank, and the bound on rows."""
     lanes, found = stream.cut(GLOBAL_BATCH), {}
     window = lanes.tracks * lanes.largest_window
     for world in RANKS:
@@ -109,7 +109,7 @@ def shares(stream: Stream) -> dict[int, dict]:
 
 
 def training_thread(stream: Stream, decoder: Decoder, workers: int, batches: int) -> float:
-    """Microseconds of the training thread for an image, with workers."""
+    """Microseconds of the training thread per image, with workers."""
     pool = Pool(stream, decoder, workers, GLOBAL_BATCH)
     running = pool.run(course(stream))
     list(islice(running, 2))
@@ -129,7 +129,7 @@ def endless(pool: Pool | Here, stream: Stream) -> Iterator:
 
 
 def worker_rate(stream: Stream, decoder: Decoder, alternations: int) -> tuple[dict[str, float], object]:
-    """Images a second: this process as a worker is, reading and decoding, against decoding what was read."""
+    """Images per second: reading and decoding like a worker, against decoding alone."""
     batches = endless(Here(stream, decoder), stream)
     samples = list(islice(stream.walk(0), GLOBAL_BATCH))
     takes = {"worker": lambda: next(batches), "decoding": lambda: decoder.__getitems__(samples)}
@@ -160,7 +160,7 @@ def resuming(folder: Path) -> tuple[float, int, int, int]:
 
 
 def order(lanes: Lanes, seed: int) -> np.ndarray:
-    """The rows of the global batches of an epoch, (steps, GLOBAL_BATCH)."""
+    """Row indices of the global batches of an epoch, (steps, GLOBAL_BATCH)."""
     starts, epoch = np.concatenate([[0], np.cumsum(lanes.counts)]), Epoch(lanes, seed)
     rows = np.empty((lanes.lanes, lanes.length), dtype=np.int64)
     for lane in range(lanes.lanes):
@@ -186,7 +186,7 @@ def neighbours(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def shuffling(epochs: int) -> dict[str, dict[str, float]]:
-    """Class entropy and shared neighbours of 50,000 rows sorted into 10 classes, as CIFAR-10's would be."""
+    """Class entropy and shared neighbours for 50,000 rows sorted by 10 classes, like a sorted CIFAR-10."""
     of_one_class = [len(p) for c in range(10) for p in np.array_split(np.arange(5000), 7 if c < 4 else 6)]
     labels = np.repeat(np.arange(10), 5000)
     steps = 50_000 // GLOBAL_BATCH
@@ -212,13 +212,13 @@ def missed(result: dict) -> list[str]:
         if found["rows"] > found["bound_rows"]
     ]
     if result["training_thread_us"] > TRAINING_THREAD_US:
-        sentences.append(f"the training thread takes {result['training_thread_us']:.1f} µs an image")
+        sentences.append(f"the training thread takes {result['training_thread_us']:.1f} µs per image")
     if result["worker_ratio"]["high"] < WORKER:
-        sentences.append(f"a worker has {result['worker_ratio']['median']:.3f} of the rate of decoding alone")
+        sentences.append(f"a worker reaches {result['worker_ratio']['median']:.3f} of the rate of decoding alone")
     if result["resume"]["seconds"] > RESUME_SECONDS:
-        sentences.append(f"the first batch after a resume came after {result['resume']['seconds']:.1f} s")
+        sentences.append(f"the first batch after a resume took {result['resume']['seconds']:.1f} s")
     if result["resume"]["rows"] > result["resume"]["bound_rows"]:
-        sentences.append("a resume reads more than one window a track")
+        sentences.append("a resume reads more than one window per track")
     for name, found in result["shuffling"].items():
         if found["entropy_ratio"] < ENTROPY or found["shared_neighbours"] > NEIGHBOURS:
             sentences.append(
@@ -229,9 +229,9 @@ def missed(result: dict) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as well")
-    parser.add_argument("--quick", action="store_true", help="less of everything: shows that it runs, proves no number")
-    parser.add_argument("--imagenet", type=Path, metavar="FOLDER", help="a part of ImageNet-1k in the Hub's layout")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: a smoke test, numbers are meaningless")
+    parser.add_argument("--imagenet", type=Path, metavar="FOLDER", help="a subset of ImageNet-1k in the Hub's layout")
     args = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -255,11 +255,11 @@ def main() -> int:
         }
     result["missed"] = missed(result)
     table = [
-        [f"rows a rank reads, {world} ranks", f"{found['rows']:,}", f"≤ {found['bound_rows']:,.0f}"]
+        [f"rows read per rank, {world} ranks", f"{found['rows']:,}", f"≤ {found['bound_rows']:,.0f}"]
         for world, found in result["reading"].items()
     ]
     table += [
-        ["training thread, µs an image", f"{result['training_thread_us']:.2f}", f"≤ {TRAINING_THREAD_US}"],
+        ["training thread, µs per image", f"{result['training_thread_us']:.2f}", f"≤ {TRAINING_THREAD_US}"],
         ["a worker, times decoding alone", str(ratio), f"≥ {WORKER}"],
         ["first batch at 90 % of an epoch, s", f"{took:.2f}", f"≤ {RESUME_SECONDS}"],
         ["rows read before it", f"{read:,} of {rows:,}", f"≤ {bound:,}"],
