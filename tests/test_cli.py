@@ -322,10 +322,10 @@ def test_the_plan_of_a_long_tail_counts_the_remaining_images(tmp_path, monkeypat
         (["model.args={num_heads: 0}"], 2, "cannot be built"),
         (["model.args={patch_size: 0}"], 2, "cannot be built"),
         (["model.args={act_layer: foo}"], 2, "cannot be built"),
-        (["model.name=dynamic_vit", "model.args={stages: []}"], 2, "stages names no block"),
+        (["model.name=dynamic_vit", "model.args={stages: []}"], 2, "stages is empty"),
         (["model.name=dynamic_vit", "model.args={ratio_weight: abc}"], 2, "model.args: dynamic_vit"),
-        (["model.name=dynamic_vit", "model.args={ratio_weight: -1}"], 2, "ratio_weight -1 is below 0"),
-        (["model.name=lightweight_vit", "model.args={patch_drop_rate: 0.25}"], 2, "patch_drop_rate leaves out tokens"),
+        (["model.name=dynamic_vit", "model.args={ratio_weight: -1}"], 2, "ratio_weight -1 is negative"),
+        (["model.name=lightweight_vit", "model.args={patch_drop_rate: 0.25}"], 2, "patch_drop_rate is not supported"),
         (["train.distill.teacher=nowhere"], 5, "train.distill.teacher: nowhere: no such ticket"),
         (["model.name=no_such_model"], 2, "model.name"),
         (["model.args={num_heads: 5}"], 2, "model"),
@@ -735,7 +735,7 @@ def test_a_terminated_run_exits_with_75_and_resumes_bit_for_bit(tmp_path, undist
     stop_at = 2 * 8 + 3  # in round 1, within the penalty's window
     done = tiny.python("-c", STOPPING, stop_at, "train", recipe, *LONG, timeout=120)
     assert done.returncode == 75, done.stderr
-    assert f"stopped on SIGTERM at step {stop_at}; the same command goes on" in done.stderr
+    assert f"stopped by SIGTERM at step {stop_at}; run the same command to resume" in done.stderr
     assert "Traceback" not in done.stderr
     found = tiny.status(run)
     assert (found["state"], found["exit_code"], found["step"]) == ("stopped", 75, stop_at)
@@ -750,7 +750,7 @@ def test_a_run_stops_at_its_time_limit_and_resumes_with_a_new_one(tmp_path, undi
     recipe = tiny.write_recipe(tmp_path)
     run = tmp_path / "runs" / "tiny"
     assert tiny.command("train", recipe, *LONG, "train.max_minutes=1e-6") == 75
-    assert "stopped on train.max_minutes at step 1; the same command goes on" in capsys.readouterr().err
+    assert "stopped by train.max_minutes at step 1; run the same command to resume" in capsys.readouterr().err
     found = tiny.status(run)
     assert (found["state"], found["exit_code"], found["step"]) == ("stopped", 75, 1)
     assert tiny.command("train", recipe, *LONG, "train.max_minutes=60") == 0

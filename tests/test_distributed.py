@@ -211,7 +211,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_same_command_goes_on(two, tmp_p
     found = tiny.status(stopped.run)
     assert (found["state"], found["exit_code"]) == ("stopped", 75), stopped.report
     assert 23 <= found["step"] <= 33
-    assert f"another rank was asked to stop at step {found['step']}" in stopped.err
+    assert f"stopped by a request on another rank at step {found['step']}" in stopped.err
 
     resumed = launch(tmp_path, ACCELERATE_USE_CPU="true")
     assert resumed.code == 0, resumed.report

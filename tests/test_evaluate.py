@@ -182,9 +182,9 @@ def test_classes_that_nobody_named_are_those_of_the_data(hub_vit, tmp_path):
     ("name", "changes", "message"),
     [
         ("config.json", {"id2label": {"a": "b"}}, "id2label does not number its classes"),
-        ("preprocessor_config.json", {"size": {"longest_edge": 3}}, "its image processor cannot be read"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 3}}, "cannot read its image processor"),
         ("preprocessor_config.json", {"size": {"height": 32, "width": 16}}, "is not square"),
-        ("preprocessor_config.json", {"size": 32, "image_mean": [0.5]}, "are not of three channels"),
+        ("preprocessor_config.json", {"size": 32, "image_mean": [0.5]}, "do not have three channels"),
     ],
 )
 def test_a_strange_folder_of_transformers_is_one_sentence(hub_vit, tmp_path, capsys, name, changes, message):
@@ -204,7 +204,7 @@ def test_a_folder_of_timm_is_shown_images_as_it_says_or_refused(run, tmp_path, c
     config["pretrained_cfg"][field] = value
     (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
     assert tiny.command("evaluate", tmp_path / "timm", "--source", "digits") == code
-    assert (f"{field} {value!r}" in capsys.readouterr().err) == (code == 2)
+    assert (f"{field} is {value!r}" in capsys.readouterr().err) == (code == 2)
 
 
 def test_a_folder_of_timm_with_a_pickle_alone_is_refused_unread(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_a_folder_of_timm_with_a_pickle_alone_is_refused_unread(tmp_path, monkey
     (folder / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}')
     (folder / "pytorch_model.bin").write_bytes(b"anything")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
-    with pytest.raises(Damaged, match="is a pickle, which can run code"):
+    with pytest.raises(Damaged, match="is a pickle, which can execute code"):
         published.open_published(str(folder))
 
 

@@ -139,7 +139,7 @@ def test_the_card_says_what_was_measured(runs, tmp_path):
     assert (tree["library_name"], tree["pipeline_tag"]) == ("vit_rsst", "image-classification")
     [result] = tree["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == pytest.approx(row["test_top1"] / 100, abs=1e-6)
-    assert f"Top-1 on the test split: {row['test_top1']:.2f} %" in text
+    assert f"Test top-1: {row['test_top1']:.2f} %" in text
     ticket = ticket_file.load(last(runs["units"]))
     assert f"{ticket.mask.density:.2%}" in text
     small = vit_rsst.export.load(tmp_path / "out")
@@ -213,8 +213,8 @@ def test_a_converted_vit_is_the_same_function_in_float64():
     [
         ({"reg_tokens": 2}, "reg_token"),
         ({"init_values": 1e-5}, r"ls1\.gamma"),
-        ({"class_token": False, "global_pool": "avg"}, "pools by 'avg'"),
-        ({"global_pool": "avg", "fc_norm": False}, "pools by 'avg'"),
+        ({"class_token": False, "global_pool": "avg"}, "pools with 'avg'"),
+        ({"global_pool": "avg", "fc_norm": False}, "pools with 'avg'"),
         ({"qk_norm": True}, "k_norm"),
         ({"pre_norm": True}, "norm_pre"),
         ({"no_embed_class": True}, "no position"),
@@ -401,7 +401,7 @@ def test_the_onnx_file_takes_any_batch_says_how_to_prepare_images_and_scores_as_
 def test_an_opset_that_the_exporter_does_not_write_is_refused(opset, runs, tmp_path, capsys):
     need("onnx")
     assert tiny.command("export", runs["units"], "--to", "onnx", tmp_path / "out", "--opset", opset) == 2
-    assert f"not in {opset}; take that one" in capsys.readouterr().err
+    assert f"not {opset}; use that" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
@@ -514,7 +514,7 @@ def test_an_unknown_target_is_refused(runs, tmp_path, capsys):
 def test_what_answers_otherwise_than_the_ticket_is_not_kept(runs, tmp_path, monkeypatch):
     wrong = replace(TARGETS["timm"], logits=lambda folder, images: torch.zeros(len(images), 10))
     monkeypatch.setitem(exporting.TARGETS, "timm", wrong)
-    with pytest.raises(RunError, match="does not answer like the ticket"):
+    with pytest.raises(RunError, match="does not match the ticket"):
         export(runs["units"], "timm", tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
@@ -593,7 +593,7 @@ def test_a_dry_run_lists_files_and_sends_nothing(runs, tmp_path, api, capsys):
 
 def test_nothing_goes_to_a_repository_of_the_other_visibility(runs, tmp_path, api, capsys):
     assert tiny.command("push", last(runs["units"]), "me/there") == 2
-    assert "exists and is public" in capsys.readouterr().err
+    assert "already exists and is public" in capsys.readouterr().err
     assert [call[0] for call in api.calls] == ["create"]
 
 
@@ -638,7 +638,7 @@ def test_what_is_no_repository_is_refused(repo, runs, api):
 def test_a_folder_that_is_no_export_is_not_sent(runs, tmp_path, api, capsys):
     for folder in (runs["units"], tmp_path):
         assert tiny.command("push", folder, "me/vit", "--dry-run") == 2
-    assert capsys.readouterr().err.count("export the ticket first") == 2
+    assert capsys.readouterr().err.count("run `vit-rsst export` first") == 2
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "hf:swin"])

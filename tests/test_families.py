@@ -224,10 +224,10 @@ def test_predictors_are_not_pruned():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"keep_ratio": 0.0}, "keep_ratio 0.0 is not more than 0"),
+        ({"keep_ratio": 0.0}, r"keep_ratio 0.0 is not in \(0, 1\]"),
         ({"keep_ratio": 1.5}, "keep_ratio 1.5"),
-        ({"stages": [2, 1]}, "do not rise within the blocks 0 to 3"),
-        ({"stages": [9]}, "do not rise within the blocks 0 to 3"),
+        ({"stages": [2, 1]}, "must be increasing block indices, 0 to 3"),
+        ({"stages": [9]}, "must be increasing block indices, 0 to 3"),
     ],
 )
 def test_stages_and_ratios_that_mean_nothing_are_an_error(args, message):

@@ -183,7 +183,7 @@ def test_any_name_of_timm_is_a_model(name):
 
 
 def test_a_name_that_nobody_knows_suggests_near_ones():
-    with pytest.raises(InputError, match=", ".join(CATALOG) + " or a name of timm") as caught:
+    with pytest.raises(InputError, match=", ".join(CATALOG) + " or a model of timm") as caught:
         on_meta("vit_tinny")
     assert "Did you mean 'vit_tiny'" in str(caught.value)
 
@@ -241,7 +241,7 @@ def test_a_glob_that_matches_nothing_is_an_error_with_examples():
 
 
 def test_nothing_left_to_prune_is_an_error():
-    with pytest.raises(InputError, match="no weight is left to prune"):
+    with pytest.raises(InputError, match="no prunable weight is left"):
         names(on_meta("vit_tiny", **tiny.MODEL_ARGS), protect=["blocks.*"])
 
 

@@ -231,7 +231,7 @@ def test_set_lr_keeps_the_shares_and_the_decay_of_a_weight_follows_its_own_rate(
 
 
 def test_a_model_that_does_not_say_its_layers_is_refused():
-    with pytest.raises(InputError, match=r"optim\.layer_decay: Sequential does not list its layers"):
+    with pytest.raises(InputError, match=r"optim\.layer_decay: Sequential does not define `group_matcher`"):
         zoo.lr_scales(nn.Sequential(linear()), 0.5)
 
 

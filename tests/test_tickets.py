@@ -315,9 +315,9 @@ def test_a_ticket_of_another_shape_does_not_fit_and_leaves_the_model_alone(saved
         ticket_file.load_into_(other, ticket_file.load(path), "here")
     text = str(caught.value)
     assert text.startswith("here: ")
-    assert "does not fit this model in" in text
+    assert "does not match this model in" in text
     assert "(10, 48)" in text or "(1, 1, 48)" in text or "(48,)" in text
-    assert text.count(": model ") == 5
+    assert text.count(" in the model, ") == 5
     assert "\n" not in text
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
@@ -325,9 +325,9 @@ def test_a_ticket_of_another_shape_does_not_fit_and_leaves_the_model_alone(saved
 def test_a_ticket_of_other_names_does_not_fit(saved):
     path, _, _ = saved
     ticket = ticket_file.load(path)
-    with pytest.raises(Damaged, match=r"blocks\.2\..*has none"):
+    with pytest.raises(Damaged, match=r"blocks\.2\..*missing in the file"):
         ticket_file.load_into_(network(depth=3), ticket, "here")
-    with pytest.raises(Damaged, match=r"blocks\.1\..*model has none"):
+    with pytest.raises(Damaged, match=r"blocks\.1\..*missing in the model"):
         ticket_file.load_into_(network(depth=1), ticket, "here")
 
 
@@ -350,7 +350,7 @@ def test_a_ticket_whose_header_describes_another_model_is_refused(ticket, capsys
     loaded = ticket_file.load(ticket)
     args = json.loads(loaded.metadata["model_args"])
     ticket_file.save(ticket, loaded.state, loaded.mask, _header(loaded) | {"model_args": json.dumps(args | change)})
-    assert "does not fit this model" in evaluated(ticket, capsys)
+    assert "does not match this model" in evaluated(ticket, capsys)
 
 
 def test_a_ticket_of_other_classes_is_refused(ticket, capsys):

@@ -169,7 +169,7 @@ def test_the_conversion_that_a_refusal_prints_works(wrap, tmp_path, monkeypatch)
     args = TINY | {"num_classes": 3}
     with pytest.raises(Damaged, match="is a pickle") as caught:
         zoo.create("vit_tiny_patch16_224", args, "it's.pth")
-    code = str(caught.value).partition("trust it: ")[2].partition(", and name ")[0]
+    code = str(caught.value).partition("in Python: ")[2].partition(", and name ")[0]
     exec(code, {})
     assert zoo.create("vit_tiny_patch16_224", args, "it's.safetensors").loaded.num_tensors == 32
 
@@ -227,7 +227,7 @@ def test_a_folder_of_transformers_is_loaded_under_its_published_names(tmp_path):
         expected = theirs.state_dict()
         assert all(torch.equal(t, expected[n]) for n, t in net.state_dict().items() if n.startswith("vit."))
         assert net.loaded.new == ("classifier.bias", "classifier.weight")
-    with pytest.raises(Damaged, match=r"does not fit this vit in 16 places \(no vit\.layers\.2"):
+    with pytest.raises(Damaged, match=r"does not match this vit in 16 places \(no vit\.layers\.2"):
         build(name, str(tmp_path / "vit"), num_hidden_layers=3)
 
 
@@ -243,7 +243,9 @@ def test_published_weights_come_from_the_hub_by_the_models_name_or_a_tag(folder)
 def test_published_weights_of_another_shape_are_refused_in_one_sentence(folder, args):
     with (
         mock.patch("vit_rsst.models.weights.hf_hub_download", return_value=str(folder / "model.safetensors")),
-        pytest.raises(InputError, match=r"does not fit.*leave its width, depth and heads out of model\.args") as caught,
+        pytest.raises(
+            InputError, match=r"does not match.*leave its width, depth and heads out of model\.args"
+        ) as caught,
     ):
         build("vit_small", True, **(DEPTH | args))
     assert "\n" not in str(caught.value)
@@ -282,9 +284,9 @@ def broken(tmp_path: Path, folder: Path) -> dict[str, tuple[Path, type[Exception
         "no tensors": (tmp_path / "hollow.safetensors", Damaged, "holds no tensors"),
         "not a number": (tmp_path / "nan.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight in .* is not finite"),
         "infinite": (tmp_path / "inf.safetensors", Damaged, r"blocks\.1\.mlp\.fc2\.weight in .* is not finite"),
-        "whole numbers": (tmp_path / "int8.safetensors", Damaged, r"of torch\.int8, not torch\.float32"),
+        "whole numbers": (tmp_path / "int8.safetensors", Damaged, r"has dtype torch\.int8, not torch\.float32"),
         "several files": (tmp_path / "two", MissingRequirement, r"\(found a\.safetensors, b\.safetensors\)"),
-        "foreign": (tmp_path / "foreign.safetensors", Damaged, "does not fit this vit_small_patch16_224 in"),
+        "foreign": (tmp_path / "foreign.safetensors", Damaged, "does not match this vit_small_patch16_224 in"),
         "missing": (tmp_path / "missing.safetensors", MissingRequirement, "does not exist"),
         "empty folder": (tmp_path / "nothing", MissingRequirement, "does not exist"),
         "folder of pickles": (tmp_path / "pickles", Damaged, pickle),
@@ -329,7 +331,7 @@ def test_a_folder_of_transformers_with_a_number_that_is_none_is_refused(tmp_path
 
 @pytest.mark.parametrize("args", [{"embed_dim": 192}, {"depth": 3}, {"depth": 1}, {"num_heads": 12}])
 def test_a_folder_of_another_shape_is_refused_even_where_only_its_heads_differ(folder, args):
-    with pytest.raises(Damaged, match=r"does not fit this vit_small_patch16_224 in \d+ places \(") as caught:
+    with pytest.raises(Damaged, match=r"does not match this vit_small_patch16_224 in \d+ places \(") as caught:
         build("vit_small", str(folder), **(DEPTH | args))
     assert "\n" not in str(caught.value)
 
@@ -373,7 +375,7 @@ def test_a_tag_that_timm_does_not_know_names_those_that_it_knows():
         build("vit_small", "no_such")
     with pytest.raises(InputError, match=r"only timm models have tags"):
         build("hf:vit", "dino")
-    with pytest.raises(InputError, match=r"is a type, which has no weights"):
+    with pytest.raises(InputError, match=r"is a model type, which has no weights"):
         build("hf:vit", True)
 
 

@@ -1,8 +1,8 @@
-"""The run: rounds, epochs, steps. The page to read first.
+"""The run: rounds, epochs, steps. Read this module first.
 
-A round begins with a plan (who is condemned, what is removed at once), trains its epochs while the controller
-enforces masks and applies the penalty, and ends with a sparse ticket. After the last round every ticket meets the
-test split, once.
+A round starts with a plan (which weights are condemned, which are removed at once), trains its epochs while the
+controller enforces masks and applies the penalty, and ends with a sparse ticket. After the last round every ticket is
+evaluated on the test split, once.
 """
 
 import math
@@ -33,11 +33,11 @@ def train(run: Run) -> None:
     """Trains all rounds.
 
     Raises:
-        Stopped: as a signal or the time limit asked, with a resume point.
+        Stopped: a signal or the time limit stopped the run; a resume point exists.
     """
     try:
         train_rounds(run)
-    except Interrupted:  # an evaluation between two epochs: the last point stands, and it is repeated from there
+    except Interrupted:  # during an evaluation outside of epochs: the last resume point is current, and repeats it
         stop_run(run, saves=False)
 
 
@@ -48,7 +48,7 @@ def train_rounds(run: Run) -> None:
             run.best.restart()
             run.seconds, run.clock = 0.0, time.monotonic()
             run.watch("round began", run.progress, run.controller)
-        if run.epoch_is_open:  # when resuming between its last step and its evaluation
+        if run.epoch_is_open:  # resumed between the last step of an epoch and its evaluation
             finish_epoch(run)
         for _ in run.progress.remaining_epochs():
             train_epoch(run)
@@ -59,7 +59,7 @@ def train_rounds(run: Run) -> None:
 
 
 def train_epoch(run: Run) -> None:
-    """From the step at which `progress` stands to the end of its epoch."""
+    """Trains from the step that `progress` points at to the end of its epoch."""
     run.model.train()
     run.ranks.heartbeat.enter("reading images")
     for micro_batches in run.loader.steps(run.progress):
@@ -75,7 +75,7 @@ def train_epoch(run: Run) -> None:
         run.readings.note(reading, loss, grad_norm)
         if logs:
             report_steps(run, run.readings.turn())
-        if run.progress.step:  # the end of an epoch is saved after its evaluation
+        if run.progress.step:  # an epoch end is saved after its evaluation
             if run.save_every_steps and run.progress.global_step % run.save_every_steps == 0:
                 save(run)
             stop_if_asked(run)
@@ -83,9 +83,9 @@ def train_epoch(run: Run) -> None:
 
 
 def train_step(run: Run, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """One optimizer step over all micro-batches of this rank: its mean loss and the gradient norm of all ranks.
+    """One optimizer step over all micro-batches of this rank; returns its mean loss and the global gradient norm.
 
-    Both stay on the device, and nothing here waits for it. A step that is not finite is skipped there.
+    Both stay on the device, and nothing here synchronizes with it. A non-finite step is skipped on the device.
     """
     losses = []
     run.controller.before_forward()
@@ -100,13 +100,13 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor
             if run.auxiliary_loss is not None:
                 loss = loss + run.auxiliary_loss()
             run.ranks.heartbeat.enter("backward")
-            run.accelerator.backward(loss)  # divides by the accumulation
+            run.accelerator.backward(loss)  # divides by the accumulation steps
         run.meter.add(logits, labels, loss)
         losses.append(loss.detach())
     run.ranks.heartbeat.enter("update")
     run.controller.after_backward(run.progress)
     norm = optim.clip_grads_(run.accelerator, run.model, run.clip_grad_norm)
-    skipped = 1.0 - norm.isfinite().float()  # a loss that is not finite on any rank makes every rank's norm so
+    skipped = 1.0 - norm.isfinite().float()  # a non-finite loss on any rank makes every rank's norm non-finite
     run.controller.before_step(run.progress)
     optim.step_unless_(run.optimizer, skipped)
     run.optimizer.zero_grad()
@@ -115,20 +115,20 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor
 
 
 def seed_step(run: Run) -> None:
-    """Seeds every generator that a step may use from the step alone, so that none has a state to lose."""
+    """Seeds every generator that a step may use from the step number alone, so there is no RNG state to save."""
     seed = derived_seed(run.seed, "step", run.progress.global_step, run.accelerator.process_index)
     if run.accelerator.device.type == "cpu":
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed notes it for every GPU too, in a third of a ms
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every GPU, which takes 0.3 ms
     else:
         torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def report_steps(run: Run, readings: list[Reading]) -> None:
-    """Logs steps whose numbers have arrived.
+    """Logs steps whose numbers have reached the host.
 
     Raises:
-        Diverged: more of them were skipped than `train.max_skipped_steps`.
+        Diverged: more than `train.max_skipped_steps` steps were skipped.
     """
     for reading in readings:
         if reading.was_skipped:
@@ -145,8 +145,8 @@ def skip_step(run: Run, reading: Reading) -> None:
     if run.skipped_steps > run.max_skipped_steps:
         raise Diverged(
             f"{place}: the loss or a gradient is not finite (gradient norm {reading.grad_norm}); lower optim.lr, "
-            "lengthen optim.warmup_epochs or set optim.clip_grad_norm. The last resume point is intact; a changed "
-            "recipe needs another name, or --restart. train.max_skipped_steps tolerates single steps."
+            "increase optim.warmup_epochs or set optim.clip_grad_norm. The last resume point is intact; a changed "
+            "recipe needs a new name, or --restart. train.max_skipped_steps tolerates single steps."
         )
     run.tracker.warning(
         reading.step - 1,
@@ -155,19 +155,19 @@ def skip_step(run: Run, reading: Reading) -> None:
 
 
 def host_metrics(run: Run) -> dict[str, float]:
-    """What a step's log says that needs nothing from the device."""
+    """The logged values of a step that need nothing from the device."""
     rates = {"train/lr": run.optimizer.param_groups[0]["lr"], "time/images_per_s": run.console.images_per_second}
     return _where(run.progress) | rates
 
 
 def save(run: Run) -> None:
-    """Saves a resume point; all steps before it are reported first. Collective."""
+    """Saves a resume point, after reporting all steps before it. Collective."""
     report_steps(run, run.readings.flush())
     resume.save(run)
 
 
 def finish_epoch(run: Run) -> None:
-    """Evaluates, logs, shows and saves the epoch that has just ended."""
+    """Evaluates, logs, prints and saves the epoch that has just ended."""
     run.epoch_is_open = True
     try:
         check_same_weights(run.net)
@@ -202,7 +202,7 @@ def finish_epoch(run: Run) -> None:
 
 
 def note_best(run: Run, top1: float) -> bool:
-    """Counts an epoch after the last removal; whether the round has waited long enough for a better one."""
+    """Counts an epoch after the last removal; returns whether the round has run out of patience."""
     if not run.controller.is_settled(run.progress):
         run.best.restart()
         return False
@@ -210,7 +210,7 @@ def note_best(run: Run, top1: float) -> bool:
 
 
 def finish_round(run: Run) -> None:
-    """Writes the round's ticket, its result and its row."""
+    """Writes the round's ticket, result and row."""
     if run.best.weights is not None:
         run.controller.restore_(run.best.weights)
     result = run.controller.end_round()
@@ -221,7 +221,7 @@ def finish_round(run: Run) -> None:
 
 
 def write_ticket(run: Run, result: RoundResult, scores: dict[str, float]) -> None:
-    """The ticket of the weights as they stand, its result and its row; on the main process."""
+    """Writes the ticket of the current weights, its result and its row; main process only."""
     path = rounds.ticket_path(run.folder.path, result.round)
     header = run.header | {"round": str(result.round), "density": repr(result.density)}
     num_bytes = ticket_file.save(path, run.net.state_dict(), run.controller.mask, header)
@@ -240,13 +240,13 @@ def write_ticket(run: Run, result: RoundResult, scores: dict[str, float]) -> Non
         ticket_bytes=num_bytes,
     )
     rounds.save_row(run.folder.path, row, asdict(result))
-    if result.round + 1 < len(run.progress.round_epochs):  # the last table comes with the test scores
+    if result.round + 1 < len(run.progress.round_epochs):  # the final table includes the test scores
         run.console.rounds(rounds.load_rows(run.folder.path))
     run.tracker.log("round", run.progress.global_step, {k: v for k, v in asdict(row).items() if v is not None})
 
 
 def score_tickets(run: Run) -> None:
-    """Every ticket meets the test split, once, read back from its file."""
+    """Evaluates every ticket, read back from its file, on the test split, once."""
     run.ranks.on_main("writing the last resume point", run.checkpointer.settle)
     for row in run.ranks.on_main("reading rounds.csv", lambda: list(map(asdict, rounds.load_rows(run.folder.path)))):
         row = rounds.RoundRow(**row)
@@ -269,15 +269,15 @@ def stop_if_asked(run: Run) -> None:
 
 
 def stop_run(run: Run, saves: bool) -> NoReturn:
-    """Stops cleanly; collective."""
+    """Stops cleanly. Collective."""
     if saves:
         report_steps(run, run.readings.flush())
         resume.save_last(run)
     else:
         run.ranks.on_main("writing the last resume point", run.checkpointer.wait)
-    run.accelerator.wait_for_everyone()  # a launcher soon ends the others when the first process has ended
-    reason = run.stop.reason or "another rank was asked to stop"
-    raise Stopped(f"stopped on {reason} at step {run.progress.global_step}; the same command goes on from there.")
+    run.accelerator.wait_for_everyone()  # once one process exits, the launcher soon kills the others
+    reason = run.stop.reason or "a request on another rank"
+    raise Stopped(f"stopped by {reason} at step {run.progress.global_step}; run the same command to resume.")
 
 
 def _where(progress: Progress) -> dict[str, int]:

@@ -11,9 +11,9 @@ class Progress:
     Attributes:
         steps_per_epoch: optimizer steps per epoch, the same on every rank.
         round_epochs: epochs of round 0, 1, …; 0 for round 0 if it starts from a trained model.
-        round: the current round.
-        epoch: epochs done in this round.
-        step: steps done in this epoch.
+        round: index of the current round.
+        epoch: epochs completed in this round.
+        step: steps completed in this epoch.
     """
 
     steps_per_epoch: int
@@ -23,13 +23,13 @@ class Progress:
     step: int = 0
 
     def remaining_rounds(self) -> Iterator[int]:
-        """Yields the current round and those after it; advances when the caller asks for the next."""
+        """Yields the current and all later rounds; advances when the caller asks for the next one."""
         while self.round < len(self.round_epochs):
             yield self.round
             self.round, self.epoch, self.step = self.round + 1, 0, 0
 
     def remaining_epochs(self) -> Iterator[int]:
-        """Yields the current epoch of this round and those after it; `advance` moves on."""
+        """Yields the current and all later epochs of this round; the caller moves on with `advance`."""
         while self.epoch < self.round_epochs[self.round]:
             yield self.epoch
 
@@ -50,7 +50,7 @@ class Progress:
 
     @property
     def round_step(self) -> int:
-        """Steps done in the current round."""
+        """Steps completed in the current round."""
         return self.epoch * self.steps_per_epoch + self.step
 
     @property
@@ -60,7 +60,7 @@ class Progress:
 
     @property
     def global_step(self) -> int:
-        """Steps done since the start of the run."""
+        """Steps completed since the start of the run."""
         return self.global_epoch * self.steps_per_epoch + self.step
 
     @property
@@ -79,5 +79,5 @@ class Progress:
 
 
 def at_fraction(fraction: float, num_steps: int) -> int:
-    """Steps done at a fraction of `num_steps`, rounded to the nearest."""
+    """Number of steps at a fraction of `num_steps`, rounded to nearest."""
     return round(fraction * num_steps)

@@ -1,4 +1,4 @@
-"""The model card: what a folder holds, what was measured, and how it is loaded. README.md with YAML front matter."""
+"""The model card of an export: its content, its scores, and how to load it. README.md with YAML front matter."""
 
 import importlib.metadata
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ MOST_CLASSES = 20
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells of a folder.
+    """Content of a model card.
 
     Attributes:
         name: of the folder.
-        library: who loads it, as the Hub names it.
-        net: the network that the files hold.
+        library: that loads it, by its name on the Hub.
+        net: the exported network.
         file: the file that holds it.
-        compared: a sentence on how that was compared with the ticket; may be empty.
-        usage: python code that loads it.
+        compared: a sentence on the comparison with the ticket; may be empty.
+        usage: Python code that loads it.
     """
 
     work: Work
@@ -47,20 +47,20 @@ class Card:
             f"---\n{strict_yaml.dump(_front(self))}---",
             f"# {self.name}",
             f"An image classifier, `{header.get('model', work.architecture)}` (`{work.architecture}`), trained and "
-            f"pruned with vit_rsst by the method `{header.get('method', 'unknown')}`. Of its prunable weights "
-            f"{mask.density:.2%} remain (sparsity {1 - mask.density:.2%}). {_scores(work)}",
+            f"pruned with vit_rsst using the method `{header.get('method', 'unknown')}`. It keeps {mask.density:.2%} "
+            f"of its prunable weights (sparsity {1 - mask.density:.2%}). {_scores(work)}",
             _sizes(self),
             self.compared,
             _units(work),
             _data(work),
-            f"## How to load it\n\n```python\n{self.usage}```",
+            f"## Usage\n\n```python\n{self.usage}```",
             _origin(work),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def of_ticket(work: Work, name: str) -> str:
-    """The card of a ticket that is pushed unconverted."""
+    """The card of a ticket pushed without conversion."""
     usage = (
         "from pathlib import Path\n\nfrom vit_rsst.models import zoo\nfrom vit_rsst.tickets import ticket_file\n\n"
         f'ticket = ticket_file.load(Path("{work.path.name}"))\n'
@@ -89,11 +89,11 @@ def _front(card: Card) -> dict:
 def _scores(work: Work) -> str:
     scores = work.measured()
     if "test_top1" not in scores:
-        return "Its accuracy on the test split was not measured."
+        return "Its test accuracy was not measured."
     precision = work.header.get("precision", "no")
     return (
-        f"Top-1 on the test split: {scores['test_top1']:.2f} % (of the ticket, "
-        f"{'in float32' if precision == 'no' else f'under autocast to {precision}'})."
+        f"Test top-1: {scores['test_top1']:.2f} % (measured on the ticket, "
+        f"{'in float32' if precision == 'no' else f'under {precision} autocast'})."
     )
 
 
@@ -104,18 +104,18 @@ def _sizes(card: Card) -> str:
     return _table(
         ("", "before", "here"),
         ("parameters", f"{before[0]:,}", f"{after[0]:,}"),
-        ("of these not zero", f"{before[1]:,}", f"{after[1]:,}"),
+        ("non-zero parameters", f"{before[1]:,}", f"{after[1]:,}"),
         ("file", f"{ticket}dense tensors {size(dense)}", f"`{card.file.name}` {size(card.file.stat().st_size)}"),
     )
 
 
 def _counted(net: nn.Module) -> tuple[int, int]:
-    """Parameters, and those that are not zero."""
+    """Parameters, and non-zero parameters."""
     return sum(p.numel() for p in net.parameters()), sum(int(torch.count_nonzero(p)) for p in net.parameters())
 
 
 def _units(work: Work) -> str:
-    """Units left of those that the architecture has, a line for every block."""
+    """Remaining units per block, out of those of the architecture."""
     groups = unit_groups(work.net)
     kinds = list(dict.fromkeys(group.kind for group in groups))
     rows: dict[int, dict[str, list[str]]] = {}
@@ -125,7 +125,7 @@ def _units(work: Work) -> str:
     if not rows:
         return ""
     lines = [(str(depth), *(", ".join(cells[kind]) for kind in kinds)) for depth, cells in rows.items()]
-    return "## Units left\n\n" + _table(("block", *(f"{kind}s" for kind in kinds)), *lines)
+    return "## Remaining units\n\n" + _table(("block", *(f"{kind}s" for kind in kinds)), *lines)
 
 
 def _data(work: Work) -> str:
@@ -137,7 +137,7 @@ def _data(work: Work) -> str:
     return (
         "## Data\n\n"
         f"Source: `{trained.data.source}`. {len(classes)} classes: {', '.join(classes[:MOST_CLASSES])}{more}.\n\n"
-        f"Images: RGB, the shorter side resized to {shorter} px ({kernel}), the {side} × {side} px centre cropped, "
+        f"Preprocessing: RGB, shorter side resized to {shorter} px ({kernel}), centre crop to {side} × {side} px, "
         f"divided by 255, normalised with mean {mean} and standard deviation {std}."
     )
 

@@ -1,4 +1,4 @@
-"""dense: the state dict with its zeros in `model.safetensors`, for the loader of the architecture itself."""
+"""dense: the state dict, zeros included, in `model.safetensors`, for the architecture's own library."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def write(work: Work, folder: Path) -> None:
 
 @torch.no_grad()
 def logits(folder: Path, images: Tensor) -> Tensor:
-    """Logits of the folder, loaded as its reader loads it."""
+    """Logits of the folder, loaded as a user would."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     net = zoo.described(slim_folder.as_header(config), str(folder))
     ticket_file.load_state_(net, load_file(folder / "model.safetensors"), str(folder))
@@ -54,7 +54,7 @@ def logits(folder: Path, images: Tensor) -> Tensor:
 
 
 def usage(work: Work) -> str:
-    """Code that loads the folder: with timm alone where timm can build the model."""
+    """Code that loads the folder; needs only timm if timm can build the model."""
     return TIMM_USAGE if not work.lacks_stock and not work.is_hub else USAGE
 
 

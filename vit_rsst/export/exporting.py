@@ -1,4 +1,4 @@
-"""Export a ticket: written beside the target folder, read back and compared with the ticket, then renamed."""
+"""Exports a ticket: writes to a temporary folder, reads it back, compares it with the ticket, then renames it."""
 
 import os
 import shutil
@@ -27,13 +27,13 @@ TARGETS: dict[str, Target] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
         sizes: file name → bytes.
-        difference: of logits from the ticket's, as a share of the largest; None when nothing here could compute them.
-        is_narrower: whether a slim form has fewer units.
-        is_slim: whether this is one.
+        difference: maximum difference from the ticket's logits, relative to the largest; None: not compared.
+        is_narrower: whether the slim form has fewer units than the dense model.
+        is_slim: whether this is the slim form.
     """
 
     path: Path
@@ -44,14 +44,14 @@ class Exported:
     is_slim: bool
 
     def text(self) -> str:
-        """Files with their sizes, how they compare with the ticket, and what was cut out."""
+        """Files and their sizes, the comparison with the ticket, and whether units were removed."""
         lines = [f"{self.path} → {self.folder}", *(f"  {name:28}{size(num)}" for name, num in self.sizes.items())]
         if self.difference is None:
             lines.append("not compared with the ticket: onnxruntime is not installed (pip install 'vit-rsst[onnx]')")
         else:
             lines.append(f"compared with the ticket: logits differ by {self.difference:.1e} of the largest")
         if self.is_slim and not self.is_narrower:
-            lines.append("no head, neuron or channel is dead: same widths as the dense model")
+            lines.append("no dead heads, neurons or channels: same widths as the dense model")
         return "\n".join(lines)
 
 
@@ -59,10 +59,11 @@ def export(what: Path, to: str, folder: Path, round_to: int | None = None, opset
     """Exports a ticket, the last ticket of a run, or a slim folder.
 
     Raises:
-        InputError: unknown target, a folder that is not empty, an option without effect, or a model without that form.
+        InputError: unknown target, a non-empty folder, an option without effect, or a model that the target does not
+            support.
         MissingRequirement: a package is missing, or the folder cannot be written.
         Damaged: the ticket cannot be read.
-        RunError: the exported model does not answer like the ticket.
+        RunError: the exported model's logits differ from the ticket's.
     """
     if to not in TARGETS:
         raise InputError(f"--to: {unknown('target', to, TARGETS)}")
@@ -112,7 +113,7 @@ def _check_options(to: str, target: Target, given: dict[str, int | None]) -> Non
 
 
 def _beside(folder: Path) -> Path:
-    """A name on the same file system, in the nearest folder that there is already."""
+    """A temporary name on the same file system, in the closest existing parent folder."""
     parent = folder.absolute().parent
     while not parent.is_dir():
         parent = parent.parent
@@ -121,7 +122,7 @@ def _beside(folder: Path) -> Path:
 
 @torch.no_grad()
 def _compared(work: Work, target: Target, folder: Path) -> float | None:
-    """Largest difference of logits from the ticket's, as a share of its largest logit where that is above 1."""
+    """Maximum difference from the ticket's logits, relative to its largest logit (at least 1)."""
     images = work.images()
     expected = work.net(images)
     try:
@@ -130,22 +131,22 @@ def _compared(work: Work, target: Target, folder: Path) -> float | None:
         raise
     except OF_A_LIBRARY as error:
         raise RunError(
-            f"{work.path}: the exported model fails ({first_line(error)}): its units cannot be cut out; use --to dense."
+            f"{work.path}: the exported model fails ({first_line(error)}); its units cannot be removed, use --to dense."
         ) from error
     if found is None:
         return None
     difference = relative_difference(expected, found)
-    if not difference <= target.tolerance:  # a NaN is not
+    if not difference <= target.tolerance:  # also catches NaN
         raise RunError(
-            f"{work.path}: the exported model does not answer like the ticket: logits differ by {difference:.1e} of "
-            f"the largest, and {target.tolerance:.0e} is allowed. The export was discarded; please report this."
+            f"{work.path}: the exported model does not match the ticket: logits differ by {difference:.1e} of the "
+            f"largest (tolerance {target.tolerance:.0e}). The export was discarded; please report this."
         )
     return difference
 
 
 def _card(work: Work, target: Target, folder: Path, name: str, found: float | None) -> Card:
     compared = (
-        "The files were not compared with the ticket, since onnxruntime was not installed."
+        "The files were not compared with the ticket: onnxruntime was not installed."
         if found is None
         else f"Compared with the ticket on random images: logits differ by {found:.1e} of the largest."
     )

@@ -1,7 +1,7 @@
-"""ONNX: `model.onnx` of the slim model, or of the dense one where no unit is gone.
+"""ONNX: `model.onnx` of the slim model, or of the dense one if no units were removed.
 
-Its input is float32 `images` (batch, 3, size, size), normalised already; mean and std stand in the file's metadata.
-Its output is `logits` (batch, classes).
+Its input is float32 `images` (batch, 3, size, size), already normalised; mean and std are in the file's metadata. Its
+output is `logits` (batch, classes).
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from vit_rsst.export.work import Target, Work
 from vit_rsst.models.published import Published
 
 FILE = "model.onnx"
-TOLERANCE = 1e-4  # the kernels of another runtime round otherwise
+TOLERANCE = 1e-4  # another runtime's kernels round differently
 INLINE_LIMIT = 2**31 - 2**24
-"""Bytes above which protobuf cannot hold the weights, so that they lie in a file beside it."""
+"""Bytes above which protobuf cannot hold the weights, so they go to a separate file."""
 METADATA = ("mean", "std", "classes", "image_size", "crop_pct", "interpolation")
-"""What the file says of how images are shown to it."""
+"""Preprocessing keys in the file's metadata."""
 USAGE = """\
 import json
 
@@ -51,10 +51,10 @@ print(classes[int(logits[0].argmax())])
 
 
 class Logits(nn.Module):
-    """Gives the input its name, whatever the network calls it.
+    """Names the input `images`, whatever the network calls it.
 
     Args:
-        attention: replaces torch's attention meanwhile; None: as it is.
+        attention: mode that replaces torch's attention in the forward pass; None: no replacement.
     """
 
     def __init__(self, net: nn.Module, attention: type[TorchFunctionMode] | None = None):
@@ -67,7 +67,7 @@ class Logits(nn.Module):
 
 
 class PlainAttention(TorchFunctionMode):
-    """Attention as products and a softmax: of torch's own, the exporter knows four dimensions and some layouts."""
+    """Attention as matrix products and softmax: the exporter supports only some shapes of torch's fused attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -83,7 +83,7 @@ class PlainAttention(TorchFunctionMode):
 
 
 def path_of(what: Path) -> Path | None:
-    """The file that a path means, itself or the one in an export folder; None where it means none."""
+    """The ONNX file at a path or in an export folder; None if there is none."""
     path = what / FILE if what.is_dir() else what
     return path if path.suffix == ".onnx" and path.is_file() else None
 
@@ -101,7 +101,7 @@ def write(work: Work, folder: Path) -> None:
     """Traces the network and writes it.
 
     Raises:
-        InputError: the exporter does not take this network, or has no such opset.
+        InputError: the exporter does not support this network or opset.
     """
     net = work.slim.net
     try:
@@ -126,11 +126,11 @@ def write(work: Work, folder: Path) -> None:
 
 
 EXPORTER_ERRORS = (torch.onnx.errors.OnnxExporterError, *OF_A_LIBRARY)
-"""What the exporter and the traced network raise."""
+"""Exceptions of the exporter and the traced network."""
 
 
 def _traced(work: Work, logits: Logits) -> Any:
-    """The network as an ONNX program whose batch is free."""
+    """The network as an ONNX program with a dynamic batch dimension."""
     with _quiet():
         return torch.onnx.export(
             logits.eval(),
@@ -145,23 +145,23 @@ def _traced(work: Work, logits: Logits) -> Any:
 
 
 def root_cause(error: BaseException) -> str:
-    """The first line of the error that the others wrap, without colours of the screen."""
+    """First line of the innermost error, without terminal colours."""
     while error.__cause__ is not None:
         error = error.__cause__
     return re.sub(r"\x1b\[[0-9;]*m", "", first_line(error)).rstrip(".!")
 
 
 def _check_opset(work: Work, found: int) -> None:
-    """The exporter writes another opset than it was asked for, and only logs it."""
+    """Checks the opset: the exporter may write a different one than requested, and only logs it."""
     if work.opset is not None and found != work.opset:
         raise InputError(
-            f"--opset: torch {torch.__version__} writes this network in opset {found}, not in {work.opset}; take that "
-            "one, or leave the option out."
+            f"--opset: torch {torch.__version__} exports this network with opset {found}, not {work.opset}; use that, "
+            "or omit the option."
         )
 
 
 def _strip_(model: Any) -> None:
-    """Takes the exporter's notes out of an onnx_ir model: a third of a small file, with paths of this machine."""
+    """Strips the exporter's metadata, a third of a small file, which holds local paths."""
     graph = model.graph
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     for part in (graph, *graph, *values):
@@ -169,14 +169,14 @@ def _strip_(model: Any) -> None:
 
 
 class Session(nn.Module):
-    """A file as a network: normalised images (batch, 3, size, size) to logits, by onnxruntime on the CPU.
+    """An ONNX file as a module: normalised images (batch, 3, size, size) to logits, with onnxruntime on the CPU.
 
     Attributes:
         about: the file's metadata.
 
     Raises:
         MissingRequirement: onnxruntime is not installed.
-        Damaged: it does not run the file.
+        Damaged: onnxruntime cannot run the file.
     """
 
     def __init__(self, path: Path):
@@ -192,8 +192,8 @@ class Session(nn.Module):
             self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         except refusals as error:
             raise Damaged(
-                f"{path}: onnxruntime {onnxruntime.__version__} does not run it ({first_line(error)}); export it "
-                "again, with an older --opset."
+                f"{path}: onnxruntime {onnxruntime.__version__} cannot run this file ({first_line(error)}); export it "
+                "again with an older --opset."
             ) from error
         self.about = self._session.get_modelmeta().custom_metadata_map
 
@@ -208,40 +208,39 @@ class Session(nn.Module):
 
 
 def opened(path: Path) -> Published:
-    """A file with what it takes to show it images.
+    """Opens an ONNX file with its preprocessing.
 
     Raises:
-        MissingRequirement, Damaged: see `Session`; also where it has another's metadata.
+        MissingRequirement, Damaged: see `Session`; also if its metadata is missing.
     """
     net = Session(path)
     try:
         mean, std, classes, *shown = (json.loads(net.about[key]) for key in METADATA)
     except (KeyError, ValueError) as error:
         raise Damaged(
-            f"{path}: its metadata do not say {', '.join(METADATA)}; expected a file that `vit-rsst export "
-            "--to onnx` wrote."
+            f"{path}: its metadata lacks {', '.join(METADATA)}; expected a file written by `vit-rsst export --to onnx`."
         ) from error
     return Published(net.eval(), *shown, mean, std, classes)
 
 
 def logits(folder: Path, images: Tensor) -> Tensor | None:
-    """Logits by onnxruntime; None where it is not installed.
+    """Logits from onnxruntime; None if it is not installed.
 
     Raises:
-        Damaged: this onnxruntime does not run the file.
+        Damaged: this onnxruntime cannot run the file.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     session = Session(folder / FILE)
-    try:  # in batches of five, two and one: some networks let the exporter fix the batch
+    try:  # in batches of five, two and one: for some networks the exporter fixes the batch size
         return torch.cat([session(images)[:-3], session(images[-3:-1]), session(images[-1:])])
     except Damaged as error:
-        raise InputError(f"--to onnx: the exported network takes batches of one size only ({error})") from error
+        raise InputError(f"--to onnx: the exported network accepts a single batch size only ({error})") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its progress and logs what it did not find; what matters is checked here."""
+    """Silences the exporter's progress and logs; what matters is checked here."""
     levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Push: an export folder, or a ticket with a card, to the Hub. The only part of the package that sends anything."""
+"""Uploads an export folder, or a ticket with a card, to the Hub. The only module that uploads anything."""
 
 import contextlib
 import tempfile
@@ -17,15 +17,15 @@ from vit_rsst.text import size
 from vit_rsst.tickets import ticket_file
 
 NOT_REACHED = HfHubHTTPError.__bases__
-"""The errors of the client that huggingface_hub stands on, which differs by its version."""
+"""Errors of huggingface_hub's HTTP client, which depends on its version."""
 
 
 def push(what: Path, repo: str, public: bool = False, dry_run: bool = False) -> str:
-    """Uploads; says what was, or with `dry_run` what would be.
+    """Uploads; returns a listing of what was, or with `dry_run` would be, uploaded.
 
     Raises:
-        InputError: not an id of a repository, not an export folder, or a repository of the other visibility.
-        MissingRequirement: no token, no network, or the Hub refuses.
+        InputError: not a repository id, not an export folder, or a repository with the other visibility.
+        MissingRequirement: no token, no network, or the Hub rejects the upload.
         Damaged: the ticket cannot be read.
     """
     _check_repo(repo)
@@ -47,11 +47,11 @@ def _check_repo(repo: str) -> None:
 
 @contextlib.contextmanager
 def _prepared(what: Path, repo: str) -> Iterator[Path]:
-    """The folder to upload; of a ticket a temporary one, with its card."""
+    """The folder to upload; for a ticket, a temporary one with its card."""
     if what.is_dir():
         if not (what / "README.md").is_file() or not any((what / n).is_file() for n in ("config.json", "model.onnx")):
             raise InputError(
-                f"{what}: not a folder that `vit-rsst export` wrote (README.md and a model); export the ticket first."
+                f"{what}: not an export folder (needs README.md and a model); run `vit-rsst export` first."
             )
         yield what
         return
@@ -64,7 +64,7 @@ def _prepared(what: Path, repo: str) -> Iterator[Path]:
 
 
 def _upload(folder: Path, repo: str, public: bool) -> str:
-    """Creates the repository if needed and uploads one commit; returns its address."""
+    """Creates the repository if needed and uploads one commit; returns its URL."""
     if constants.HF_HUB_OFFLINE:
         raise MissingRequirement("push: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it.")
     if get_token() is None:
@@ -86,5 +86,5 @@ def _upload(folder: Path, repo: str, public: bool) -> str:
 def _check_visibility(is_private: bool, repo: str, public: bool) -> None:
     """An existing repository keeps its visibility, so it must match."""
     if is_private == public:
-        found, way = ("private", "leave out --public") if is_private else ("public", "give --public")
-        raise InputError(f"REPO: {repo} exists and is {found}; {way}, change it on the Hub, or name another.")
+        found, way = ("private", "omit --public") if is_private else ("public", "pass --public")
+        raise InputError(f"REPO: {repo} already exists and is {found}; {way}, change it on the Hub, or use another.")

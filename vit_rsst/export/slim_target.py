@@ -31,7 +31,7 @@ print(data["classes"][int(logits.argmax())])
 
 
 def check(work: Work) -> None:
-    """Every ticket has a slim form; without a dead unit it is as large as the dense one."""
+    """Every ticket has a slim form; without dead units it is as large as the dense one."""
 
 
 def write(work: Work, folder: Path) -> None:
@@ -44,7 +44,7 @@ def write(work: Work, folder: Path) -> None:
 
 @torch.no_grad()
 def logits(folder: Path, images: Tensor) -> Tensor:
-    """Logits of the folder, loaded as its reader loads it."""
+    """Logits of the folder, loaded as a user would."""
     return slim_folder.load(folder)(images)
 
 

@@ -44,7 +44,7 @@ def write(work: Work, folder: Path) -> None:
     pretrained_cfg = {
         "input_size": [3, size, size],
         "fixed_input_size": own.get("fixed_input_size", False),
-        # As the images of the run were decoded: the shorter side resized, the centre cropped.
+        # The run's preprocessing: shorter side resized, centre cropped.
         "interpolation": trained.data.resampling,
         "crop_pct": trained.data.crop_share,
         "crop_mode": "center",
@@ -72,7 +72,7 @@ def write(work: Work, folder: Path) -> None:
 
 @torch.no_grad()
 def logits(folder: Path, images: Tensor) -> Tensor:
-    """Logits of the folder, loaded as its reader loads it."""
+    """Logits of the folder, loaded as a user would."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
 
 

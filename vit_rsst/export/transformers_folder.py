@@ -1,6 +1,6 @@
 """transformers: a folder that AutoModelForImageClassification and AutoImageProcessor load, without this package.
 
-Models of transformers go as they are; a plain ViT of timm becomes ViTForImageClassification, tensor by tensor.
+transformers models are saved as they are; a plain timm ViT becomes a ViTForImageClassification, tensor by tensor.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ print(model.config.id2label[int(probabilities.argmax())], float(probabilities.ma
 """
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}
-"""Class of timm's activation → its name in transformers."""
+"""timm activation class → its name in transformers."""
 
 
 def check(work: Work) -> None:
@@ -45,7 +45,7 @@ def check(work: Work) -> None:
         raise InputError(f"--to transformers: transformers has no model of {what}; use --to slim, onnx or dense.")
     if not work.is_hub and (reason := next(_obstacles(work.net), None)):
         raise InputError(
-            f"--to transformers: its ViT is not equivalent to {work.architecture}: {reason}; use --to timm."
+            f"--to transformers: {work.architecture} has no equivalent in transformers: {reason}; use --to timm."
         )
 
 
@@ -60,7 +60,7 @@ def write(work: Work, folder: Path) -> None:
     with hub.quiet():
         net.save_pretrained(folder)
     processor = ViTImageProcessor(
-        # As the images of the run were decoded: the shorter side resized, the centre cropped.
+        # The run's preprocessing: shorter side resized, centre cropped.
         do_resize=True,
         size={"shortest_edge": resized_side(size, trained.data.crop_share)},
         resample=Image.Resampling[trained.data.resampling.upper()],
@@ -79,7 +79,7 @@ def write(work: Work, folder: Path) -> None:
 
 @torch.no_grad()
 def logits(folder: Path, images: Tensor) -> Tensor:
-    """Logits of the folder, loaded as its reader loads it."""
+    """Logits of the folder, loaded as a user would."""
     from transformers import AutoModelForImageClassification
 
     with hub.quiet():
@@ -88,15 +88,15 @@ def logits(folder: Path, images: Tensor) -> Tensor:
 
 
 def converted(net: nn.Module) -> "PreTrainedModel":
-    """A plain ViT of timm as transformers' ViTForImageClassification.
+    """Converts a plain timm ViT to transformers' ViTForImageClassification.
 
     Raises:
-        InputError: it is not plain.
+        InputError: the model has no equivalent.
     """
     from transformers import ViTConfig, ViTForImageClassification
 
     if reason := next(_obstacles(net), None):
-        raise InputError(f"--to transformers: its ViT is not equivalent to this model: {reason}; use --to timm.")
+        raise InputError(f"--to transformers: this model has no equivalent in transformers: {reason}; use --to timm.")
     block, patch = net.blocks[0], net.patch_embed
     config = ViTConfig(
         hidden_size=net.embed_dim,
@@ -117,12 +117,12 @@ def converted(net: nn.Module) -> "PreTrainedModel":
 
 
 def _obstacles(net: nn.Module) -> Iterator[str]:
-    """Why transformers' ViT does not compute what this network computes; nothing when it does."""
+    """Reasons why transformers' ViT is not equivalent to this network; none if it is."""
     if type(net).__name__ != "VisionTransformer" or not hasattr(net, "blocks"):
         yield f"it is a {type(net).__name__}"
         return
     if not net.has_class_token or net.global_pool != "token":
-        yield f"it pools by {net.global_pool!r}, not by a class token"
+        yield f"it pools with {net.global_pool!r}, not with a class token"
     if len(set(net.patch_embed.img_size)) != 1 or len(set(net.patch_embed.patch_size)) != 1:
         yield "its images or patches are not square"
     expected, found = _expected_names(net), set(net.state_dict())
@@ -131,7 +131,7 @@ def _obstacles(net: nn.Module) -> Iterator[str]:
     if missing := sorted(name for name in expected - found if not name.endswith("qkv.bias")):
         yield f"it has no {missing[0]}"
     if net.pos_embed is not None and net.pos_embed.shape[1] != net.patch_embed.num_patches + 1:
-        yield "its class token has no position"
+        yield "its class token has no position embedding"
     norms = {(type(m).__name__, m.eps) for m in net.modules() if isinstance(m, nn.LayerNorm)}
     if len(norms) != 1:
         yield f"its norms differ: {sorted(norms)}"
@@ -146,7 +146,7 @@ BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-"""Layer of timm's block → of transformers'; qkv is split as well."""
+"""Layer of timm's block → layer of transformers'; qkv is split as well."""
 
 OUTSIDE = {
     "cls_token": "vit.embeddings.cls_token",
@@ -158,7 +158,7 @@ OUTSIDE = {
     "head.weight": "classifier.weight",
     "head.bias": "classifier.bias",
 }
-"""Tensor of timm's ViT outside of its blocks → of transformers'."""
+"""Tensor of timm's ViT outside of its blocks → tensor of transformers'."""
 
 
 def _expected_names(net: nn.Module) -> set[str]:
@@ -168,7 +168,7 @@ def _expected_names(net: nn.Module) -> set[str]:
 
 
 def _renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """timm's state dict under transformers' names; qkv, (3 · width, …), in three parts."""
+    """timm's state dict with transformers' names; qkv, (3 · width, …), is split in three."""
     for name, tensor in state.items():
         if name in OUTSIDE:
             yield OUTSIDE[name], tensor

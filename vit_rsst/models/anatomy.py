@@ -1,6 +1,6 @@
-"""Anatomy: which weights of a model can be pruned, and which of their slices are heads, neurons and channels.
+"""Anatomy: which weights of a model are prunable, and which of their slices form heads, neurons and channels.
 
-Units are found by the shape of the modules, not by their class; see `finders`.
+Units are found by the structure of modules, not by their class; see `finders`.
 """
 
 from collections.abc import Iterable
@@ -21,13 +21,13 @@ def prunable_weights(
 ) -> dict[str, nn.Parameter]:
     """Weights of all Linear and Conv layers except the first layer and the classifiers, by parameter name.
 
-    Left out are frozen weights and those that their layer standardises before it applies them.
+    Frozen weights, and weights that their layer standardises before use, are excluded.
 
     Args:
         model: a timm or transformers model; its configuration names the first layer and the classifiers. Modules named
-            by its attribute `task_modules`, where it has one, are treated like a classifier.
+            in its attribute `task_modules`, if any, are treated like classifiers.
         include: globs of weights to prune as well, such as `patch_embed.*` or `head.*`.
-        protect: globs of weights never to prune; wins over `include`.
+        protect: globs of weights never to prune; takes precedence over `include`.
 
     Raises:
         InputError: a glob matches no weight, or nothing is left to prune.
@@ -37,7 +37,7 @@ def prunable_weights(
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in matrices):
                 raise InputError(
-                    f"pruning.{field}: {glob!r} matches no prunable weight; this model has, for example, "
+                    f"pruning.{field}: {glob!r} matches no prunable weight; examples in this model: "
                     f"{', '.join(list(matrices)[:6])}."
                 )
 
@@ -53,10 +53,10 @@ def prunable_weights(
     if not chosen and (altered := altered_weights(model)):
         raise InputError(
             f"model.name: nothing to prune in {type(model).__name__}: {altered[0]} and {len(altered) - 1} more are "
-            "standardised before they are applied, which undoes zeros; use another model."
+            "standardised before use, which undoes zeros; use another model."
         )
     if not chosen:
-        raise InputError("pruning.protect: no weight is left to prune; protect fewer or include some.")
+        raise InputError("pruning.protect: no prunable weight is left; protect fewer or include some.")
     return chosen
 
 
@@ -77,7 +77,7 @@ def prunable_parts(
     """The weights that a granularity prunes, and their unit groups (none for element and N:M).
 
     Raises:
-        InputError: the model has no such units, all of them are protected, or a width is not a multiple of M.
+        InputError: the model has no such units, all are protected, or an input width is not a multiple of M.
     """
     weights = prunable_weights(model, include, protect)
     if granularity in UNIT_KINDS:
@@ -109,7 +109,7 @@ def prunable_parts(
 
 
 def unit_groups(model: nn.Module, kinds: Iterable[str] = ("head", "neuron", "channel")) -> list[UnitGroup]:
-    """Unit groups of a model in the order of its modules; a group whose units cannot be removed exactly is left out."""
+    """Unit groups of a model in module order; groups whose units cannot be removed exactly are omitted."""
     modules, found = dict(model.named_modules()), []
     for name, module in modules.items():
         for kind in kinds:

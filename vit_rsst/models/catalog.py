@@ -1,17 +1,17 @@
-"""The project's model names: timm architectures with fixed arguments. No torch here: recipes are checked against it."""
+"""The model catalogue: architectures with fixed arguments. No torch import, so that recipes can be checked quickly."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Stock:
-    """A timm architecture with arguments; whoever has timm can build it without this package.
+    """An architecture with its arguments.
 
     Attributes:
-        architecture: name in timm's registry, or `hf:TYPE` for a class of transformers.
-        args: arguments of `timm.create_model`; of `hf:TYPE` the fields of its configuration.
-        has_weights: whether published weights exist that fit (after resampling the embeddings).
-        is_stock: whether timm or transformers alone can build it; False: it is this package's own.
+        architecture: name in timm's registry, or `hf:TYPE` for a transformers class.
+        args: arguments of `timm.create_model`; for `hf:TYPE`, configuration fields.
+        has_weights: whether matching published weights exist (after resampling the embeddings).
+        is_stock: whether timm or transformers can build it without this package.
     """
 
     architecture: str
@@ -23,13 +23,13 @@ class Stock:
 def _vit(
     architecture: str, size: int, patch: int, width: int, depth: int, heads: int, ratio: float = 4.0, **how: bool
 ) -> Stock:
-    """A ViT by its shape; `ratio` is the width of the MLP relative to that of the tokens."""
+    """A ViT by its shape; `ratio` is the MLP width relative to the embedding width."""
     args = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     return Stock(architecture, {**args, "mlp_ratio": ratio}, **how)
 
 
 def _own(name: str, *shape: float, **more: object) -> Stock:
-    """A ViT of this package."""
+    """A ViT implemented in this package."""
     plain = _vit(name, *shape)
     return Stock(name, {**plain.args, **more}, has_weights=False, is_stock=False)
 
@@ -57,5 +57,5 @@ CATALOG: dict[str, Stock] = {
 
 
 def stock(name: str) -> Stock:
-    """The architecture behind a recipe's `model.name`: from the catalogue, else taken as timm's own name."""
+    """The architecture of a recipe's `model.name`: from the catalogue, else a timm name."""
     return CATALOG.get(name, Stock(name))

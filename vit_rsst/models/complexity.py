@@ -1,8 +1,8 @@
-"""Complexity: what a forward pass costs in floating-point operations and memory, and what removing one unit saves.
+"""Complexity: FLOPs and memory of a forward pass, and the savings from removing one unit.
 
-One multiply-accumulate (MAC) is two FLOPs: every figure here is in FLOPs, as torch's own counter gives them. It counts
-convolutions, matrix products and attention; norms, activations and additions are left out, as is usual. Nothing is
-computed: the network runs on the device `meta`, wherever its weights lie; one that looks at numbers, over zeros.
+One multiply-accumulate (MAC) is two FLOPs; all figures are FLOPs as counted by torch's FlopCounterMode: convolutions,
+matrix products and attention. Norms, activations and additions are ignored, as usual. Nothing is computed: the network
+runs on the device `meta`, wherever its weights are, or on zeros if its forward pass depends on values.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 def flops(net: nn.Module, image_size: int, batch: int = 1) -> int:
-    """FLOPs of one forward pass; half of that are MACs."""
+    """FLOPs of one forward pass; MACs are half of that."""
     return flops_by_module(net, image_size, batch)[""]
 
 
 def flops_by_module(net: nn.Module, image_size: int, batch: int = 1) -> dict[str, int]:
-    """FLOPs of one forward pass by module name, each with all that it holds; the whole network is `""`.
+    """FLOPs of one forward pass by module name, including submodules; the whole network is `""`.
 
-    Modules that compute nothing countable are left out.
+    Modules without counted operations are omitted.
     """
 
     def passed(device: str) -> FlopCounterMode:
@@ -46,15 +46,15 @@ def flops_by_module(net: nn.Module, image_size: int, batch: int = 1) -> dict[str
 
 
 def own_flops(by_module: Mapping[str, int]) -> dict[str, int]:
-    """FLOPs that each module spends outside of those it holds: of an attention module its two matrix products.
+    """FLOPs of each module without its submodules: for an attention module, its two matrix products.
 
     Args:
-        by_module: of `flops_by_module`.
+        by_module: from `flops_by_module`.
     """
     own = dict(by_module)
     for name, count in by_module.items():
         holder = name
-        while holder:  # a ModuleList on the way is never called and has no count
+        while holder:  # a ModuleList in between is never called and has no count
             holder = holder.rpartition(".")[0]
             if holder in own:
                 own[holder] -= count
@@ -65,13 +65,13 @@ def own_flops(by_module: Mapping[str, int]) -> dict[str, int]:
 def unit_costs(
     net: nn.Module, groups: Sequence[UnitGroup], image_size: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What removing one unit saves, exactly: (FLOPs, parameters), each by the name of the unit group.
+    """Exact savings from removing one unit: (FLOPs, parameters), each by unit group name.
 
-    A head saves its rows of q, k and v, its columns of the projection and its part of the attention; a neuron its row
-    of fc1 and its column of fc2; a channel its filter, its batch norm and its slice of the next convolution. Biases
-    leave with their rows. The savings of several units add up, over groups too, unless two groups divide the two sides
-    of one weight, as the channels of the consecutive inner convolutions of a bottleneck block do: then the sum counts
-    the block where they cross twice and says a little more than is saved.
+    A head saves its rows of q, k and v, its columns of the projection and its share of the attention; a neuron its row
+    of fc1 and its column of fc2; a channel its filter, its batch norm and its slice of the next convolution; each also
+    its biases. Savings are additive over units and groups, unless two groups divide the two sides of one weight, as do
+    the channels of consecutive inner convolutions of a bottleneck block: the sum then counts their intersection twice
+    and slightly overestimates.
     """
     own, parameters = own_flops(flops_by_module(net, image_size)), dict(net.named_parameters())
     saved_flops, saved_parameters = {}, {}
@@ -91,13 +91,13 @@ def unit_costs(
 
 
 def effective_flops(net: nn.Module, mask: MaskSet, groups: Sequence[UnitGroup], image_size: int) -> float:
-    """FLOPs of one forward pass with non-zero weights alone: what a machine that skips every zero would still do.
+    """FLOPs of one forward pass on hardware that skips every zero weight.
 
-    Attention counts for the heads that have any weight left.
+    Attention counts for heads with any alive weight.
 
     Args:
-        mask: alive elements of the masked weights; all others count whole.
-        groups: unit groups of the model, of which the heads that the mask covers are used.
+        mask: alive elements of the masked weights; all other weights count in full.
+        groups: unit groups of the model; only heads covered by the mask are used.
     """
     own = own_flops(flops_by_module(net, image_size))
     density = {name.removesuffix(".weight"): float(mask[name].float().mean()) for name in mask}
@@ -108,12 +108,12 @@ def effective_flops(net: nn.Module, mask: MaskSet, groups: Sequence[UnitGroup], 
 
 
 def activation_bytes(net: nn.Module, image_size: int, batch: int) -> int:
-    """Bytes that the backward pass keeps for one micro-batch in fp32."""
+    """Bytes of activations saved for the backward pass of one fp32 micro-batch."""
 
     def passed(device: str) -> int:
         shapes = shapes_of(net, device)
         parameters = {id(shape) for shape in shapes.values()}
-        kept: dict[int, Tensor] = {}  # by id, which is not given again while the tensor is held
+        kept: dict[int, Tensor] = {}  # by id, which is not reused while the tensor is referenced
 
         def pack(tensor: Tensor) -> Tensor:
             base = tensor._base if tensor._base is not None else tensor
@@ -129,7 +129,7 @@ def activation_bytes(net: nn.Module, image_size: int, batch: int) -> int:
 
 
 def without_numbers(passed: Callable[[str], T]) -> T:
-    """What a pass on the device `meta` gives, which has no memory; on the CPU where the model looks at numbers."""
+    """Result of a pass on `meta`, or on the CPU if the forward pass depends on values."""
     try:
         return passed("meta")
     except OF_A_LIBRARY:
@@ -143,14 +143,14 @@ def images(batch: int, size: int, device: str) -> Tensor:
 
 
 def shapes_of(net: nn.Module, device: str) -> dict[str, Tensor]:
-    """Parameters and buffers of zeros; without memory on `meta`."""
+    """Parameters and buffers filled with zeros; on `meta` without memory."""
     parameters = {n: torch.zeros_like(p, device=device, requires_grad=True) for n, p in net.named_parameters()}
     return parameters | {name: torch.zeros_like(buffer, device=device) for name, buffer in net.named_buffers()}
 
 
 @contextmanager
 def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Every module in training or evaluation mode, and afterwards as it was."""
+    """Puts every module in training or evaluation mode inside the context."""
     modes = {module: module.training for module in net.modules()}
     net.train(training)
     try:
@@ -161,5 +161,5 @@ def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
 
 
 def evaluating(net: nn.Module) -> AbstractContextManager[None]:
-    """Every module in evaluation mode, and afterwards as it was."""
+    """Puts every module in evaluation mode inside the context."""
     return in_mode(net, training=False)

@@ -1,9 +1,9 @@
-"""ViT that drops tokens on the way (DynamicViT, Rao et al. 2021): `dynamic_vit`.
+"""ViT with dynamic token pruning (DynamicViT, Rao et al. 2021): `dynamic_vit`.
 
-Before some of its blocks a predictor scores the patches that are left. In training it draws who stays (Gumbel-softmax,
-straight-through), and nobody attends to the others, so that gradients reach the decision; a ratio loss pulls the share
-that stays to `keep_ratio` to the power of the stage. In evaluation exactly that share, the best, stays; the rest is
-cut out and costs nothing.
+Before some blocks a predictor scores the remaining patches. In training it samples which to keep (straight-through
+Gumbel-softmax) and masks the others in attention, so that gradients reach the decision; a ratio loss pulls the kept
+fraction towards `keep_ratio` to the power of the stage. In evaluation exactly that fraction, the best, is kept; the
+rest is dropped and costs nothing.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Predictor(nn.Module):
-    """Scores for keeping and for dropping a token, from the token and from the mean of all that are alive."""
+    """Scores for keeping and dropping each token, from the token and the mean of all alive tokens."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -28,20 +28,20 @@ class Predictor(nn.Module):
         )  # fmt: skip
 
     def forward(self, tokens: Tensor, alive: Tensor) -> Tensor:
-        """(batch, patches, width) and the share of each that is alive, (batch, patches, 1) → (batch, patches, 2)."""
+        """(batch, patches, width) and alive mask (batch, patches, 1) → (batch, patches, 2)."""
         own, shared = self.embed(tokens).chunk(2, dim=-1)
-        mean = (shared * alive).sum(1, keepdim=True) / (alive.sum(1, keepdim=True) + 1e-6)  # none may be alive
+        mean = (shared * alive).sum(1, keepdim=True) / (alive.sum(1, keepdim=True) + 1e-6)  # possibly none is alive
         return self.decide(torch.cat([own, mean.expand_as(own)], dim=-1)).float()
 
 
 class SparseAttention(Attention):
-    """Self-attention in which a dropped token is seen by itself alone."""
+    """Self-attention in which dropped tokens are attended to only by themselves."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(batch, tokens, width) → the same.
 
         Args:
-            attn_mask: 1 for a token that is alive, 0 for one that is dropped, (batch, tokens, 1), with gradients.
+            attn_mask: 1 for alive tokens, 0 for dropped ones, (batch, tokens, 1), with gradients.
         """
         if attn_mask is None:
             return super().forward(x)
@@ -50,7 +50,7 @@ class SparseAttention(Attention):
         seen = attn_mask[:, None, :, 0].unsqueeze(1)  # (batch, 1, 1, tokens)
         itself = torch.eye(x.shape[1], device=x.device)
         weights = (scores - scores.detach().amax(-1, keepdim=True)).exp() * (seen + (1.0 - seen) * itself)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)  # all that is seen may be far below the largest
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)  # visible scores may be far below the maximum
         mixed = self.attn_drop(weights.to(value.dtype)) @ value  # (batch, heads, tokens, …)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
 
@@ -59,52 +59,52 @@ class DynamicVit(VisionTransformer):
     """timm's ViT with a predictor before some of its blocks.
 
     Args:
-        stages: blocks, counted from 0, before which tokens are dropped.
-        keep_ratio: share of the patches before a stage that are left after it; 1 drops none: a plain ViT.
-        ratio_weight: of the ratio loss.
-        kwargs: timm's.
+        stages: indices of the blocks before which tokens are dropped.
+        keep_ratio: fraction of patches kept at each stage; 1 drops none: a plain ViT.
+        ratio_weight: weight of the ratio loss.
+        kwargs: arguments of timm's ViT.
 
     Raises:
-        ValueError: a ratio that is no share, stages that do not rise or are no blocks, a negative weight.
+        ValueError: a ratio outside (0, 1], stages that are not increasing block indices, or a negative weight.
     """
 
     task_modules = ("predictors",)
-    """Neither pruned nor part of weights that were published for a plain ViT."""
+    """Not pruned, and absent from weights published for a plain ViT."""
 
     def __init__(
         self, stages: Sequence[int] = (1, 2, 4), keep_ratio: float = 0.7, ratio_weight: float = 2.0, **kwargs: object
     ):
         super().__init__(attn_layer=SparseAttention, global_pool="token", **kwargs)
         if not 0.0 < keep_ratio <= 1.0:
-            raise ValueError(f"keep_ratio {keep_ratio} is not more than 0 and at most 1")
+            raise ValueError(f"keep_ratio {keep_ratio} is not in (0, 1]")
         if not ratio_weight >= 0.0:
-            raise ValueError(f"ratio_weight {ratio_weight} is below 0")
+            raise ValueError(f"ratio_weight {ratio_weight} is negative")
         if not stages:
-            raise ValueError("stages names no block before which tokens are dropped; keep_ratio=1 drops none")
+            raise ValueError("stages is empty; to drop no tokens, set keep_ratio=1")
         if list(stages) != sorted(set(stages)) or not set(stages) <= set(range(len(self.blocks))):
-            raise ValueError(f"stages {list(stages)} do not rise within the blocks 0 to {len(self.blocks) - 1}")
+            raise ValueError(f"stages {list(stages)} must be increasing block indices, 0 to {len(self.blocks) - 1}")
         self.stages, self.keep_ratio, self.ratio_weight = list(stages), keep_ratio, ratio_weight
         self.predictors = nn.ModuleList(Predictor(self.embed_dim) for _ in stages if keep_ratio < 1.0)
         self.predictors.apply(self._init_weights)
         self._ratio_loss = torch.zeros(())
 
     def shares(self) -> list[float]:
-        """Of the patches that are left after each stage."""
+        """Fraction of patches left after each stage."""
         return [self.keep_ratio**stage for stage in range(1, len(self.stages) + 1)]
 
     def auxiliary_loss(self) -> Tensor:
-        """The ratio loss of the last forward pass in training: squared distance of what stayed from what should."""
+        """The ratio loss of the last training forward pass: squared distance of the kept fraction from its target."""
         return self._ratio_loss
 
     def forward_features(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """(batch, channels, height, width) → (batch, tokens, width): in training all of them, else those that stay."""
+        """(batch, channels, height, width) → (batch, tokens, width): all tokens in training, else the kept ones."""
         if self.keep_ratio == 1.0:
             return super().forward_features(x)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         return self.norm(self._while_drawing(x) if self.training else self._while_cutting(x))
 
     def _while_cutting(self, x: Tensor) -> Tensor:
-        """Cuts out all but the best patches of each stage, in their order."""
+        """Drops all but the best patches at each stage, preserving their order."""
         first, total = self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens
         for number, block in enumerate(self.blocks):
             if number in self.stages:
@@ -118,7 +118,7 @@ class DynamicVit(VisionTransformer):
         return x
 
     def _while_drawing(self, x: Tensor) -> Tensor:
-        """Draws who stays, and keeps all tokens for the sake of the gradients."""
+        """Samples which patches to keep, and masks the others so that gradients flow."""
         first, distances = self.num_prefix_tokens, []
         alive = x.new_ones(x.shape[0], x.shape[1] - first, 1, dtype=torch.float32)
         prefix, mask = alive.new_ones(len(x), first, 1), None
@@ -126,7 +126,7 @@ class DynamicVit(VisionTransformer):
             if number in self.stages:
                 stage = self.stages.index(number)
                 scores = self.predictors[stage](x[:, first:], alive)
-                alive = alive * F.gumbel_softmax(scores, hard=True)[..., :1]  # who is dropped stays dropped
+                alive = alive * F.gumbel_softmax(scores, hard=True)[..., :1]  # dropped tokens stay dropped
                 distances.append((alive.mean((1, 2)) - self.shares()[stage]).square().mean())
                 mask = torch.cat([prefix, alive], dim=1)
             if self.grad_checkpointing:

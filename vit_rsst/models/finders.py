@@ -1,6 +1,6 @@
-"""Finders: heads, neurons and channels of one module, by the shape of its parts and not by its class.
+"""Finders: heads, neurons and channels of one module, found by its structure, not its class.
 
-Whatever mixes units (a norm over all heads, a convolution between two layers) makes a module have none: its units
+A module with anything that mixes units (a norm over all heads, a convolution between two layers) has none, since they
 could not be removed exactly.
 """
 
@@ -20,7 +20,7 @@ Finder = Callable[[str, nn.Module, Modules], list[UnitGroup]]
 
 
 def _rows(num_units: int, span: int, *starts: int) -> torch.Tensor:
-    """(units, span · len(starts)): each unit owns `span` consecutive slices counted from every start."""
+    """(units, span · len(starts)): each unit owns `span` consecutive slices, offset by every start."""
     one = torch.arange(num_units * span).view(num_units, span)
     return torch.cat([one + start for start in starts], 1)
 
@@ -30,12 +30,12 @@ def _has_tensors(module: nn.Module | None) -> bool:
 
 
 def _has_more(module: nn.Module, known: Iterable[str]) -> bool:
-    """Whether a child besides the known ones has tensors, in which each unit may have a part."""
+    """Whether a child other than the known ones has tensors, which may depend on units."""
     return any(_has_tensors(child) for name, child in module.named_children() if name not in known)
 
 
 def _vectors(name: str, layer: nn.Module, index: torch.Tensor) -> list[Member]:
-    """The bias of a layer, and all tensors of a norm that treats each feature alone."""
+    """The bias of a layer, or all tensors of a per-feature norm."""
     parts = ("weight", "bias", "running_mean", "running_var") if isinstance(layer, NORMS) else ("bias",)
     return [Member(f"{name}.{part}", 0, index) for part in parts if getattr(layer, part, None) is not None]
 
@@ -44,23 +44,23 @@ def _vectors(name: str, layer: nn.Module, index: torch.Tensor) -> list[Member]:
 
 
 def timm_heads(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
-    """Rows of qkv are packed [q | k | v], each head-major; columns of proj are head-major."""
+    """timm: rows of qkv are packed [q | k | v], each head-major; columns of proj are head-major."""
     qkv, proj, heads = (getattr(module, key, None) for key in ("qkv", "proj", "num_heads"))
     if not (isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) and heads):
         return []
     width = proj.in_features
     if qkv.out_features != 3 * width or width % heads or not _lets_heads_go(module):
         return []
-    # Mixtures of tokens are alike for all heads.
+    # Token mixtures are shared by all heads.
     own = {key for key, value in module.named_parameters(recurse=False)} - {"key_mix", "value_mix"}
     biases = {key: getattr(module, key, None) for key in ("q_bias", "k_bias", "v_bias")}
     tables = {"relative_position_bias_table"}  # (distances, heads)
     mixes = not isinstance(getattr(module, "norm", None), nn.Identity | None) or getattr(module, "gate", None)
-    # Position biases are by head, in a table of the module's or of the whole model's.
+    # Position biases are per head, in a table of the module or of the whole model.
     shared = (
         hasattr(module, "rel_pos")
         or _has_tensors(modules.get("rel_pos_bias"))
-        or hasattr(modules.get("rope"), "num_heads")  # frequencies by head
+        or hasattr(modules.get("rope"), "num_heads")  # per-head frequencies
     )
     more = _has_more(module, ("qkv", "proj", "q_norm", "k_norm"))
     if mixes or shared or more or own - tables - biases.keys():
@@ -76,7 +76,7 @@ def timm_heads(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup
 
 
 def _lets_heads_go(module: nn.Module) -> bool:
-    """Whether the forward pass is known to take its width from its weights; of a plugin that is tried before a run."""
+    """Whether the forward pass takes its width from its weights; assumed for plugins, which are tested before a run."""
     is_plugin = type(module).__module__.split(".")[0] not in ("timm", "transformers")
     return is_plugin or narrow.lets_heads_go(module)
 
@@ -86,7 +86,7 @@ PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("query", "key", "value", ""),
 )
-"""Names of the four layers; the last of query, key and value is the neighbour `output.dense`."""
+"""Names of the four layers; for query, key and value the last is the sibling `output.dense`."""
 
 
 def hub_heads(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
@@ -105,7 +105,7 @@ def hub_heads(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]
     if any(layer.out_features != width for layer in layers) or width % heads:
         return []
     biases = _position_biases(name, module, modules, heads)
-    # A sequence that is made shorter first, as PVT does, is the same for all heads.
+    # A sequence reduction, as in PVT, is shared by all heads.
     more = _has_more(module, (*inner, last, "relative_position_bias", "sequence_reduction", "layer_norm", POSITION_MLP))
     own = {key for key, _ in module.named_parameters(recurse=False)} - {
         member.name.rpartition(".")[2] for member in biases or ()
@@ -124,9 +124,9 @@ POSITION_MLP = "continuous_position_bias_mlp"
 
 
 def _position_biases(name: str, module: nn.Module, modules: Modules, heads: int) -> list[Member] | None:
-    """What else is by head in an attention module of transformers; None: it is shared with other layers."""
+    """Other per-head tensors of a transformers attention module; None: they are shared with other layers."""
     parent, one, found = name.rpartition(".")[0], _rows(heads, 1, 0), []
-    for place in (name, f"{name}.relative_position_bias", f"{parent}.relative_position_bias"):  # BEiT's is a neighbour
+    for place in (name, f"{name}.relative_position_bias", f"{parent}.relative_position_bias"):  # a sibling in BEiT
         if isinstance(getattr(modules.get(place), TABLE, None), nn.Parameter):
             found.append(Member(f"{place}.{TABLE}", 1, one))
     if isinstance(getattr(module, "logit_scale", None), nn.Parameter):  # (heads, 1, 1)
@@ -134,7 +134,7 @@ def _position_biases(name: str, module: nn.Module, modules: Modules, heads: int)
     if isinstance(mlp := getattr(module, POSITION_MLP, None), nn.Sequential):
         found.append(Member(f"{name}.{POSITION_MLP}.{len(mlp) - 1}.weight", 0, one))
     above = parent.rpartition(".")[0]
-    while above:  # a table for all layers
+    while above:  # a table shared by all layers
         for child, other in modules[above].named_children():
             if isinstance(getattr(other, TABLE, None), nn.Parameter) and f"{above}.{child}" != parent:
                 return None
@@ -151,7 +151,7 @@ class Part:
 
     Attributes:
         name: of the layer.
-        norms: that treat each of its outputs alone, by name.
+        norms: per-feature norms of its outputs, with their names.
     """
 
     name: str
@@ -167,7 +167,7 @@ class Part:
         return self.layer.weight.shape[1]
 
     def members(self, index: torch.Tensor) -> tuple[Member, list[Member]]:
-        """Rows of the weight, and of what leaves with them."""
+        """Rows of the weight, and of the vectors removed with them."""
         vectors = _vectors(self.name, self.layer, index)
         return Member(f"{self.name}.weight", 0, index), vectors + [
             v for name, norm in self.norms for v in _vectors(name, norm, index)
@@ -175,7 +175,7 @@ class Part:
 
 
 def _part(name: str, module: nn.Module | None) -> Part | None:
-    """The layer that a module is or holds; None where it holds more than one, or something that mixes its outputs."""
+    """The layer that a module is or contains; None if it contains several, or anything that mixes its outputs."""
     if _is_dense(module):
         return Part(name, module)
     if module is None or isinstance(module, NORMS):
@@ -190,7 +190,7 @@ def _part(name: str, module: nn.Module | None) -> Part | None:
 
 
 def _is_dense(module: nn.Module | None) -> bool:
-    """Whether it is a layer in which every output reads every input, by its weight as it is."""
+    """Whether it is a dense layer that applies its weight unmodified."""
     is_layer = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
     return is_layer and applies_its_weight(module)
 
@@ -211,11 +211,11 @@ MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("pw1",), "pw2"),
     (("conv1",), "conv2"),
 )
-"""Layers into the neurons and the layer out of them, by the names that libraries give them."""
+"""Input layers and output layer of an MLP, by their names in libraries."""
 
 
 def neurons(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
-    """A row of fc1 and a column of fc2; of a gated MLP the gate's row, the value's row and one column."""
+    """Neurons: a row of fc1 and a column of fc2; in a gated MLP the gate's row, the value's row and one column."""
     for keys, last in MLPS:
         sources = [_part(f"{name}.{key}" if name else key, getattr(module, key, None)) for key in keys]
         consumer = _part(f"{name}.{last}" if name else last, getattr(module, last, None))
@@ -232,7 +232,7 @@ def neurons(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
         if key in (*keys, last) or not _has_tensors(child):
             continue
         if not _touches(child.named_parameters(), hidden) and not _touches(child.named_buffers(), hidden):
-            continue  # before the neurons or after them
+            continue  # before or after the neurons
         if isinstance(child, NORMS) and hidden != consumer.out:
             between += _vectors(f"{name}.{key}", child, columns)
         elif kernel := _depthwise(f"{name}.{key}", child, hidden):
@@ -243,7 +243,7 @@ def neurons(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
         return []
     members, vectors = [], []
     for source in sources:
-        # Two halves in one matrix, as in timm's GluMlp
+        # Gate and value in one matrix, as in timm's GluMlp.
         index = _rows(hidden, 1, 0, hidden) if source.out == 2 * hidden else columns
         member, more = source.members(index)
         members.append(member)
@@ -254,7 +254,7 @@ def neurons(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
 
 
 def _depthwise(name: str, module: nn.Module, width: int) -> str:
-    """Name of the convolution that a module is or holds, and that treats each of `width` features alone; else empty."""
+    """Name of the depthwise convolution over `width` features that a module is or contains; else empty."""
     inner = [(f"{name}.{key}".rstrip("."), child) for key, child in module.named_modules() if child._parameters]
     if len(inner) != 1 or not isinstance(inner[0][1], nn.Conv2d):
         return ""
@@ -263,16 +263,16 @@ def _depthwise(name: str, module: nn.Module, width: int) -> str:
 
 
 def _touches(tensors: Iterable[tuple[str, torch.Tensor]], hidden: int) -> bool:
-    """Whether a tensor has a dimension of the hidden features, or of two halves of them."""
+    """Whether a tensor has a dimension of the hidden features, or of twice their number."""
     return any(size in (hidden, 2 * hidden) for _, tensor in tensors for size in tensor.shape)
 
 
 def channels(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
-    """Output channels of the inner convolutions of a residual block; those that join the residual stream stay."""
+    """Output channels of the inner convolutions of a residual block; those added to the residual stream stay."""
     parts = list(_numbered(name, module))
     joined = any(hasattr(module, key) for key in ("shortcut", "downsample"))
     numbered = [f"{key}{number}" for key in ("conv", "bn") for number in range(1, len(parts) + 1)]
-    # `se` comes after the last convolution; whatever else has tensors may stand between two.
+    # `se` follows the last convolution; anything else with tensors may lie between two.
     if len(parts) < 2 or not joined or _has_more(module, (*numbered, "shortcut", "downsample", "se")):
         return []
     if any(not applies_its_weight(part.layer) or part.layer.groups != 1 for part in parts):
@@ -295,7 +295,7 @@ def channels(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
 
 
 def _numbered(name: str, module: nn.Module) -> Iterator[Part]:
-    """conv1, conv2, … as far as they are convolutions."""
+    """conv1, conv2, … while they are convolutions."""
     for number in itertools.count(1):
         conv = getattr(module, f"conv{number}", None)
         if not isinstance(conv, nn.Conv2d):
@@ -326,4 +326,4 @@ FINDERS: Mapping[str, tuple[Finder, ...]] = {
     "neuron": (neurons,),
     "channel": (channels, expanded),
 }
-"""Kind → who finds its units."""
+"""Kind → finders of its units."""

@@ -1,8 +1,8 @@
 """ViT with norms on both sides of the patch projection and gated MLPs: `vit_t16` and `vit_m16`.
 
-Pixels of a patch are normalised before the projection and its tokens after it (Kumar et al. 2023); MLPs are SwiGLU
-(Shazeer 2020), of three matrices without biases; one norm follows the blocks and one more stands in the head. timm's
-`global_pool` chooses the class token (`token`) or the mean over all tokens, the class token among them (`avg`).
+Pixels of a patch are normalised before the projection and tokens after it (Kumar et al. 2023); MLPs are SwiGLU
+(Shazeer 2020), three matrices without biases; one norm follows the blocks and another precedes the classifier. timm's
+`global_pool` selects the class token (`token`) or the mean over all tokens, including the class token (`avg`).
 """
 
 from timm.layers import LayerNorm, PatchEmbed, SwiGLU
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class NormedPatchEmbed(PatchEmbed):
-    """Normalises the pixels of each patch before their projection."""
+    """Normalises the pixels of each patch before the projection."""
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
@@ -26,17 +26,17 @@ class NormedPatchEmbed(PatchEmbed):
 
 
 class BiasFreeSwiGLU(SwiGLU):
-    """Gate, value and output without biases, whatever the attention beside it has."""
+    """SwiGLU without biases, whatever `bias` is."""
 
     def __init__(self, *args: object, bias: bool = True, **kwargs: object):
         super().__init__(*args, bias=False, **kwargs)
 
     def init_weights(self) -> None:
-        """timm would start the gate closed and open it by its bias, which this one lacks: it starts as the rest."""
+        """Does nothing: timm's initialization relies on the gate's bias, so default initialization is kept."""
 
 
 class GatedVit(VisionTransformer):
-    """timm's ViT with these parts; every other argument is timm's."""
+    """timm's ViT with these layers; all other arguments are timm's."""
 
     def __init__(self, **kwargs: object):
         super().__init__(

@@ -1,6 +1,6 @@
-"""Image classifiers of transformers: `hf:vit` builds one from a configuration, `hf:ID` or `hf:FOLDER` reads it there.
+"""transformers image classifiers: `hf:vit` builds one from its default configuration, `hf:ID` or `hf:FOLDER` reads one.
 
-They answer with logits, as timm's models do, and keep transformers' own parameter names.
+They return logits, as timm's models do, and keep transformers' parameter names.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from vit_rsst.models import weights
 
 PREFIX = "hf:"
 PLACE = "name_or_path"
-"""Key of the arguments that says where published weights lie; the configuration itself does not hold it."""
+"""Argument that holds the location of published weights; not a configuration field."""
 
 
 def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
     """`hf:TYPE` and the fields of its configuration, complete enough to build the model without the source.
 
     Raises:
-        InputError: transformers has no image classifier of that type, or does not take the arguments.
-        MissingRequirement: the configuration can be neither found here nor had from the Hub.
+        InputError: transformers has no image classifier of that type, or rejects the arguments.
+        MissingRequirement: the configuration is neither available locally nor on the Hub.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -55,11 +55,11 @@ def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
 
 
 OF_A_FILE = ("model_type", "architectures", "transformers_version", "id2label", "label2id")
-"""Fields of a configuration that do not say what to build."""
+"""Configuration fields that do not affect what is built."""
 
 
 def _class_of(config: Any) -> dict[str, list[str]]:
-    """The field that says which class to build, of types that have several classifiers: as named, else the first."""
+    """The field that selects the class, for types with several classifiers: the named one, else the first."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
     classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, "")
@@ -76,7 +76,7 @@ def _config_file(source: str, folder: Path) -> Path:
 
 
 def configuration(architecture: str, args: dict) -> Any:
-    """transformers' configuration of what `describe` gave."""
+    """transformers configuration of an architecture from `describe`."""
     from transformers import AutoConfig
 
     fields = {key: value for key, value in args.items() if key != PLACE}
@@ -90,17 +90,17 @@ def create(
     device: str | None = None,
     classes: Sequence[str] = (),
 ) -> nn.Module:
-    """Builds the classifier that `describe` described; its forward pass gives logits.
+    """Builds a classifier from `describe`; its forward pass returns logits.
 
     Args:
-        pretrained: load the weights of the place that the name gives, or of a file or folder; what was loaded is then
-            the attribute `loaded`.
+        pretrained: load weights from the location in the name, or from a file or folder; recorded in the network's
+            attribute `loaded`.
         classes: of the data, by label; see `zoo.create`.
 
     Raises:
-        InputError: transformers has no image classifier of that type, or it cannot be built so.
-        MissingRequirement: the weights cannot be had.
-        Damaged: the file is damaged, or of another model.
+        InputError: transformers has no image classifier of that type, or cannot build it with these arguments.
+        MissingRequirement: the weights are not available.
+        Damaged: the file is damaged, or belongs to another model.
     """
     from transformers import AutoModelForImageClassification
 
@@ -121,34 +121,34 @@ def create(
 
 
 def logits_of(module: nn.Module, args: tuple, output: Any) -> Tensor:
-    """Forward hook: the logits of transformers' output."""
+    """Forward hook that unwraps the logits from a transformers output."""
     return getattr(output, "logits", output)
 
 
 def weights_file(architecture: str, args: dict, pretrained: bool | str) -> Path:
-    """Where the weights that a recipe asks for lie.
+    """Path of the weights that a recipe asks for.
 
     Raises:
-        InputError: the model was named by its type, which has no weights, or a tag is asked for, which is timm's.
-        MissingRequirement: they cannot be had.
+        InputError: the model is named by type, which has no weights, or a tag is given, which only timm has.
+        MissingRequirement: they are not available.
     """
     source = args.get(PLACE) if pretrained is True else pretrained
     if source is None:
         raise InputError(
-            f"model.pretrained: {architecture} is a type, which has no weights; name a repository or a folder."
+            f"model.pretrained: {architecture} is a model type, which has no weights; name a repository or a folder."
         )
     if weights.is_path(source) and (pretrained is not True or Path(source).is_dir()):
         return weights.local_file(source)
     if pretrained is not True:
         raise InputError(
             f"model.pretrained: {pretrained!r} is not a file or folder, and only timm models have tags; name a "
-            "repository of transformers in model.name, as hf:OWNER/NAME."
+            "transformers repository in model.name, as hf:OWNER/NAME."
         )
     return weights.hub_file(source, weights.FILE)
 
 
 def _with_weights(file: Path, config: Any, is_published: bool, classes: tuple[str, ...]) -> nn.Module:
-    """The classifier with the weights of a file, under whichever of transformers' names they have there."""
+    """The classifier with the weights of a file; transformers maps the names."""
     from transformers import AutoModelForImageClassification
 
     tensors, sha256 = weights.read(file)
@@ -167,7 +167,9 @@ def _with_weights(file: Path, config: Any, is_published: bool, classes: tuple[st
     others = {name: (theirs, ours) for name, theirs, ours in report["mismatched_keys"]}
     wrong = [f"no {n}" for n in sorted(report["missing_keys"]) if not n.startswith(classifiers)]
     wrong += [f"extra {n}" for n in sorted(report["unexpected_keys"]) if not n.startswith(classifiers)]
-    wrong += [f"{n} of {tuple(o[0])}, not {tuple(o[1])}" for n, o in others.items() if not n.startswith(classifiers)]
+    wrong += [
+        f"{n} has shape {tuple(o[0])}, not {tuple(o[1])}" for n, o in others.items() if not n.startswith(classifiers)
+    ]
     weights.refuse(wrong, str(file), config.model_type, is_published)
     weights.refuse_infinite(net.state_dict(), file)
     if known.rows and num_theirs == config.num_labels:
@@ -181,7 +183,7 @@ def _with_weights(file: Path, config: Any, is_published: bool, classes: tuple[st
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no reports of transformers; what they say is said here."""
+    """Silences transformers' progress bars and load reports; this package reports them itself."""
     from transformers.utils import logging
 
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -196,9 +198,9 @@ def quiet() -> Iterator[None]:
 
 
 def _ends(net: nn.Module) -> dict[str, str | tuple[str, ...]]:
-    """Names of the first layer and of the classifiers, as timm's `pretrained_cfg` has them.
+    """Names of the first layer and of the classifiers, in the form of timm's `pretrained_cfg`.
 
-    Models that learn from a teacher have a second classifier; all lie outside of transformers' base model.
+    Distilled models have a second classifier; all are outside of transformers' base model.
     """
     linear = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     convs = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]

@@ -1,7 +1,7 @@
-"""Layers: which weights a Linear or Conv layer applies as they are, and what a layer is made of.
+"""Layers: Linear and Conv layers, and whether they apply their weight unmodified.
 
-A weight that its layer standardises first (`StdConv2d`, `ScaledStdConv2d`, BiT's) cannot be pruned by its zeros: the
-mean that is subtracted makes them act again.
+A weight that its layer standardises first (`StdConv2d`, `ScaledStdConv2d`, BiT's) cannot be pruned by zeroing it: the
+subtracted mean makes the zeros non-zero again.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from vit_rsst.pruning.products import Products
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-"""Norms that treat each feature alone."""
+"""Norms that treat each feature separately."""
 _PLAIN = {kind.forward for kind in LAYERS}
 _known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
@@ -30,10 +30,9 @@ class _Watch(Products):
 
 
 def applies_its_weight(layer: nn.Module) -> bool:
-    """Whether a Linear or Conv layer multiplies its input by its weight as it is.
+    """Whether a Linear or Conv layer multiplies its input by its unmodified weight.
 
-    A subclass with a forward pass of its own is called by itself on a tiny input, without memory; one that cannot be
-    called so is taken to apply something else.
+    A subclass that overrides `forward` is called on a tiny input on `meta`; if that fails, the answer is no.
     """
     if "weight" not in layer._parameters:  # a parametrization computes it
         return False
@@ -67,14 +66,14 @@ def _seen_alone(layer: nn.Module) -> bool:
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear and Conv layers that apply their weight as it is, by name."""
+    """Linear and Conv layers that apply their weight unmodified, by name."""
     for name, module in model.named_modules():
         if isinstance(module, LAYERS) and applies_its_weight(module):
             yield name, module
 
 
 def altered_weights(model: nn.Module) -> list[str]:
-    """Weights of Linear and Conv layers that are standardised or computed before they are applied."""
+    """Weights of Linear and Conv layers that are standardised or computed before use."""
     return [
         f"{name}.weight"
         for name, module in model.named_modules()

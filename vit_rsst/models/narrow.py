@@ -1,7 +1,7 @@
-"""Narrow: attention modules of timm that take as many features out of their heads as come in.
+"""Narrow: replacements for timm attention modules that require as many features from their heads as at the input.
 
-Their forward pass ends in `reshape(B, N, C)` with the C of the input, so that no head can leave. A module that loses
-one becomes one of the classes here, which differ in that line alone.
+Their forward pass ends in `reshape(B, N, C)` with the C of the input, so heads cannot be removed. A module that loses a
+head becomes one of the classes here, which differ in that line only.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def _attended(
 
 
 def _qkv(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of one matrix, whose bias may lie in three parts."""
+    """Queries, keys and values from one matrix, whose bias may be stored in three parts."""
     bias = module.qkv.bias
     if getattr(module, "q_bias", None) is not None:
         bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
@@ -37,7 +37,7 @@ def _qkv(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class NarrowEva(eva.EvaAttention):
-    """timm's EvaAttention with one matrix for q, k and v, without norm and gate over the heads."""
+    """timm's EvaAttention with one qkv matrix, without norm or gate over the heads."""
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -54,7 +54,7 @@ class NarrowEva(eva.EvaAttention):
 
 
 class NarrowBeit(beit.Attention):
-    """timm's attention of BEiT, with or without a table of position biases."""
+    """timm's BEiT attention, with or without a relative position bias table."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         bias = shared_rel_pos_bias
@@ -65,14 +65,14 @@ class NarrowBeit(beit.Attention):
 
 
 class NarrowMetaFormer(metaformer.Attention):
-    """timm's attention of CAFormer."""
+    """timm's CAFormer attention."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_drop(self.proj(_attended(self, *_qkv(self, x))))
 
 
 class NarrowFastVit(fastvit.Attention):
-    """timm's attention of FastViT, over (batch, channels, height, width)."""
+    """timm's FastViT attention, over (batch, channels, height, width)."""
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(-2, -1)
@@ -86,17 +86,17 @@ NARROW: dict[type[nn.Module], type[nn.Module]] = {
     metaformer.Attention: NarrowMetaFormer,
     fastvit.Attention: NarrowFastVit,
 }
-"""Class of timm → the one that a module of it becomes."""
+"""timm class → its replacement."""
 
 FREE = (swin_transformer.WindowAttention, *NARROW.values())
-"""Classes that take the features out of their heads from their weights."""
+"""Classes that derive the features of their heads from their weights."""
 
 
 def lets_heads_go(module: nn.Module) -> bool:
-    """Whether a module of timm keeps working without a head, as it is or as the class that it becomes."""
+    """Whether a timm module works with fewer heads, as it is or as its replacement."""
     return hasattr(module, "attn_dim") or type(module) in NARROW or type(module) in FREE
 
 
 def let_go_(module: nn.Module) -> None:
-    """Makes a module one that heads can leave; its tensors and attributes stay."""
+    """Replaces a module's class by one that allows fewer heads; tensors and attributes are kept."""
     module.__class__ = NARROW.get(type(module), type(module))

@@ -1,7 +1,7 @@
-"""Observation: what one pass through a model shows that its modules do not say.
+"""Observation: properties of a model that only running it reveals.
 
-One forward and backward pass finds the weights that reach a layer and the parameters that the loss does not reach. One
-cut on a copy finds units that the forward pass does not let go.
+A forward and backward pass finds the weights that are applied unmodified and the parameters that get no gradient. A
+trial removal on a copy finds units that the forward pass cannot do without.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,18 +20,17 @@ from vit_rsst.pruning.products import Products
 from vit_rsst.pruning.units import UnitGroup
 
 TOLERANCE = 1e-4
-"""Largest difference of logits, as a share of the largest, between a masked network and the same network cut."""
+"""Maximum difference of logits between a masked and a shrunk network, relative to the largest logit."""
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What one forward and backward pass in training mode shows.
+    """Findings of one forward and backward pass in training mode.
 
     Attributes:
-        applied: parameters that a linear map or convolution multiplies its input by, as they are; None: the forward
-            pass fails.
-        unreached: parameters that the loss has no gradient for; none if it has no gradient at all.
+        applied: parameters that a linear map or convolution applies unmodified; None: the forward pass fails.
+        unreached: parameters without gradient; empty if the loss has no gradient at all.
     """
 
     applied: frozenset[str] | None = None
@@ -39,7 +38,7 @@ class Observed:
 
 
 class _Pass(nn.Module):
-    """One pass whose backward half runs while the parameters are still replaced."""
+    """Forward and backward in one call, so that both see the substituted parameters."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -70,12 +69,12 @@ class _Applied(Products):
 
 
 def observe(net: nn.Module, image_size: int) -> Observed:
-    """Looks at one forward and backward pass; computes shapes only, wherever the weights are.
+    """Observes one forward and backward pass; computes shapes only, wherever the weights are.
 
-    A model that does not take such images shows nothing.
+    A model that does not accept such images yields empty findings.
 
     Args:
-        net: gives logits; is left as it was.
+        net: returns logits; not modified.
         image_size: side of the images in px.
     """
 
@@ -94,32 +93,33 @@ def observe(net: nn.Module, image_size: int) -> Observed:
 
 
 def freeze_(net: nn.Module, names: Iterable[str]) -> None:
-    """Freezes parameters: they are not pruned, no budget counts them, and no process waits for their gradients."""
+    """Freezes parameters: they are not pruned, not counted in budgets, and DDP does not wait for their gradients."""
     for name in names:
         net.get_parameter(name).requires_grad_(False)
 
 
 def check_inputs(observed: Observed, weights: Iterable[str], groups: Sequence[UnitGroup]) -> None:
-    """Refuses weights whose inputs a criterion could not see.
+    """Checks that a criterion can record the inputs of weights.
 
     Raises:
-        InputError: the forward pass does not multiply by one of them as it is.
+        InputError: the forward pass does not apply one of them unmodified.
     """
     if observed.applied is None:
         return
     watched = [f"{group.site.module}.weight" for group in groups] if groups else list(weights)
     if unseen := [name for name in watched if name not in observed.applied]:
         raise InputError(
-            f"pruning.criterion: the inputs of {unseen[0]} cannot be seen ({len(unseen)} such weights): the forward "
-            "pass does not multiply by it directly; protect it with pruning.protect, or use the criterion magnitude."
+            f"pruning.criterion: the inputs of {unseen[0]} cannot be recorded ({len(unseen)} such weights): the "
+            "forward pass does not multiply by it directly; protect it with pruning.protect, or use the criterion "
+            "magnitude."
         )
 
 
 def notes(net: nn.Module) -> list[str]:
-    """What of a model is neither trained nor pruned, a line each."""
+    """One line for each set of weights that are not trained or not pruned."""
     frozen = [name for name, parameter in net.named_parameters() if not parameter.requires_grad]
-    lines = {"frozen, not pruned and not counted in budgets (the loss does not reach them)": frozen}
-    lines["not pruned (standardised before they are applied, which undoes zeros)"] = altered_weights(net)
+    lines = {"frozen, not pruned and not counted in budgets (no gradient reaches them)": frozen}
+    lines["not pruned (standardised before use, which undoes zeros)"] = altered_weights(net)
     return [f"{what}: {_listed(names)}" for what, names in lines.items() if names]
 
 
@@ -128,12 +128,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def check_units(net: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> None:
-    """Removes one unit of each group from a copy and compares it with the same units masked.
+    """Removes one unit of each group from a copy and compares it with a copy in which they are masked.
 
-    On `meta` only shapes are compared.
+    On `meta`, compares shapes only.
 
     Raises:
-        InputError: the forward pass does not survive the cut, or answers differently.
+        InputError: the forward pass fails after the removal, or the logits differ.
     """
     if not groups or (reason := _cut_fails(net, groups, image_size)) is None:
         return
@@ -148,7 +148,7 @@ def check_units(net: nn.Module, groups: Sequence[UnitGroup], image_size: int) ->
 
 
 def _cut_fails(net: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> str | None:
-    """Why a network without the first unit of each group does not answer as the masked one; None if it does."""
+    """Why removing the first unit of each group differs from masking it; None if it does not."""
     device = next(net.parameters()).device
     on_meta = device.type == "meta"
     with complexity.in_mode(net, training=False), torch.no_grad(), _seeded():
@@ -170,7 +170,7 @@ def _cut_fails(net: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> 
         try:
             expected = full(images)
         except OF_A_LIBRARY:
-            return None  # with or without the units
+            return None  # it fails with or without the units
         try:
             found = small(images)
         except OF_A_LIBRARY as error:
@@ -182,7 +182,7 @@ def _cut_fails(net: nn.Module, groups: Sequence[UnitGroup], image_size: int) -> 
 
 
 def _disturb_(net: nn.Module) -> None:
-    """Noise on vectors and on what is zero: layer scales and biases begin so small that a difference would not show."""
+    """Adds noise to vectors and zero tensors: initial layer scales and biases are too small to reveal a difference."""
     for parameter in net.parameters():
         if parameter.dim() <= 1 or not parameter.any():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -190,7 +190,7 @@ def _disturb_(net: nn.Module) -> None:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Draws that are the same each time, and that nothing else notices."""
+    """Reproducible random draws that leave the global RNG state unchanged."""
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(SEED)

@@ -1,4 +1,4 @@
-"""Trained models that are no tickets: a folder of timm or transformers, or a name of timm with published weights."""
+"""Trained models other than tickets: a timm or transformers folder, or a timm name with published weights."""
 
 import json
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from vit_rsst.models.catalog import CATALOG
 
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Where transformers says how images are prepared: older and newer versions."""
+"""Image processor files of transformers, of older and newer versions."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A network with its weights and what it takes to show it images.
+    """A network with its weights and preprocessing.
 
     Attributes:
-        net: on the CPU, in evaluation mode; its forward pass gives logits.
+        net: on the CPU, in evaluation mode; its forward pass returns logits.
         image_size: side in px.
-        crop_pct: share of the shorter side that the middle of an image has.
-        interpolation: how images are resized.
-        mean, std: of the channels.
-        classes: names by label; empty where they are not said.
+        crop_pct: centre crop as a fraction of the shorter side.
+        interpolation: used to resize images.
+        mean, std: per channel.
+        classes: class names by label; empty if unknown.
     """
 
     net: nn.Module
@@ -42,7 +42,7 @@ class Published:
 
 
 def kind(what: str) -> str:
-    """`timm` or `transformers` for a folder of theirs, `name` for a model of timm's, else empty."""
+    """`timm` or `transformers` for one of their folders, `name` for a timm model name, else empty."""
     config = _read(Path(what) / CONFIG)
     if "architecture" in config and "pretrained_cfg" in config:
         return "timm"
@@ -52,17 +52,17 @@ def kind(what: str) -> str:
 
 
 def open_published(what: str) -> Published:
-    """Builds what `kind` knows, with its weights.
+    """Builds a model that `kind` recognises, with its weights.
 
     Raises:
-        InputError: a name of this package's catalogue, or one without published weights.
-        MissingRequirement: the weights can be neither found here nor had.
-        Damaged: the folder cannot be loaded, or has its weights only as a pickle.
+        InputError: a catalogue name of this package, or a name without published weights.
+        MissingRequirement: the weights are not available.
+        Damaged: the folder cannot be loaded, or has pickled weights only.
     """
     if kind(what) == "transformers":
         return _of_transformers(Path(what))
     if kind(what) == "timm":
-        weights.local_file(what)  # timm would read a pickle where there is nothing else
+        weights.local_file(what)  # timm would fall back to a pickle
         try:
             net = timm.create_model(f"local-dir:{what}", pretrained=True)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -88,8 +88,8 @@ def _check_preparation(what: str, interpolation: str, crop_mode: str) -> None:
     for name, value, choices in (("interpolation", interpolation, known), ("crop_mode", crop_mode, MODES)):
         if value not in choices:
             raise InputError(
-                f"{what}: its images are preprocessed with {name} {value!r}, and only {', '.join(choices)} are "
-                "supported; score it with the library it comes from."
+                f"{what}: unsupported preprocessing: {name} is {value!r}, expected {', '.join(choices)}; evaluate it "
+                "with the library it comes from."
             )
 
 
@@ -106,7 +106,7 @@ def _of_transformers(folder: Path) -> Published:
         prepared = _prepared(processor.get("image_processor", processor), config.get("image_size", 224))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise Damaged(
-            f"{folder}: its image processor cannot be read ({first_line(error)}); save it with transformers again."
+            f"{folder}: cannot read its image processor ({first_line(error)}); save it again with transformers."
         ) from error
     _check_preparation(str(folder), prepared["interpolation"], prepared["crop_mode"])
     classes = [names[number] for number in sorted(names)]
@@ -116,10 +116,10 @@ def _of_transformers(folder: Path) -> Published:
 
 
 def _prepared(processor: dict, image_size: int) -> dict:
-    """How an image processor of transformers prepares images, in the words of `Published`.
+    """Preprocessing of a transformers image processor, as fields of `Published`.
 
     Raises:
-        AttributeError, LookupError, TypeError, ValueError: it is not one, or its images are not square.
+        AttributeError, LookupError, TypeError, ValueError: it is not an image processor, or images are not square.
     """
     crops = bool(processor.get("do_center_crop"))
     size = processor.get("size") or {"height": image_size, "width": image_size}
@@ -132,13 +132,13 @@ def _prepared(processor: dict, image_size: int) -> dict:
         if sides.get("height") != sides.get("width"):
             raise ValueError(f"{sides} is not square")
     if kept is not None and kept > resized:
-        raise ValueError(f"it crops {kept} px from {resized}")
+        raise ValueError(f"the crop of {kept} px exceeds the image of {resized} px")
     scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0)
     normalizes = processor.get("do_normalize", True)
     mean = processor.get("image_mean", (0.5,) * 3) if normalizes else (0.0,) * 3
     std = processor.get("image_std", (0.5,) * 3) if normalizes else (1.0,) * 3
     if not len(mean) == len(std) == 3:
-        raise ValueError(f"image_mean {mean} and image_std {std} are not of three channels")
+        raise ValueError(f"image_mean {mean} and image_std {std} do not have three channels")
     return {
         "image_size": kept or resized,
         "crop_pct": (kept or resized) / resized,

@@ -1,6 +1,6 @@
 """ResNet-20 for 32 px images (He et al. 2016, section 4.2): three stages of 16, 32 and 64 channels, 0.27 M parameters.
 
-The shortcut between stages has no parameters (option A): every second pixel, new channels filled with zeros.
+The shortcut between stages has no parameters (option A): every second pixel, zero-padded channels.
 """
 
 import torch
@@ -33,9 +33,9 @@ class CifarResNet(nn.Module):
 
     Args:
         num_classes: outputs of the classifier.
-        in_chans: channels of the images.
+        in_chans: image channels.
         depth: 6n + 2.
-        width: channels of the first stage; the others have twice and four times as many.
+        width: channels of the first stage; the others have two and four times as many.
 
     Raises:
         ValueError: `depth` is not 6n + 2.
@@ -61,7 +61,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's: which parameters are before, in and after which block."""
+        """timm's interface: assigns parameters to the stem and to blocks."""
         return {"stem": r"^conv1|^bn1", "blocks": [(r"^blocks\.(\d+)", None)]}
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Slim: removes units from the modules themselves, so that the network is smaller and faster, and nothing changes.
+"""Slim: physically removes dead units, so that the network is smaller and faster and computes the same.
 
-A unit can go when nothing of it is seen: all its weights are zero, or all that the consumer reads of it is. Its rows
-leave the producing layers with their biases and norms, its columns leave the consumer.
+A unit can be removed if it has no effect: all its weights are zero, or all weights with which the consumer reads it
+are. Its rows are removed from the producing layers with their biases and norms, its columns from the consumer.
 """
 
 import copy
@@ -21,16 +21,16 @@ from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.units import UnitGroup
 
 Kept = dict[str, Tensor]
-"""Group name → int64, the units that stay, rising."""
+"""Group name → int64 indices of the units to keep, ascending."""
 
 
 def kept_units(net: nn.Module, mask: MaskSet, round_to: int = 1) -> Kept:
-    """Which units stay; at least one of every group, since an empty layer computes nothing that a library supports.
+    """Which units to keep; at least one per group, since libraries do not support empty layers.
 
     Args:
         net: the full model that the mask belongs to.
         mask: weights without a mask are alive.
-        round_to: neurons and channels are rounded up to a multiple, by dead ones, which change nothing.
+        round_to: round neurons and channels up to a multiple, by keeping dead ones, which have no effect.
     """
     state = net.state_dict()
     found: Kept = {}
@@ -86,17 +86,17 @@ class SlimForm:
 
 
 def widths(kept: Kept) -> dict[str, int]:
-    """Units of each group, all that it takes to build the shape again."""
+    """Units per group, which is all it takes to rebuild the shape."""
     return {name: len(units) for name, units in kept.items()}
 
 
 def shape_of(net: nn.Module, mask: MaskSet, header: Mapping[str, str]) -> dict[str, int]:
-    """Widths of the slim model that a ticket of the full model `net` makes; of a slim ticket its own."""
+    """Widths of the slim model of a ticket: its own if it is slim, else from the full model `net` and the mask."""
     return json.loads(header["widths"]) if "widths" in header else widths(kept_units(net, mask))
 
 
 def narrowed(net: nn.Module, stock: nn.Module) -> dict[str, int]:
-    """Widths of the groups in which a network has fewer units than the stock one; empty when it has them all."""
+    """Widths of the groups with fewer units than in the stock network; empty if none has."""
     full = {group.name: group.units for group in unit_groups(stock)}
     return {group.name: group.units for group in unit_groups(net) if group.units < full[group.name]}
 
@@ -109,10 +109,10 @@ def shrink_(net: nn.Module, kept: Mapping[str, Tensor]) -> None:
 
 
 def shape_like_(net: nn.Module, widths: Mapping[str, int], place: str) -> None:
-    """Gives a full model the widths of a slim one, whose tensors can then be loaded.
+    """Shrinks a full model to the widths of a slim one, whose tensors can then be loaded.
 
     Raises:
-        Damaged: the model has no such groups or not so many units.
+        Damaged: the model lacks a group or has fewer units.
     """
     units = {group.name: group.units for group in unit_groups(net)}
     wrong = [name for name, width in widths.items() if not 0 < width <= units.get(name, 0)]
@@ -124,7 +124,7 @@ def shape_like_(net: nn.Module, widths: Mapping[str, int], place: str) -> None:
 
 
 def copy_of(net: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the network, also where a module keeps a tensor of its last forward pass."""
+    """A deep copy, even if a module stores a tensor of its last forward pass."""
     kept = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return copy.deepcopy(net, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
 
@@ -135,7 +135,7 @@ def _shrink_group_(net: nn.Module, group: UnitGroup, kept: Tensor) -> None:
         module = net.get_submodule(path)
         tensor = getattr(module, name)
         stays = torch.ones(tensor.shape[member.dim], dtype=torch.bool)
-        stays[member.index.flatten()] = False  # slices that no unit owns stay
+        stays[member.index.flatten()] = False  # slices owned by no unit are kept
         stays[member.index[kept].flatten()] = True
         left = stays.nonzero().flatten().to(tensor.device)
         smaller = tensor.detach().index_select(member.dim, left)
@@ -148,7 +148,7 @@ def _shrink_group_(net: nn.Module, group: UnitGroup, kept: Tensor) -> None:
 
 
 def _say_width_(module: nn.Module) -> None:
-    """Makes the attributes of a layer those of its tensors."""
+    """Updates a layer's attributes to the shapes of its tensors."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv2d):
@@ -161,7 +161,7 @@ def _say_width_(module: nn.Module) -> None:
 
 
 def _say_heads_(attention: nn.Module, number: int) -> None:
-    """Libraries count heads, and the features of all heads, under these names; the size of one head stays."""
+    """Updates the number of heads and of their features under the names libraries use; the head size is unchanged."""
     narrow.let_go_(attention)
     for count, total, one in WIDTHS:
         if hasattr(attention, count):
@@ -175,4 +175,4 @@ WIDTHS = (
     ("num_heads", "attention_dim", "head_dim"),
     ("num_attention_heads", "all_head_size", "attention_head_size"),
 )
-"""Names of the number of heads, of all their features, and of the features of one."""
+"""Attribute names: number of heads, total features, features per head."""

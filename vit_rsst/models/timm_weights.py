@@ -1,8 +1,7 @@
-"""Weights for timm models: finding them, and loading all of them.
+"""Pretrained weights of timm models: finds them, and checks that all of them are loaded.
 
-timm itself adapts them to the network that it builds: it resamples patch and position embeddings, renames old tensors
-and drops the classifier if the number of classes differs. Whatever else it would leave random, and only log, is
-refused.
+timm adapts them to the network: it resamples patch and position embeddings, renames old tensors and drops the
+classifier if the number of classes differs. Any other tensor that it would leave random, and only log, is an error.
 """
 
 import contextlib
@@ -25,13 +24,13 @@ def load(
 
     Args:
         build: `timm.create_model` of the architecture; takes more arguments, and `device`.
-        classes: of the data, by label; empty where they are not known. A classifier of the same classes is kept, its
-            rows in our order; of other classes it is new.
+        classes: of the data, by label; empty if unknown. A classifier of the same classes is kept and its rows
+            reordered; for other classes it is replaced.
 
     Raises:
-        InputError: timm has no weights for this model, or no such tag, or they have another width or depth.
+        InputError: timm has no weights for this model, or no such tag, or their width or depth differs.
         MissingRequirement: they cannot be found or downloaded.
-        Damaged: the file is damaged, or of another model.
+        Damaged: the file is damaged, or belongs to another model.
     """
     file, is_published = weights_file(architecture, pretrained), not weights.is_path(pretrained)
     tensors, sha256 = weights.read(file)
@@ -40,7 +39,7 @@ def load(
     overlay = _overlay(architecture, tensors)
     num_theirs = overlay["num_classes"]
     if known.rows is None:
-        overlay["num_classes"] = 0  # timm then leaves out the classifier
+        overlay["num_classes"] = 0  # makes timm drop the classifier
     with _checked_loads(type(build(device="meta")), architecture, file, is_published) as found:
         net = build(pretrained=True, pretrained_cfg_overlay=overlay)
     weights.refuse(_other_heads(net, file), str(file), architecture, is_published)
@@ -55,11 +54,11 @@ def load(
 
 
 def weights_file(architecture: str, pretrained: bool | str) -> Path:
-    """Where the weights that a recipe asks for lie: a local file, or timm's on the Hub, fetched into the cache.
+    """Path of the weights that a recipe asks for: a local file, or timm's from the Hub, in the cache.
 
     Raises:
         InputError: timm has no weights for this model, or no such tag.
-        MissingRequirement: they cannot be had.
+        MissingRequirement: they are not available.
     """
     if weights.is_path(pretrained):
         return weights.local_file(pretrained)
@@ -75,14 +74,14 @@ def weights_file(architecture: str, pretrained: bool | str) -> Path:
     file = (published.hf_hub_filename or weights.FILE).replace("pytorch_model.bin", weights.FILE)
     if not published.hf_hub_id or not file.endswith(".safetensors") or published.custom_load == "hf":
         raise InputError(
-            f"model.pretrained: {name} is not published as safetensors, the only format read here; name another "
-            f"tag, {weights.OTHERWISE}."
+            f"model.pretrained: {name} is not published as safetensors, the only supported format; name another tag, "
+            f"{weights.OTHERWISE}."
         )
     return weights.hub_file(published.hf_hub_id, file)
 
 
 def _other_heads(net: nn.Module, file: Path) -> list[str]:
-    """Attention of other heads in the model that a `config.json` beside the file describes, which no shape shows."""
+    """Differences in the number of heads, which shapes do not show, from the `config.json` next to the file."""
     config = file.with_name("config.json")
     if not config.is_file():
         return []
@@ -98,15 +97,15 @@ def _other_heads(net: nn.Module, file: Path) -> list[str]:
             theirs = dict(timm.create_model(name, **described.get("model_args", {})).named_modules())
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise Damaged(
-            f"model.pretrained: {config} describes no {name} ({first_line(error)}); download it again."
+            f"model.pretrained: {config} does not describe a valid {name} ({first_line(error)}); download it again."
         ) from error
     ours = {name: module.num_heads for name, module in net.named_modules() if hasattr(module, "num_heads")}
     found = {name: getattr(theirs.get(name), "num_heads", asked) for name, asked in ours.items()}
-    return [f"{name} of {found[name]} heads, not {ours[name]}" for name in ours if found[name] != ours[name]]
+    return [f"{name} has {found[name]} heads, not {ours[name]}" for name in ours if found[name] != ours[name]]
 
 
 def _overlay(architecture: str, tensors: dict[str, Tensor]) -> dict:
-    """What tells timm to load these tensors, and of how many classes they are."""
+    """Config overlay that makes timm load these tensors, with their number of classes."""
     published = timm.get_pretrained_cfg(architecture)
     classifier = (published.classifier if published else None) or "head"
     first = classifier if isinstance(classifier, str) else classifier[0]
@@ -120,16 +119,16 @@ def _classifiers(net: nn.Module) -> tuple[str, ...]:
 
 
 def _free_modules(net: nn.Module) -> tuple[str, ...]:
-    """Prefixes of what a file may lack: the classifiers, and what else decides."""
+    """Prefixes of modules that a file may lack: the classifiers and `task_modules`."""
     return tuple(f"{name}." for name in (*_classifiers(net), *getattr(net, "task_modules", ())))
 
 
 @contextlib.contextmanager
 def _checked_loads(kind: type[nn.Module], architecture: str, file: Path, is_published: bool) -> Iterator[list[tuple]]:
-    """Looks at what timm adapts and loads into networks of one class meanwhile; it only logs what it leaves random.
+    """Checks what timm loads into networks of one class inside the context; timm only logs what it leaves random.
 
     Yields:
-        a list of (state dict, what stays random, what is left out), one for each.
+        a list with (state dict, tensors left random, tensors left out) for each load.
     """
     found: list[tuple] = []
 

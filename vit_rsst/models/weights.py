@@ -1,6 +1,6 @@
-"""Pretrained weights: finding the file, reading it, and what was loaded.
+"""Pretrained weights: finding the file, reading it, and recording what was loaded.
 
-Only safetensors is read; nothing here unpickles.
+Only safetensors files are read; nothing is unpickled.
 """
 
 import hashlib
@@ -21,27 +21,27 @@ from vit_rsst.errors import Damaged, InputError, MissingRequirement, first_line
 
 FILE = "model.safetensors"
 INDEX = f"{FILE}.index.json"
-"""Beside shards: which file holds which tensor."""
+"""Index of sharded weights: which file holds which tensor."""
 PREFIXES = ("_orig_mod.", "module.")
-"""What torch.compile and DistributedDataParallel put before every name."""
+"""Name prefixes added by torch.compile and DistributedDataParallel."""
 CHECKPOINTS = ("model", "state_dict", "model_state_dict", "module", "net")
-"""Where trainers keep the weights in a checkpoint."""
+"""Keys under which trainers store weights in a checkpoint."""
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt", ".tar")
 OTHERWISE = "or set model.pretrained=false to train from random weights"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded into a network, kept as its attribute `loaded`.
+    """Record of weights loaded into a network, stored as its attribute `loaded`.
 
     Attributes:
-        file: where it was read from.
+        file: source of the weights.
         sha256: of the file, in hexadecimal.
-        num_tensors: loaded, including the resampled ones.
+        num_tensors: number of loaded tensors, including resampled ones.
         resampled: tensors whose shape differs in the file.
-        new: tensors missing from the file, which are random: those of a new classifier.
-        left_out: tensors of the file that the network has no place for: those of the old classifier.
-        classifier: a sentence on what became of the classifier.
+        new: tensors missing from the file and therefore random: those of a new classifier.
+        left_out: tensors of the file that the network does not have: those of the old classifier.
+        classifier: a sentence on what happened to the classifier.
     """
 
     file: str
@@ -68,7 +68,7 @@ def _shortened(names: tuple[str, ...]) -> str:
 
 
 def is_path(source: bool | str) -> bool:
-    """Whether a recipe's `model.pretrained` names a file or a folder, and not a tag of timm."""
+    """Whether a recipe's `model.pretrained` is a file or folder rather than a timm tag."""
     if isinstance(source, bool):
         return False
     path = Path(source).expanduser()
@@ -77,10 +77,10 @@ def is_path(source: bool | str) -> bool:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of weights beside those of the data.
+    """Classes of pretrained weights and of the data.
 
     Attributes:
-        theirs, ours: names by label; empty where nobody names them.
+        theirs, ours: names by label, of the weights and of the data; empty if unknown.
     """
 
     theirs: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class Classes:
 
     @property
     def rows(self) -> list[int] | None:
-        """For each of our classes the row of their classifier; None: it predicts other classes."""
+        """Row of their classifier for each of our classes; None: it predicts other classes."""
         if not self.theirs or not self.ours:
             return list(range(len(self.ours)))
         numbers = {name: number for number, name in enumerate(self.theirs)}
@@ -97,11 +97,11 @@ class Classes:
         return [numbers[name] for name in self.ours]
 
     def text(self, num_theirs: int, num_ours: int) -> str:
-        """What becomes of the classifier."""
+        """What happens to the classifier."""
         if num_theirs != num_ours:
-            return ""  # its size says it
+            return ""  # evident from its size
         if not self.ours:
-            return "" if not self.theirs else f"classifier of the classes {shortened(self.theirs)}"
+            return "" if not self.theirs else f"classifier for the classes {shortened(self.theirs)}"
         if not self.theirs:
             return "classifier kept unchecked: the file does not name its classes"
         if self.rows is None:
@@ -111,12 +111,12 @@ class Classes:
 
 
 def shortened(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list."""
+    """The first names of a list, as text."""
     return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
 def class_names(config: Path) -> tuple[str, ...]:
-    """Names by label in a `config.json` of timm or transformers; empty where it has none."""
+    """Class names by label from a `config.json` of timm or transformers; empty if it has none."""
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
         names = found.get("label_names") or (found.get("pretrained_cfg") or {}).get("label_names")
@@ -131,7 +131,7 @@ def class_names(config: Path) -> tuple[str, ...]:
 
 @torch.no_grad()
 def reorder_(net: nn.Module, classifiers: Iterable[str], rows: Sequence[int]) -> None:
-    """Gives each class the row that it has in `rows`."""
+    """Reorders classifier rows: class i gets row `rows[i]`."""
     for name in classifiers:
         for parameter in net.get_submodule(name).parameters():
             if len(parameter) == len(rows):
@@ -139,12 +139,12 @@ def reorder_(net: nn.Module, classifiers: Iterable[str], rows: Sequence[int]) ->
 
 
 def local_file(source: str) -> Path:
-    """The file that a path stands for: itself, or in a folder of timm or transformers the weights or their index.
+    """The weights file at a path: the path itself, or the weights or index in a timm or transformers folder.
 
     Raises:
-        InputError: a folder of this package, which belongs in another field.
-        MissingRequirement: there is none.
-        Damaged: a pickle.
+        InputError: a run or slim folder of this package, which belongs in `model.start_from`.
+        MissingRequirement: the file does not exist.
+        Damaged: it is a pickle.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -178,8 +178,8 @@ def _refuse_pickles(files: Iterable[Path]) -> None:
             load = f"torch.load({str(file)!r}, map_location='cpu', weights_only=True)"
             target = str(file.with_suffix(".safetensors"))
             raise Damaged(
-                f"model.pretrained: {file} is a pickle, which can run code when it is read. Convert it in Python where "
-                f"you trust it: import torch, safetensors.torch; "
+                f"model.pretrained: {file} is a pickle, which can execute code when loaded. If you trust it, convert "
+                f"it in Python: import torch, safetensors.torch; "
                 f"safetensors.torch.save_file((lambda c: {tensors})({load}), {target!r}), and name {target}."
             )
 
@@ -188,11 +188,11 @@ def hub_file(repository: str, name: str, field: str = "model.pretrained", otherw
     """A file of a Hub repository: from the cache, else downloaded.
 
     Args:
-        field: of the recipe that asks for it.
-        otherwise: what to do without it.
+        field: recipe field that asks for it.
+        otherwise: alternative named in the error message.
 
     Raises:
-        MissingRequirement: it is not in the cache, and the Hub cannot be reached within seconds or refuses it.
+        MissingRequirement: it is not cached, and the Hub is unreachable or rejects the request.
     """
     try:
         return Path(hf_hub_download(repository, name, local_files_only=True))
@@ -229,7 +229,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """Files that an index names."""
+    """Shards listed in an index."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
@@ -238,7 +238,7 @@ def _shards(index: Path) -> list[Path]:
         ) from error
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing or not names:
-        what = f"the shard {missing[0]} is missing" if missing else "it names no shard"
+        what = f"the shard {missing[0]} is missing" if missing else "it lists no shards"
         raise Damaged(f"model.pretrained: {index}: {what}; copy the folder again, {OTHERWISE}.")
     return [index.parent / name for name in sorted(names)]
 
@@ -269,7 +269,7 @@ def _unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def refuse_infinite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raises:
-    Damaged: a tensor that the network takes from the file is not finite.
+    Damaged: a tensor loaded from the file is not finite.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -279,18 +279,18 @@ def refuse_infinite(tensors: Mapping[str, Tensor], path: Path) -> None:
 def misfits(
     own: dict[str, Tensor], given: dict[str, Tensor], free: tuple[str, ...]
 ) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
-    """Why tensors do not fit, in words; what stays random and what is left out in the modules `free` to differ."""
+    """Mismatches in words; then tensors left random and tensors left out, in the modules `free` to differ."""
     missing, strange = own.keys() - given.keys(), given.keys() - own.keys()
     bound = [name for name in (*own, *strange) if not name.startswith(free)]
     wrong = [f"no {name}" for name in bound if name in missing]
     wrong += [f"extra {name}" for name in bound if name in strange]
     wrong += [
-        f"{name} of {tuple(given[name].shape)}, not {tuple(own[name].shape)}"
+        f"{name} has shape {tuple(given[name].shape)}, not {tuple(own[name].shape)}"
         for name in own
         if name in given and given[name].shape != own[name].shape
     ]
     wrong += [
-        f"{name} of {given[name].dtype}, not {own[name].dtype}"
+        f"{name} has dtype {given[name].dtype}, not {own[name].dtype}"
         for name in own
         if name in given and own[name].is_floating_point() and not given[name].is_floating_point()
     ]
@@ -299,13 +299,13 @@ def misfits(
 
 def refuse(wrong: list[str], place: str, architecture: str, is_published: bool) -> None:
     """Raises:
-    InputError: published weights do not fit, because the recipe's arguments differ.
-    Damaged: a file does not fit.
+    InputError: published weights do not match, because of the recipe's arguments.
+    Damaged: a file does not match.
     """
     if not wrong:
         return
     listed = "; ".join(wrong[:3]) + ("; …" if len(wrong) > 3 else "")
-    sentence = f"model.pretrained: {place} does not fit this {architecture} in {len(wrong)} places ({listed}); "
+    sentence = f"model.pretrained: {place} does not match this {architecture} in {len(wrong)} places ({listed}); "
     if is_published:
         raise InputError(f"{sentence}leave its width, depth and heads out of model.args, {OTHERWISE}.")
     raise Damaged(f"{sentence}name weights of the same model, {OTHERWISE}.")

@@ -1,5 +1,5 @@
-"""Models through timm and transformers: the catalogue in timm's registry, and construction that never starts from
-random in silence."""
+"""Models from timm and transformers: registers the catalogue with timm, and builds models without silently random
+weights."""
 
 import difflib
 import functools
@@ -35,10 +35,10 @@ OWN: dict[str, type[nn.Module]] = {
 
 
 def _published_cfg(name: str) -> dict:
-    """What timm wants to know of an architecture of this package: its images, first layer and classifier."""
+    """timm's `default_cfg` of an architecture of this package: image size, first layer and classifier."""
     is_vit, size = issubclass(OWN[name], VisionTransformer), CATALOG[name].args.get("img_size", 32)
     first, last = ("patch_embed.proj", "head") if is_vit else ("conv1", "fc")
-    classes = {"num_classes": -1}  # none that would be a default
+    classes = {"num_classes": -1}  # no default
     return {
         "input_size": (3, size, size),
         "fixed_input_size": is_vit,
@@ -48,14 +48,14 @@ def _published_cfg(name: str) -> dict:
 
 
 default_cfgs = {name: _published_cfg(name) for name in OWN}
-"""Where timm looks for them."""
+"""Module attribute that timm reads."""
 
 SOURCES_OF_WEIGHTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-"""Arguments of `timm.create_model` through which a file of any kind would be loaded."""
+"""Arguments of `timm.create_model` that would load arbitrary files."""
 
 
 def _register(name: str) -> None:
-    """Makes a catalogue name one that `timm.create_model` knows as well."""
+    """Registers a catalogue name with `timm.create_model`."""
 
     def entrypoint(pretrained: bool = False, **kwargs: object) -> nn.Module:
         cfg, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
@@ -72,7 +72,7 @@ def _register(name: str) -> None:
 
 
 def _build_own(name: str, pretrained: bool, args: dict) -> nn.Module:
-    """An architecture of this package, built and loaded as timm builds and loads its own."""
+    """Builds an architecture of this package the way timm builds its own."""
     adapt = checkpoint_filter_fn if issubclass(OWN[name], VisionTransformer) else None
     return build_model_with_cfg(OWN[name], name, pretrained, pretrained_filter_fn=adapt, **args)
 
@@ -82,7 +82,7 @@ for _name in CATALOG:
 
 
 def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:
-    """Architecture and all arguments that build the model, where it is a stock one without this package."""
+    """Architecture and complete arguments of a model; stock ones can be built without this package."""
     if name.startswith(hub.PREFIX):
         return hub.describe(name, args, num_classes)
     found = stock(name)
@@ -99,30 +99,30 @@ def create(
     """Builds a model.
 
     Args:
-        architecture: a name of timm or `hf:TYPE`, as `describe` gives it.
-        args: arguments of `timm.create_model`, `num_classes` among them; of `hf:TYPE` the configuration's fields.
-        pretrained: load published weights, or those of a tag of timm's, or of a file or folder; timm resamples patch
-            and position embeddings, and the classifier is new where the classes differ. What was loaded is then the
-            network's attribute `loaded`.
-        device: where to build; `meta` makes shapes without memory, and weights are checked and not loaded.
-        classes: of the data, by label: of pretrained weights, a classifier of the same classes is reordered to fit,
-            one of other classes is new.
+        architecture: a timm name or `hf:TYPE`, as returned by `describe`.
+        args: arguments of `timm.create_model`, including `num_classes`; for `hf:TYPE`, configuration fields.
+        pretrained: load published weights, or those of a timm tag, or of a file or folder; timm resamples patch and
+            position embeddings, and the classifier is replaced if classes differ. The network's attribute `loaded`
+            records what was loaded.
+        device: where to build; on `meta`, weights are checked but not loaded.
+        classes: of the data, by label; a pretrained classifier of the same classes is reordered to match, one of other
+            classes is replaced.
 
     Raises:
-        InputError: no such model or tag, arguments it does not take, or no published weights for it.
-        MissingRequirement: the weights exist but cannot be had.
-        Damaged: the file is damaged, or of another model.
+        InputError: unknown model or tag, unsupported arguments, or no published weights.
+        MissingRequirement: the weights exist but are not available.
+        Damaged: the file is damaged, or belongs to another model.
     """
     if beside := sorted(set(args) & set(SOURCES_OF_WEIGHTS)):
         raise InputError(
-            f"model.args.{beside[0]}: loads weights without any check; use model.pretrained or model.start_from."
+            f"model.args.{beside[0]}: loads weights without checks; use model.pretrained or model.start_from."
         )
     if architecture.startswith(hub.PREFIX):
         return hub.create(architecture, args, pretrained, device, classes)
     if not timm.is_model(architecture.split(".")[0]):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)  # those of CATALOG among them
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)  # includes CATALOG
         raise InputError(
-            f"model.name: unknown model {architecture!r}; expected {', '.join(CATALOG)} or a name of timm "
+            f"model.name: unknown model {architecture!r}; expected {', '.join(CATALOG)} or a model of timm "
             f"{timm.__version__}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         )
     build = functools.partial(_build, architecture, args, device=device)
@@ -142,14 +142,14 @@ def _build(architecture: str, args: dict, device: str | None = None, **loading: 
 
 
 def lr_scales(net: nn.Module, decay: float) -> dict[str, float]:
-    """Share of the learning rate that each parameter gets: 1 in the last layer, times `decay` for each one before.
+    """Learning rate scale of each parameter: 1 in the last layer, multiplied by `decay` for each earlier layer.
 
     Raises:
-        InputError: the model does not list its layers.
+        InputError: the model does not define its layers.
     """
     if not hasattr(net, "group_matcher"):
         raise InputError(
-            f"optim.layer_decay: {type(net).__name__} does not list its layers as timm models do; leave it out."
+            f"optim.layer_decay: {type(net).__name__} does not define `group_matcher` as timm models do; leave it out."
         )
     layers = group_parameters(net, cast(VisionTransformer, net).group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
@@ -157,10 +157,10 @@ def lr_scales(net: nn.Module, decay: float) -> dict[str, float]:
 
 
 def checkpoint_gradients_(net: nn.Module) -> None:
-    """Makes the network recompute its blocks in the backward pass instead of keeping their activations.
+    """Enables gradient checkpointing: blocks are recomputed in the backward pass instead of storing activations.
 
     Raises:
-        InputError: the model cannot do that.
+        InputError: the model does not support it.
     """
     try:
         if hasattr(net, "gradient_checkpointing_enable"):  # transformers
@@ -169,16 +169,16 @@ def checkpoint_gradients_(net: nn.Module) -> None:
             cast(VisionTransformer, net).set_grad_checkpointing(True)
     except (AttributeError, AssertionError, ValueError) as error:
         raise InputError(
-            f"train.grad_checkpointing: {type(net).__name__} cannot recompute its blocks ({first_line(error)}); "
-            "set it to false."
+            f"train.grad_checkpointing: {type(net).__name__} does not support it ({first_line(error)}); set it to "
+            "false."
         ) from error
 
 
 def description(header: Mapping[str, str], place: str) -> tuple[str, dict]:
-    """Architecture and arguments in the header of a ticket, as `describe` gave them.
+    """Architecture and arguments in a ticket's header, as returned by `describe`.
 
     Raises:
-        Damaged: the header does not hold them.
+        Damaged: the header lacks them.
     """
     missing = [key for key in ("architecture", "model_args") if key not in header]
     if missing:
@@ -187,10 +187,10 @@ def description(header: Mapping[str, str], place: str) -> tuple[str, dict]:
 
 
 def described(header: Mapping[str, str], place: str, device: str | None = None) -> nn.Module:
-    """The network that the header of a ticket describes, of the widths that it names; its weights are random.
+    """The network described in a ticket's header, with its widths and random weights.
 
     Raises:
-        Damaged: the header does not say what to build, or describes what cannot be built.
+        Damaged: the header is incomplete, or its widths do not fit the model.
     """
     architecture, args = description(header, place)
     net = create(architecture, args, device=device)

@@ -1,4 +1,4 @@
 """Pruning: methods decide (`plan`, `methods/`), the controller acts (`controller`).
 
-Importing this package loads no torch, so that a recipe can be checked in a moment.
+Importing this package does not import torch, so that recipes can be checked quickly.
 """

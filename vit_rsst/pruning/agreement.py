@@ -1,4 +1,4 @@
-"""Ranks agree: rank 0 selects masks, the bits are broadcast, fingerprints are compared; buffers are those of rank 0."""
+"""Keeping ranks in sync: rank 0 selects and broadcasts masks, fingerprints are compared, buffers come from rank 0."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from vit_rsst.errors import RunError
 from vit_rsst.pruning.masks import MaskSet
 
 MIXER = 0x9E3779B97F4A7C15 - (1 << 64)
-"""An odd multiplier that spreads positions over 64 bits (Knuth, TAOCP 3, section 6.4)."""
+"""An odd multiplier that spreads positions over 64 bits (multiplicative hashing; Knuth, TAOCP 3, section 6.4)."""
 
 
 def agreed(select: Callable[[], MaskSet], like: MaskSet) -> MaskSet:
     """The mask that rank 0 selects, on every rank.
 
     Args:
-        select: computes the mask; called on rank 0 alone, so it must not communicate.
-        like: masks of the same weights, which give names, shapes and device.
+        select: computes the mask; called on rank 0 only, so it must not communicate.
+        like: masks of the same weights, for names, shapes and device.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -30,10 +30,10 @@ def agreed(select: Callable[[], MaskSet], like: MaskSet) -> MaskSet:
 
 
 def fingerprints(mask: MaskSet) -> list[str]:
-    """Fingerprint of the mask on every rank.
+    """Fingerprints of the mask on all ranks.
 
     Raises:
-        RuntimeError: they differ, so that the ranks would train different networks.
+        RuntimeError: they differ, so the ranks would train different networks.
     """
     found = gather_object([mask.fingerprint()])
     if len(set(found)) > 1:
@@ -42,7 +42,7 @@ def fingerprints(mask: MaskSet) -> list[str]:
 
 
 def share_buffers_(model: nn.Module) -> None:
-    """Gives every rank the statistics of rank 0, as DDP does before the next forward pass; one broadcast a type."""
+    """Broadcasts rank 0's buffers, as DDP does before the next forward pass; one broadcast per dtype."""
     if PartialState().num_processes == 1:
         return
     by_type: dict[torch.dtype, list[Tensor]] = defaultdict(list)
@@ -50,16 +50,16 @@ def share_buffers_(model: nn.Module) -> None:
         if buffer.is_floating_point():
             by_type[buffer.dtype].append(buffer)
     for buffers in by_type.values():
-        told = broadcast(torch.cat([buffer.flatten() for buffer in buffers])).split([b.numel() for b in buffers])
-        for buffer, values in zip(buffers, told, strict=True):
+        shared = broadcast(torch.cat([buffer.flatten() for buffer in buffers])).split([b.numel() for b in buffers])
+        for buffer, values in zip(buffers, shared, strict=True):
             buffer.copy_(values.view_as(buffer))
 
 
 def check_same_weights(model: nn.Module) -> None:
-    """Compares every tensor of the model over the ranks, bit for bit; collective.
+    """Compares every tensor of the model across ranks, bit for bit. Collective.
 
     Raises:
-        RunError: they differ, so that the ranks train different networks; names the first tensor and rank.
+        RunError: they differ, so the ranks train different networks; names the first tensor and rank.
     """
     if PartialState().num_processes == 1:
         return
@@ -78,8 +78,8 @@ def check_same_weights(model: nn.Module) -> None:
 
 @torch.no_grad()
 def bits_sum(tensor: Tensor) -> Tensor:
-    """A fingerprint of a tensor's bits that does not depend on the order of additions, int64, on its device."""
+    """Fingerprint of a tensor's bits, independent of summation order: int64, on its device."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4)).view(torch.int32).long()
     place = torch.arange(1, flat.numel() + 1, device=flat.device)
-    return (flat * (place * MIXER)).sum()  # wraps
+    return (flat * (place * MIXER)).sum()  # wraps around

@@ -1,4 +1,4 @@
-"""Allocation: who competes with whom, for how much, and what no contest may take from a layer."""
+"""Allocation: which entries compete for which budget, and the minimum that every layer keeps."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +17,13 @@ class Allocation:
     """How a density is divided among weights or unit groups.
 
     Attributes:
-        scope: `global` ranks all together; `isomorphic` like with like, each kind at the same density as far as
-            its floors allow (Fang et al. 2024); `layer` gives every layer the same density; `erk` makes the density
+        scope: `global` ranks everything together; `isomorphic` ranks each kind separately, at the same density as far
+            as the floors allow (Fang et al. 2024); `layer` gives every layer the same density; `erk` makes the density
             of a weight proportional to the sum of its dimensions over their product (Evci et al. 2020).
-        depth_ramp: scope `layer`: sparsity of the first and of the last block, relative to the mean, linear between.
-        layer_sparsity: glob of weight or group names → final sparsity of its own; the others make up for it.
-        final_density: where the schedule ends, which the sparsities of `layer_sparsity` refer to.
-        never_above: keep at most what is asked instead of the nearest, as a budget wants.
+        depth_ramp: scope `layer`: sparsity of the first and last block relative to the mean; linear in between.
+        layer_sparsity: glob of weight or group names → their own final sparsity; the other layers compensate.
+        final_density: density at the end of the schedule, to which `layer_sparsity` refers.
+        never_above: round down to the budget instead of to nearest.
     """
 
     scope: str = "global"
@@ -33,12 +33,12 @@ class Allocation:
     never_above: bool = False
 
     def keep(self, entries: Sequence[Entry], depths: Sequence[int], density: Density) -> dict[str, Tensor]:
-        """Who stays, by entry name.
+        """What to keep, by entry name.
 
         Args:
             entries: all weights or all unit groups.
-            depths: of each, the position of its block.
-            density: share of the total cost to keep, of all or by kind.
+            depths: block index of each entry.
+            density: fraction of the total cost to keep, overall or by kind.
         """
         kept: dict[str, Tensor] = {}
         for part, budget in self._contests(entries, depths, density):
@@ -46,10 +46,10 @@ class Allocation:
         return {entry.name: kept[entry.name] for entry in entries}
 
     def check(self, entries: Sequence[Entry]) -> None:
-        """Refuses a final density that the floors do not allow.
+        """Checks that the final density is reachable above the floors.
 
         Raises:
-            InputError: with the sparsity that can be reached; or a glob that names nothing.
+            InputError: it is not, with the highest reachable sparsity; or a glob matches nothing.
         """
         for glob in self.layer_sparsity:
             if not any(fnmatchcase(entry.name, glob) for entry in entries):
@@ -67,7 +67,7 @@ class Allocation:
                 raise InputError(
                     f"pruning.schedule: a sparsity of {1.0 - density:.4g}{what} cannot be reached, at most "
                     f"{math.floor(highest * 1e4) / 1e4:.4g}: every block keeps a head and pruning.min_neurons neurons, "
-                    "and every layer what the recipe gives it. Ask for less, or change these."
+                    "and every layer its own minimum. Lower the sparsity or these limits."
                 )
 
     def _contests(
@@ -98,7 +98,7 @@ class Allocation:
                 yield open, left
 
     def _own_sparsity(self, entry: Entry, density: float) -> float | None:
-        """Of a layer that a glob names: its final sparsity, as far along as the schedule is."""
+        """Sparsity of a layer matched by a glob, scaled to the progress of the schedule."""
         for glob, sparsity in self.layer_sparsity.items():
             if fnmatchcase(entry.name, glob):
                 final = 1.0 - mean_density(self.final_density, [entry])
@@ -106,7 +106,7 @@ class Allocation:
         return None
 
     def _budgets(self, entries: list[Entry], depth_of: Mapping[str, int], kept: float) -> list[float]:
-        """Cost that each layer may keep."""
+        """Budget of each layer."""
         sizes = [entry.size for entry in entries]
         if self.scope == "erk":
             return spread(kept, [sum(entry.scores.shape) for entry in entries], sizes)
@@ -120,14 +120,14 @@ class Allocation:
 
 
 def by_kind(entries: Sequence[Entry], density: Density) -> list[tuple[list[Entry], float]]:
-    """The parts of the entries that have a density of their own."""
+    """Entries grouped by density."""
     if not isinstance(density, Mapping):
         return [(list(entries), density)]
     return [([entry for entry in entries if entry.kind == kind], share) for kind, share in density.items()]
 
 
 def mean_density(density: Density, entries: Sequence[Entry]) -> float:
-    """One figure for densities by kind, weighted by cost."""
+    """Overall density of densities by kind, weighted by cost."""
     if not isinstance(density, Mapping):
         return density
     return sum(density[entry.kind] * entry.size for entry in entries) / sum(entry.size for entry in entries)

@@ -1,8 +1,8 @@
-"""Calibration: what flows through a network while it looks at images, summed over images, tokens and ranks.
+"""Calibration: activation and gradient statistics on calibration images, summed over images, tokens and ranks.
 
-The network runs as it is, in evaluation mode. Inputs are seen where they meet a weight, not where a layer is called: a
-forward pass may use a weight without calling its layer. Sums and counts are kept in float64 and reduced over ranks
-before any mean is taken, so that ragged batches count by their size.
+The network runs unmodified, in evaluation mode. Inputs are recorded where they are multiplied by a weight, not where a
+layer is called: a forward pass may use a weight without calling its layer. Sums and counts are kept in float64 and
+reduced over ranks before any mean is taken, so that ragged batches are weighted by size.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,16 +30,16 @@ def collect(
     groups: Sequence[UnitGroup],
     with_gradients: bool,
 ) -> Statistics:
-    """Statistics over the batches of all ranks; collective.
+    """Statistics over the batches of all ranks. Collective.
 
     Args:
-        net: without wrappers.
+        net: unwrapped.
         batches: images and labels of this rank; sizes may differ, and a rank may have none.
-        weights: prunable weights by name, whose inputs and gradients are watched when there are no groups.
-        groups: unit groups whose consumers' inputs are watched.
+        weights: prunable weights by name; without groups, their inputs and gradients are recorded.
+        groups: unit groups; the inputs of their consumers are recorded.
 
     Raises:
-        InputError: there is not one image.
+        InputError: there are no images.
     """
     watched = {group.name: f"{group.site.module}.weight" for group in groups}
     if not groups:
@@ -49,11 +49,11 @@ def collect(
     sums = _zeros(widths, weights, groups, with_gradients)
     was_training = net.training
     net.eval()
-    # Compiled code would hide the products.
+    # Compiled code would hide the matrix products.
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(with_gradients):
         for images, labels in batches:
             with Inputs({name: parameters[name] for name in watched.values()}) as inputs:
-                loss = F.cross_entropy(net(images).float(), labels, reduction="sum")  # so that images stay apart
+                loss = F.cross_entropy(net(images).float(), labels, reduction="sum")  # per-image gradients
             sums["images", ""] += len(images)
             for place, name in watched.items():
                 for seen in inputs[name]:
@@ -62,7 +62,7 @@ def collect(
                 seen = [(group, one) for group in groups for one in inputs[watched[group.name]]]
                 found = torch.autograd.grad(loss, [one.x for _, one in seen], allow_unused=True)
                 for (group, one), gradient in zip(seen, found, strict=True):
-                    if gradient is not None:  # a product that the loss does not reach
+                    if gradient is not None:  # None: the loss does not depend on this product
                         product = one.x.detach().float() * gradient.float()
                         _add_gates_(sums, group, one.features(len(images), product))
             elif with_gradients:
@@ -73,37 +73,37 @@ def collect(
     net.train(was_training)
     _reduce_(sums)
     if not sums["images", ""]:
-        raise InputError("pruning.calibration_images: the criterion needs images, but there are none.")
+        raise InputError("pruning.calibration_images: the criterion needs calibration images, but there are none.")
     unseen = [name for place, name in watched.items() if not sums["tokens", place]]
     if unseen:
         raise InputError(
-            f"pruning.criterion: no input of {unseen[0]} is seen ({len(unseen)} such weights): the forward pass does "
-            "not multiply by it directly; protect it with pruning.protect, or use the criterion magnitude."
+            f"pruning.criterion: no input of {unseen[0]} was recorded ({len(unseen)} such weights): the forward pass "
+            "does not multiply by it directly; protect it with pruning.protect, or use the criterion magnitude."
         )
     return _means(sums, weights, groups, with_gradients)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An input at the moment when it meets a weight.
+    """An input at the point where it is multiplied by a weight.
 
     Attributes:
-        x: as it was given; part of the graph.
-        is_map: whether its features are the second dimension, as those of a convolution; else the last.
+        x: the input, still in the autograd graph.
+        is_map: whether features are dimension 1, as for a convolution, or the last.
     """
 
     x: Tensor
     is_map: bool
 
     def features(self, num_images: int, x: Tensor) -> Tensor:
-        """(images, tokens, features) of a tensor of the input's shape; windows and pixels of an image are tokens."""
+        """Reshapes a tensor of the input's shape to (images, tokens, features); windows and pixels count as tokens."""
         x = x.movedim(1, -1) if self.is_map else x
-        first = num_images if len(x) % num_images == 0 else 1  # a table of positions is the same for all images
+        first = num_images if len(x) % num_images == 0 else 1  # a position table is shared by all images
         return x.reshape(first, -1, x.shape[-1])
 
 
 class Inputs(Products):
-    """The inputs that meet each of the weights meanwhile; as mapping by name."""
+    """Records the inputs of each weight inside the context; a mapping by name."""
 
     def __init__(self, weights: Mapping[str, Tensor]):
         super().__init__()
@@ -119,7 +119,7 @@ class Inputs(Products):
 
 
 def _width(net: nn.Module, parameters: Mapping[str, Tensor], name: str) -> int:
-    """Input features of a weight, those of all groups of a convolution."""
+    """Input features of a weight, over all groups of a convolution."""
     return parameters[name].shape[1] * getattr(net.get_submodule(name.rpartition(".")[0]), "groups", 1)
 
 
@@ -161,7 +161,7 @@ def _add_gates_(sums: Sums, group: UnitGroup, product: Tensor) -> None:
 
 
 def _reduce_(sums: Sums) -> None:
-    """Adds up all ranks, in one message for each precision."""
+    """Sums over all ranks, in one reduction per dtype."""
     if PartialState().num_processes == 1:
         return
     for dtype in (torch.float64, torch.float32):

@@ -1,4 +1,4 @@
-"""Selection: contests between elements or units. Each keeps exactly what its budget pays for; ties break by index."""
+"""Selection: contests between elements or units. Each keeps exactly what its budget allows; ties break by index."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from vit_rsst.pruning.device_contest import keep_best
 
 @dataclass(frozen=True)
 class Entry:
-    """What takes part in a contest together: the elements of one weight, or the units of one group.
+    """Competitors in a contest: the elements of one weight, or the units of one group.
 
     Attributes:
-        name: of the weight or the group.
-        kind: like competes with like under the scope `isomorphic`.
+        name: of the weight or group.
+        kind: entries of the same kind compete under the scope `isomorphic`.
         scores: float32, any shape; higher means keep.
-        alive: bool, the shape of the scores; the dead stay dead whatever their score.
-        cost: of one element or unit, in the currency of the budget.
-        least: how many must stay.
+        alive: bool, shaped like the scores; dead elements stay dead whatever their score.
+        cost: of one element or unit, in units of the budget.
+        least: minimum number to keep.
     """
 
     name: str
@@ -32,25 +32,25 @@ class Entry:
 
     @property
     def size(self) -> float:
-        """Cost of all, the dead included."""
+        """Total cost, including dead elements."""
         return self.cost * self.scores.numel()
 
 
 def contest(entries: Sequence[Entry], budget: float, never_above: bool = False) -> list[Tensor]:
-    """Keeps the best of all entries together, but of each at least its floor.
+    """Keeps the best over all entries, but at least its floor of each.
 
     Args:
         entries: ranked together.
-        budget: cost of what may stay. As many stay as come nearest to it, or at most it with `never_above`.
+        budget: cost to keep, rounded to nearest, or down with `never_above`.
 
     Returns:
-        Per entry bool, the shape of its scores.
+        Per entry bool, shaped like its scores.
 
     Raises:
-        ValueError: a score on the CPU is not a number; elsewhere nobody waits to see that.
+        ValueError: a score on the CPU is NaN; on other devices the check would synchronize and is skipped.
     """
     costs = {entry.cost for entry in entries}
-    if len(costs) == 1:  # whole elements or units, so that floors do not round what is left once more
+    if len(costs) == 1:  # round to whole elements or units once, before floors are subtracted
         [cost] = costs
         number = max(budget, 0.0) / cost
         budget = cost * (int(number + 1e-9) if never_above else round(number))
@@ -65,13 +65,13 @@ def contest(entries: Sequence[Entry], budget: float, never_above: bool = False) 
         short = [i for i in open if int(found[i].sum()) < min(entries[i].least, int(entries[i].alive.sum()))]
         if not short:
             return [kept[i] if i in kept else found[i] for i in range(len(entries))]
-        for i in short:  # its best stay, and the others share what is left
+        for i in short:  # keep its best, and let the others share the rest
             kept[i] = _keep_k([entries[i]], entries[i].least)[0]
 
 
 def spread(total: float, shares: Sequence[float], caps: Sequence[float]) -> list[float]:
-    """Divides `total` in proportion to `shares` with no part above its cap: what a capped part cannot take goes to the
-    others. All parts are at their caps when `total` is more than these."""
+    """Divides `total` in proportion to `shares` with no part above its cap; the excess of capped parts goes to the
+    others. If `total` exceeds the sum of caps, all parts are at their caps."""
     parts = [0.0] * len(shares)
     open = [i for i, share in enumerate(shares) if share > 0]
     while open:
@@ -90,7 +90,7 @@ def keep_n_of_m(scores: Tensor, alive: Tensor, n: int, m: int) -> Tensor:
 
     Args:
         scores: (out, in, …) of a Linear or Conv weight; `m` divides `in`.
-        alive: of the same shape; where fewer are alive, those stay.
+        alive: bool, same shape; sets with fewer than `n` alive keep all of those.
     """
     ranked = scores.float().masked_fill(~alive, -torch.inf).movedim(1, -1)  # (out, …, in)
     sets = ranked.reshape(-1, m)
@@ -110,7 +110,7 @@ def _best(entries: Sequence[Entry], budget: float, never_above: bool) -> list[Te
 
 
 def _keep_k(entries: Sequence[Entry], k: int) -> list[Tensor]:
-    """The k-th largest score is the threshold; those equal to it are kept by index until k are."""
+    """Keeps the k largest scores; ties at the k-th largest are kept in index order."""
     k = min(k, sum(int(entry.alive.sum()) for entry in entries))
     if k <= 0:
         return [torch.zeros_like(entry.alive) for entry in entries]
@@ -127,9 +127,9 @@ def _keep_k(entries: Sequence[Entry], k: int) -> list[Tensor]:
 
 
 def _kth_largest(entries: Sequence[Entry], k: int) -> float:
-    """The k-th largest score of the living, found in two passes over halves of its bits.
+    """The k-th largest score among alive elements, by a radix select in two passes of 16 bits.
 
-    No copy of all scores is made: 85 M of them take one entry's memory more, and a third of the time of a partition.
+    It copies one entry at a time: for 85 M scores it takes a third of the time of a partition.
     """
     counts = np.zeros(1 << 16, dtype=np.int64)
     for entry in entries:
@@ -146,8 +146,8 @@ def _kth_largest(entries: Sequence[Entry], k: int) -> float:
 
 
 def _ordered_bits(entry: Entry) -> np.ndarray:
-    """The living scores as unsigned integers of the same order: positive floats get the sign bit, negative ones are
-    inverted."""
+    """Scores of alive elements as unsigned integers in the same order: the sign bit of positive floats is set, negative
+    ones are inverted."""
     scores = entry.scores.detach().cpu().numpy().reshape(-1)[entry.alive.cpu().numpy().reshape(-1)]
     if np.isnan(scores).any():
         raise ValueError("pruning.criterion: a score is not a number; the weights or the statistics have diverged.")
@@ -156,14 +156,14 @@ def _ordered_bits(entry: Entry) -> np.ndarray:
 
 
 def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest, and how many lie above that bin."""
+    """The bin that holds the k-th largest, and the count above that bin."""
     from_top = np.cumsum(counts[::-1])
     place = int(np.searchsorted(from_top, k))
     return len(counts) - 1 - place, int(from_top[place] - counts[::-1][place])
 
 
 def _keep_affordable(entries: Sequence[Entry], budget: float, never_above: bool) -> list[Tensor]:
-    """Of units of several costs, the longest run from the best on that the budget pays for."""
+    """For units of different costs: the longest prefix of the ranking that the budget allows."""
     flat = _flat(entries)
     costs = np.repeat([entry.cost for entry in entries], [entry.scores.numel() for entry in entries])
     order = np.argsort(-flat, kind="stable")
@@ -180,7 +180,7 @@ def _keep_affordable(entries: Sequence[Entry], budget: float, never_above: bool)
 
 
 def _flat(entries: Sequence[Entry]) -> np.ndarray:
-    """All scores in one array, −∞ for the dead."""
+    """All scores in one array, −∞ for dead elements."""
     flat = np.empty(sum(entry.scores.numel() for entry in entries), dtype=np.float32)
     start = 0
     for entry in entries:

@@ -1,7 +1,7 @@
-"""The controller acts: it asks the method for a plan and carries it out on the model's weights, in place.
+"""The controller: asks the method for a plan and carries it out on the model's weights, in place.
 
-It enforces masks, applies the penalty, commits targets, rewinds and measures what a removal costs. It knows nothing
-of recipes, loaders or trackers; weights keep their names and their storage, and `prepare` never sees a change.
+It enforces masks, applies the penalty, commits targets, rewinds, and measures the cost of each removal. It knows
+nothing about recipes, loaders or trackers. Weights keep their names and storage, so Accelerate and DDP notice nothing.
 """
 
 import math
@@ -24,24 +24,24 @@ from vit_rsst.training import optim
 from vit_rsst.training.ema import Ema
 
 Evaluate = Callable[[], Mapping[str, float]]
-"""Scores the model as it stands on the validation split: at least `top1` (percent) and `loss`. Collective."""
+"""Scores the current model on the validation split: at least `top1` (percent) and `loss`. Collective."""
 
 Calibrate = Callable[[], Statistics]
-"""What the calibration images say of the model as it stands. Collective."""
+"""Statistics of the current model on the calibration images. Collective."""
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What pruning did in one round; densities over prunable weights.
+    """What pruning did in one round; densities are over prunable weights.
 
     Attributes:
-        density_asked: what the schedule wanted; `density` is what the mask has.
-        condemned_ratio: mean |w| of the condemned over mean |w| of the kept, just before removal; None without one.
-        what_if_gap: top-1 in points lost by the removal, measured just before and after it; None without one.
-        what_if_loss_gap: likewise, loss gained.
+        density_asked: requested by the schedule; `density` is that of the mask.
+        condemned_ratio: mean |w| of the condemned over mean |w| of the kept, just before removal; None: no removal.
+        what_if_gap: points of top-1 lost by the removal, measured just before and after it; None: no removal.
+        what_if_loss_gap: likewise, increase in loss.
         mask_fingerprints: of the mask on every rank.
-        layers: per weight its elements, how many are alive, density.
-        units: per unit group its kind, units, how many are alive; empty without units.
+        layers: per weight: elements, alive elements, density.
+        units: per unit group: kind, units, alive units; empty without units.
     """
 
     round: int
@@ -57,7 +57,7 @@ class RoundResult:
 
 @dataclass
 class RoundState:
-    """The numbers of the round under way; what a resume point must hold beside the masks."""
+    """State of the current round that a resume point holds besides the masks."""
 
     round: int = -1
     density_asked: float = 1.0
@@ -75,17 +75,17 @@ class Controller:
     """Carries out a method's plans on `weights`.
 
     Attributes:
-        model: the unwrapped model; its whole state is what a rewind restores.
+        model: the unwrapped model; a rewind restores its whole state.
         weights: the prunable parameters by name.
         rounds: sparse rounds of the schedule.
         density: fraction of the schedule → density.
-        rewind_epoch: epochs of round 0 after which the rewind point is taken; None: there is none.
-        selector: who stays when the method asks for a mask.
-        calibrate: for criteria that need more than the weights; None: the criterion is none of them.
-        evaluate: scores the model around a removal.
-        mask: what is alive now.
-        staying: alive beyond this round's removal; None when nothing is condemned.
-        ema: the moving average that is evaluated and saved in the place of the weights; None: they are themselves.
+        rewind_epoch: epochs of round 0 after which the rewind point is taken; None: no rewind point.
+        selector: selects masks for the method.
+        calibrate: for criteria that need calibration images; None: not needed.
+        evaluate: scores the model before and after a removal.
+        mask: elements alive now.
+        staying: elements that survive this round's removal; None: nothing is condemned.
+        ema: moving average that is evaluated and saved in place of the weights; None: no averaging.
     """
 
     model: nn.Module
@@ -104,13 +104,13 @@ class Controller:
     staying: MaskSet | None = None
     rewind_point: dict[str, Tensor] | None = None
     state: RoundState = field(default_factory=RoundState)
-    dense: list[Tensor] | None = None  # straight-through: the weights, while the model holds w · M
-    _made: tuple[MaskSet, list[Tensor]] | None = field(default=None, repr=False)  # factors of a mask, for one step
+    dense: list[Tensor] | None = None  # straight-through: the dense weights, while the model holds w · M
+    _made: tuple[MaskSet, list[Tensor]] | None = field(default=None, repr=False)  # cached factors of a mask
 
-    # -- the loop calls these, in this order
+    # -- called by the loop, in this order
 
     def begin_round(self, round: int) -> bool:
-        """Plans the round and sets the weights for it. False when the round had begun before a resume."""
+        """Plans the round and prepares the weights. False if the round was already under way before a resume."""
         if self.state.round == round:
             return False
         if self.rewind_epoch == 0 and round == 0:
@@ -135,12 +135,12 @@ class Controller:
 
     @property
     def condemned(self) -> MaskSet | None:
-        """Alive now, removed later in this round; None when nothing is."""
+        """Elements alive now and removed later in this round; None: none."""
         return None if self.staying is None else self.mask.minus(self.staying)
 
     @torch.no_grad()
     def before_forward(self) -> None:
-        """Straight-through: replaces the weights by w · M until the backward pass is over."""
+        """Straight-through: replaces the weights by w · M until after the backward pass."""
         if self.state.forward == "straight_through":
             weights = self._weights()
             self.dense = [torch.empty_like(weight) for weight in weights]
@@ -150,8 +150,8 @@ class Controller:
 
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
-        """Masks gradients, before clipping: the norm that is clipped and logged is that of the living weights."""
-        if self.state.forward == "straight_through":  # the gradient at w · M is taken for that at w
+        """Masks gradients before clipping, so that the clipped and logged norm is that of alive weights."""
+        if self.state.forward == "straight_through":  # the gradient at w · M serves as that at w
             self._restore_()
             return
         is_blocked = self._condemned_gradient_blocked(progress)
@@ -166,33 +166,33 @@ class Controller:
 
     @torch.no_grad()
     def before_step(self, progress: Progress) -> None:
-        """Adds to the gradient, after clipping: the coupled penalty; without it, minus the decay the condemned skip."""
+        """Adds the coupled penalty to the clipped gradient; else cancels the weight decay of the condemned."""
         penalty = self._penalty(progress)
         if penalty is None:
             return
         if penalty.coupling == "gradient":
             strength = dict.fromkeys(self.weights, self._strength(penalty, progress))
         elif not penalty.condemned_gradient:
-            # SGD adds wd · w to the gradient: taken away here, so that the penalty alone moves the condemned.
+            # SGD adds wd · w to the gradient: subtracted here, so that only the penalty moves the condemned.
             rates = optim.decay_rates(self.optimizer, self.weights)
             strength = {name: -l2 for name, (_, l2) in rates.items()}
         else:
             return
         if any(strength.values()):
             grads = [weight.grad for weight in self._weights()]
-            # A removed weight is zero, so that of all that do not stay the condemned alone add anything.
+            # Removed weights are zero, so only the condemned contribute.
             torch._foreach_addcmul_(grads, self._weights(), self._leaving(), [-value for value in strength.values()])
 
     @torch.no_grad()
     def after_step(self, progress: Progress, skipped: Tensor | None = None) -> None:
-        """Shrinks the condemned, keeps the dead at zero, removes the condemned or takes the method's new mask.
+        """Shrinks the condemned, keeps dead weights at zero, then removes the condemned or sets the method's new mask.
 
         Args:
-            skipped: 1.0 on the weights' device where the optimizer left them as they were, else 0.0; None: it did not.
+            skipped: 1.0 on the weights' device if the optimizer skipped the step, else 0.0; None: not skipped.
         """
         penalty = self._penalty(progress)
         if penalty is not None and penalty.coupling == "decoupled":
-            # Masked gradients and fresh moments keep the dead at zero meanwhile: one pass over the weights, not two.
+            # Masked gradients and zero moments keep dead weights at zero here, which saves a pass over the weights.
             self._shrink_(penalty, progress, skipped)
         elif not self.mask.is_full and self.state.forward == "masked":
             self._enforce_()
@@ -208,7 +208,7 @@ class Controller:
 
     @contextmanager
     def as_deployed(self) -> Iterator[None]:
-        """The weights as the ticket will have them: averaged where they are, masked."""
+        """Swaps in the weights as the ticket will hold them: averaged if there is an average, and masked."""
         self._follow_()
         with nullcontext() if self.ema is None else self.ema.in_place():
             self.before_forward()
@@ -218,7 +218,7 @@ class Controller:
                 self._restore_()
 
     def is_settled(self, progress: Progress) -> bool:
-        """Whether nothing is removed any more in this round, and no rewind point is to come."""
+        """Whether this round has no removal and no rewind point ahead."""
         if self.staying is not None:
             return False
         if progress.round == 0 and progress.epoch < (self.rewind_epoch or 0):
@@ -229,13 +229,13 @@ class Controller:
         return gradual is not None and progress.round_step >= gradual.steps(progress.round_steps).stop
 
     def after_epoch(self, progress: Progress) -> None:
-        """Takes the rewind point when its epoch of round 0 has ended."""
+        """Takes the rewind point at the end of its epoch in round 0."""
         share_buffers_(self.model)
         if progress.round == 0 and progress.epoch == self.rewind_epoch:
             self.rewind_point = self._model_on_host()
 
     def end_round(self) -> RoundResult:
-        """Makes the zeros of the mask final, checks them and that the ranks agree."""
+        """Applies the mask for good, and checks its zeros and that ranks agree."""
         if self.state.forward == "straight_through":
             self.state = replace(self.state, forward="masked")
             self._set_mask_(self.mask)
@@ -261,7 +261,7 @@ class Controller:
         )
 
     def metrics(self, progress: Progress) -> dict[str, float]:
-        """What to log at the step at which `progress` stands; `condemned_left` is a share of the round's start."""
+        """Metrics at the current step; `condemned_left` is the norm relative to the start of the round."""
         found = {"prune/density": self.mask.density}
         if self.condemned is not None and self.state.penalty is not None:
             found["prune/penalty"] = self._strength(self.state.penalty, progress)
@@ -274,7 +274,7 @@ class Controller:
     # -- resume points
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
-        """Tensors (masks as bits, the rewind point as it is) and plain numbers."""
+        """Tensors (masks packed, the rewind point unpacked) and plain numbers."""
         self._follow_()
         tensors = {f"mask/{name}": bits for name, bits in self.mask.pack().items()}
         if self.condemned is not None:
@@ -303,7 +303,7 @@ class Controller:
         self.state = RoundState(**{**numbers, "penalty": penalty})
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Weights and their average as they stand, on the host: what `restore_` brings back."""
+        """The current weights and their average, on the host, for `restore_`."""
         self._follow_()
         averaged = self.ema.tensors if self.ema is not None else {}
         return {f"model/{name}": value for name, value in self._model_on_host().items()} | {
@@ -311,7 +311,7 @@ class Controller:
         }
 
     def restore_(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Brings back weights that were held under the mask of now."""
+        """Restores a snapshot taken under the current mask."""
         parts = _by_part(snapshot)
         self.model.load_state_dict(parts["model"])
         if self.ema is not None:
@@ -323,36 +323,36 @@ class Controller:
         return list(self.weights.values())
 
     def _leaving(self) -> list[Tensor]:
-        """0 for what stays, −1 for the others."""
+        """0 for elements that stay, −1 for the others."""
         return torch._foreach_sub(self._factors(self.staying), 1)
 
     def _factors(self, mask: MaskSet) -> list[Tensor]:
-        """See `factors`; made once a step."""
+        """See `factors`; cached for one step."""
         if self._made is None or self._made[0] is not mask:
             self._made = (mask, factors(mask.tensors(), self._weights()))
         return self._made[1]
 
     @torch.no_grad()
     def _enforce_(self) -> None:
-        """Keeps the zeros of the mask: masked gradients alone would let decay and moments move them."""
+        """Zeroes masked weights again: with masked gradients alone, decay and moments would move them."""
         torch._foreach_mul_(self._weights(), self._factors(self.mask))
 
     @torch.no_grad()
     def _restore_(self) -> None:
-        """Puts the dense weights back."""
+        """Restores the dense weights."""
         if self.dense is not None:
             torch._foreach_copy_(self._weights(), self.dense)
             self.dense = None
 
     def _follow_(self) -> None:
-        """The average takes the condemned as they are: they are on their way to zero, and it would lag behind."""
+        """Copies the condemned into the average unaveraged: they shrink to zero, and it would lag behind."""
         if self.ema is not None and self.staying is not None:
             self.ema.follow_(self.staying.masks)
 
     @torch.no_grad()
     def _set_mask_(self, mask: MaskSet) -> None:
-        """Makes `mask` the mask: the removed become +0 (not −0, and not NaN · 0) and lose their moments."""
-        if self.state.forward == "straight_through":  # the removed live on outside of the forward pass
+        """Sets the mask: removed weights become +0 (not −0, nor NaN · 0), and their moments are cleared."""
+        if self.state.forward == "straight_through":  # removed weights stay alive outside of the forward pass
             self.mask = mask
             return
         removed = {name: ~alive for name, alive in mask.masks.items()}
@@ -364,7 +364,7 @@ class Controller:
         self.mask = mask
 
     def _remove_(self, mask: MaskSet) -> None:
-        """Commits `mask` and measures what that costs."""
+        """Commits `mask` and measures the cost."""
         leaving = self.mask.minus(mask)
         ratio, before = self._condemned_ratio(leaving), self._deployed_scores()
         self._set_mask_(mask)
@@ -386,7 +386,7 @@ class Controller:
     def _shrink_(self, penalty: Penalty, progress: Progress, skipped: Tensor | None) -> None:
         sigma = penalty.shrink_at(progress.round_step, progress.round_steps, progress.steps_per_epoch)
         kept = math.exp(-sigma)
-        # AdamW multiplied all weights by 1 − lr · wd: divided out until the removal, so that `residual` is left.
+        # AdamW multiplies all weights by 1 − lr · wd: divided out until the removal, so that `residual` is exact.
         rates = optim.decay_rates(self.optimizer, self.weights)
         undone = {name: 1.0 if penalty.condemned_gradient else decay for name, (decay, _) in rates.items()}
         if all(kept == decay for decay in undone.values()):
@@ -395,10 +395,10 @@ class Controller:
         for decay in dict.fromkeys(undone.values()):
             places = [i for i, rate in enumerate(undone.values()) if rate == decay]
             shrunk, minus = [weights[i] for i in places], [leaving[i] for i in places]
-            taken, left = 1.0 - kept / decay, 1.0 - kept  # a step that was skipped decayed nothing
+            taken, left = 1.0 - kept / decay, 1.0 - kept  # a skipped step has no decay
             if decay == 1.0 or skipped is None:
                 torch._foreach_addcmul_(shrunk, shrunk, minus, taken)
-            elif skipped.device.type == "cpu":  # nothing to wait for, and no copy of the factors
+            elif skipped.device.type == "cpu":  # no synchronization, and no copy of the factors
                 torch._foreach_addcmul_(shrunk, shrunk, minus, left if skipped else taken)
             else:
                 share = torch.rsub(skipped, taken, alpha=taken - left)
@@ -406,14 +406,14 @@ class Controller:
 
     @torch.no_grad()
     def _rewind_(self) -> None:
-        """Copies the rewind point into the model's own tensors, which optimizer, DDP and masks refer to."""
+        """Copies the rewind point into the model's existing tensors, which the optimizer, DDP and masks refer to."""
         for name, value in self.model.state_dict().items():
             value.copy_(self.rewind_point[name])
 
     def _model_on_host(self) -> dict[str, Tensor]:
         return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
 
-    # -- small answers
+    # -- queries
 
     def _view(self) -> PruningView:
         def anew(evidence: Evidence, density: Density) -> MaskSet:
@@ -430,19 +430,19 @@ class Controller:
         )
 
     def _selected(self, density: Density | None, choose: Callable[[Evidence], MaskSet]) -> MaskSet:
-        """A mask chosen on rank 0 from evidence of all ranks."""
+        """A mask selected on rank 0 from the evidence of all ranks."""
         if density is not None:
             self.state.density_asked = self.selector.mean_density(self.weights, density)
-        seed = self.seed * 1_000 + self.state.round  # a new draw for each round, the same on every device
+        seed = self.seed * 1_000 + self.state.round  # differs by round, the same on every device
         statistics = self.calibrate() if self.calibrate is not None else None
         evidence = Evidence(self.weights, self.mask, seed, statistics)
         chosen = agreed(lambda: choose(evidence), self.mask)
         if density is not None and self.state.density_asked < 1.0 - 0.5 / self.mask.num_elements:
-            chosen.__dict__["is_full"] = False  # known, where counting would wait for the device
+            chosen.__dict__["is_full"] = False  # known here; counting would synchronize with the device
         return chosen
 
     def _penalty(self, progress: Progress) -> Penalty | None:
-        """The penalty, when it acts at this step: from the start of its window until the condemned are removed."""
+        """The penalty if it is active: from the start of its window until the condemned are removed."""
         penalty = self.state.penalty if self.staying is not None else None
         if penalty is None or not (window := penalty.steps(progress.round_steps)):
             return None

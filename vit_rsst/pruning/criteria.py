@@ -1,9 +1,9 @@
-"""Criteria: how much a weight or a unit is worth. Scores are float32; higher means keep.
+"""Criteria: importance scores of weights and units. Scores are float32; higher means keep.
 
-A criterion sees trained weights, before any rewind. Registered by name; a new one is a function from `Evidence` to a
-score for every element, under `@register_criterion`. What a unit is worth is the mean over its elements, unless the
-criterion says better: activations are seen at the input of the layer that consumes them (Michel et al. 2019, Molchanov
-et al. 2019, Sun et al. 2024).
+A criterion sees trained weights, before any rewind. Criteria are registered by name; a new one is a function from
+`Evidence` to a score per element, decorated with `@register_criterion`. A unit's score is the mean over its elements,
+unless the criterion defines one; activations are recorded at the input of the layer that consumes them (Michel et al.
+2019, Molchanov et al. 2019, Sun et al. 2024).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Needs = Literal["weights", "survivors", "activations", "gradients"]
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """Means over all calibration images of what flows into a consumer; A is its input, L the loss of one image.
+    """Means over all calibration images at the input of a consumer; A is its input, L the loss of one image.
 
     Attributes:
         absolute: E|A|, over images, tokens and the features of a unit; (units,).
         square: E A², likewise.
         saliency: E|A · ∂L/∂A|, likewise; None without gradients.
-        gate: E over images of |Σ A · ∂L/∂A| over tokens and the features of a unit, which is |∂L/∂gate|.
+        gate: mean over images of |Σ A · ∂L/∂A|, summed over tokens and a unit's features, which is |∂L/∂gate|.
     """
 
     absolute: Tensor
@@ -43,13 +43,13 @@ class SiteStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the calibration images say.
+    """Statistics over the calibration images.
 
     Attributes:
         absolute: per weight E|X| of its layer's input features; (in,).
         square: per weight E X², likewise.
-        gradient: per weight the mean gradient of the loss of one image; the weight's shape.
-        sites: per unit group.
+        gradient: per weight the mean gradient of the loss of one image; shaped like the weight.
+        sites: by unit group.
     """
 
     absolute: Mapping[str, Tensor] = field(default_factory=dict)
@@ -60,14 +60,14 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that a criterion may look at.
+    """Everything a criterion may use.
 
     Attributes:
-        weights: by name, trained.
-        alive: the mask now.
+        weights: trained weights by name.
+        alive: the current mask.
         seed: of this selection.
         statistics: of the calibration images, for criteria that need activations or gradients.
-        survivors: what would be left if elements were removed one by one, for criteria that need it.
+        survivors: the mask that unstructured pruning would leave, for criteria that need it.
     """
 
     weights: Mapping[str, Tensor]
@@ -83,14 +83,14 @@ UnitScores = Callable[[Evidence, "UnitGroup"], "Tensor"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """How to score.
+    """A scoring rule.
 
     Attributes:
-        elements: scores by weight name, each of the weight's shape; None: it says nothing of single elements.
+        elements: scores by weight name, shaped like the weights; None: it does not score elements.
         units: scores of a group's units, (units,); None: the mean over their elements.
         needs: what the evidence must hold.
-        relative: whose scores are divided by their mean in a layer before layers compete, since they have no common
-            scale: of nothing, of `units`, or of units and elements (`all`).
+        relative: which scores are divided by their layer mean before layers compete, as layers differ in scale:
+            `nothing`, `units`, or units and elements (`all`).
     """
 
     elements: ElementScores | None
@@ -104,7 +104,7 @@ class Criterion:
 
     def of_elements(self, evidence: Evidence) -> dict[str, Tensor]:
         """Scores by weight name; for criteria that score elements."""
-        assert self.elements is not None, "this criterion scores units alone"
+        assert self.elements is not None, "this criterion scores units only"
         return self.elements(evidence)
 
 
@@ -117,7 +117,7 @@ def register_criterion(
     needs: Needs = "weights",
     relative: Literal["nothing", "units", "all"] = "units",
 ) -> Callable[[ElementScores], ElementScores]:
-    """Decorator of a function of element scores; see `Criterion` for the rest."""
+    """Decorator for an element-score function; see `Criterion` for the arguments."""
 
     def add(elements: ElementScores) -> ElementScores:
         CRITERIA.register(name)(Criterion(elements, units, needs, relative))
@@ -128,12 +128,12 @@ def register_criterion(
 
 @register_criterion("magnitude")
 def magnitude(evidence: Evidence) -> dict[str, Tensor]:
-    """|w|: the weights that trained to a large value matter (Han et al. 2015)."""
+    """|w|: large trained weights are important (Han et al. 2015)."""
     return {name: weight.detach().float().abs() for name, weight in evidence.weights.items()}
 
 
 def _survivors(evidence: Evidence, group: UnitGroup) -> Tensor:
-    """The share of a unit's elements that a global magnitude threshold would leave (Chen et al. 2022)."""
+    """Fraction of a unit's elements that survives a global magnitude threshold (Chen et al. 2022)."""
     from vit_rsst.pruning.granularity import pool
 
     return pool(group, evidence.survivors.masks)
@@ -148,7 +148,7 @@ def _absolute(evidence: Evidence, group: UnitGroup) -> Tensor:
 
 @register_criterion("activation_l1", _absolute, "activations", "all")
 def activation_l1(evidence: Evidence) -> dict[str, Tensor]:
-    """Units: mean |activation| at the consumer's input. Elements: |w| times the mean |input| that it meets."""
+    """Units: mean |activation| at the consumer's input. Elements: |w| times its mean |input|."""
     return _times_input(evidence, evidence.statistics.absolute)
 
 
@@ -169,13 +169,13 @@ def _saliency(evidence: Evidence, group: UnitGroup) -> Tensor:
 
 @register_criterion("saliency", _saliency, "gradients", "nothing")
 def saliency(evidence: Evidence) -> dict[str, Tensor]:
-    """Units: mean |activation · gradient|; of a head |∂L/∂gate|. Elements: |w · mean gradient|."""
+    """Units: mean |activation · gradient|; heads: |∂L/∂gate|. Elements: |w · mean gradient|."""
     gradient = evidence.statistics.gradient
     return {name: (weight.detach().float() * gradient[name]).abs() for name, weight in evidence.weights.items()}
 
 
 def _taylor(evidence: Evidence, group: UnitGroup) -> Tensor:
-    """What removing a unit would change of each image's loss, to first order (Molchanov et al. 2019)."""
+    """First-order change in each image's loss if the unit is removed (Molchanov et al. 2019)."""
     return evidence.statistics.sites[group.name].gate
 
 
@@ -191,7 +191,7 @@ def _drawn(evidence: Evidence, group: UnitGroup) -> Tensor:
 
 @register_criterion("random", _drawn, relative="nothing")
 def random(evidence: Evidence) -> dict[str, Tensor]:
-    """Uniform noise: the control that any criterion has to beat. The same on every device."""
+    """Uniform noise: the baseline that any criterion has to beat. The same on every device."""
     import torch
 
     generator = torch.Generator().manual_seed(evidence.seed)
@@ -202,7 +202,7 @@ def _times_input(evidence: Evidence, size: Mapping[str, Tensor]) -> dict[str, Te
     scores = {}
     for name, weight in evidence.weights.items():
         seen = size[name].float().to(weight.device)
-        # Output row o of a grouped convolution reads the inputs of its own group; of a plain layer, all of them.
+        # An output row of a grouped convolution reads the inputs of its own group; of a plain layer, all inputs.
         groups = len(seen) // weight.shape[1]
         rows = seen.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)  # (out, in / groups)
         scores[name] = weight.detach().float().abs() * rows.view(*rows.shape, *[1] * (weight.dim() - 2))

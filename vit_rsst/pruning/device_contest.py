@@ -1,8 +1,8 @@
-"""A contest where the scores are: two passes of histograms, without a copy of all scores and without the host waiting.
+"""A contest on the scores' device: two histogram passes, without copying all scores and without synchronizing.
 
-It keeps what `contest` keeps, to the last bit. That one settles floors by contests one after the other; here the best
-of each entry up to its floor are set aside at once and the others compete for what is left. Both come to the same: an
-entry keeps max(floor, its elements above one common threshold).
+It keeps exactly what `contest` keeps. `contest` settles floors in successive contests; here the best of each entry up
+to its floor are set aside at once, and the others compete for the rest. The result is the same: an entry keeps
+max(floor, its elements above one common threshold).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,18 +14,18 @@ BINS = 1 << 16
 
 
 def keep_best(scores: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence[int], k: int) -> list[Tensor]:
-    """The best `k` of the living of all entries together, but of each at least its floor; ties by index.
+    """The best `k` alive elements over all entries, but at least its floor of each; ties break by index.
 
     Args:
-        scores: per entry float32 of any shape, none of them NaN.
+        scores: per entry float32 of any shape, without NaN.
         alive: bool, likewise.
-        least: per entry how many must stay, as far as there are so many.
+        least: per entry the minimum to keep, capped at its alive elements.
 
     Returns:
-        Per entry bool, the shape of its scores.
+        Per entry bool, shaped like its scores.
     """
 
-    def keys() -> Iterator[Tensor]:  # made again for each pass, so that one entry's are held at a time
+    def keys() -> Iterator[Tensor]:  # recomputed in each pass, so that one entry's are in memory at a time
         return (_keys(*entry) for entry in zip(scores, alive, strict=True))
 
     upper = torch.stack([_counts(_upper(key)) for key in keys()])  # (entries, bins)
@@ -34,13 +34,13 @@ def keep_best(scores: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence
     floors = torch.stack([living[i].clamp(max=number) for i, number in enumerate(least)])
     k_left = (living.sum().clamp(max=k) - floors.sum()).clamp(min=0)
 
-    # Where the floor of each entry ends: a bin of upper halves, one of lower halves, and so many of its ties.
+    # Where the floor of each entry ends: the bin of upper halves, the bin of lower halves, and the ties taken from it.
     floor_upper, above = _reach(upper, floors)
     lower = torch.stack([_counts(_lower(key), _upper(key) == floor_upper[i]) for i, key in enumerate(keys())])
     floor_lower, above_lower = _reach(lower, floors - above)
     floor_ties = floors - above - above_lower
 
-    # The others: what is below the floors.
+    # The rest: elements below the floors.
     others = _below(upper, floor_upper, floors - above)
     common_upper, above = _reach(others.sum(0, keepdim=True), k_left[None])
     lower = torch.stack([_counts(_lower(key), _upper(key) == common_upper) for key in keys()])
@@ -64,7 +64,7 @@ def keep_best(scores: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence
 
 
 def _keys(scores: Tensor, alive: Tensor) -> Tensor:
-    """int32 of the same order as the scores, −0 and +0 alike; the dead below all."""
+    """int32 in the order of the scores, −0 equal to +0; dead elements rank lowest."""
     bits = (scores.detach().float().flatten() + 0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return ordered.masked_fill_(~alive.flatten(), -(2**31))
@@ -83,7 +83,7 @@ def _joined(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def _counts(bins: Tensor, counted: Tensor | None = None) -> Tensor:
-    """How many fall into each bin, int64 (bins,); `bincount` would wait for the largest of a GPU's."""
+    """Count per bin, int64 (bins,); `bincount` would synchronize with a GPU."""
     ones = torch.ones((), dtype=torch.int64, device=bins.device).expand(bins.shape)
     return torch.zeros(BINS, dtype=torch.int64, device=bins.device).scatter_add_(
         0, bins.long(), ones if counted is None else counted.long()
@@ -91,7 +91,7 @@ def _counts(bins: Tensor, counted: Tensor | None = None) -> Tensor:
 
 
 def _reach(counts: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row the bin in which the `number`-th from the top lies, and how many lie above that bin."""
+    """Per row the bin of the `number`-th largest, and the count above that bin."""
     from_top = counts.flip(1).cumsum(1).flip(1)
     place = (from_top >= number[:, None]).sum(1) - 1
     here = place[:, None]
@@ -99,7 +99,7 @@ def _reach(counts: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _below(counts: Tensor, place: Tensor, taken: Tensor) -> Tensor:
-    """What is left of a histogram without what lies above bin `place` and `taken` in it."""
+    """A histogram without everything above bin `place` and without `taken` elements of that bin."""
     bins = torch.arange(BINS, device=counts.device)
     there = torch.where(bins == place[:, None], counts - taken[:, None], 0)
     return torch.where(bins < place[:, None], counts, there)

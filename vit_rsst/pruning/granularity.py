@@ -1,4 +1,4 @@
-"""Granularity: from scores of weights to scores of units, and from decisions on units back to element masks."""
+"""Granularity: pools weight scores to unit scores, and expands unit decisions to element masks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from vit_rsst.pruning.units import Member, UnitGroup
 
 
 def slices(member: Member, tensor: Tensor) -> Tensor:
-    """What each unit owns of `tensor`: (units, span · other)."""
+    """The slices of `tensor` owned by each unit: (units, span · other)."""
     index = member.index.to(tensor.device)
     picked = tensor.movedim(member.dim, 0)[index]  # (units, span, other…)
     return picked.flatten(1)
@@ -21,13 +21,13 @@ def pool(group: UnitGroup, scores: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         group: units of one kind in one place; its members index `scores`.
-        scores: per weight, the weight's shape; higher means keep.
+        scores: per weight, shaped like the weight; higher means keep.
 
     Returns:
         float32, (units,).
 
     Raises:
-        KeyError: a member's weight has no scores.
+        KeyError: a member weight has no scores.
     """
     owned = [slices(member, scores[member.name]).float() for member in group.members]
     return sum(part.sum(1) for part in owned) / sum(part.shape[1] for part in owned)
@@ -39,17 +39,17 @@ def unit_size(group: UnitGroup, weights: Mapping[str, Tensor]) -> int:
 
 
 def alive_units(group: UnitGroup, mask: MaskSet) -> Tensor:
-    """Which units have an element alive: bool, (units,)."""
+    """Which units have any element alive: bool, (units,)."""
     return torch.stack([slices(member, mask[member.name]).any(1) for member in group.members]).any(0)
 
 
 def expand(groups: Iterable[UnitGroup], kept: Sequence[Tensor], like: Mapping[str, Tensor]) -> MaskSet:
-    """Element masks of a decision on units: whatever a dropped unit owns is dead, all else alive.
+    """Expands a decision on units to element masks: everything a dropped unit owns is dead, the rest alive.
 
     Args:
         groups: unit groups over the weights of `like`.
         kept: per group bool, (units,).
-        like: per weight a tensor of its shape and device.
+        like: per weight a tensor with its shape and device.
     """
     mask = MaskSet.full(like)
     for group, keep in zip(groups, kept, strict=True):

@@ -1,4 +1,4 @@
-"""MaskSet: which elements of which weights are alive. Sets are immutable; every operation makes a new one."""
+"""MaskSet: which elements of which weights are alive. Mask sets are immutable; every operation returns a new one."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MaskSet:
-    """Weight name → bool tensor of the weight's shape; True means alive."""
+    """Weight name → bool tensor shaped like the weight; True means alive."""
 
     masks: Mapping[str, Tensor]
 
@@ -28,7 +28,7 @@ class MaskSet:
         return iter(self.masks)
 
     def tensors(self) -> list[Tensor]:
-        """The bool tensors in the order of the names."""
+        """The bool tensors, in name order."""
         return list(self.masks.values())
 
     def _combine(self, other: "MaskSet", op: Callable[[Tensor, Tensor], Tensor]) -> "MaskSet":
@@ -59,23 +59,23 @@ class MaskSet:
 
     @cached_property
     def is_full(self) -> bool:
-        """Whether everything is alive, so that there is nothing to enforce; counted once."""
+        """Whether everything is alive, so there is nothing to enforce; cached."""
         return self.num_alive == self.num_elements
 
     @property
     def density(self) -> float:
-        """Share of the prunable elements that is alive."""
+        """Fraction of prunable elements that are alive."""
         return self.num_alive / self.num_elements
 
     def layers(self) -> dict[str, dict[str, float]]:
-        """Per weight: number of elements, number alive, density."""
+        """Per weight: elements, alive elements, density."""
         return {
             name: {"elements": mask.numel(), "alive": int(mask.sum()), "density": int(mask.sum()) / mask.numel()}
             for name, mask in self.masks.items()
         }
 
     def pack(self) -> dict[str, Tensor]:
-        """Bits, row-major, most significant first: uint8 of ceil(elements / 8) bytes for each weight, on the CPU."""
+        """Packed bits, row-major, most significant first: uint8 of ceil(elements / 8) bytes per weight, on the CPU."""
         return {name: pack_bits(mask) for name, mask in self.masks.items()}
 
     @classmethod
@@ -84,7 +84,7 @@ class MaskSet:
         return cls({name: unpack_bits(packed[name], w.shape).to(w.device) for name, w in like.items()})
 
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of the sha256 over names and bits: equal masks, equal fingerprints."""
+        """First 16 hexadecimal digits of the sha256 over names and bits; equal masks have equal fingerprints."""
         digest = hashlib.sha256()
         for name, bits in self.pack().items():
             digest.update(name.encode() + b"\0")
@@ -93,10 +93,10 @@ class MaskSet:
 
 
 def factors(masks: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """0 and 1 to multiply tensors `like` by, in the form that is fastest there.
+    """Factors 0 and 1 for multiplying the tensors `like`, in the fastest form for their device.
 
-    On the CPU they share the masks' memory as int8, which multiplies more than twice as fast as bool. Elsewhere a
-    foreach call is one kernel only between tensors of one dtype: they are a copy, to be dropped after the step.
+    On the CPU they share the masks' memory as int8, which multiplies more than twice as fast as bool. On other devices,
+    a foreach call is a single kernel only if all tensors have one dtype: they are copies, to be freed after the step.
     """
     if not like or like[0].device.type == "cpu":
         return [mask.view(torch.int8) for mask in masks]

@@ -1,9 +1,9 @@
-"""The names of granularities, without torch: recipes are checked against them."""
+"""Names of granularities, without importing torch: recipes are checked against them."""
 
 import re
 
 UNIT_KINDS = {"head": ("head",), "neuron": ("neuron",), "head+neuron": ("head", "neuron"), "channel": ("channel",)}
-"""Structured granularity → the kinds of units that it prunes."""
+"""Structured granularity → the kinds of units it prunes."""
 
 GRANULARITIES = {
     "element": "single weights of Linear and Conv layers",
@@ -13,7 +13,7 @@ GRANULARITIES = {
     "channel": "output channels of the inner convolutions of residual blocks",
     "N:M": "N of every M consecutive inputs stay, such as 2:4",
 }
-"""Every granularity in a line."""
+"""One-line description of every granularity."""
 
 
 def pattern(granularity: str) -> tuple[int, int] | None:

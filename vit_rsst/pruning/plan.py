@@ -1,7 +1,7 @@
-"""What a method decides and what it may ask: `RoundPlan`, `Penalty`, `PruningView`, `Method`.
+"""The interface of pruning methods: `RoundPlan`, `Penalty`, `PruningView`, `Method`.
 
-Plans are data: the controller carries them out, tests and `--dry-run` print them. No torch is imported here, so that
-the options of a method can be checked before anything heavy is loaded.
+Plans are data: the controller carries them out, tests and `--dry-run` print them. This module does not import torch, so
+that a method's options can be checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vit_rsst.pruning.masks import MaskSet
 
 Density = float | Mapping[str, float]
-"""Share to keep, 0 … 1: of all that is prunable, or by kind of unit."""
+"""Fraction to keep, 0 … 1: of all prunable weights, or by kind of unit."""
 
 Ramp = Literal["linear", "quadratic", "cubic", "exponential", "cosine"]
 
@@ -36,22 +36,22 @@ RAMPS_OF_0_1: dict[str, dict[str, Any]] = {
     "exp_custom_exponents": {"ramp": "exponential"},
     "cos": {"ramp": "cosine"},
 }
-"""Names of ramps in recipes and resume points of version 0.1 → the options that they stand for now."""
+"""Ramp names in recipes and resume points of version 0.1 → today's options."""
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """The growing penalty that takes the condemned to zero.
+    """The growing penalty that shrinks the condemned to zero.
 
     Attributes:
         ramp: φ, how the strength grows over the window.
         exponent: p of the ramp `exponential`.
-        strength: g; decoupled: multiplies the logarithm of the shrink, 1 reaches `residual`; gradient: the largest λ.
-        residual: share of their size that the condemned have left when a decoupled window ends with strength 1.
-        window: part of the round, as fractions, in which the penalty acts.
+        strength: g; decoupled: scales the logarithm of the shrink, 1 reaches `residual`; gradient: the largest λ.
+        residual: fraction of their size that the condemned have left at the end of a decoupled window of strength 1.
+        window: fractions of the round between which the penalty acts.
         coupling: `decoupled` multiplies the weights after the step; `gradient` adds λ·w to the gradient before it.
-        span: `round` grows once over the window; `epoch` grows anew in each epoch of it.
-        condemned_gradient: whether the condemned go on receiving the gradient of the loss.
+        span: `round` ramps up once over the window; `epoch` restarts the ramp in each of its epochs.
+        condemned_gradient: whether the condemned still receive the gradient of the loss.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
@@ -66,11 +66,11 @@ class Penalty:
     condemned_gradient: bool = False
 
     def steps(self, round_steps: int) -> range:
-        """The steps of a round in which the penalty acts."""
+        """The steps of a round on which the penalty acts."""
         return range(at_fraction(self.window[0], round_steps), at_fraction(self.window[1], round_steps))
 
     def ramp_at(self, round_step: int, round_steps: int, steps_per_epoch: int) -> float:
-        """φ at one step: 0 before the window, up to 1 at the last step of its span, held at 1 after the window."""
+        """φ at one step: 0 before the window, rising to 1 at the last step of its span, 1 after the window."""
         window = self.steps(round_steps)
         if round_step < window.start or not window:
             return 0.0
@@ -83,7 +83,7 @@ class Penalty:
         return ramp(self.ramp, (round_step - start + 1) / length, self.exponent)
 
     def shrink_at(self, round_step: int, round_steps: int, steps_per_epoch: int) -> float:
-        """σ of one step, decoupled: w ← w · exp(−σ). Sums to g · ln(1/residual) over the window; 0 outside of it."""
+        """σ of one decoupled step, w ← w · exp(−σ). Sums to g · ln(1/residual) over the window; 0 outside."""
         if round_step not in self.steps(round_steps):
             return 0.0
         phi = self.ramp_at(round_step, round_steps, steps_per_epoch)
@@ -92,22 +92,22 @@ class Penalty:
 
 @lru_cache(maxsize=8)
 def _ramp_sum(penalty: Penalty, round_steps: int, steps_per_epoch: int) -> float:
-    """Σ φ over the window, so that `residual` holds whatever the number of steps."""
+    """Σ φ over the window, so that `residual` is reached whatever the number of steps."""
     return math.fsum(penalty.ramp_at(t, round_steps, steps_per_epoch) for t in penalty.steps(round_steps))
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a method wants of one round.
+    """A method's plan for one round.
 
     Attributes:
-        mask: enforced from the first step of the round on.
-        target: enforced once the condemned (`mask − target`) are gone; None when nobody is condemned.
-        penalty: how the condemned are taken to zero.
+        mask: enforced from the first step of the round.
+        target: enforced once the condemned (`mask − target`) are removed; None: nothing is condemned.
+        penalty: how the condemned are shrunk to zero.
         remove_at: fraction of the round after which the target becomes the mask.
-        start_from: `trained` keeps the weights; `rewind` asks for the recipe's rewind point.
-        forward: `masked`: what is dead is zero in the weights themselves; `straight_through`: the weights stay dense
-            and are masked in the forward pass alone, so that the dead go on learning (Bengio et al. 2013).
+        start_from: `trained` keeps the weights; `rewind` restores the recipe's rewind point.
+        forward: `masked`: dead weights are zero; `straight_through`: weights stay dense and are masked in the forward
+            pass only, so that dead weights keep learning (Bengio et al. 2013).
     """
 
     mask: MaskSet
@@ -120,16 +120,16 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class PruningView:
-    """What a method may ask when it plans. Every mask is the same on every rank.
+    """What a method can query when it plans. Every mask is the same on every rank.
 
     Attributes:
-        mask: what is alive now.
-        rounds: number of sparse rounds in the schedule; round 0, dense, comes on top.
-        density: fraction of the schedule (0 … 1) → density asked.
-        units: density → the mask of the best units among those alive, at the recipe's granularity.
-        elements: density → the mask of the best single elements among those alive, whatever the granularity.
-        anew: density → like `units`, with the dead competing again.
-        fill: element mask, ratio → the mask of as many whole units as the elements pay for, and `ratio` of the others.
+        mask: the current mask.
+        rounds: number of sparse rounds in the schedule, not counting the dense round 0.
+        density: fraction of the schedule (0 … 1) → target density.
+        units: density → mask of the best alive units, at the recipe's granularity.
+        elements: density → mask of the best alive elements, whatever the granularity.
+        anew: density → like `units`, but dead units compete again.
+        fill: element mask, ratio → mask of as many whole units as the elements pay for, plus `ratio` of the others.
     """
 
     mask: MaskSet
@@ -143,13 +143,13 @@ class PruningView:
 
 @dataclass(frozen=True)
 class Gradual:
-    """Sparsity that grows within a round: every `interval` steps of `window`, fractions of the round."""
+    """Sparsity that grows within a round, every `interval` steps of `window` (fractions of the round)."""
 
     window: tuple[float, float]
     interval: int
 
     def steps(self, round_steps: int) -> range:
-        """The steps of a round in which it grows; an empty window still removes, at once."""
+        """The steps of a round over which sparsity grows; an empty window removes everything in one step."""
         start, end = (at_fraction(x, round_steps) for x in self.window)
         return range(start, max(end, start + 1))
 
@@ -159,9 +159,9 @@ class Gradual:
         return sorted({step for step in (*steps[self.interval - 1 :: self.interval], steps[-1]) if step < round_steps})
 
     def fraction_at(self, progress: Progress) -> float | None:
-        """Fraction of the schedule to reach after the step at which `progress` stands; None: nothing is due."""
+        """Fraction of the schedule to reach after the current step; None: nothing is due."""
         steps = self.steps(progress.round_steps)
-        done = progress.round_step + 1 - steps.start  # counting the current step
+        done = progress.round_step + 1 - steps.start  # including the current step
         if not 0 < done <= len(steps) or (done % self.interval and done != len(steps)):
             return None
         return done / len(steps)
@@ -172,21 +172,21 @@ Setting = Callable[[str], Any]
 
 
 class Method(Protocol):
-    """One pruning method: a frozen dataclass of its options, in a file of its own under `@register_method`.
+    """A pruning method: a frozen dataclass of its options, in its own file, decorated with `@register_method`.
 
-    Its plans say most of what others need to know: `preview` reads them for `--dry-run` and the memory estimate.
-    What a recipe is checked against is declared here, with defaults that a method overrides. Options named
-    `penalty`, `remove_at`, `window` and `interval` have the meaning given below and are checked for every method.
+    Its plans carry most of what other modules need: `preview` reads them for `--dry-run` and the memory estimate. What
+    recipe checks need is declared here, with defaults that a method overrides. Options named `penalty`, `remove_at`,
+    `window` and `interval` have the meaning given below and are checked for every method.
 
     Attributes:
-        one_round: trains a single round of all epochs together; `refresh` may change the mask within it. The other
-            methods prune from round to round.
-        prunes: False: never removes anything, so that schedule, criterion and calibration are not used.
+        one_round: trains all epochs in a single round, in which `refresh` may change the mask; other methods prune from
+            round to round.
+        prunes: False: never removes anything, so schedule, criterion and calibration are unused.
         keeps_start: fine-tunes the sparse model of `model.start_from` for `train.epochs`.
-        default_criterion, default_rewind: used if the recipe names none.
-        extra_rounds: rounds after those of the schedule.
+        default_criterion, default_rewind: used if the recipe sets none.
+        extra_rounds: rounds in addition to those of the schedule.
         penalty: shrinks the condemned before they are removed; None: no penalty.
-        remove_at: fraction of the round at which its removal comes; None: depends on the plan.
+        remove_at: fraction of the round at which the condemned are removed; None: depends on the plan.
     """
 
     one_round: ClassVar[bool]
@@ -200,30 +200,30 @@ class Method(Protocol):
     __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "allow_inf_nan": False}
 
     def plan(self, round: int, view: PruningView) -> RoundPlan:
-        """What round `round` starts with."""
+        """The plan for round `round`, made at its start."""
         ...
 
     def refresh(self, progress: Progress, view: PruningView) -> MaskSet | None:
-        """A new mask after the step at which `progress` stands, or None to keep the mask."""
+        """A new mask after the current step, or None to keep the mask."""
         return None
 
     @property
     def gradual(self) -> Gradual | None:
-        """When `refresh` changes the mask, from the options `window` and `interval`; None: not known."""
+        """When `refresh` changes the mask, from the options `window` and `interval`; None: unknown."""
         window = getattr(self, "window", None)
         return None if window is None else Gradual(window, getattr(self, "interval", 1))
 
     def rules(self, setting: Setting) -> Iterator[tuple[str, str]]:
-        """(field, message) for each recipe field that does not fit this method; `method` stands for its own options.
+        """(field, message) for each recipe field incompatible with this method; `method` denotes its own options.
 
         Args:
-            setting: looks up fields of the recipe, such as `pruning.rewind`.
+            setting: looks up recipe fields, such as `pruning.rewind`.
         """
         yield from ()
 
     @classmethod
     def question(cls, setting: Setting) -> str:
-        """The question that a run answers, for its report; `setting` gives "?" for unknown fields."""
+        """The question that a run answers, for its report; `setting` returns "?" for unknown fields."""
         asked = setting("pruning.schedule.final_sparsity")
         goal = f"{asked:.0%} of its prunable weights are removed" if isinstance(asked, float) else "it is pruned"
         chosen = f"{setting('pruning.granularity')} granularity, {setting('pruning.criterion')} criterion"
@@ -232,7 +232,7 @@ class Method(Protocol):
 
 
 def changes_within_rounds(method: Method) -> bool:
-    """Whether the method has a `refresh` of its own."""
+    """Whether the method overrides `refresh`."""
     return type(method).refresh is not Method.refresh
 
 
@@ -240,9 +240,9 @@ METHODS: Registry[type[Method]] = Registry("method")
 
 
 def register_method(name: str) -> Callable[[type], type]:
-    """Class decorator: registers a frozen dataclass as a method that a recipe can name.
+    """Class decorator: registers a frozen dataclass as a method under a recipe name.
 
-    A class that does not inherit from `Method` gets the defaults that it does not define.
+    A class that does not inherit from `Method` gets its defaults for whatever it does not define.
     """
 
     def add(method: type) -> type:

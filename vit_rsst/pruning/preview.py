@@ -1,6 +1,6 @@
-"""A preview: what a method plans for every round, asked of the method itself on stand-in masks.
+"""Preview: what a method plans for every round, obtained from the method itself with stand-in masks.
 
-The controller carries out these plans; `--dry-run` and the memory estimate read them here, so that they cannot differ.
+The controller carries out the same plans, so `--dry-run` and the memory estimate cannot disagree with the run.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Density, Method, Penalty, PruningView, RoundPlan, changes_within_rounds
 
 ELEMENTS = 1000
-"""Elements of the stand-in mask of each weight."""
+"""Elements per weight of the stand-in mask."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RoundPreview:
 
     Attributes:
         density: target at the end of the round.
-        refreshes: steps of the round after which `refresh` gives a new mask.
+        refreshes: steps of the round after which `refresh` returns a new mask.
     """
 
     plan: RoundPlan
@@ -37,10 +37,10 @@ class RoundPreview:
         return self.plan.penalty if self.plan.target is not None else None
 
     def removal(self) -> str:
-        """When the weights of the round are removed."""
+        """When the round removes weights."""
         if self.refreshes:
             first, last = self.refreshes[0] + 1, self.refreshes[-1] + 1
-            gaps = {after - before for before, after in pairwise(self.refreshes[:-1])}  # the last may be shorter
+            gaps = {after - before for before, after in pairwise(self.refreshes[:-1])}  # the last gap may be shorter
             often = f"every {gaps.pop()} steps" if len(gaps) == 1 else f"{len(self.refreshes)} times"
             return f"{often}, steps {first:,}–{last:,}"
         if self.plan.target is not None:
@@ -59,10 +59,10 @@ def preview(
     """The plan of every round.
 
     Args:
-        progress: its rounds and steps; not changed.
+        progress: rounds and steps of the run; not modified.
         rounds: sparse rounds of the schedule.
         density: fraction of the schedule → density.
-        mean: one number for a density by kind of unit.
+        mean: overall density of a density by kind.
         weights: names of the prunable weights.
     """
     mask, asked, found = MaskSet(dict.fromkeys(weights, torch.ones(ELEMENTS, dtype=torch.bool))), 1.0, []

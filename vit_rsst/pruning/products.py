@@ -1,4 +1,4 @@
-"""Products: where a forward pass multiplies an input by a weight, whichever module calls for it."""
+"""Products: intercepts where a forward pass multiplies an input by a weight, whichever module does it."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 PRODUCTS = ("linear", "conv1d", "conv2d")
-"""Functions of torch that multiply an input by a weight."""
+"""torch functions that multiply an input by a weight."""
 
 
 class Products(TorchFunctionMode):
-    """Calls `note(weight, input, function)` for every linear map and convolution made meanwhile."""
+    """Calls `note(weight, input, function)` for every linear map and convolution inside the context."""
 
     def note(self, weight: Tensor, x: Tensor, name: str) -> None:
-        """What to do with one of them."""
+        """Handles one product."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""Names for parts that a recipe can choose, and the door through which a user's own parts come in."""
+"""Registries of the components that a recipe selects by name, open to user plugins."""
 
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
@@ -9,18 +9,18 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps a name to a part of one kind; an unknown name is an error that suggests the nearest."""
+    """Maps names to components of one kind; an unknown name raises an error that suggests the closest match."""
 
     def __init__(self, kind: str):
         self.kind = kind
         self._parts: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that registers a part under `name`; a second part of that name is refused."""
+        """Decorator that registers a component under `name`; duplicate names raise."""
 
         def add(part: T) -> T:
             if name in self._parts:
-                raise InputError(f"{self.kind} {name!r} is registered twice; give one of them another name.")
+                raise InputError(f"{self.kind} {name!r} is registered twice; rename one of them.")
             self._parts[name] = part
             return part
 
@@ -32,7 +32,7 @@ class Registry(Generic[T]):
         return self._parts[name]
 
     def get(self, name: str, default: T) -> T:
-        """The part of that name, or the default."""
+        """The component of that name, or the default."""
         return self._parts.get(name, default)
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,4 @@
-"""Selector: from evidence to a mask, at the granularity of the recipe. Pure: it sees tensors and gives a MaskSet."""
+"""Selector: from evidence to a mask, at the recipe's granularity. Pure: tensors in, MaskSet out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,14 +18,14 @@ from vit_rsst.pruning.units import UnitGroup, depths
 
 @dataclass(frozen=True)
 class Floors:
-    """What no contest may take: at least one unit a group stays, of neurons `min_neurons`, and of every layer the share
-    that `max_layer_sparsity` leaves."""
+    """What every group keeps: at least one unit, or `min_neurons` neurons, and the fraction that `max_layer_sparsity`
+    leaves."""
 
     min_neurons: int = 8
     max_layer_sparsity: float = 1.0
 
     def least(self, kind: str, number: int) -> int:
-        """How many of `number` elements or units must stay."""
+        """Minimum of `number` elements or units to keep."""
         share = -int(-(1.0 - self.max_layer_sparsity) * number // 1)  # rounded up
         floor = {"head": 1, "channel": 1, "neuron": self.min_neurons}.get(kind, 0)
         return min(max(share, floor), number)
@@ -33,12 +33,12 @@ class Floors:
 
 @dataclass(frozen=True)
 class Selector:
-    """Who stays.
+    """Selects what to keep.
 
     Attributes:
         granularity: element, N:M, or the kinds of `groups`.
         groups: unit groups of a structured granularity; empty for element and N:M.
-        costs: per group the cost of one unit in the currency of a budget; empty: the number of its elements.
+        costs: per group the cost of one unit, in units of the budget; empty: its number of elements.
     """
 
     criterion: Criterion
@@ -49,10 +49,10 @@ class Selector:
     costs: Mapping[str, float] = field(default_factory=dict)
 
     def units(self, evidence: Evidence, density: Density) -> MaskSet:
-        """The best units among those alive.
+        """The best alive units.
 
         Args:
-            density: share to keep, 0 … 1, of all that is prunable, or by kind.
+            density: fraction of the prunable weights to keep, 0 … 1, overall or by kind.
         """
         n_of_m = pattern(self.granularity)
         if n_of_m is not None:
@@ -64,25 +64,25 @@ class Selector:
         return expand(self.groups, list(kept.values()), evidence.alive.masks) & evidence.alive
 
     def elements(self, evidence: Evidence, density: Density) -> MaskSet:
-        """The best single weights among those alive; where the granularity is one of units, those of the largest
-        magnitude: what plain imp would keep."""
+        """The best alive elements; for structured granularities those of largest magnitude, as plain imp would
+        keep."""
         if not self.groups:
             return self.units(evidence, density)
         overall = self.mean_density(evidence.weights, density)
         return self._elements(evidence, overall, CRITERIA["magnitude"], Allocation())
 
     def fill(self, evidence: Evidence, elements: MaskSet, ratio: float) -> MaskSet:
-        """As many whole units as the elements of each group would pay for, the best of them, their dead refilled.
+        """The best whole units of each group, as many as its alive elements pay for; their dead elements are refilled.
 
         Args:
-            elements: an element mask; its alive weights are the budget.
-            ratio: share of the units beyond the budget that is put back all the same.
+            elements: an element mask, whose alive weights are the budget.
+            ratio: fraction of the units beyond the budget to keep as well.
         """
         evidence = replace(evidence, survivors=elements)
         kept = []
         for group in self.groups:
             size = unit_size(group, evidence.weights)
-            paid = float(pool(group, elements.masks).sum())  # Σ of the units' alive shares: n_full of the paper
+            paid = float(pool(group, elements.masks).sum())  # Σ of alive fractions over units: n_full in the paper
             number = int(paid + ratio * (group.units - paid) + 1e-6)
             least = self.floors.least(group.kind, group.units)
             alive = alive_units(group, evidence.alive).cpu()
@@ -91,12 +91,12 @@ class Selector:
         return expand(self.groups, kept, evidence.alive.masks)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
-        """Refuses what cannot be reached; see `Allocation.check`."""
+        """Rejects unreachable densities; see `Allocation.check`."""
         if pattern(self.granularity) is None:
             self.allocation.check(self._all_alive(weights))
 
     def mean_density(self, weights: Mapping[str, Tensor], density: Density) -> float:
-        """One figure for a density by kind."""
+        """Overall density of a density by kind."""
         if not isinstance(density, Mapping):
             return density
         return mean_density(density, self._all_alive(weights))
@@ -118,7 +118,7 @@ class Selector:
         return Entry(group.name, group.kind, scores, alive, cost, self.floors.least(group.kind, group.units))
 
     def _all_alive(self, weights: Mapping[str, Tensor]) -> list[Entry]:
-        """Entries as they are before anything is removed, without scores; `weights` may be shapes alone."""
+        """Entries before any removal, without scores; `weights` may be on `meta`."""
         if not self.groups:
             return self._weight_entries(weights, weights, MaskSet.full(weights))
         ones = {group.name: torch.ones(group.units, dtype=torch.bool) for group in self.groups}
@@ -137,7 +137,7 @@ class Selector:
     def _weight_entries(
         self, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor], alive: MaskSet
     ) -> list[Entry]:
-        """Weights, all of whose elements compete; the kind is the layer's own name, qkv or fc1."""
+        """One entry per weight, whose elements compete; the kind is the layer's name, such as qkv or fc1."""
         return [
             Entry(
                 name,
@@ -157,17 +157,17 @@ class Selector:
         return MaskSet(allocation.keep(entries, depths(evidence.weights), density))
 
     def _n_of_m(self, evidence: Evidence, density: float, n: int, m: int) -> MaskSet:
-        """N:M: the same number of every M inputs; the schedule steps it down to N."""
+        """N:M: keeps the same number of every M inputs; the schedule lowers it step by step to N."""
         kept = max(n, round(density * m))
         scores = self.criterion.of_elements(evidence)
         return MaskSet({name: keep_n_of_m(scores[name], evidence.alive[name], kept, m) for name in evidence.weights})
 
 
 def check_numbers(scores: Mapping[str, Tensor]) -> None:
-    """Refuses scores that no contest can rank.
+    """Checks that scores can be ranked.
 
     Raises:
-        ValueError: one is not a number.
+        ValueError: a score is NaN.
     """
     for name, values in scores.items():
         if bool(values.isnan().any()):
@@ -175,5 +175,5 @@ def check_numbers(scores: Mapping[str, Tensor]) -> None:
 
 
 def _relative(scores: Tensor) -> Tensor:
-    """Scores over their mean, so that layers of another scale can compete."""
+    """Scores divided by their mean, so that layers of different scale can compete."""
     return scores / scores.mean().clamp_min(torch.finfo(torch.float32).tiny)

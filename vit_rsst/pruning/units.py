@@ -1,4 +1,4 @@
-"""Units: the smallest things that live or die together, and which slices of which tensors they own."""
+"""Units: the smallest structures that are kept or removed as a whole, and the tensor slices they own."""
 
 import re
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ class Member:
     """The slices of one tensor that the units of a group own.
 
     Attributes:
-        name: the tensor's name in the state dict, `blocks.0.mlp.fc1.weight`.
-        dim: the dimension that the units divide.
+        name: the tensor's name in the state dict, such as `blocks.0.mlp.fc1.weight`.
+        dim: the dimension divided among units.
         index: int64, (units, span): unit u owns the slices `index[u]` along `dim`.
     """
 
@@ -24,7 +24,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Site:
-    """Where the output of the units can be seen: at the input of the module that consumes it.
+    """Where the output of units can be observed: at the input of the module that consumes it.
 
     Attributes:
         module: name of the consumer, such as `blocks.0.mlp.fc2` or `blocks.0.attn.proj`.
@@ -37,15 +37,15 @@ class Site:
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Units of one kind in one place, the smallest circle in which they compete.
+    """Units of one kind in one module, the smallest set in which they compete.
 
     Attributes:
-        name: of the module that holds them, `blocks.0.attn`.
+        name: of the module that holds them, such as `blocks.0.attn`.
         kind: head, neuron or channel.
-        depth: position of the block in the network, from 0 on.
-        members: slices of prunable weights; masks and scores are theirs.
-        vectors: slices of biases and norms that leave with a unit when the model is made smaller. A mask need not
-            cover them: the consumer's columns are masked, so that nothing of them is ever seen.
+        depth: index of the block in the network, from 0.
+        members: slices of prunable weights, to which masks and scores apply.
+        vectors: slices of biases and norms that are removed with a unit when the model is shrunk. Masks need not cover
+            them: the consumer's columns are masked, so they have no effect.
         site: where the units' output is consumed.
     """
 
@@ -62,8 +62,8 @@ class UnitGroup:
 
 
 def depths(names: Iterable[str]) -> list[int]:
-    """Position of the block that each module or weight lies in: 3 for `blocks.3.attn` and `blocks.3.mlp.fc1.weight`
-    where the blocks before it have parts among the names too."""
+    """Index of the block of each module or weight, counting the blocks among the names: usually 3 for `blocks.3.attn`
+    and `blocks.3.mlp.fc1.weight`."""
     blocks = [match.group(1) if (match := re.match(r"(.*\.\d+)(\.|$)", name)) else name for name in names]
     order = {block: position for position, block in enumerate(dict.fromkeys(blocks))}
     return [order[block] for block in blocks]

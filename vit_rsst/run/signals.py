@@ -80,7 +80,7 @@ class StopFlag:
     def is_asked(self) -> bool:
         """Whether this rank was asked to stop."""
         if not self.reason and self._launcher not in (None, os.getppid()):
-            self.reason = "the launcher is gone"
+            self.reason = "loss of the launcher"
         if not self.reason and self.deadline is not None and time.monotonic() >= self.deadline:
             self.reason = "train.max_minutes"
         return bool(self.reason)
@@ -103,7 +103,7 @@ class StopFlag:
         # The same sums on every rank, and so the same step.
         self._agreed_at, self._agree_at = (step, now), step + next_agreement(seconds)
         if ranks_asked and not asked:
-            self.reason = "another rank was asked to stop"
+            self.reason = "a request on another rank"
         return bool(ranks_asked)
 
 

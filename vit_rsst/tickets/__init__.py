@@ -1,1 +1,1 @@
-"""What a run leaves: tickets, rows of rounds, slim folders, and the way back to a network."""
+"""Outputs of a run: tickets, round results, slim folders, and loading them back into a network."""

@@ -1,4 +1,4 @@
-"""What can be scored, continued and exported: a ticket file, a run folder (its last ticket), a slim or dense folder."""
+"""Opens what can be scored, continued or exported: a ticket, a run folder (its last ticket), a slim or dense folder."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from vit_rsst.tickets.ticket_file import Ticket
 
 
 def open_ticket(what: Path) -> tuple[Path, Ticket]:
-    """The ticket that a path means, and where it lies.
+    """The ticket at a path, and its location.
 
     Raises:
         InputError: a run folder without a ticket.
-        Damaged: a ticket, slim or dense folder that is not there, is damaged, or has another format.
+        Damaged: the ticket, slim or dense folder does not exist, is damaged, or has another format.
     """
     if (what / slim_folder.CONFIG).is_file():  # a run folder has none
         return what, slim_folder.read(what)

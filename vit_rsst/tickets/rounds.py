@@ -1,4 +1,4 @@
-"""Results of rounds: one row each, kept as JSON beside the ticket, listed in rounds.csv and shown as a table."""
+"""Round results: one row per round, stored as JSON next to the ticket, listed in rounds.csv and printed as a table."""
 
 import json
 from dataclasses import asdict, astuple, dataclass, fields
@@ -11,7 +11,7 @@ from vit_rsst.text import aligned, duration, size
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One line of rounds.csv. Accuracies in percent, losses in nats, gaps in points; empty where there is none."""
+    """One row of rounds.csv. Accuracies in percent, losses in nats, gaps in points; empty if not available."""
 
     round: int
     density_asked: float
@@ -31,12 +31,12 @@ COLUMNS = tuple(f.name for f in fields(RoundRow))
 
 
 def ticket_path(folder: Path, round: int) -> Path:
-    """Where the ticket of a round lies in a run folder."""
+    """Path of a round's ticket in a run folder."""
     return folder / "tickets" / f"round_{round:02d}.safetensors"
 
 
 def of_rounds(folder: Path, suffix: str) -> list[Path]:
-    """Files of this suffix that the rounds of a run left, by round: 100 comes after 99."""
+    """Round files with this suffix, in numeric order: 100 comes after 99."""
     return sorted((folder / "tickets").glob(f"round_*{suffix}"), key=lambda path: (len(path.name), path.name))
 
 
@@ -53,7 +53,7 @@ def last_ticket(folder: Path) -> Path:
 
 
 def save_row(folder: Path, row: RoundRow, pruning: dict) -> None:
-    """Writes the row and the `RoundResult` beside the ticket, and rewrites rounds.csv from all rows."""
+    """Writes the row and the `RoundResult` next to the ticket, and rewrites rounds.csv from all rows."""
     files.write_json(ticket_path(folder, row.round).with_suffix(".json"), {"row": asdict(row), "pruning": pruning})
     files.write_csv(folder / "rounds.csv", [COLUMNS, *(astuple(r) for r in load_rows(folder))])
 
@@ -64,7 +64,7 @@ def load_rows(folder: Path) -> list[RoundRow]:
 
 
 def forget_from(folder: Path, round: int) -> None:
-    """Removes tickets and results of `round` and later ones, before which the run resumes."""
+    """Deletes tickets and results of `round` and later, which the resumed run will write again."""
     for path in (folder / "tickets").glob("round_*"):
         if int(path.stem.removeprefix("round_")) >= round:
             path.unlink()

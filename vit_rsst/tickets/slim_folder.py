@@ -1,8 +1,8 @@
-"""Slim folders: a small model as plain tensors in `model.safetensors`, and in `config.json` what builds it again.
+"""Slim folders: a small model as plain tensors in `model.safetensors`, and how to build it in `config.json`.
 
-The configuration holds the strings of the ticket's header, `model_args`, `data` and `widths` as objects, so that a slim
-folder stands wherever a ticket does: to be scored, to be trained further, to be exported again. So does a dense folder,
-which has no `widths`.
+The configuration holds the strings of the ticket's header, with `model_args`, `data` and `widths` as objects. A slim
+folder is therefore accepted wherever a ticket is: for scoring, further training and export. So is a dense folder, which
+has no `widths`.
 """
 
 import json
@@ -23,11 +23,11 @@ SLIM, DENSE = "vit_rsst.slim/1", "vit_rsst.dense/2"
 """Formats."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OBJECTS = ("model_args", "data", "widths")
-"""Entries of a ticket's header that are JSON."""
+"""Ticket header entries that hold JSON."""
 
 
 def write(folder: Path, ticket: Ticket, format: str = SLIM) -> None:
-    """Writes a model, whose header has its `widths` where it is slim, into an existing folder."""
+    """Writes a model into an existing folder; the header of a slim one has its `widths`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ticket.state.items()}
     config = {**as_config(ticket.metadata), "format": format, "prunable": list(ticket.mask)}
     config["sha256"] = ticket_file.digest(tensors, as_header(config))
@@ -37,10 +37,10 @@ def write(folder: Path, ticket: Ticket, format: str = SLIM) -> None:
 
 
 def read(folder: Path) -> Ticket:
-    """A slim or dense folder as a ticket: what is zero in its prunable weights is dead.
+    """Reads a slim or dense folder as a ticket: zeros in its prunable weights are dead.
 
     Raises:
-        Damaged: neither of the two, another format, truncated, or not what its hash says.
+        Damaged: neither kind, another format, truncated, or a hash mismatch.
     """
     config = _config(folder)
     try:
@@ -60,7 +60,7 @@ def load(folder: str | Path) -> nn.Module:
     """The model of a slim or dense folder, in evaluation mode: normalised images (batch, 3, size, size) to logits.
 
     Raises:
-        Damaged: neither of the two, another format, truncated, or not what its hash says.
+        Damaged: neither kind, another format, truncated, or a hash mismatch.
     """
     ticket = read(Path(folder))
     net = zoo.described(ticket.metadata, str(folder))
@@ -69,12 +69,12 @@ def load(folder: str | Path) -> nn.Module:
 
 
 def as_config(header: dict[str, str]) -> dict:
-    """A ticket's header as a tree, for people and for other readers."""
+    """A ticket's header as nested JSON, for humans and other tools."""
     return {key: json.loads(header[key]) if key in OBJECTS else header[key] for key in sorted(header)}
 
 
 def as_header(config: dict) -> dict[str, str]:
-    """Inverse of `as_config`: strings alone."""
+    """Inverse of `as_config`: strings only."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
 
 

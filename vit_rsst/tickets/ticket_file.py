@@ -1,8 +1,8 @@
-"""Tickets: the sparse weights of one round in one safetensors file, with all that is needed to build the model again.
+"""Tickets: the sparse weights of one round in one safetensors file, with everything needed to rebuild the model.
 
-For each pruned weight NAME: `NAME.values` (the kept values, row-major), `NAME.mask` (bits, packed, most significant
-first) and `NAME.shape`; every other tensor under its own name. The header says which timm architecture with which
-arguments the tensors fit, and holds a hash of them all.
+For each pruned weight NAME: `NAME.values` (the kept values, row-major), `NAME.mask` (packed bits, most significant
+first) and `NAME.shape`; every other tensor under its own name. The header names the architecture and its arguments, and
+holds a hash of all tensors.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ class Ticket:
     """A loaded ticket.
 
     Attributes:
-        state: the dense state dict, zeros where the mask says.
+        state: the dense state dict, zero where masked.
         mask: of the prunable weights.
-        metadata: strings of the header; `model_args`, `data` and, of a slim model, `widths` are JSON.
+        metadata: strings of the header; `model_args`, `data` and, for a slim model, `widths` are JSON.
     """
 
     state: dict[str, Tensor]
@@ -59,7 +59,7 @@ def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mappi
         files.settle(temporary)
         os.replace(temporary, path)
     except SafetensorError as error:
-        raise MissingRequirement(f"{path}: could not write the ticket ({error}); free some space there.") from error
+        raise MissingRequirement(f"{path}: cannot write the ticket ({error}); free some disk space.") from error
     finally:
         temporary.unlink(missing_ok=True)
     files.settle_folder(path.parent)
@@ -70,7 +70,7 @@ def load(path: Path) -> Ticket:
     """Reads a ticket back into dense tensors.
 
     Raises:
-        Damaged: no such file, not a ticket, another schema, truncated, or not what its hash says.
+        Damaged: no such file, not a ticket, another format, truncated, or a hash mismatch.
     """
     if not path.is_file():
         raise Damaged(f"{path}: no such ticket; check the path, or train its run first.")
@@ -82,8 +82,8 @@ def load(path: Path) -> Ticket:
         raise Damaged(f"{path}: not a readable safetensors file ({error}); copy or train the ticket again.") from error
     if metadata.get("format") != FORMAT:
         raise Damaged(
-            f"{path}: the format is {metadata.get('format', 'not given')!r}, not {FORMAT!r}; expected a ticket as "
-            "a run of this version writes it; of an export, name the folder."
+            f"{path}: the format is {metadata.get('format', 'not given')!r}, not {FORMAT!r}; expected a ticket written "
+            "by a run of this version (for an export, give the folder)."
         )
     expected = metadata.pop("sha256", None)
     if digest(tensors, metadata) != expected:
@@ -97,10 +97,10 @@ def load_into_(model: nn.Module, ticket: Ticket, place: str) -> None:
 
 
 def load_state_(model: nn.Module, state: Mapping[str, Tensor], place: str) -> None:
-    """Copies a state dict into a model, whole or not at all.
+    """Copies a state dict into a model, all or nothing.
 
     Raises:
-        Damaged: names or shapes differ; the first five differences are listed and the model is untouched.
+        Damaged: names or shapes differ; lists the first five differences and leaves the model unchanged.
     """
     check_shapes(shapes(model.state_dict()), shapes(state), place)
     model.load_state_dict(state)
@@ -111,17 +111,17 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple], place: str) -> None:
-    """Refuses tensors of other names or shapes than expected.
+    """Checks names and shapes of tensors.
 
     Raises:
-        Damaged: with the first five differences.
+        Damaged: some differ; lists the first five.
     """
     wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     if wrong:
         listed = "; ".join(
-            f"{n}: model {expected.get(n, 'has none')}, file {found.get(n, 'has none')}" for n in wrong[:5]
+            f"{n}: {expected.get(n, 'missing')} in the model, {found.get(n, 'missing')} in the file" for n in wrong[:5]
         )
-        raise Damaged(f"{place}: does not fit this model in {len(wrong)} tensors ({listed}).")
+        raise Damaged(f"{place}: does not match this model in {len(wrong)} tensors ({listed}).")
 
 
 def _pack(state: Mapping[str, Tensor], mask: MaskSet) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def _unpack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Ticket:
 
 
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """sha256, in hexadecimal, over the header and over names, types, shapes and bytes of the tensors."""
+    """Hexadecimal sha256 of the header and of the names, dtypes, shapes and bytes of the tensors."""
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

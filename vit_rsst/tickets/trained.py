@@ -1,4 +1,4 @@
-"""Trained models: from a ticket, run folder or slim folder to a network that answers, with all that its header says."""
+"""Trained models: loads a ticket, run folder or slim folder into a ready network with the data from its header."""
 
 import json
 from contextlib import AbstractContextManager
@@ -18,16 +18,16 @@ from vit_rsst.tickets.opening import open_ticket
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with its weights and what it takes to show it images as its run did.
+    """A network with its weights and its run's preprocessing.
 
     Attributes:
-        net: on the CPU, in evaluation mode; zeros where the mask says.
+        net: on the CPU, in evaluation mode; zero where masked.
         mask: of the prunable weights.
         path: of the ticket or slim folder.
-        header: strings, as the run wrote them.
+        header: strings written by the run.
         data: the run's data options.
-        mean, std: of the channels.
-        classes: names by label.
+        mean, std: per channel.
+        classes: class names by label.
     """
 
     net: nn.Module
@@ -44,16 +44,16 @@ class Trained:
         return int(self.header["seed"])
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        """The precision of the run: Accelerate wraps the forward pass in autocast."""
+        """The run's precision, in which Accelerate autocasts the forward pass."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.header.get("precision") == "bf16")
 
 
 def open_trained(what: Path) -> Trained:
-    """Builds the network of a ticket, of the last ticket of a run folder, or of a slim folder, from the header alone.
+    """Builds the network of a ticket, a run folder's last ticket, or a slim folder, from the header alone.
 
     Raises:
         InputError: a run folder without tickets.
-        Damaged: no such ticket, unreadable, or with a header of another version.
+        Damaged: the ticket does not exist, is unreadable, or has a header of another version.
     """
     path, ticket = open_ticket(what)
     for name in ("data", "seed"):
@@ -70,5 +70,5 @@ def open_trained(what: Path) -> Trained:
 
 
 def default_device() -> torch.device:
-    """The GPU where torch sees one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

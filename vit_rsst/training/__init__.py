@@ -1,1 +1,1 @@
-"""What a step learns with: losses, optimizer, schedules, averages."""
+"""Training components: losses, optimizers, schedules, weight averaging."""

@@ -1,4 +1,4 @@
-"""The best epoch of a round: its accuracy, its weights where they are wanted, and how long ago it was."""
+"""The best epoch of a round: its accuracy, optionally its weights, and the epochs since."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass
 class Best:
-    """Watches the validation accuracy over the epochs of a round once nothing is to be removed in it any more.
+    """Tracks validation accuracy over the epochs of a round, after its last removal.
 
     Attributes:
-        patience: epochs without a better one after which the round should end; None: it never should.
-        keeps: whether the weights of the best epoch are kept.
-        top1: percent, of the best epoch; −inf before there is one.
-        waited: epochs since then.
-        ended_after: epochs after which the round was ended; None: it was not.
+        patience: epochs without improvement after which to end the round; None: never.
+        keeps: whether to keep the weights of the best epoch.
+        top1: of the best epoch, in percent; −inf before the first.
+        waited: epochs since the best.
+        ended_after: epochs after which the round was ended early; None: it was not.
         weights: of the best epoch, on the host.
     """
 
@@ -28,15 +28,15 @@ class Best:
     weights: Mapping[str, Tensor] | None = None
 
     def restart(self) -> None:
-        """Forgets the round before."""
+        """Resets for a new round."""
         self.top1, self.waited, self.ended_after, self.weights = -math.inf, 0, None, None
 
     def note(self, top1: float, epoch: int, weights: Callable[[], Mapping[str, Tensor]]) -> bool:
-        """Counts one epoch; whether patience has run out.
+        """Counts one epoch; returns whether patience has run out.
 
         Args:
-            epoch: epochs of the round that are done.
-            weights: a copy of them; asked for when this epoch is the best and they are kept.
+            epoch: epochs completed in the round.
+            weights: returns a copy of the weights; called if this epoch is the best and its weights are kept.
         """
         if top1 > self.top1:
             self.top1, self.waited = top1, 0

@@ -1,4 +1,4 @@
-"""Counters that add up over batches and ranks: one reduction at the end is exact on any number of ranks."""
+"""Metric counters summed over batches and ranks: a single final reduction is exact for any number of ranks."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Interrupted(Exception):
-    """An evaluation was given up half way."""
+    """An evaluation was aborted."""
 
 
 @torch.no_grad()
@@ -23,14 +23,14 @@ def score(
     """Top-1, top-5 (percent) and mean cross-entropy over all samples of all ranks; collective.
 
     Args:
-        model: gives logits (batch, classes); put into eval mode meanwhile.
+        model: returns logits (batch, classes); runs in eval mode.
         batches: this rank's share of the samples.
-        give_up: asked before every batch.
-        pads: fill up a smaller batch, for a compiled model that would be compiled again for it.
+        give_up: called before every batch; True aborts the evaluation.
+        pads: pad a smaller batch, which would make a compiled model recompile.
 
     Raises:
-        ValueError: there was no sample on any rank.
-        Interrupted: a rank gave up; raised on all of them.
+        ValueError: no rank has any samples.
+        Interrupted: a rank aborted; raised on all ranks.
     """
     was_training = model.training
     model.eval()
@@ -58,9 +58,9 @@ def score(
 
 
 def ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the true one, (batch,): of a larger logit and, among equals, of a lower number.
+    """Rank of the true class, (batch,): the number of classes with a larger logit, or an equal one and a lower index.
 
-    `topk` leaves the order of equals open, and equals are common in bfloat16. NaN comes last.
+    `topk` does not define the order of ties, and ties are common in bfloat16. NaN ranks last.
     """
     true = logits.gather(1, labels[:, None])
     numbers = torch.arange(logits.shape[1], device=logits.device)
@@ -68,16 +68,16 @@ def ranks(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class RunningLoss:
-    """Mean training loss and top-1 since the last reset; exact over ranks and over resumes."""
+    """Mean training loss and top-1 since the last reset; exact across ranks and resumes."""
 
     def __init__(self, device: torch.device):
         self._samples = 0.0
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # top-1, loss
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        """Counts one micro-batch: logits (batch, classes), labels (batch,) or shares (batch, classes), its mean loss.
+        """Counts one micro-batch: logits (batch, classes), labels (batch,) or soft (batch, classes), its mean loss.
 
-        The label of a mixed image is the class with the largest share.
+        The label of a mixed image is the class with the largest weight.
         """
         labels = labels.argmax(1) if labels.ndim == 2 else labels
         hits = (logits.detach().argmax(1) == labels).sum()
@@ -85,18 +85,18 @@ class RunningLoss:
         self._sums += torch.stack([hits, loss.detach() * len(labels)]).double()
 
     def gather_(self, is_main: bool) -> list[float]:
-        """Sums over all ranks (samples, top-1, loss), collective. Only the main rank keeps them, as after a resume."""
+        """Sums over all ranks: samples, top-1, loss. Only the main rank keeps them, as after a resume. Collective."""
         total = self._total()
         self.load(total, is_main)
         return total
 
     def load(self, sums: list[float], is_main: bool) -> None:
-        """Continues from what `gather_` gave."""
+        """Restores the sums that `gather_` returned."""
         self._samples, *sums = sums if is_main else [0.0] * 3
         self._sums = torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
 
     def compute_and_reset(self) -> dict[str, float]:
-        """`loss` and `top1` (percent), collective."""
+        """`loss` and `top1` (percent). Collective."""
         samples, top1, loss = self._total()
         self.load([0.0] * 3, True)
         return {"loss": loss / max(samples, 1), "top1": 100 * top1 / max(samples, 1)}

@@ -1,4 +1,4 @@
-"""Distillation: the answers of a teacher as a second target (Hinton, Vinyals, Dean 2015)."""
+"""Knowledge distillation: a teacher's predictions as a second target (Hinton, Vinyals, Dean 2015)."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Distillation:
-    """Joins a teacher to the loss of the labels.
+    """Adds a teacher's loss to that of the labels.
 
     Attributes:
-        teacher: the network to ask, in evaluation mode on the device; None: there is none in this round.
-        weight: α, the share of the teacher.
+        teacher: returns the teacher, in evaluation mode on the device; None: no teacher in this round.
+        weight: α, the weight of the teacher's loss.
         temperature: T.
-        autocast: the precision in which it is asked.
-        source: sha256 of the file of a teacher that another run left; None: it is this run's own.
+        autocast: the teacher's precision.
+        source: sha256 of the teacher's file if it comes from another run; None: this run's own dense model.
     """
 
     teacher: Callable[[], nn.Module | None]
@@ -28,16 +28,16 @@ class Distillation:
     source: str | None = None
 
     def __call__(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
-        """(1 − α) · loss + α · T² · KL(teacher ‖ student), both softened by T; the loss as it is without a teacher."""
+        """(1 − α) · loss + α · T² · KL(teacher ‖ student), both softened by T; `loss` unchanged without a teacher."""
         net = self.teacher()
         if net is None:
             return loss
         with torch.no_grad(), self.autocast():
-            said = net(images).float()
-        return (1.0 - self.weight) * loss + self.weight * divergence(logits, said, self.temperature)
+            teacher_logits = net(images).float()
+        return (1.0 - self.weight) * loss + self.weight * divergence(logits, teacher_logits, self.temperature)
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(teacher / T) ‖ softmax(logits / T)), mean over the batch; gradients keep their size over T."""
+    """T² · KL(softmax(teacher / T) ‖ softmax(logits / T)), batch mean; T² keeps the gradient scale independent of T."""
     ours, theirs = (F.log_softmax(x / temperature, dim=1) for x in (logits, teacher_logits))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2

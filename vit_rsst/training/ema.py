@@ -1,4 +1,4 @@
-"""A moving average of the weights, which is what is evaluated and saved; it holds the zeros that the weights hold."""
+"""Exponential moving average (EMA) of the weights: what is evaluated and saved. Pruned weights are zero in it too."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Ema:
     """Exponential moving average of all floating-point parameters and buffers of a model.
 
-    The decay begins small and grows to the one asked, as (1 + t) / (10 + t) of the steps t since the last restart, so
-    that a short round is not an average over its own start.
+    The decay warms up as (1 + t) / (10 + t) over the steps t since the last restart, so that the start of a short round
+    does not dominate its average.
 
     Attributes:
         tensors: the average by name, on the weights' device.
@@ -21,28 +21,28 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.steps = decay, 0
         live = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-        # Weights that are tied are one weight.
+        # Tied weights count once.
         self._live = {name: value for name, value in live.items() if name == _first_name(live, value)}
         self.tensors = {name: value.detach().clone() for name, value in self._live.items()}
 
     def restart_(self) -> None:
-        """Begins anew with the weights as they are."""
+        """Restarts from the current weights."""
         self.steps = 0
         torch._foreach_copy_(list(self.tensors.values()), list(self._live.values()))
 
     @torch.no_grad()
     def update_(self) -> None:
-        """Takes one step in; one that was skipped as well, which left the weights as they were."""
+        """Averages in the current weights; skipped steps, which left them unchanged, count too."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1.0 - decay)
 
     @torch.no_grad()
     def follow_(self, averaged: Mapping[str, Tensor]) -> None:
-        """Takes weights as they are where they are not averaged.
+        """Copies the current weights where they are not averaged.
 
         Args:
-            averaged: name of a weight → bool of its shape.
+            averaged: weight name → bool tensor of its shape.
         """
         for name, elements in averaged.items():
             torch.where(elements, self.tensors[name], self._live[name], out=self.tensors[name])
@@ -54,7 +54,7 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the average in the place of the weights meanwhile."""
+        """Swaps the average in for the weights inside the context."""
         self._swap_()
         try:
             yield
@@ -69,14 +69,14 @@ class Ema:
             self.tensors[name].copy_(kept)
 
     def load_(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Goes on from an earlier state."""
+        """Restores an earlier state."""
         self.steps = steps
         for name, value in self.tensors.items():
             value.copy_(tensors[name])
 
 
 def _first_name(tensors: Mapping[str, Tensor], wanted: Tensor) -> str:
-    """Of those that share their memory; by the storage, since data on the device `meta` have no address."""
+    """First name of those that share memory, compared by storage: `meta` tensors have no data pointer."""
     return next(name for name, tensor in tensors.items() if _memory(tensor) == _memory(wanted))
 
 

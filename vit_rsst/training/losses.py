@@ -1,4 +1,4 @@
-"""The loss of a batch against its labels, plain or mixed, with or without a view of how rare each class is."""
+"""Losses against hard or mixed labels, optionally corrected for class imbalance."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_loss(kind: str, label_smoothing: float, class_counts: Tensor | None = None) -> Loss:
-    """The loss that a recipe names.
+    """The loss named in a recipe.
 
     Args:
-        kind: `cross_entropy`; `class_weighted`: an image counts N / (C · n_c), C classes having any;
-            `balanced_softmax`: log n_c is added to the logit of class c (Ren et al. 2020, eq. 4), so that the logits
-            themselves come out as for balanced data.
-        class_counts: training images of each class, (classes,), on the device; not needed by `cross_entropy`.
+        kind: `cross_entropy`; `class_weighted`: images of class c have weight N / (C · n_c), with C non-empty classes;
+            `balanced_softmax`: adds log n_c to the logit of class c (Ren et al. 2020, eq. 4), so that the raw logits
+            fit balanced data.
+        class_counts: training images per class, (classes,), on the device; unused by `cross_entropy`.
     """
     if kind == "cross_entropy":
         return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
@@ -25,11 +25,11 @@ def make_loss(kind: str, label_smoothing: float, class_counts: Tensor | None = N
     if kind == "balanced_softmax":
         prior = counts.log()
         return lambda logits, labels: F.cross_entropy(logits + prior, labels, label_smoothing=label_smoothing)
-    present = class_counts > 0  # a class without images has no say, also where labels are smoothed
+    present = class_counts > 0  # empty classes get weight 0, also under label smoothing
     weights = torch.where(present, class_counts.sum() / (present.sum() * counts), 0.0)
 
     def class_weighted(logits: Tensor, labels: Tensor) -> Tensor:
-        # Over the number of images and not the sum of their weights: equal parts of a batch stay equal parts.
+        # Divided by the number of images, not the sum of weights, so that micro-batches add up to the full batch.
         total = F.cross_entropy(logits, labels, weights, label_smoothing=label_smoothing, reduction="sum")
         return total / len(logits)
 

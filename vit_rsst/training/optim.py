@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups, construction, and the few in-place edits that pruning needs."""
+"""Optimizers: parameter groups, construction, and the in-place edits that pruning needs."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -18,11 +18,11 @@ UNDECAYED = re.compile(
 
 
 def param_groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None) -> list[dict]:
-    """Matrices with decay; norms, biases, tokens, position embeddings and scales without; one group per learning rate.
+    """Parameter groups by learning rate; weight decay on matrices only, not on norms, biases, tokens or embeddings.
 
     Args:
-        lr_scales: parameter → share of the learning rate, the group's `lr_scale`; None: all of it. The groups with the
-            largest come first, so that the first has the rate that the recipe asks for.
+        lr_scales: parameter → fraction of the learning rate, the group's `lr_scale`; None: 1. Groups are sorted by
+            decreasing scale, so that the first has the recipe's learning rate.
     """
     undecayed = set(getattr(model, "no_weight_decay", set)()) | set(TOKENS)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -47,34 +47,34 @@ def create_optimizer(
     betas: tuple[float, float],
     lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """SGD (with Nesterov-free momentum), Adam or AdamW over `param_groups`, fused: one kernel on CPU and GPU alike."""
+    """SGD (momentum without Nesterov), Adam or AdamW over `param_groups`, fused on CPU and GPU."""
     options = {"momentum": momentum} if name == "sgd" else {"betas": betas}
     return OPTIMIZERS[name](param_groups(model, weight_decay, lr_scales), lr=lr, fused=True, **options)
 
 
 def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group, times its scale."""
+    """Sets the learning rate of every group, multiplied by its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def reset_state_(optimizer: torch.optim.Optimizer) -> None:
-    """Forgets all moments, as a new optimizer would begin; the object stays, for `prepare` knows it."""
+    """Clears all optimizer state; the object is kept, since Accelerate has wrapped it."""
     optimizer.state.clear()
 
 
 def clip_grads_(accelerator: Accelerator, model: nn.Module, limit: float | None) -> Tensor:
-    """Scales gradients so that their norm is at most `limit`; the norm before, on the device."""
+    """Clips the gradient norm to `limit`; returns the norm before clipping, on the device."""
     if limit is None:
         return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return accelerator.clip_grad_norm_(model.parameters(), limit)
 
 
 def step_unless_(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
-    """A step of a fused optimizer, which leaves everything as it is where `skipped` (float32, on its device) is 1."""
+    """A fused optimizer step that changes nothing if `skipped` (float32, on its device) is 1."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if isinstance(inner, torch.optim.SGD) and not inner.state:
-        # A first step allocates the momentum and would leave it without values where it is skipped.
+        # The first step allocates the momentum buffers; skipped, it would leave them uninitialized.
         for group in inner.param_groups:
             for parameter in group["params"] if group["momentum"] else ():
                 inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -85,7 +85,7 @@ def step_unless_(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
 def clear_moments_(
     optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], where: Mapping[str, Tensor]
 ) -> None:
-    """Zeroes the moments of the elements selected by `where` (bool, the weight's shape)."""
+    """Zeroes the moments of the elements selected by `where` (bool, shaped like the weight)."""
     for name, weight in weights.items():
         for moment in _moments(optimizer.state.get(weight, {})):
             moment.masked_fill_(where[name], 0.0)
@@ -96,7 +96,7 @@ def _moments(state: Mapping[str, object]) -> Iterable[Tensor]:
 
 
 def decay_rates(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """What weight decay does to each weight in one step: (factor of AdamW's decoupled decay, λ of SGD's L2 term)."""
+    """Effect of weight decay on each weight in one step: (factor of AdamW's decoupled decay, λ of SGD's L2 term)."""
     decoupled = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rates = {}
@@ -119,12 +119,12 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) ->
 def load_state_tensors_(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of `state_tensors`: replaces the whole state. Raises KeyError for a parameter that does not exist."""
+    """Inverse of `state_tensors`: replaces the whole state. Raises KeyError for an unknown parameter."""
     optimizer.state.clear()
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
         if value.shape == parameter.shape:
-            # In the weight's memory format: a fused step takes channels-last weights with channels-last moments alone.
+            # In the weight's memory format: a fused step requires channels-last moments for channels-last weights.
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        optimizer.state[parameter][key] = value.to(parameter.device)  # a fused optimizer counts its steps there too
+        optimizer.state[parameter][key] = value.to(parameter.device)  # fused optimizers keep the step count there too

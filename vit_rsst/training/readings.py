@@ -1,4 +1,4 @@
-"""Losses and gradient norms on their way from the device: read an interval late, so that no step waits for them."""
+"""Losses and gradient norms copied from the device one logging interval late, so that no step waits for them."""
 
 import math
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reading:
-    """One step as it was.
+    """The numbers of one step.
 
     Attributes:
-        step: optimizer steps of the run, this one included.
-        place: round, epoch and step of which it speaks.
-        metrics: what was known on the host, where the step is to be logged; None: it is not.
-        loss, grad_norm: NaN or infinite where the step was skipped.
+        step: optimizer steps so far, including this one.
+        place: its round, epoch and step.
+        metrics: host-side metrics if the step is to be logged; None: it is not.
+        loss, grad_norm: `grad_norm` is NaN or infinite if the step was skipped.
     """
 
     step: int
@@ -32,10 +32,10 @@ class Reading:
 
 @dataclass
 class Readings:
-    """Keeps what steps noted until it is on the host.
+    """Buffers the numbers of steps until they are on the host.
 
-    `turn` ends an interval: it starts the copy of its numbers and gives those of the interval before, whose copy has
-    long arrived. `flush` waits for all.
+    `turn` ends an interval: it starts copying its numbers and returns those of the previous interval, whose copy is
+    complete by then. `flush` waits for all.
     """
 
     _open: list[tuple[Reading, Tensor, Tensor]] = field(default_factory=list)
@@ -45,11 +45,11 @@ class Readings:
     last_loss: float = math.nan
 
     def note(self, reading: Reading, loss: Tensor, grad_norm: Tensor) -> None:
-        """Takes a step's numbers, which stay on the device."""
+        """Adds a step's numbers, which stay on the device."""
         self._open.append((reading, loss, grad_norm))
 
     def turn(self) -> list[Reading]:
-        """The steps of the interval before, in order."""
+        """The steps of the previous interval, in order."""
         found = self._read()
         if self._open:
             numbers = torch.stack([number for _, *pair in self._open for number in pair]).float().view(-1, 2)
@@ -65,7 +65,7 @@ class Readings:
         return found
 
     def flush(self) -> list[Reading]:
-        """All steps that were noted, in order."""
+        """All steps noted so far, in order."""
         return self.turn() + self._read()
 
     def _read(self) -> list[Reading]:

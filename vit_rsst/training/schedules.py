@@ -1,7 +1,7 @@
-"""Pure curves: ramps of the penalty, schedules of sparsity, learning rates. Numbers in, numbers out.
+"""Schedules as pure functions: penalty ramps, sparsity curves, learning rates.
 
-Nothing here knows epochs, tensors or optimizers: `progress` turns epochs into steps, the controller and the loop
-ask for the value at a step.
+Nothing here knows about epochs, tensors or optimizers: `progress` converts epochs to steps, and the controller and the
+loop look up the value at a step.
 """
 
 import math
@@ -14,7 +14,7 @@ RAMPS: dict[str, Callable[[float, float], float]] = {
     "exponential": lambda x, p: math.expm1(x**p) / math.expm1(1.0),
     "cosine": lambda x, p: (1.0 - math.cos(math.pi * x)) / 2.0,
 }
-"""φ(x, p): fraction of the penalty window → strength of the penalty; φ(0) = 0, φ(1) = 1, never falling."""
+"""φ(x, p): fraction of the penalty window → penalty strength; φ(0) = 0, φ(1) = 1, non-decreasing."""
 
 SPARSITY_CURVES: dict[str, Callable[[float, float], float]] = {
     "geometric": lambda f, final: 1.0 - (1.0 - final) ** f,
@@ -25,7 +25,7 @@ SPARSITY_CURVES: dict[str, Callable[[float, float], float]] = {
 
 
 def ramp(name: str, x: float, exponent: float) -> float:
-    """Strength of the penalty at fraction `x` of its window, clipped to 0 … 1."""
+    """Penalty strength at fraction `x` of its window, `x` clipped to 0 … 1."""
     return RAMPS[name](min(max(x, 0.0), 1.0), exponent)
 
 
@@ -40,12 +40,12 @@ def learning_rate(
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
 ) -> float:
-    """Learning rate of one step out of `num_steps`, a pure function.
+    """Learning rate at one of `num_steps` steps.
 
     Args:
         step: index of the step, from 0; may be fractional (a schedule replayed from its middle).
         num_steps: length of the schedule.
-        lr: the highest rate, reached when the warm-up ends.
+        lr: peak learning rate, reached at the end of warm-up.
         warmup: fraction of `num_steps` over which the rate rises linearly to `lr`.
         schedule: `cosine` (from `lr` to `min_lr`), `steps` (times `gamma` at each milestone) or `constant`.
         milestones: fractions of `num_steps` at which `steps` decays.
@@ -56,7 +56,7 @@ def learning_rate(
     if schedule == "constant":
         return lr
     if schedule == "steps":
-        # A milestone that falls on a step belongs to it: the epsilon absorbs the rounding of epochs / epochs * steps.
+        # A milestone on a step takes effect at that step; the epsilon absorbs the rounding of epochs / epochs * steps.
         return lr * gamma ** sum(step + 1e-6 >= m * num_steps for m in milestones)
     x = (step - warmup_steps) / max(num_steps - warmup_steps, 1e-12)
     return min_lr + (lr - min_lr) * (1.0 + math.cos(math.pi * min(x, 1.0))) / 2.0

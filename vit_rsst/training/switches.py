@@ -1,4 +1,4 @@
-"""Switches of the device: TF32, deterministic algorithms, compilation, memory format. Speed against exactness."""
+"""Device settings that trade speed against exactness: TF32, deterministic algorithms, compilation, memory format."""
 
 import os
 
@@ -7,17 +7,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 
 RECOMPILATIONS = 64
-"""Variants of one compiled function before torch falls back to eager; blocks share their code, and are of few kinds."""
+"""Variants of one compiled function before torch falls back to eager; all blocks share one function."""
 
 
 def set_precision_(precision: str, deterministic: bool) -> None:
-    """Sets what holds for the whole process; before anything runs on a GPU.
+    """Sets process-wide precision and determinism; call before anything runs on a GPU.
 
-    fp32 products use TF32 where the recipe accepts less than fp32 anyway, and never where it asks for `no`: cuDNN's
-    own default would round convolutions.
+    fp32 matrix products use TF32 only if the recipe asks for mixed precision, never for `no`: cuDNN's own default would
+    round convolutions.
 
     Args:
-        deterministic: algorithms that give the same bits each time; an operation without one raises.
+        deterministic: use bit-reproducible algorithms; an operation without one raises.
     """
     has_tf32 = precision != "no"
     torch.set_float32_matmul_precision("high" if has_tf32 else "highest")
@@ -25,16 +25,16 @@ def set_precision_(precision: str, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a kernel an allocation
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: one extra kernel per allocation
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
 
 
 def compile_(net: nn.Module, mode: bool | str) -> None:
-    """Compiles in place, block by block: blocks of a kind share one compilation, and names stay as they are.
+    """Compiles in place, block by block: identical blocks share one compilation, and parameter names do not change.
 
     Args:
-        mode: of `torch.compile`; True: its default; False: nothing is compiled.
+        mode: of `torch.compile`; True: its default mode; False: do not compile.
     """
     if not mode:
         return
@@ -44,7 +44,7 @@ def compile_(net: nn.Module, mode: bool | str) -> None:
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
-    """The longest row of modules of one class that holds most of the parameters; empty where there is none."""
+    """The longest list of same-class modules with more than half of the parameters; empty if there is none."""
     total = sum(parameter.numel() for parameter in net.parameters())
     rows = [list(m) for m in net.modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1]
     alike = [row for row in rows if len({type(module) for module in row}) == 1]
@@ -53,7 +53,7 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
 
 
 def memory_format(net: nn.Module, device: torch.device) -> torch.memory_format:
-    """Channels last for convolutional networks on a GPU, whose tensor cores read that layout; else contiguous."""
+    """Channels-last for convolutional networks on a GPU, the native layout of tensor cores; else contiguous."""
     parameters = list(net.parameters())
     convolved = sum(p.numel() for p in parameters if p.ndim == 4)
     is_convolutional = 2 * convolved > sum(p.numel() for p in parameters)
@@ -61,7 +61,7 @@ def memory_format(net: nn.Module, device: torch.device) -> torch.memory_format:
 
 
 def attention_backend(device: torch.device, precision: str) -> str:
-    """What `scaled_dot_product_attention` runs on for heads of 64, such as `flash_attention`."""
+    """The backend of `scaled_dot_product_attention` for a head size of 64, such as `flash_attention`."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     query = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype)
     chosen = SDPBackend(torch._fused_sdp_choice(query, query, query))
