@@ -1,4 +1,4 @@
-"""Resume points: whatever dies while one is written, and whatever is damaged later, a sound one is found or none is."""
+"""Resume points: whatever crashes while one is written or is damaged later, an intact one is found or none at all."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from vit_rsst.run.checkpoint import Checkpointer, ResumePoint
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """Nobody pulls the plug here, and hundreds of points are written."""
+    """Disables fsync: power failure is not tested, and hundreds of points are written."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def point(step: int) -> ResumePoint:
-    """A point whose every number is its step."""
+    """A resume point in which every number is its step."""
     return ResumePoint(
         step,
         {"model": {"w": torch.full((8, 4), float(step)), "n": torch.tensor(step)}, "optimizer": {}},
@@ -65,7 +65,7 @@ def hidden(folder: Path) -> list[str]:
 # -- what comes back
 
 
-def test_a_point_comes_back_as_it_was(tmp_path):
+def test_a_resume_point_round_trips(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "model": {
@@ -111,13 +111,13 @@ def test_the_newest_point_is_loaded_and_the_names_sort_by_step(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_as_many_points_stay_as_asked_and_nothing_is_left_over(tmp_path, keep):
+def test_the_requested_number_of_points_is_kept_and_nothing_else(tmp_path, keep):
     folder = with_points(tmp_path / "c", *range(10, 60, 10), keep=keep)
     assert visible(folder) == [f"step-000000{step}" for step in (10, 20, 30, 40, 50)][-keep:]
     assert hidden(folder) == []
 
 
-def test_a_step_that_is_saved_again_replaces_the_point(tmp_path):
+def test_saving_a_step_again_replaces_its_point(tmp_path):
     folder = with_points(tmp_path / "c", 4, 8)
     checkpointer = Checkpointer(folder)
     checkpointer.save(ResumePoint(8, {"model": {"w": torch.zeros(1)}}, {"second": True}))
@@ -159,7 +159,7 @@ def test_the_modes_of_all_files_follow_the_umask(tmp_path):
 
 
 class Crash(OSError):
-    """The process dies here, as far as the files can tell."""
+    """A simulated crash."""
 
 
 class Bomb:
@@ -274,7 +274,7 @@ def test_the_first_save_that_crashes_leaves_nothing_that_could_be_loaded(tmp_pat
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_a_write_error_is_told_by_wait_and_the_older_points_stay(tmp_path, monkeypatch, error):
+def test_wait_reports_a_write_error_and_older_points_are_kept(tmp_path, monkeypatch, error):
     folder = with_points(tmp_path / "c", 4, 8)
 
     def full(*_: object) -> None:
@@ -299,7 +299,7 @@ def test_a_write_error_is_told_by_wait_and_the_older_points_stay(tmp_path, monke
     assert visible(folder) == ["step-00000008", "step-00000020"]
 
 
-def test_a_folder_that_cannot_be_made_is_told_by_wait(tmp_path):
+def test_wait_reports_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "c").write_text("a file stands in the way")
     checkpointer = Checkpointer(tmp_path / "c")
     checkpointer.save(point(4))
@@ -413,7 +413,7 @@ def test_when_every_point_is_damaged_the_run_does_not_start_from_nothing(tmp_pat
     assert len(hidden(folder)) == 2
 
 
-def test_what_was_set_aside_stays_when_the_run_goes_on(tmp_path):
+def test_quarantined_points_are_kept_when_the_run_resumes(tmp_path):
     folder = with_points(tmp_path / "c", 4, 8)
     flip(folder / "step-00000008" / "model.safetensors", -1)
     falls_back(folder)
@@ -467,7 +467,7 @@ def test_a_pickle_under_the_name_of_a_tensor_file_is_set_aside(tmp_path):
 
 @pytest.mark.fault("F11")
 @pytest.mark.parametrize("prefix", ["../", "../../outside/", "/", "sub/../../"])
-def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, prefix):
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path, prefix):
     folder = with_points(tmp_path / "c", 4, 8)
     path = folder / "step-00000008"
     outside = tmp_path / "outside"
@@ -486,7 +486,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(tmp_path, prefix):
     falls_back(folder)
 
 
-def test_a_file_that_only_its_namesake_outside_vouches_for_is_not_read(tmp_path):
+def test_a_file_verified_only_by_an_outside_namesake_is_not_read(tmp_path):
     folder = with_points(tmp_path / "c", 4, 8)
     path = folder / "step-00000008"
     save_file({"w": torch.ones(1)}, folder / "extra.safetensors")

@@ -1,4 +1,4 @@
-"""Signals while nothing is trained, ranks that fail alone, sharded weights."""
+"""Signals outside of training, failures of a single rank, sharded weights."""
 
 import contextlib
 import json
@@ -111,7 +111,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("place", ["start", "batch0", pytest.param("scoring", marks=pytest.mark.slow)])
-def test_a_signal_is_answered_whatever_the_run_is_doing(tmp_path, undisturbed, place):
+def test_a_signal_is_handled_whatever_the_run_is_doing(tmp_path, undisturbed, place):
     code, out, _ = ended(start(tmp_path, f"term@{place}"))
     run = tmp_path / "runs" / "tiny"
     assert code == 75, out
@@ -133,7 +133,7 @@ def test_a_signal_to_one_of_two_ranks_ends_the_evaluation_of_both(tmp_path):
     assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-00000003"))
 
 
-def test_an_error_of_one_rank_alone_is_told_and_ends_all(tmp_path):
+def test_an_error_on_one_rank_is_reported_and_ends_all_ranks(tmp_path):
     code, out, seconds = ended(start(tmp_path, "memory@step4/1", 2))
     status = tiny.status(tmp_path / "runs" / "tiny")
     assert code != 0
@@ -152,6 +152,6 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch, capsys, variable):
     assert not (tmp_path / "runs").exists()
 
 
-def test_no_stacks_are_written_while_all_is_well(undisturbed):
+def test_no_stacks_are_written_in_normal_operation(undisturbed):
     assert (undisturbed / "logs" / "stacks-0.txt").read_text() == ""
     assert json.loads((undisturbed / "status.json").read_text())["state"] == "finished"

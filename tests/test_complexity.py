@@ -1,4 +1,4 @@
-"""FLOPs by hand, and what units save against models that were built without them."""
+"""FLOPs calculated by hand, and savings of units against models built without them."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_the_catalogue_costs_its_published_macs_at_32_px(name, million_macs):
     assert flops(build(name), 32) / 2e6 == pytest.approx(million_macs, rel=3e-4)
 
 
-def test_flops_of_vit_tiny_are_those_of_the_formula():
+def test_flops_of_vit_tiny_match_the_formula():
     tokens, width, hidden, depth = 65, 192, 384, 9  # 64 patches and the class token
     patches = 64 * width * 3 * 4 * 4
     block = tokens * width * (4 * width + 2 * hidden) + 2 * tokens * tokens * width
@@ -58,7 +58,7 @@ def test_the_modules_own_flops_add_up_to_the_whole(name, args):
     assert sum(own.values()) == by_module[""]
 
 
-def test_a_head_and_a_neuron_save_what_the_formula_says():
+def test_savings_of_a_head_and_a_neuron_match_the_formula():
     net = build("vit_tiny", depth=1)
     spent, size = unit_costs(net, unit_groups(net), 32)
     tokens, width, dim = 65, 192, 64
@@ -86,7 +86,7 @@ def test_removed_neurons_and_channels_save_exactly_their_costs():
         ("vit_t16", {"depth": 2, "img_size": 32, "patch_size": 4}),
     ],
 )
-def test_what_units_cost_is_what_the_smaller_model_lacks(name, args):
+def test_unit_costs_equal_the_savings_of_the_smaller_model(name, args):
     net = build(name, **args)
     groups = unit_groups(net)
     spent, size = unit_costs(net, groups, 32)
@@ -109,7 +109,7 @@ def test_channels_between_two_pruned_sides_save_less_than_the_sum():
     assert before - parameters(net) == sum_of_both - 9 * 32 * 32  # the block where they cross, counted twice
 
 
-def test_gated_neurons_take_both_of_their_rows_along():
+def test_gated_neurons_include_both_of_their_rows():
     net = build("eva02_tiny_patch14_224", img_size=28, depth=1)
     spent, size = unit_costs(net, unit_groups(net, ["neuron"]), 28)
     [name] = spent

@@ -1,4 +1,4 @@
-"""Two real processes under `accelerate launch`, on the CPU: what one process does, two do together."""
+"""Two real processes under `accelerate launch`, on the CPU: two processes compute what one does."""
 
 import contextlib
 import csv
@@ -49,7 +49,7 @@ if "STOP_AT" in os.environ:
 
 @dataclass(frozen=True)
 class Job:
-    """What a launch of two processes ended with."""
+    """Result of a launch of two processes."""
 
     code: int
     out: str
@@ -205,7 +205,7 @@ def test_evaluation_over_two_processes_counts_every_sample_once(two, capsys):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_both_and_the_same_command_goes_on(two, tmp_path):
+def test_a_signal_to_one_rank_stops_both_and_the_same_command_resumes(two, tmp_path):
     stopped = launch(tmp_path, ACCELERATE_USE_CPU="true", STOP_AT="23")
     assert stopped.code != 0, stopped.report
     found = tiny.status(stopped.run)
@@ -225,8 +225,8 @@ def test_a_signal_to_one_rank_stops_both_and_the_same_command_goes_on(two, tmp_p
     assert timeless[0] == timeless[1]
 
 
-def test_two_processes_that_do_not_see_each_other_are_refused(tmp_path):
-    """On a machine without GPUs MULTI_GPU starts two processes, each of which takes itself for the only one."""
+def test_two_unconnected_processes_are_rejected(tmp_path):
+    """Without GPUs, MULTI_GPU starts two processes that each consider themselves the only one."""
     job = launch(tmp_path)
     assert job.code != 0
     assert "the launcher started 2 processes and Accelerate sees 1" in job.err, job.report

@@ -1,4 +1,4 @@
-"""A ticket as others load it: timm and transformers without this package, onnxruntime, small models; and to the Hub."""
+"""Exports as users load them: timm and transformers without this package, onnxruntime, slim models; and the Hub."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def need(to: str) -> None:
 
 @pytest.mark.parametrize("pruned", ["elements", "units"])
 @pytest.mark.parametrize("to", TARGETS)
-def test_every_form_answers_as_the_masked_model(to, pruned, runs, tmp_path):
+def test_every_export_has_the_logits_of_the_masked_model(to, pruned, runs, tmp_path):
     need(to)
     done = export(runs[pruned], to, tmp_path / "deep" / "out")
     assert done.difference <= TARGETS[to].tolerance
@@ -114,7 +114,7 @@ def test_every_form_answers_as_the_masked_model(to, pruned, runs, tmp_path):
 
 
 @pytest.mark.parametrize("to", TARGETS)
-def test_the_code_of_the_card_runs_in_the_folder(to, runs, tmp_path, monkeypatch, capsys):
+def test_the_usage_code_of_the_card_runs(to, runs, tmp_path, monkeypatch, capsys):
     need(to)
     export(runs["units"], to, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -131,7 +131,7 @@ def test_the_code_of_the_card_runs_in_the_folder(to, runs, tmp_path, monkeypatch
         assert capsys.readouterr().out.split()[0] in set("0123456789")
 
 
-def test_the_card_says_what_was_measured(runs, tmp_path):
+def test_the_card_reports_what_was_measured(runs, tmp_path):
     export(runs["units"], "slim", tmp_path / "out")
     _, front, text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     row = json.loads(last(runs["units"]).with_suffix(".json").read_text())["row"]
@@ -224,7 +224,7 @@ def test_a_converted_vit_is_the_same_function_in_float64():
         ({"final_norm": False}, r"no norm\.bias"),
     ],
 )
-def test_a_vit_without_an_equal_in_transformers_is_refused_with_the_reason(args, reason):
+def test_a_vit_without_equivalent_in_transformers_is_rejected_with_the_reason(args, reason):
     net = zoo.create(*zoo.describe("vit_tiny", VIT | args, 10), device="meta")
     with pytest.raises(InputError, match=reason):
         transformers_folder.converted(net)
@@ -267,7 +267,7 @@ def test_timm_prepares_the_images_of_the_run(tmp_path):
         ("vit_tiny", VIT | {"reg_tokens": 2, "init_values": 0.1}, "neuron", "timm"),
     ],
 )
-def test_other_models_go_where_they_can(name, args, kind, to, tmp_path):
+def test_other_models_export_to_the_targets_that_support_them(name, args, kind, to, tmp_path):
     need(to)
     path = make_ticket(tmp_path / "t.safetensors", name, args, kind)
     done = export(path, to, tmp_path / "out")
@@ -287,7 +287,7 @@ def test_other_models_go_where_they_can(name, args, kind, to, tmp_path):
         ("hf:vit", HF_VIT, "timm", "hf:vit is a model of transformers; use --to transformers"),
     ],
 )
-def test_a_model_without_a_counterpart_is_refused_in_a_sentence(name, args, to, message, tmp_path):
+def test_a_model_without_a_counterpart_is_rejected_in_one_sentence(name, args, to, message, tmp_path):
     path = make_ticket(tmp_path / "t.safetensors", name, args)
     with pytest.raises(InputError, match=message):
         export(path, to, tmp_path / "out")
@@ -421,7 +421,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(runs, tmp_path, capsys):
+def test_a_non_empty_folder_is_not_touched(runs, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert tiny.command("export", runs["units"], "--to", "slim", tmp_path / "out") == 2
@@ -432,14 +432,14 @@ def test_a_folder_with_something_in_it_is_left_alone(runs, tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-def test_an_empty_folder_is_filled(runs, tmp_path):
+def test_an_empty_folder_is_accepted(runs, tmp_path):
     (tmp_path / "out").mkdir()
     export(runs["units"], "dense", tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "foreign", "absent", "of another model", "without data"])
-def test_a_ticket_that_is_not_sound_is_code_5_and_nothing_is_written(fault, runs, tmp_path, capsys):
+def test_a_damaged_ticket_exits_with_5_and_writes_nothing(fault, runs, tmp_path, capsys):
     path = tmp_path / "ticket.safetensors"
     shutil.copy(last(runs["units"]), path)
     ticket = ticket_file.load(path)
@@ -463,7 +463,7 @@ def test_a_ticket_that_is_not_sound_is_code_5_and_nothing_is_written(fault, runs
 
 
 @pytest.mark.parametrize("fault", ["weights", "config", "truncated", "no weights", "format", "no json", "widths"])
-def test_a_slim_folder_that_is_not_sound_is_refused(fault, runs, tmp_path, capsys):
+def test_a_damaged_slim_folder_is_rejected(fault, runs, tmp_path, capsys):
     folder = tmp_path / "out"
     export(runs["units"], "slim", folder)
     weights, config = folder / "model.safetensors", folder / "config.json"
@@ -511,7 +511,7 @@ def test_an_unknown_target_is_refused(runs, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
-def test_what_answers_otherwise_than_the_ticket_is_not_kept(runs, tmp_path, monkeypatch):
+def test_an_export_that_differs_from_the_ticket_is_discarded(runs, tmp_path, monkeypatch):
     wrong = replace(TARGETS["timm"], logits=lambda folder, images: torch.zeros(len(images), 10))
     monkeypatch.setitem(exporting.TARGETS, "timm", wrong)
     with pytest.raises(RunError, match="does not match the ticket"):
@@ -519,7 +519,7 @@ def test_what_answers_otherwise_than_the_ticket_is_not_kept(runs, tmp_path, monk
     assert not any(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_full_leaves_nothing(runs, tmp_path, monkeypatch):
+def test_a_write_error_leaves_nothing_behind(runs, tmp_path, monkeypatch):
     def full(work: Work, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -530,7 +530,7 @@ def test_a_disk_that_is_full_leaves_nothing(runs, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_files_have_the_modes_that_the_umask_asks_for(runs, tmp_path):
+def test_file_modes_follow_the_umask(runs, tmp_path):
     for to in ("slim", "timm", "transformers", "dense"):
         export(runs["units"], to, tmp_path / to)
         assert {path.stat().st_mode & 0o777 for path in (tmp_path / to).iterdir()} == {0o644}
@@ -540,7 +540,7 @@ def test_files_have_the_modes_that_the_umask_asks_for(runs, tmp_path):
 
 
 class FakeApi:
-    """What `HfApi` does here: remembers what it was asked; a repository `me/there` exists and is public."""
+    """Fake `HfApi` that records its calls; the repository `me/there` exists and is public."""
 
     calls: list = []  # noqa: RUF012 - the class under test makes its own instance
 
@@ -591,13 +591,13 @@ def test_a_dry_run_lists_files_and_sends_nothing(runs, tmp_path, api, capsys):
     assert api.calls == []
 
 
-def test_nothing_goes_to_a_repository_of_the_other_visibility(runs, tmp_path, api, capsys):
+def test_nothing_is_pushed_to_a_repository_of_the_other_visibility(runs, tmp_path, api, capsys):
     assert tiny.command("push", last(runs["units"]), "me/there") == 2
     assert "already exists and is public" in capsys.readouterr().err
     assert [call[0] for call in api.calls] == ["create"]
 
 
-def test_what_is_exported_or_pushed_does_not_say_where_data_and_weights_lay(tmp_path, api, monkeypatch):
+def test_exports_and_pushes_contain_no_local_paths(tmp_path, api, monkeypatch):
     path = make_ticket(tmp_path / "t.safetensors", "vit_tiny", {"depth": 2})
     ticket = ticket_file.load(path)
     data = json.loads(ticket.metadata["data"]) | {"source": "cifar10", "path": "/home/somebody/secret/data"}
@@ -621,7 +621,7 @@ def test_what_is_exported_or_pushed_does_not_say_where_data_and_weights_lay(tmp_
     ("offline", "token", "message"),
     [(True, "hf_x", "HF_HUB_OFFLINE is set"), (False, None, "not logged in to the Hub")],
 )
-def test_push_without_network_or_token_says_what_to_do(offline, token, message, runs, api, monkeypatch, capsys):
+def test_push_without_network_or_token_explains_what_to_do(offline, token, message, runs, api, monkeypatch, capsys):
     monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(push, "get_token", lambda: token)
     assert tiny.command("push", last(runs["units"]), "me/vit") == 3
@@ -630,12 +630,12 @@ def test_push_without_network_or_token_says_what_to_do(offline, token, message, 
 
 
 @pytest.mark.parametrize("repo", ["me/vit/x", "a b", "--", ""])
-def test_what_is_no_repository_is_refused(repo, runs, api):
+def test_an_invalid_repository_id_is_rejected(repo, runs, api):
     with pytest.raises(InputError, match="not a repository id"):
         push.push(last(runs["units"]), repo)
 
 
-def test_a_folder_that_is_no_export_is_not_sent(runs, tmp_path, api, capsys):
+def test_a_folder_that_is_not_an_export_is_not_pushed(runs, tmp_path, api, capsys):
     for folder in (runs["units"], tmp_path):
         assert tiny.command("push", folder, "me/vit", "--dry-run") == 2
     assert capsys.readouterr().err.count("run `vit-rsst export` first") == 2
@@ -654,13 +654,13 @@ def test_attention_that_torch_cannot_lower_is_exported_in_plain_products(name, t
         torch.testing.assert_close(onnx_file.Logits(net, onnx_file.PlainAttention)(images), expected)
 
 
-def test_the_true_cause_of_a_failed_export_is_said_without_colours():
+def test_the_root_cause_of_a_failed_export_is_shown_without_colours():
     error = RuntimeError("step 2/3 failed")
     error.__cause__ = ValueError("\x1b[96mCannot view\x1b[0m a tensor!\nmore")
     assert onnx_file.root_cause(error) == "Cannot view a tensor"
 
 
-def test_a_full_disk_is_code_3_and_leaves_nothing(runs, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_exits_with_3_and_leaves_nothing(runs, tmp_path, monkeypatch, capsys):
     from safetensors import SafetensorError
 
     def full(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""The architectures of this package against second implementations, and what makes each of them worth its name."""
+"""The architectures of this package against independent implementations, and the defining property of each."""
 
 import math
 
@@ -30,7 +30,7 @@ def images(count: int = 3, size: int = 32) -> Tensor:
 
 
 def unsettle_(net: nn.Module) -> nn.Module:
-    """Noise on all that begins as 0 or 1, in float64 and in evaluation mode."""
+    """Adds noise to everything initialized to 0 or 1, in float64 and evaluation mode."""
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -41,7 +41,7 @@ def unsettle_(net: nn.Module) -> nn.Module:
 
 
 def gated_logits(state: dict[str, Tensor], x: Tensor, heads: int, pooling: str) -> Tensor:
-    """As its description reads: norm, projection, norm; blocks; norm; pooling; norm; classifier."""
+    """As documented: norm, projection, norm; blocks; norm; pooling; norm; classifier."""
 
     def norm(name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
@@ -86,7 +86,7 @@ def test_the_gated_vits_have_the_published_sizes_with_either_pooling(name, param
 
 
 @torch.no_grad()
-def test_linear_attention_looks_at_mixtures_of_keys_and_values():
+def test_linear_attention_attends_to_mixtures_of_keys_and_values():
     net = build("lightweight_vit", **TINY, rank=5)
     attention = unsettle_(net).blocks[0].attn
     x = torch.randn(2, 17, 24, dtype=torch.float64)
@@ -121,7 +121,7 @@ def tokens_seen(net: nn.Module, x: Tensor) -> list[int]:
     return seen
 
 
-def test_the_dynamic_vit_drops_tokens_in_fact_when_it_is_evaluated():
+def test_the_dynamic_vit_actually_drops_tokens_in_evaluation():
     net = build("dynamic_vit", embed_dim=24, num_heads=3)
     assert tokens_seen(net.eval(), images()) == [65, 45, 32, 32, 22, 22]  # ⌊64 · 0.7ⁿ⌋ patches and the class token
     assert tokens_seen(net.train(), images()) == [65] * 6
@@ -143,7 +143,7 @@ def test_the_dynamic_vit_that_keeps_everything_is_the_plain_vit():
     assert not torch.equal(cut(images()), plain(images()))
 
 
-def test_those_that_stay_do_not_notice_those_that_a_draw_has_dropped():
+def test_kept_tokens_are_unaffected_by_dropped_ones():
     net = unsettle_(build("dynamic_vit", **TINY, stages=[1]))
     x, alive = torch.randn(1, 17, 24, dtype=torch.float64), torch.ones(1, 17, 1)
     alive[0, [2, 5, 11]] = 0.0
@@ -230,7 +230,7 @@ def test_predictors_are_not_pruned():
         ({"stages": [9]}, "must be increasing block indices, 0 to 3"),
     ],
 )
-def test_stages_and_ratios_that_mean_nothing_are_an_error(args, message):
+def test_invalid_stages_and_ratios_are_an_error(args, message):
     with pytest.raises(InputError, match=rf"model\.args: dynamic_vit.*{message}"):
         build("dynamic_vit", **TINY, **({"stages": [1]} | args))
     with pytest.raises(InputError, match=r"model\.args: lightweight_vit.*rank 0"):
@@ -273,7 +273,7 @@ pruning:
 """
 
 
-def test_the_own_architectures_are_registered_with_timm():
+def test_this_packages_architectures_are_registered_with_timm():
     for name in zoo.OWN:
         with torch.device("meta"):
             net = timm.create_model(name, num_classes=7)

@@ -1,7 +1,7 @@
-"""Faults that a run survives or ends of in one sentence, each really caused.
+"""Faults that a run survives, or on which it exits with one sentence; each is really injected.
 
-`scripts/benchmarks/faults.py` runs every test that is marked with a fault, here and in the other files, and says what
-happened; `happened` is what it prints beside the name of the test.
+`scripts/benchmarks/faults.py` runs every test marked with a fault, here and in other files, and reports what happened;
+it prints `happened` instead of the name of the test.
 """
 
 import ast
@@ -40,7 +40,7 @@ EPOCH, TOTAL = 3, 18  # steps of the tiny recipe
 
 @pytest.fixture
 def happened(record_property) -> Callable[[str], None]:
-    """What a test caused and saw, for the benchmark's line."""
+    """Records what a test did and observed, for the benchmark's report."""
     return lambda text: record_property("happened", text)
 
 
@@ -61,7 +61,7 @@ def is_finite(point: ResumePoint) -> bool:
 
 @pytest.mark.fault("F2")
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_a_signal_leaves_a_resume_point_and_the_same_command_goes_on(tmp_path, happened, name):
+def test_a_signal_leaves_a_resume_point_and_the_same_command_resumes(tmp_path, happened, name):
     recipe = faulty.write_recipe(tmp_path)
     job = faulty.start("train", recipe, log=tmp_path / "log")
     faulty.wait_for_step(run_of(recipe), 4, job)
@@ -245,7 +245,7 @@ def test_a_full_disk_keeps_the_old_point_is_warned_of_and_ends_the_run_when_it_s
 
 
 @pytest.mark.fault("F6")
-def test_a_disk_that_takes_nothing_at_all_is_one_sentence(tmp_path, happened):
+def test_a_disk_without_any_space_is_one_sentence(tmp_path, happened):
     recipe = faulty.write_recipe(tmp_path)
     assert faulty.command("train", recipe, FAULT="memory:0:7").code == 3
     before = (run_of(recipe) / "metrics.jsonl").read_text()
@@ -277,7 +277,7 @@ def test_a_ticket_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize("what", ["a file", "read-only"])
-def test_a_place_that_cannot_be_written_is_refused_before_other_processes_are_waited_for(tmp_path, happened, what):
+def test_an_unwritable_folder_is_rejected_before_waiting_for_other_processes(tmp_path, happened, what):
     place = tmp_path / "place"
     if what == "a file":
         place.write_text("")
@@ -322,7 +322,7 @@ def test_nothing_in_the_package_unpickles():
 
 
 @pytest.mark.fault("F10")
-def test_a_pickle_is_never_taken_for_weights(tmp_path, happened, capsys):
+def test_a_pickle_is_never_loaded_as_weights(tmp_path, happened, capsys):
     target = tmp_path / "executed"
     refused = []
     for suffix in (".pkl", ".bin", ".pt", ".pth", ".safetensors"):
@@ -363,7 +363,7 @@ def test_pickled_weights_of_a_folder_of_transformers_are_refused(tmp_path, happe
 
 
 @pytest.mark.fault("F11")
-def test_a_run_folder_that_is_a_link_to_elsewhere_is_refused(tmp_path, happened, capsys):
+def test_a_run_folder_that_links_elsewhere_is_rejected(tmp_path, happened, capsys):
     recipe = tiny.write_recipe(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").mkdir()
@@ -386,7 +386,7 @@ def test_a_name_never_leads_out_of_the_output_folder(tmp_path, capsys, name):
 
 
 @pytest.mark.fault("F11")
-def test_points_that_are_links_or_hold_links_are_not_read_nor_followed(tmp_path, happened):
+def test_points_that_are_or_contain_links_are_not_followed(tmp_path, happened):
     folder, outside = saved(tmp_path / "c", 4), saved(tmp_path / "outside", 8)
     (folder / "step-00000008").symlink_to(outside / "step-00000008")
     assert sound(folder, 4) == 4
@@ -434,7 +434,7 @@ def test_names_of_tensors_are_never_paths(tmp_path, happened):
         ("data.val_fraction=0.0001", "the val split is empty; hold out more of train, as with data.val_fraction=0.2"),
     ],
 )
-def test_too_little_data_is_refused_with_the_arithmetic(tmp_path, capsys, happened, option, sentence):
+def test_too_little_data_is_rejected_with_the_arithmetic(tmp_path, capsys, happened, option, sentence):
     assert tiny.command("train", tiny.write_recipe(tmp_path), option) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -500,7 +500,7 @@ def test_weights_that_overflow_end_the_run_with_4_and_a_finite_point(tmp_path):
 
 
 @pytest.mark.fault("F19")
-def test_memory_that_runs_out_is_explained_with_the_next_smaller_batch(tmp_path, happened):
+def test_out_of_memory_is_explained_with_the_next_smaller_batch(tmp_path, happened):
     recipe = faulty.write_recipe(tmp_path)
     job = faulty.command("train", recipe, FAULT="memory:0:4")
     assert job.code == 3, job.log
@@ -513,7 +513,7 @@ def test_memory_that_runs_out_is_explained_with_the_next_smaller_batch(tmp_path,
 @pytest.mark.fault("F20")
 @pytest.mark.fault("F21")
 @pytest.mark.parametrize("what", ["exit", "hang"])
-def test_a_rank_that_dies_or_hangs_does_not_hold_the_other(tmp_path, happened, what):
+def test_a_rank_that_dies_or_hangs_does_not_block_the_other(tmp_path, happened, what):
     recipe = faulty.write_recipe(tmp_path, "rank_timeout: 5")
     log = tmp_path / "log"
     processes = faulty.start("train", recipe, ranks=2, log=log, FAULT=f"{what}:1:7")
@@ -533,7 +533,7 @@ def test_a_rank_that_dies_or_hangs_does_not_hold_the_other(tmp_path, happened, w
 
 @pytest.mark.distributed
 @pytest.mark.fault("F23")
-def test_another_number_of_processes_within_an_epoch_has_to_be_allowed(tmp_path, happened):
+def test_resuming_mid_epoch_with_a_different_number_of_processes_needs_a_flag(tmp_path, happened):
     recipe = faulty.write_recipe(tmp_path, "save_every_steps: 2, rank_timeout: 20", steps_per_epoch=5)
     assert set(faulty.command("train", recipe, ranks=2, FAULT="nan:1:4").codes) == {4}
     assert steps_of_points(run_of(recipe)) == [2, 4]
@@ -586,7 +586,7 @@ def rewrite_manifest(folder: Path) -> None:
 
 
 @pytest.mark.fault("F25")
-def test_a_density_that_cannot_be_reached_is_refused_with_the_highest_that_can(happened):
+def test_an_unreachable_sparsity_is_rejected_with_the_highest_reachable(happened):
     """Random layer sizes and floors: whatever is refused, the highest sparsity that it names is accepted."""
     draw, refused, accepted = random.Random(0), 0, 0
     for _ in range(60):
@@ -624,7 +624,7 @@ def highest_sparsity(sizes: list[int], most: float, sparsity: float) -> float | 
 
 @pytest.mark.fault("F26")
 @pytest.mark.parametrize("granularity", ["element", "head", "neuron", "head+neuron"])
-def test_a_tiny_layer_at_an_extreme_sparsity_is_refused_or_keeps_its_minimum(tmp_path, capsys, happened, granularity):
+def test_a_tiny_layer_at_an_extreme_sparsity_is_rejected_or_keeps_its_minimum(tmp_path, capsys, happened, granularity):
     recipe = tiny.write_recipe(tmp_path)
     options = ("pruning.schedule={rounds: 1, final_sparsity: 0.999}", "pruning.min_neurons=1")
     code = tiny.command("train", recipe, *options, f"pruning.granularity={granularity}", "train.epochs=1")
@@ -707,7 +707,7 @@ def test_wandb_in_trouble_is_one_warning_within_seconds(tmp_path, happened, what
         pytest.param(-1, "", "cannot be read from the Hub", marks=pytest.mark.slow),
     ],
 )
-def test_data_that_the_hub_does_not_give_end_with_3_in_seconds(tmp_path, happened, code, error, sentence):
+def test_data_unavailable_from_the_hub_exit_with_3_in_seconds(tmp_path, happened, code, error, sentence):
     recipe = tiny.write_recipe(tmp_path)
     with faulty.service(code if code > 0 else 404, {"X-Error-Code": error}) as (url, asked):
         variables = {"HF_ENDPOINT": url if code else "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1" if code < 0 else "0"}
@@ -728,7 +728,7 @@ def test_data_that_the_hub_does_not_give_end_with_3_in_seconds(tmp_path, happene
 @pytest.mark.slow
 @pytest.mark.fault("F28")
 @pytest.mark.parametrize("model", ["hf:google/vit", "vit_small_patch16_224"])
-def test_weights_that_the_hub_does_not_give_end_with_3_in_seconds(tmp_path, happened, model):
+def test_weights_unavailable_from_the_hub_exit_with_3_in_seconds(tmp_path, happened, model):
     recipe = tiny.write_recipe(tmp_path)
     options = [f"model.name={model}", "model.pretrained=true", "model.args={}", "data.image_size=224"]
     with faulty.service(503) as (url, asked):
@@ -819,7 +819,7 @@ def edited(stopped: Path, folder: Path, key: str, part: str, value: object) -> P
 
 
 @pytest.mark.fault("F30")
-def test_a_changed_environment_is_told_when_a_run_goes_on(stopped, tmp_path, happened):
+def test_a_changed_environment_is_reported_when_a_run_resumes(stopped, tmp_path, happened):
     recipe = edited(stopped, tmp_path, "torch", "versions", "2.11.0")
     job = faulty.command("train", recipe)
     assert job.code == 0, job.log
@@ -831,7 +831,7 @@ def test_a_changed_environment_is_told_when_a_run_goes_on(stopped, tmp_path, hap
 
 
 @pytest.mark.fault("F30")
-def test_other_data_are_refused_unless_they_are_allowed(stopped, tmp_path, happened):
+def test_other_data_are_rejected_unless_allowed(stopped, tmp_path, happened):
     recipe = edited(stopped, tmp_path, "rows", "data", 999)
     records = [run_of(recipe) / name for name in ("status.json", "recipe.yaml", "environment.json")]
     before = [path.read_bytes() for path in records]
@@ -873,7 +873,7 @@ PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         ("plain", "run 第一", PLAIN),
     ],
 )
-def test_a_plain_locale_odd_paths_and_no_home_are_no_hindrance(tmp_path, happened, folder, name, locale):
+def test_a_plain_locale_odd_paths_and_no_home_work(tmp_path, happened, folder, name, locale):
     place = tmp_path / folder
     place.mkdir()
     text = tiny.RECIPE.replace("name: tiny", f"name: {name}").replace("epochs: 2, round_epochs: 2", "epochs: 1")
@@ -897,13 +897,13 @@ def test_a_plain_locale_odd_paths_and_no_home_are_no_hindrance(tmp_path, happene
 
 
 @pytest.mark.fault("+ clock")
-def test_no_duration_is_taken_from_a_clock_that_can_jump():
+def test_durations_come_from_a_monotonic_clock():
     for path in sorted(tiny.PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert "time.time()" not in text, path
 
 
-def test_a_folder_below_which_nothing_can_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_hold_new_folders_is_named(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(MissingRequirement, match="output_dir"):
         RunFolder(tmp_path / "loop" / "r").check_place()

@@ -1,4 +1,4 @@
-"""Runs that are really killed: the same command afterwards ends with what the undisturbed run ends with."""
+"""Runs that are really killed: the same command then ends with the result of an undisturbed run."""
 
 import csv
 import json

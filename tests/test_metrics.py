@@ -52,7 +52,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scores_are_those_of_torchmetrics(case):
+def test_scores_match_torchmetrics(case):
     logits, labels = drawn(case)
     found, options = reported(logits, labels), {"num_classes": 7}
     for name in ("precision", "recall", "f1"):
@@ -73,7 +73,7 @@ def test_scores_are_those_of_torchmetrics(case):
     assert found["accuracy"] == pytest.approx(found["top1"] / 100)
 
 
-def test_a_report_worked_out_by_hand():
+def test_a_report_calculated_by_hand():
     # True 0 0 0 1 1 2, predicted 0 0 1 1 2 2: one image of three classes is not there.
     found = ClassificationReport(keep_in_memory=True).compute(
         predictions=[0, 0, 1, 1, 2, 2], references=[0, 0, 0, 1, 1, 2], num_classes=4
@@ -95,7 +95,7 @@ def test_the_report_is_a_metric_that_evaluate_loads(tmp_path, monkeypatch):
     assert loaded.compute(**given) == ClassificationReport(keep_in_memory=True).compute(**given)
 
 
-def test_calibration_worked_out_by_hand():
+def test_calibration_error_calculated_by_hand():
     # Two bins, [0, 0.5] and (0.5, 1]: a bound belongs to the bin below it, and 1.0 to the last.
     found = calibration(np.array([0.5, 0.4, 0.8, 1.0]), np.array([True, False, True, False]), bins=2)
     assert found["calibration"]["images"] == [2, 2]
@@ -104,7 +104,7 @@ def test_calibration_worked_out_by_hand():
     assert found["ece"] == pytest.approx(0.5 * 0.05 + 0.5 * 0.4)
 
 
-def test_among_equal_logits_the_lower_class_comes_first():
+def test_tied_logits_rank_the_lower_class_first():
     logits = torch.zeros(3, 7)
     labels = torch.tensor([0, 4, 5])
     assert counters.ranks(logits, labels).tolist() == [0, 4, 5]
@@ -116,17 +116,17 @@ def test_among_equal_logits_the_lower_class_comes_first():
     assert (counted["top1"], counted["top5"]) == pytest.approx((found["top1"], found["top5"]))
 
 
-def test_fewer_than_five_classes_are_all_among_the_first_five():
+def test_fewer_than_five_classes_are_all_in_the_top_five():
     assert reported([[0.0, 1.0, 2.0]], [0])["top5"] == 100.0
 
 
-def test_a_logit_that_is_not_a_number_is_no_hit():
+def test_a_nan_logit_is_not_a_hit():
     logits = torch.tensor([[float("nan"), 1.0, 2.0], [float("nan"), 1.0, 2.0]])
     assert counters.ranks(logits, torch.tensor([0, 2])).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
-def test_outcomes_come_in_the_order_of_the_images(num_processes, monkeypatch):
+def test_outcomes_are_in_image_order(num_processes, monkeypatch):
     images = torch.randn(23, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(23) % 7
     batches = [(images[i : i + 4], labels[i : i + 4]) for i in range(0, 23, 4)]
@@ -150,6 +150,6 @@ def test_outcomes_come_in_the_order_of_the_images(num_processes, monkeypatch):
     assert found.labels.tolist() == labels.tolist()
 
 
-def test_an_empty_split_is_no_result():
+def test_an_empty_split_has_no_result():
     with pytest.raises(ValueError, match="the split is empty"):
         outcomes(nn.Identity(), [])

@@ -1,4 +1,4 @@
-"""Models: the catalogue's sizes and costs, and what is prunable."""
+"""Models: sizes and costs of the catalogue, and which weights are prunable."""
 
 import pytest
 import timm
@@ -28,7 +28,7 @@ def predictor(width: int) -> int:
 
 
 def gated(depth: int, classes: int) -> tuple[int, int]:
-    """192 wide with gated MLPs of 512."""
+    """Width 192 with gated MLPs of 512."""
     weights = depth * (4 * 192**2 + 3 * 192 * 512)
     ends = 2 * 768 + 769 * 192 + 2 * 192 + 198 * 192 + 2 * 2 * 192 + 193 * classes
     return weights + depth * (192 + 4 * 192) + ends, weights
@@ -90,7 +90,7 @@ def count(tensors: object) -> int:
 
 
 @pytest.mark.parametrize("name", CATALOG)
-def test_a_catalogue_model_has_the_parameters_that_its_shape_makes(name):
+def test_a_catalogue_model_has_the_parameter_count_of_its_shape(name):
     net = on_meta(name, 100)
     weights = prunable_weights(net)
     assert (count(net.parameters()), count(weights.values())) == expected_sizes(name, 100)
@@ -102,12 +102,12 @@ def test_a_catalogue_model_has_the_parameters_that_its_shape_makes(name):
 
 
 @pytest.mark.parametrize(("name", "classes"), PUBLISHED)
-def test_a_model_has_exactly_the_parameters_that_were_published_for_it(name, classes):
+def test_a_model_has_exactly_the_published_parameter_count(name, classes):
     assert count(on_meta(name, classes).parameters()) == PUBLISHED[name, classes]
 
 
 @pytest.mark.parametrize("name", CATALOG)
-def test_a_catalogue_model_gives_logits_of_the_images_that_it_was_made_for(name):
+def test_a_catalogue_model_returns_logits_for_its_image_size(name):
     net = on_meta(name, num_classes=100)
     size = 224 if name.endswith(("imagenet", "16")) else 32
     assert size_of(net) == size
@@ -115,7 +115,7 @@ def test_a_catalogue_model_gives_logits_of_the_images_that_it_was_made_for(name)
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_flops_of_a_plain_vit_are_those_of_the_formula(name):
+def test_the_flops_of_a_plain_vit_match_the_formula(name):
     width, depth, hidden, px, patch = PLAIN[name]
     tokens = (px // patch) ** 2 + 1
     block = tokens * width * (4 * width + 2 * hidden) + 2 * tokens**2 * width
@@ -124,7 +124,7 @@ def test_the_flops_of_a_plain_vit_are_those_of_the_formula(name):
 
 
 @pytest.mark.parametrize("name", CATALOG)
-def test_a_catalogue_name_is_one_of_timms(name):
+def test_catalogue_names_are_registered_with_timm(name):
     assert timm.is_model(name)
     with torch.device("meta"):
         from_timm = timm.create_model(name, num_classes=10)
@@ -152,7 +152,7 @@ def test_the_command_lists_every_model_with_its_parameters_and_flops(capsys):
     assert lines["resnet20"][3:6] == ["81", "32", "none"]
 
 
-def test_arguments_of_the_recipe_win_over_those_of_the_catalogue():
+def test_recipe_arguments_override_the_catalogue():
     net = on_meta("vit_tiny", **tiny.MODEL_ARGS)
     assert count(prunable_weights(net).values()) == tiny.NUM_PRUNABLE
     assert (len(net.blocks), net.embed_dim) == (1, 24)
@@ -182,13 +182,13 @@ def test_any_name_of_timm_is_a_model(name):
     assert 0.5 < prunable / count(net.parameters()) < 1
 
 
-def test_a_name_that_nobody_knows_suggests_near_ones():
+def test_an_unknown_name_suggests_close_matches():
     with pytest.raises(InputError, match=", ".join(CATALOG) + " or a model of timm") as caught:
         on_meta("vit_tinny")
     assert "Did you mean 'vit_tiny'" in str(caught.value)
 
 
-def test_arguments_that_a_model_does_not_take_are_an_error():
+def test_unsupported_arguments_are_an_error():
     with pytest.raises(InputError, match=r"model\.args.*no_such_argument"):
         on_meta("vit_tiny", no_such_argument=1)
 
@@ -196,7 +196,7 @@ def test_arguments_that_a_model_does_not_take_are_an_error():
 @pytest.mark.parametrize(
     "args", [{"embed_dim": 25}, {"num_heads": 5}, {"img_size": "large"}, {"depth": -1}, {"depth": "2"}]
 )
-def test_arguments_that_make_no_model_are_an_error_and_no_traceback(args):
+def test_invalid_arguments_are_an_error_without_traceback(args):
     with pytest.raises(InputError, match="model"):
         on_meta("vit_tiny", **args)
 
@@ -217,7 +217,7 @@ def test_first_layer_and_classifier_are_pruned_when_they_are_included():
     assert names(net, include=["*"]) == base | {"patch_embed.proj.weight", "head.weight"}
 
 
-def test_protected_weights_stay_whole_even_when_they_are_included():
+def test_protect_takes_precedence_over_include():
     net = on_meta("vit_tiny", **tiny.MODEL_ARGS | {"depth": 3})
     assert len(names(net)) == 12
     assert names(net, protect=["blocks.0.*"]) == {n for n in names(net) if not n.startswith("blocks.0.")}
@@ -225,7 +225,7 @@ def test_protected_weights_stay_whole_even_when_they_are_included():
     assert "head.weight" not in names(net, include=["head.*"], protect=["head.weight"])
 
 
-def test_globs_tell_case_and_match_the_whole_name():
+def test_globs_are_case_sensitive_and_match_the_whole_name():
     net = on_meta("vit_tiny", **tiny.MODEL_ARGS)
     for glob in ("Blocks.*", "blocks.0", "qkv"):
         with pytest.raises(InputError, match="matches no prunable weight"):
@@ -245,7 +245,7 @@ def test_nothing_left_to_prune_is_an_error():
         names(on_meta("vit_tiny", **tiny.MODEL_ARGS), protect=["blocks.*"])
 
 
-def test_of_a_resnet_all_but_first_convolution_and_classifier_is_prunable():
+def test_in_a_resnet_everything_but_first_convolution_and_classifier_is_prunable():
     net = on_meta("resnet18")
     convolutions = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert "conv1.weight" in convolutions
@@ -254,7 +254,7 @@ def test_of_a_resnet_all_but_first_convolution_and_classifier_is_prunable():
     assert names(net, include=["fc.weight"]) == names(net) | {"fc.weight"}
 
 
-def test_both_classifiers_of_a_distilled_model_are_kept_whole():
+def test_both_classifiers_of_a_distilled_model_are_not_prunable():
     net = on_meta("deit_tiny_distilled_patch16_224")
     assert {"head.weight", "head_dist.weight", "patch_embed.proj.weight"} <= set(net.state_dict())
     assert not any(not name.startswith("blocks.") for name in names(net))

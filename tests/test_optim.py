@@ -1,4 +1,4 @@
-"""Optimizers: who decays, what one step does by hand, and the edits of the state that pruning needs."""
+"""Optimizers: which parameters decay, single steps calculated by hand, and the state edits that pruning needs."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def one_weight(name: str, weight_decay: float) -> tuple[nn.Parameter, torch.opti
     return model.weight, make(model, name, weight_decay=weight_decay)
 
 
-def test_sgd_carries_plain_momentum_by_hand():
+def test_sgd_has_plain_momentum_calculated_by_hand():
     weight, optimizer = one_weight("sgd", 0.0)
     seen = []
     for _ in range(3):
@@ -91,7 +91,7 @@ def test_the_first_step_with_decay_by_hand(name, expected):
 
 
 @pytest.mark.parametrize("name, expected", [("sgd", (1.0, 0.05)), ("adam", (1.0, 0.05)), ("adamw", (0.995, 0.0))])
-def test_decay_rates_say_what_one_step_of_decay_does(name, expected):
+def test_decay_rates_predict_one_step_of_decay(name, expected):
     model = linear()
     rates = optim.decay_rates(make(model, name), {"w": model.weight, "b": model.bias})
     assert rates == {"w": pytest.approx(expected), "b": (1.0, 0.0)}
@@ -144,7 +144,7 @@ def test_clearing_moments_before_the_first_step_creates_no_state():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_state_tensors_put_into_a_fresh_optimizer_give_the_same_next_steps(name):
+def test_state_tensors_loaded_into_a_fresh_optimizer_give_the_same_next_steps(name):
     model = linear()
     optimizer = make(model, name)
     train(model, optimizer, 4)
@@ -161,7 +161,7 @@ def test_state_tensors_put_into_a_fresh_optimizer_give_the_same_next_steps(name)
 
 
 def test_moments_are_loaded_in_the_memory_format_of_their_weight():
-    """A fused step on a GPU refuses moments of another layout, and safetensors keeps none."""
+    """A fused step on a GPU rejects moments of another layout, and safetensors does not store layouts."""
     weight = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
     optimizer, saved = torch.optim.AdamW([weight], fused=True), torch.randn(4, 3, 2, 2)
     optim.load_state_tensors_(optimizer, {"w/exp_avg": saved, "w/step": torch.tensor(3.0)}, {"w": weight})
@@ -180,7 +180,7 @@ def test_loading_replaces_the_whole_state():
     assert optim.state_tensors(optimizer, {id(model.weight): "weight", id(model.bias): "bias"}).keys() == saved.keys()
 
 
-def test_state_of_a_parameter_that_does_not_exist_is_refused():
+def test_state_of_an_unknown_parameter_is_rejected():
     model = linear()
     with pytest.raises(KeyError, match="ghost"):
         optim.load_state_tensors_(make(model, "sgd"), {"ghost/momentum_buffer": torch.zeros(1)}, {"w": model.weight})
@@ -192,7 +192,7 @@ def test_state_of_a_parameter_that_does_not_exist_is_refused():
 @pytest.mark.parametrize(
     "name", ["vit_tiny", "vit_small", "dynamic_vit", "lightweight_vit", "vit_t16", "resnet20", "resnet18"]
 )
-def test_layers_learn_at_the_rates_that_timm_gives_them(name):
+def test_layer_learning_rates_match_timm(name):
     from timm.optim import param_groups_layer_decay
 
     net = zoo.create(*zoo.describe(name, {}, 10), device="meta")
@@ -208,7 +208,7 @@ def test_layers_learn_at_the_rates_that_timm_gives_them(name):
     assert sum(len(group["params"]) for group in groups) == len(expected)
 
 
-def test_the_rate_of_a_vit_falls_from_the_head_to_the_patches_by_hand():
+def test_vit_layer_rates_decay_from_head_to_patches_calculated_by_hand():
     net = zoo.create(*zoo.describe("vit_tiny", {"depth": 2}, 10), device="meta")
     scales = zoo.lr_scales(net, 0.5)
     expected = {"head.weight": 1.0, "blocks.1.mlp.fc1.weight": 0.5, "blocks.0.attn.qkv.bias": 0.25}
@@ -216,7 +216,7 @@ def test_the_rate_of_a_vit_falls_from_the_head_to_the_patches_by_hand():
     assert {name: scales[name] for name in expected} == expected
 
 
-def test_set_lr_keeps_the_shares_and_the_decay_of_a_weight_follows_its_own_rate():
+def test_set_lr_keeps_the_scales_and_decay_follows_the_scaled_rate():
     model = nn.Sequential(linear(), linear(1))
     scales = {"0.weight": 0.25, "0.bias": 0.25, "1.weight": 1.0, "1.bias": 1.0}
     optimizer = optim.create_optimizer(
@@ -230,7 +230,7 @@ def test_set_lr_keeps_the_shares_and_the_decay_of_a_weight_follows_its_own_rate(
     assert rates["1.weight"][0] == pytest.approx(1 - 0.4 * 0.05)
 
 
-def test_a_model_that_does_not_say_its_layers_is_refused():
+def test_a_model_that_does_not_define_its_layers_is_rejected():
     with pytest.raises(InputError, match=r"optim\.layer_decay: Sequential does not define `group_matcher`"):
         zoo.lr_scales(nn.Sequential(linear()), 0.5)
 

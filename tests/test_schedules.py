@@ -1,4 +1,4 @@
-"""Curves against numbers worked out by hand and against formulas written a second time."""
+"""Schedules against values calculated by hand and against independent formulas."""
 
 import math
 from itertools import pairwise
@@ -46,12 +46,12 @@ def second_implementation(name: str, x: float, p: float) -> float:
 # -- ramps
 
 
-def test_every_ramp_has_an_answer_worked_out_by_hand():
+def test_every_ramp_matches_a_value_calculated_by_hand():
     assert {name for name, _ in HALF_WAY} == set(RAMPS)
 
 
 @pytest.mark.parametrize("name, exponent", HALF_WAY)
-def test_a_ramp_starts_at_zero_passes_its_middle_and_ends_at_one(name, exponent):
+def test_a_ramp_starts_at_zero_passes_its_midpoint_and_ends_at_one(name, exponent):
     assert ramp(name, 0.0, exponent) == 0.0
     assert ramp(name, 0.5, exponent) == pytest.approx(HALF_WAY[name, exponent], abs=1e-9)
     assert ramp(name, 1.0, exponent) == pytest.approx(1.0, abs=1e-15)
@@ -59,21 +59,21 @@ def test_a_ramp_starts_at_zero_passes_its_middle_and_ends_at_one(name, exponent)
 
 @pytest.mark.parametrize("name", RAMPS)
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.28, 4.0])
-def test_a_ramp_is_its_formula_written_a_second_time(name, exponent):
+def test_a_ramp_matches_an_independent_formula(name, exponent):
     for x in GRID:
         assert ramp(name, x, exponent) == pytest.approx(second_implementation(name, x, exponent), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", RAMPS)
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.28, 4.0])
-def test_a_ramp_never_falls(name, exponent):
+def test_a_ramp_never_decreases(name, exponent):
     values = [ramp(name, x, exponent) for x in GRID]
     assert all(later > earlier for earlier, later in pairwise(values[1:]))
 
 
 @pytest.mark.parametrize("name", sorted(set(RAMPS) - {"cosine"}))
 @pytest.mark.parametrize("exponent", [1.0, 1.5, 2.28, 4.0])
-def test_a_ramp_other_than_cosine_is_convex_from_exponent_one_on(name, exponent):
+def test_ramps_except_cosine_are_convex_for_exponents_of_at_least_one(name, exponent):
     values = [ramp(name, x, exponent) for x in GRID]
     assert all(a - 2 * b + c >= -1e-14 for a, b, c in zip(values, values[1:], values[2:], strict=False))
 
@@ -115,7 +115,7 @@ def test_the_published_table_lies_within_009_of_exponent_3_and_within_001_of_exp
         ("linear", 0.9, 0.5, 0.45),
     ],
 )
-def test_a_sparsity_curve_passes_the_point_worked_out_by_hand(name, final, fraction, expected):
+def test_a_sparsity_curve_passes_a_point_calculated_by_hand(name, final, fraction, expected):
     assert SPARSITY_CURVES[name](fraction, final) == pytest.approx(expected, abs=1e-9)
 
 
@@ -128,7 +128,7 @@ def test_a_sparsity_curve_rises_from_dense_to_its_final_value(name, final):
     assert all(later > earlier for earlier, later in pairwise(values))
 
 
-def test_a_rate_takes_the_same_share_of_what_remains_in_every_round():
+def test_a_pruning_rate_removes_the_same_fraction_of_the_rest_every_round():
     schedule = Schedule(rate=0.2, rounds=3)
     assert [schedule.density(r / 3) for r in range(4)] == pytest.approx([1.0, 0.8, 0.64, 0.512])
     assert schedule.final == pytest.approx(0.488)
@@ -142,7 +142,7 @@ def test_listed_sparsities_are_those_of_the_rounds():
 # -- learning rates
 
 
-def test_a_warm_up_of_four_steps_rises_by_quarters_and_then_the_cosine_begins_at_the_top():
+def test_a_four_step_warm_up_rises_by_quarters_then_the_cosine_starts_at_the_peak():
     rates = [learning_rate(t, 10, lr=0.8, warmup=0.4, schedule="cosine", min_lr=0.2) for t in range(11)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
     assert rates[7] == pytest.approx(0.5)  # half of the six steps after the warm-up
@@ -151,12 +151,12 @@ def test_a_warm_up_of_four_steps_rises_by_quarters_and_then_the_cosine_begins_at
     assert rates[5] == pytest.approx(0.75980762)
 
 
-def test_a_constant_rate_stays_where_the_warm_up_ended():
+def test_a_constant_rate_stays_at_its_value_after_warm_up():
     rates = [learning_rate(t, 8, lr=0.5, warmup=0.25, schedule="constant") for t in range(8)]
     assert rates == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
 
 
-def test_steps_decay_at_the_very_step_of_their_milestone():
+def test_steps_decay_exactly_at_their_milestone():
     options = {"lr": 1.0, "warmup": 0.0, "schedule": "steps", "milestones": (0.3, 0.6), "gamma": 0.1}
     rates = [learning_rate(t, 10, **options) for t in range(10)]
     assert rates == pytest.approx([1.0] * 3 + [0.1] * 3 + [0.01] * 4)
@@ -194,7 +194,7 @@ def test_every_round_replays_the_whole_schedule_with_its_warm_up(rewind):
         assert [r for r, e in zip(rates, by_hand, strict=True) if e] == pytest.approx([e for e in by_hand if e])
 
 
-def test_a_rewind_to_an_epoch_replays_the_schedule_from_that_epoch_on():
+def test_a_rewind_to_an_epoch_replays_the_schedule_from_there():
     recipe = make_recipe(Optim(lr=1.0), Train(epochs=4), "epoch:1")
     lr = make_lr(recipe)
     assert lr(at(10, recipe, round=0)) == pytest.approx(1.0)
@@ -205,7 +205,7 @@ def test_a_rewind_to_an_epoch_replays_the_schedule_from_that_epoch_on():
     assert lr(at(10, recipe, round=2, epoch=2)) == pytest.approx(0.3086582838)
 
 
-def test_a_milestone_in_a_replayed_schedule_falls_on_its_step_in_spite_of_rounding():
+def test_a_milestone_in_a_replayed_schedule_falls_on_its_step_despite_rounding():
     """1/6 + 5/6 · 24/30 is 5/6, where floats come out just below it."""
     recipe = make_recipe(Optim(lr=1.0, schedule=StepDecay((5,))), Train(epochs=6), "epoch:1")
     lr = make_lr(recipe)
@@ -214,7 +214,7 @@ def test_a_milestone_in_a_replayed_schedule_falls_on_its_step_in_spite_of_roundi
     assert lr(at(5, recipe, round=1, epoch=4, step=4)) == pytest.approx(0.1)
 
 
-def test_a_rewind_to_an_epoch_within_the_warm_up_goes_on_with_the_warm_up():
+def test_a_rewind_into_the_warm_up_continues_the_warm_up():
     recipe = make_recipe(Optim(lr=1.0, warmup_epochs=2), Train(epochs=4), "epoch:1")
     lr = make_lr(recipe)
     # 40 steps a round, 20 of warm-up; round 1 begins at step 10 of them, and 11/20 is its rate
@@ -225,7 +225,7 @@ def test_a_rewind_to_an_epoch_within_the_warm_up_goes_on_with_the_warm_up():
 @pytest.mark.parametrize(
     "schedule, min_lr, expected", [("cosine", 0.03, 0.03), ("constant", 0.0, 1.0), (StepDecay((1, 3)), 0.0, 0.01)]
 )
-def test_without_a_rewind_later_rounds_keep_the_rate_at_which_round_0_ended(schedule, min_lr, expected):
+def test_without_a_rewind_later_rounds_keep_the_final_rate_of_round_0(schedule, min_lr, expected):
     optim = Optim(lr=1.0, schedule=schedule, min_lr=min_lr, warmup_epochs=1)
     recipe = make_recipe(optim, Train(epochs=4), "none")
     lr = make_lr(recipe)
@@ -235,7 +235,7 @@ def test_without_a_rewind_later_rounds_keep_the_rate_at_which_round_0_ended(sche
 
 
 @pytest.mark.parametrize("method", [Dense(), Gmp()])
-def test_a_method_of_one_round_has_one_schedule_whose_warm_up_and_milestones_stay_in_epochs(method):
+def test_a_single_round_method_has_one_schedule_with_warm_up_and_milestones_in_epochs(method):
     train = Train(epochs=4, round_epochs=3)  # 4 + 3 + 3 epochs together
     recipe = make_recipe(Optim(lr=1.0, warmup_epochs=2, schedule=StepDecay((3,))), train, method=method)
     assert recipe.round_epochs == (10,)

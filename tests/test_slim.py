@@ -1,4 +1,4 @@
-"""Dead units are cut out of a network, and it answers as before: masked against slim, for every kind of unit."""
+"""Removing dead units does not change the logits: masked against slim, for every kind of unit."""
 
 import json
 
@@ -84,7 +84,7 @@ def apply_(net: nn.Module, mask: MaskSet) -> None:
 
 @pytest.mark.parametrize(("name", "args", "kind"), NETS)
 @torch.no_grad()
-def test_a_slim_network_answers_as_the_masked_one(name, args, kind):
+def test_a_slim_network_has_the_logits_of_the_masked_one(name, args, kind):
     net = make(name, args)
     unsettle_(net)
     mask = some_dead(net, kind)
@@ -101,7 +101,7 @@ def test_a_slim_network_answers_as_the_masked_one(name, args, kind):
 
 
 @pytest.mark.parametrize(("name", "args", "kind"), NETS)
-def test_widths_shape_a_fresh_network_for_the_state_dict_on_any_device(name, args, kind):
+def test_widths_shape_a_new_network_for_the_state_dict_on_any_device(name, args, kind):
     net = make(name, args)
     kept = slim.kept_units(net, some_dead(net, kind))
     slim.shrink_(net, kept)
@@ -111,7 +111,7 @@ def test_widths_shape_a_fresh_network_for_the_state_dict_on_any_device(name, arg
         assert {n: t.shape for n, t in fresh.state_dict().items()} == {n: t.shape for n, t in net.state_dict().items()}
 
 
-def test_one_dead_unit_stays_where_all_are_dead():
+def test_one_unit_is_kept_if_all_are_dead():
     net = make("vit_tiny", VIT)
     kept = slim.kept_units(net, some_dead(net, "head+neuron", share=1.1))
     assert set(slim.widths(kept).values()) == {1}
@@ -151,7 +151,7 @@ def test_a_rounded_network_keeps_every_live_unit():
     assert rounded["blocks.1.mlp"].tolist() == sorted(rounded["blocks.1.mlp"].tolist())
 
 
-def test_a_unit_goes_when_its_consumer_is_dead_and_not_when_its_rows_alone_are():
+def test_a_unit_is_removed_if_its_consumer_is_dead_but_not_if_only_its_rows_are():
     net = make("vit_tiny", VIT)
     mask = MaskSet.full(prunable_weights(net))
     mask["blocks.0.mlp.fc1.weight"][5] = False  # its bias still speaks through fc2
@@ -181,7 +181,7 @@ def test_a_slim_network_trains(name, args, kind):
 
 
 @pytest.mark.parametrize("widths", [{"blocks.9.mlp": 3}, {"blocks.0.mlp": 10_000}, {"blocks.0.attn": 0}])
-def test_widths_of_another_model_are_refused_in_one_sentence(widths):
+def test_widths_of_another_model_are_rejected_in_one_sentence(widths):
     with pytest.raises(Damaged, match=r"there: blocks\.\d\.\w+ has \d+ units"):
         slim.shape_like_(make("vit_tiny", VIT), widths, "there")
 
@@ -199,5 +199,5 @@ def test_widths_of_another_model_are_refused_in_one_sentence(widths):
         ("vit_srelpos_small_patch16_224", {"neuron"}),
     ],
 )
-def test_units_with_more_than_weights_around_them_are_left_whole(name, kinds):
+def test_units_entangled_with_other_tensors_are_not_removable(name, kinds):
     assert {group.kind for group in unit_groups(make(name, {}, "meta"))} == kinds

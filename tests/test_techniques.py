@@ -1,4 +1,4 @@
-"""What training can do beside the plain step, in whole runs: with pruning, bf16 and accumulated micro-batches."""
+"""Training techniques in whole runs, combined with pruning, bf16 and gradient accumulation."""
 
 import json
 
@@ -28,7 +28,7 @@ def losses(tmp_path, name: str, *overrides: str) -> list[float]:
 
 
 @pytest.mark.parametrize("pruning", [(), (*UNITS, "pruning.criterion=saliency", "pruning.calibration_images=32")])
-def test_checkpointed_gradients_change_no_number_of_a_run(pruning, tmp_path):
+def test_gradient_checkpointing_changes_no_number_of_a_run(pruning, tmp_path):
     for precision in ("no", "bf16"):
         common = (*pruning, *DROPS, "train.batch_per_device=16", f"train.precision={precision}")
         plain = losses(tmp_path, f"plain-{precision}", *common)
@@ -55,7 +55,7 @@ TECHNIQUES = {
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
-def test_a_technique_joins_units_bf16_accumulation_and_checkpoints(technique, tmp_path):
+def test_techniques_work_with_units_bf16_accumulation_and_checkpointing(technique, tmp_path):
     common = (*ACCUMULATED, *UNITS, "train.grad_checkpointing=true", "optim.layer_decay=0.9")
     found = losses(tmp_path, "run", *common, *TECHNIQUES[technique])
     assert all(loss == loss and loss < 10 for loss in found)
@@ -67,13 +67,13 @@ def test_a_technique_joins_units_bf16_accumulation_and_checkpoints(technique, tm
 
 
 @pytest.mark.slow  # the compiler takes its time
-def test_all_techniques_join_compilation(tmp_path):
+def test_all_techniques_work_with_compilation(tmp_path):
     common = (*TECHNIQUES["together"], "train.batch_per_device=16")
     eager, compiled = (losses(tmp_path, f"run-{on}", *common, f"train.compile={on}") for on in ("false", "true"))
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
-def test_layer_decay_and_checkpoints_join_pruning_bf16_and_accumulation(tmp_path):
+def test_layer_decay_and_checkpointing_work_with_pruning_bf16_and_accumulation(tmp_path):
     found = losses(tmp_path, "all", *ACCUMULATED, *TOGETHER, *DROPS, *UNITS)
     assert len(found) == 18
     assert all(loss == loss and loss < 10 for loss in found)
@@ -107,7 +107,7 @@ def test_weights_of_early_layers_move_less_under_layer_decay(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vit_small", "dynamic_vit", "lightweight_vit", "vit_t16"])
-def test_checkpointed_gradients_keep_a_fraction_of_the_activations(name):
+def test_gradient_checkpointing_stores_a_fraction_of_the_activations(name):
     net = zoo.create(*zoo.describe(name, {}, 10), device="meta").train()
     size = net.patch_embed.img_size[0]
     before = activation_bytes(net, size, 8)
@@ -127,7 +127,7 @@ def test_checkpointed_gradients_keep_a_fraction_of_the_activations(name):
         ),
     ],
 )
-def test_a_technique_that_a_model_cannot_have_is_refused(overrides, message, flags, tmp_path, capsys):
+def test_a_technique_that_a_model_does_not_support_is_rejected(overrides, message, flags, tmp_path, capsys):
     assert tiny.command("train", tiny.write_recipe(tmp_path), *overrides, *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""Tickets: exact, small, loadable with timm alone, and refused in one sentence when anything is wrong with them."""
+"""Tickets: exact, small, loadable with timm alone, and rejected in one sentence if anything is wrong with them."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 # -- exact
 
 
-def test_the_weights_come_back_bit_by_bit_with_zeros_where_the_mask_says(tmp_path):
+def test_weights_round_trip_bit_for_bit_with_zeros_where_masked(tmp_path):
     net = network()
     mask = masks(net, 0.3)
     name = "blocks.0.attn.qkv.weight"
@@ -79,7 +79,7 @@ def test_the_weights_come_back_bit_by_bit_with_zeros_where_the_mask_says(tmp_pat
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
-def test_a_weight_that_is_all_dead_or_all_alive_comes_back(tmp_path, density):
+def test_an_all_dead_or_all_alive_weight_round_trips(tmp_path, density):
     net = network()
     mask = MaskSet({name: torch.full(w.shape, bool(density)) for name, w in prunable_weights(net).items()})
     ticket_file.save(tmp_path / "t.safetensors", net.state_dict(), mask, HEADER)
@@ -89,7 +89,7 @@ def test_a_weight_that_is_all_dead_or_all_alive_comes_back(tmp_path, density):
         assert torch.equal(ticket.state[name], net.state_dict()[name] * density)
 
 
-def test_a_mask_whose_size_is_no_multiple_of_eight_comes_back(tmp_path):
+def test_a_mask_whose_size_is_not_a_multiple_of_eight_round_trips(tmp_path):
     mask = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
     weight = torch.arange(1.0, 10.0).reshape(3, 3)
     ticket_file.save(tmp_path / "t.safetensors", {"w": weight, "b": torch.ones(2)}, MaskSet({"w": mask}), {})
@@ -98,7 +98,7 @@ def test_a_mask_whose_size_is_no_multiple_of_eight_comes_back(tmp_path):
     assert ticket.state["b"].tolist() == [1, 1]
 
 
-def test_the_layout_of_the_file_is_the_one_that_is_written_down(tmp_path):
+def test_the_file_layout_is_as_documented(tmp_path):
     mask = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
     weight = torch.arange(1.0, 10.0).reshape(3, 3)
     path = tmp_path / "t.safetensors"
@@ -222,7 +222,7 @@ def test_a_missing_ticket_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors here", b"\x80\x04K\x01.", b"PK\x03\x04" + b"\0" * 100])
-def test_what_is_no_safetensors_file_is_refused(tmp_path, capsys, content):
+def test_a_file_that_is_not_safetensors_is_rejected(tmp_path, capsys, content):
     path = tmp_path / "t.safetensors"
     path.write_bytes(content)
     assert "not a readable safetensors file" in refused(path, capsys)
@@ -265,7 +265,7 @@ def test_one_flipped_bit_in_the_data_is_refused(saved, capsys):
 
 
 def test_one_flipped_bit_in_the_header_is_refused(tmp_path):
-    """The mean, the classes or the architecture may not change in silence any more than a weight."""
+    """The mean, classes and architecture are as protected against silent changes as weights are."""
     path = tmp_path / "t.safetensors"
     header = {**HEADER, "data": json.dumps({"mean": [0.305], "classes": ["a", "b"]})}
     ticket_file.save(path, {"w": torch.eye(3), "b": torch.ones(2)}, MaskSet({"w": torch.eye(3) > 0}), header)
@@ -307,7 +307,7 @@ def test_a_plain_checkpoint_of_timm_is_refused(tmp_path, capsys):
     assert "format" in refused(path, capsys)
 
 
-def test_a_ticket_of_another_shape_does_not_fit_and_leaves_the_model_alone(saved):
+def test_a_ticket_of_another_shape_is_rejected_and_the_model_unchanged(saved):
     path, _, _ = saved
     other = network(embed_dim=96)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
@@ -322,7 +322,7 @@ def test_a_ticket_of_another_shape_does_not_fit_and_leaves_the_model_alone(saved
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
-def test_a_ticket_of_other_names_does_not_fit(saved):
+def test_a_ticket_with_other_names_is_rejected(saved):
     path, _, _ = saved
     ticket = ticket_file.load(path)
     with pytest.raises(Damaged, match=r"blocks\.2\..*missing in the file"):
@@ -379,7 +379,7 @@ def test_starting_from_a_ticket_of_another_model_is_refused_even_where_the_shape
 
 
 @pytest.mark.parametrize("missing", ["architecture", "model_args"])
-def test_starting_from_a_ticket_that_does_not_say_its_model_is_refused(ticket, tmp_path, capsys, missing):
+def test_starting_from_a_ticket_without_a_model_in_its_header_is_rejected(ticket, tmp_path, capsys, missing):
     loaded = ticket_file.load(ticket)
     ticket_file.save(ticket, loaded.state, loaded.mask, {k: v for k, v in _header(loaded).items() if k != missing})
     assert tiny.command("train", tiny.write_recipe(tmp_path), f"model.start_from={ticket}") == 5
@@ -390,7 +390,7 @@ def _header(ticket: ticket_file.Ticket) -> dict[str, str]:
     return {k: v for k, v in ticket.metadata.items() if k not in ("format", "sha256")}
 
 
-def test_the_header_of_a_run_says_what_inference_needs(finished):
+def test_the_header_of_a_run_holds_what_inference_needs(finished):
     for number in (0, 1, 2):
         header = ticket_file.load(finished / "tickets" / f"round_{number:02d}.safetensors").metadata
         assert header["model"] == "vit_tiny"

@@ -1,4 +1,4 @@
-"""What a training step can add, number by number: losses, mixtures, erasing, sampling, averages, the best epoch."""
+"""Training components against reference values: losses, mixing, erasing, sampling, EMA, the best epoch."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def by_hand(kind: str, smoothing: float, shares: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "class_weighted", "balanced_softmax"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses_of_labels_and_of_mixtures_are_those_of_float64(kind, smoothing):
+def test_losses_of_hard_and_mixed_labels_match_float64(kind, smoothing):
     loss = make_loss(kind, smoothing, COUNTS)
     shares = np.eye(3)[LABELS.numpy()]
     assert float(loss(LOGITS, LABELS)) == pytest.approx(by_hand(kind, smoothing, shares), rel=1e-5)
@@ -64,7 +64,7 @@ def test_losses_of_labels_and_of_mixtures_are_those_of_float64(kind, smoothing):
     assert float(loss(LOGITS, torch.tensor(mixed).float())) == pytest.approx(by_hand(kind, smoothing, mixed), rel=1e-5)
 
 
-def test_weights_of_classes_leave_the_mean_image_at_one_and_a_missing_class_does_no_harm():
+def test_class_weights_average_to_one_per_image_and_tolerate_an_empty_class():
     loss = make_loss("class_weighted", 0.0, torch.tensor([30, 10, 0]))
     zeros = torch.zeros(40, 3)
     labels = torch.tensor([0] * 30 + [1] * 10)
@@ -75,13 +75,13 @@ def test_weights_of_classes_leave_the_mean_image_at_one_and_a_missing_class_does
     assert make_loss("balanced_softmax", 0.1, torch.tensor([30, 10, 0]))(LOGITS, LABELS).isfinite()
 
 
-def test_equal_parts_of_a_batch_have_the_mean_of_their_weighted_losses():
+def test_weighted_losses_of_equal_micro_batches_average_to_the_batch():
     loss = make_loss("class_weighted", 0.1, COUNTS)
     halves = (loss(LOGITS[:2], LABELS[:2]) + loss(LOGITS[2:], LABELS[2:])) / 2
     assert float(halves) == pytest.approx(float(loss(LOGITS, LABELS)), rel=1e-6)
 
 
-def test_the_divergence_from_a_teacher_is_that_of_float64_and_none_from_oneself():
+def test_divergence_from_a_teacher_matches_float64_and_is_zero_from_itself():
     teacher, t = torch.tensor([[1.0, 0.0, -2.0], [0.3, 0.1, 0.0], [0.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), 3.0
     p = np.exp(teacher.double().numpy() / t)
     p /= p.sum(1, keepdims=True)
@@ -92,7 +92,7 @@ def test_the_divergence_from_a_teacher_is_that_of_float64_and_none_from_oneself(
     assert float(divergence(LOGITS, LOGITS, t)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_distillation_blends_by_its_weight_and_steps_aside_without_a_teacher():
+def test_distillation_blends_by_weight_and_is_skipped_without_a_teacher():
     net, images = nn.Linear(3, 3).requires_grad_(False), torch.randn(4, 3)
     loss = F.cross_entropy(LOGITS, LABELS)
     found = Distillation(lambda: net, 0.25, 2.0, torch.no_grad)(loss, LOGITS, images)
@@ -104,7 +104,7 @@ def test_distillation_blends_by_its_weight_and_steps_aside_without_a_teacher():
 
 
 @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0)])
-def test_a_mixture_is_what_its_numbers_say(alphas):
+def test_a_mixture_matches_its_parameters(alphas):
     images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     mixing = Mixing(3, *alphas, 1.0, 0.5)
     drawn = mixing.draw(6, seed=5)
@@ -122,7 +122,7 @@ def test_a_mixture_is_what_its_numbers_say(alphas):
             assert own == pytest.approx(1 - float(is_pasted.float().mean()), abs=1e-6)
 
 
-def test_shares_and_boxes_follow_the_distributions_of_the_papers():
+def test_mixing_weights_and_boxes_follow_the_published_distributions():
     drawn = Mixing(3, 0.8, 1.0, 0.5, 0.25).draw(20_000, seed=1)[::2]
     is_mixed, is_cut = drawn[:, 0] < 1, drawn[:, 1] > 0
     assert is_mixed.float().mean() == pytest.approx(0.5, abs=0.02)
@@ -132,7 +132,7 @@ def test_shares_and_boxes_follow_the_distributions_of_the_papers():
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_no_dealing_changes_a_mixture(repeats):
+def test_mixtures_do_not_depend_on_ranks_or_accumulation(repeats):
     mixing, images = Mixing(3, 0.8, 1.0, 0.8, 0.5, repeats), torch.randn(24, 3, 8, 8)
     labels, drawn = torch.arange(24) % 3, Mixing(3, 0.8, 1.0, 0.8, 0.5, repeats).draw(24, seed=2)
     whole = mixing(images, labels, drawn)
@@ -142,7 +142,7 @@ def test_no_dealing_changes_a_mixture(repeats):
             assert torch.equal(found, expected)
 
 
-def test_an_image_that_comes_several_times_is_mixed_with_another():
+def test_a_repeated_image_is_mixed_with_another_one():
     images = torch.arange(4.0).repeat_interleave(3).view(12, 1, 1, 1).expand(12, 3, 8, 8)
     mixed, _ = Mixing(3, 0.8, 0.0, 1.0, 0.5, repeats=3)(
         images, torch.zeros(12, dtype=torch.long), torch.tensor([0.5, 0.0, 0.5, 0.5]).expand(12, 4)
@@ -151,7 +151,7 @@ def test_an_image_that_comes_several_times_is_mixed_with_another():
 
 
 @pytest.mark.parametrize("number", [1, 5])
-def test_an_image_without_a_partner_stays_as_it_is(number):
+def test_an_image_without_a_partner_is_unchanged(number):
     images, labels = torch.randn(number, 3, 8, 8), torch.arange(number) % 3
     mixing = Mixing(3, 0.8, 0.0, 1.0, 0.5)
     mixed, shares = mixing(images, labels, mixing.draw(number, seed=0))
@@ -160,7 +160,7 @@ def test_an_image_without_a_partner_stays_as_it_is(number):
     assert len(mixed) == len(shares) == number
 
 
-def test_the_top1_of_a_mixture_counts_the_larger_share():
+def test_the_top1_of_a_mixture_counts_the_dominant_class():
     meter = RunningLoss(CPU)
     meter.add(LOGITS, torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.9, 0.1], [0.2, 0.8, 0.0], [0.0, 0.3, 0.7]]), LOGITS.sum())
     assert meter.compute_and_reset()["top1"] == 75.0
@@ -171,7 +171,7 @@ def erased(erasing: Erasing, images: torch.Tensor, seed: int) -> torch.Tensor:
     return erasing.fill(images, erasing.boxes(drawn, *images.shape[2:]))
 
 
-def test_cutout_is_erasing_of_one_square_of_the_share_asked():
+def test_cutout_erases_one_square_of_the_requested_area():
     places = Counter()
     for image in erased(Erasing(1.0, "const", (0.25, 0.25), 1.0), torch.ones(64, 3, 16, 16), seed=3):
         rows, columns = (image[0] == 0).nonzero(as_tuple=True)
@@ -182,7 +182,7 @@ def test_cutout_is_erasing_of_one_square_of_the_share_asked():
 
 
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
-def test_erasing_covers_as_much_as_that_of_timm(mode):
+def test_erasing_covers_as_much_as_timms(mode):
     found = erased(Erasing(0.5, mode), torch.full((2000, 3, 16, 16), 9.0), seed=0) != 9.0
     random.seed(0)
     of_timm, images = RandomErasing(0.5, mode=mode, device="cpu"), torch.full((2000, 3, 16, 16), 9.0)
@@ -194,7 +194,7 @@ def test_erasing_covers_as_much_as_that_of_timm(mode):
     assert found.float().mean(0).std() == pytest.approx(float(expected.float().mean(0).std()), rel=0.1)
 
 
-def test_erased_pixels_are_normal_and_independent_of_the_others_in_the_batch():
+def test_erased_pixels_are_normal_and_independent_of_the_rest_of_the_batch():
     erasing, images = Erasing(0.5, "pixel"), torch.full((32, 3, 16, 16), 9.0)
     boxes = erasing.boxes(erasing.draw(32, torch.Generator().manual_seed(1)), 16, 16)
     together = erasing.fill(images, boxes)
@@ -229,7 +229,7 @@ def seen(ranks: int, accumulation: int, repeats: int, weights: torch.Tensor | No
     return batches
 
 
-def test_repeated_images_come_one_after_the_other_whatever_the_dealing():
+def test_repeated_images_are_consecutive_on_any_number_of_ranks():
     once = seen(1, 1, 3)
     flat = [n for batch in once for n in batch]
     assert all(flat[i] == flat[i + 1] == flat[i + 2] for i in range(0, len(flat), 3))
@@ -255,14 +255,14 @@ def test_a_balanced_sampler_draws_each_class_as_often_and_the_same_on_any_number
         ("long_tail", 1e6, [500, 108, 23, 5, 1, 1, 1, 1, 1, 1]),
     ],
 )
-def test_an_imbalance_leaves_each_class_what_the_formula_says(kind, ratio, expected):
+def test_an_imbalance_keeps_class_counts_given_by_the_formula(kind, ratio, expected):
     assert Imbalance(kind, ratio).counts(500, 10) == expected
 
 
 # -- averages
 
 
-def test_the_average_is_that_of_float64_and_follows_what_is_not_averaged():
+def test_the_average_matches_float64_and_follows_unaveraged_weights():
     net = nn.Linear(3, 2)
     ema, reference = Ema(net, 0.95), copy.deepcopy(net.weight.detach().double())
     staying = torch.tensor([[True, True, False], [True, False, True]])
@@ -277,7 +277,7 @@ def test_the_average_is_that_of_float64_and_follows_what_is_not_averaged():
     assert torch.equal(ema.tensors["weight"][~staying], net.weight.detach()[~staying])
 
 
-def test_the_average_takes_the_place_of_the_weights_and_gives_it_back():
+def test_the_average_is_swapped_in_and_out_for_the_weights():
     net = nn.BatchNorm1d(4)
     ema = Ema(net, 0.5)
     net(torch.randn(16, 4))
@@ -290,7 +290,7 @@ def test_the_average_takes_the_place_of_the_weights_and_gives_it_back():
     assert all(torch.equal(ema.tensors[name], t) for name, t in averaged.items())
 
 
-def test_weights_that_are_tied_come_back_as_they_were():
+def test_tied_weights_are_restored_after_a_swap():
     net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     net[1].weight = net[0].weight
     ema, live = Ema(net, 0.5), net[0].weight.detach().clone()
@@ -305,7 +305,7 @@ def test_weights_that_are_tied_come_back_as_they_were():
 # -- the best epoch
 
 
-def test_patience_counts_from_the_best_epoch_and_equals_are_no_better():
+def test_patience_counts_from_the_best_epoch_and_ties_are_no_improvement():
     best = Best(patience=2, keeps=True)
     ends = [
         best.note(top1, epoch, lambda e=epoch: {"w": torch.tensor(e)}) for epoch, top1 in enumerate([5, 7, 7, 6], 1)
@@ -329,7 +329,7 @@ def scores(run) -> list[tuple[int, float]]:
     return [(e["round"], e["val/top1"]) for e in tiny.events(run) if e["event"] == "epoch"]
 
 
-def test_a_round_ends_with_its_best_epoch_and_early_where_patience_runs_out(tmp_path):
+def test_a_round_ends_with_its_best_epoch_and_early_if_patience_runs_out(tmp_path):
     recipe = tiny.write_recipe(tmp_path)
     options = ("pruning.method=imp", "train.epochs=6", "train.round_epochs=6", "optim.lr=0.02")
     assert tiny.command("train", recipe, *options, "train.keep_best=true", "train.patience=2") == 0
@@ -361,7 +361,7 @@ def test_the_best_epoch_of_any_method_is_one_after_its_last_removal(tmp_path, me
     assert rounds.load_rows(run)[-1].density < 0.6
 
 
-def test_a_models_own_loss_is_not_the_teachers_to_weigh(tmp_path, monkeypatch):
+def test_a_models_auxiliary_loss_is_not_weighted_by_the_teacher(tmp_path, monkeypatch):
     seen = []
     plain = DynamicVit.auxiliary_loss
 

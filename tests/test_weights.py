@@ -1,4 +1,4 @@
-"""Weights from elsewhere: what is asked for is loaded and named, or the run ends; never a random start in silence."""
+"""Pretrained weights: requested weights are loaded and reported, or the run fails; never a silent random start."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def offline(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_blocks_are_kept_bit_for_bit_and_embeddings_resampled_as_timm_does(what, folder, state):
+def test_blocks_are_loaded_bit_for_bit_and_embeddings_resampled_like_timm(what, folder, state):
     net = build("vit_small", str(folder if what == "folder" else folder / "model.safetensors"), **DEPTH)
     own = net.state_dict()
     blocks = [name for name in own if name.startswith(("blocks.", "norm.", "cls_token"))]
@@ -79,7 +79,7 @@ def test_what_was_loaded_resampled_and_left_out_is_named_with_the_hash_of_the_fi
     assert "resampled: patch_embed.proj, pos_embed; new and random: head; left out: head" in net.loaded.text()
 
 
-def test_of_equal_classes_the_classifier_is_kept(folder, state):
+def test_the_classifier_is_kept_if_the_number_of_classes_is_equal(folder, state):
     net = build("vit_small_patch16_224", str(folder), num_classes=1000, **DEPTH)
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
     assert (net.loaded.resampled, net.loaded.new, net.loaded.left_out) == ((), (), ())
@@ -155,7 +155,7 @@ def test_a_ticket_to_start_from_is_fitted_to_the_classes_by_name():
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_prefixes_of_trainers_are_taken_off(prefix, tmp_path):
+def test_trainer_prefixes_are_stripped(prefix, tmp_path):
     net = tiny_net()
     save_file({prefix + name: tensor for name, tensor in net.state_dict().items()}, tmp_path / "w.safetensors")
     found = zoo.create("vit_tiny_patch16_224", TINY | {"num_classes": 3}, str(tmp_path / "w.safetensors"))
@@ -163,7 +163,7 @@ def test_prefixes_of_trainers_are_taken_off(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3}, lambda s: {"state_dict": s}])
-def test_the_conversion_that_a_refusal_prints_works(wrap, tmp_path, monkeypatch):
+def test_the_conversion_suggested_by_the_error_works(wrap, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(wrap(tiny_net().state_dict()), "it's.pth")
     args = TINY | {"num_classes": 3}
@@ -175,7 +175,7 @@ def test_the_conversion_that_a_refusal_prints_works(wrap, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("fault", ["missing", "not an index"])
-def test_shards_that_are_not_all_there_are_refused(fault, tmp_path):
+def test_missing_shards_are_rejected(fault, tmp_path):
     name, _, _ = classes_folder("transformers, in shards", tmp_path / "folder")
     if fault == "missing":
         next((tmp_path / "folder").glob("model-*.safetensors")).unlink()
@@ -201,7 +201,7 @@ def test_a_type_with_several_classifiers_keeps_the_one_that_its_folder_names(kin
     assert {name.split(".")[0] for name in other.loaded.new} == set(net.pretrained_cfg["classifier"])
 
 
-def test_a_model_with_its_own_decisions_starts_from_a_plain_one_and_says_what_is_random(tmp_path):
+def test_a_dynamic_vit_starts_from_a_plain_vit_and_reports_what_is_random(tmp_path):
     args = {"depth": 3, "embed_dim": 24, "num_heads": 3}
     plain = build("vit_tiny", False, **args, mlp_ratio=4.0)
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
@@ -304,7 +304,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, folder,
     assert not (tmp_path / "unpickled").exists()
 
 
-def test_counters_in_another_type_and_what_nobody_takes_hinder_nothing(tmp_path):
+def test_counters_of_another_dtype_and_unused_tensors_are_tolerated(tmp_path):
     torch.manual_seed(0)
     whole = zoo.create(*zoo.describe("resnet20", {}, 10)).state_dict()
     save_file({name: tensor.half() for name, tensor in whole.items()}, tmp_path / "half.safetensors")
@@ -316,7 +316,7 @@ def test_counters_in_another_type_and_what_nobody_takes_hinder_nothing(tmp_path)
     assert build("vit_small", str(tmp_path / "unused.safetensors"), **DEPTH).loaded.left_out == ("head.mask",)
 
 
-def test_a_folder_of_transformers_with_a_number_that_is_none_is_refused(tmp_path):
+def test_a_transformers_folder_with_nan_weights_is_rejected(tmp_path):
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
@@ -330,19 +330,19 @@ def test_a_folder_of_transformers_with_a_number_that_is_none_is_refused(tmp_path
 
 
 @pytest.mark.parametrize("args", [{"embed_dim": 192}, {"depth": 3}, {"depth": 1}, {"num_heads": 12}])
-def test_a_folder_of_another_shape_is_refused_even_where_only_its_heads_differ(folder, args):
+def test_a_folder_of_another_shape_is_rejected_even_if_only_its_heads_differ(folder, args):
     with pytest.raises(Damaged, match=r"does not match this vit_small_patch16_224 in \d+ places \(") as caught:
         build("vit_small", str(folder), **(DEPTH | args))
     assert "\n" not in str(caught.value)
 
 
-def test_a_ticket_is_sent_to_start_from(tmp_path):
+def test_a_ticket_in_pretrained_is_redirected_to_start_from(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "t.safetensors", metadata={"format": "vit_rsst.ticket/1"})
     with pytest.raises(Damaged, match=r"is a ticket; name it in model\.start_from"):
         build("vit_small", str(tmp_path / "t.safetensors"))
 
 
-def test_folders_of_this_package_are_sent_to_start_from(tmp_path):
+def test_folders_of_this_package_in_pretrained_are_redirected_to_start_from(tmp_path):
     (tmp_path / "run" / "tickets").mkdir(parents=True)
     (tmp_path / "slim").mkdir()
     (tmp_path / "slim" / "config.json").write_text('{"format": "vit_rsst.slim/1"}')
@@ -351,7 +351,7 @@ def test_folders_of_this_package_are_sent_to_start_from(tmp_path):
             build("vit_small", str(tmp_path / name))
 
 
-def test_weights_that_are_neither_in_the_cache_nor_to_be_had_are_an_error(offline):
+def test_weights_neither_cached_nor_downloadable_are_an_error(offline):
     for asked in (True, "dino"):
         with pytest.raises(MissingRequirement, match=r"model\.pretrained.*not in the cache.*model\.pretrained=false"):
             build("vit_small", asked)
@@ -359,7 +359,7 @@ def test_weights_that_are_neither_in_the_cache_nor_to_be_had_are_an_error(offlin
         build("hf:google/vit-base-patch16-224", True)
 
 
-def test_a_hub_that_does_not_answer_is_given_up_within_seconds(monkeypatch, tmp_path):
+def test_an_unreachable_hub_fails_within_seconds(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://localhost:1")
@@ -370,7 +370,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_seconds(monkeypatch, tmp_
     assert time.monotonic() - start < 5
 
 
-def test_a_tag_that_timm_does_not_know_names_those_that_it_knows():
+def test_an_unknown_timm_tag_lists_the_known_ones():
     with pytest.raises(InputError, match=r"no weights for 'vit_small_patch16_224\.no_such'; its tags are.*dino"):
         build("vit_small", "no_such")
     with pytest.raises(InputError, match=r"only timm models have tags"):
@@ -390,7 +390,7 @@ def test_every_timm_model_without_weights_is_refused():
             zoo.create(name, {}, pretrained=True)
 
 
-def test_the_catalogue_says_truly_whether_weights_exist():
+def test_the_catalogue_is_right_about_which_weights_exist():
     for name, model in CATALOG.items():
         assert not model.has_weights or timm.is_model_pretrained(model.architecture), name
         if not model.has_weights:
@@ -405,7 +405,7 @@ def test_the_catalogue_says_truly_whether_weights_exist():
         ("folder/x", True), ("./x", True), ("~/x", True), ("x.safetensors", True), ("x.pth", True),
     ],
 )  # fmt: skip
-def test_a_path_is_told_from_a_tag(source, expected):
+def test_paths_are_distinguished_from_tags(source, expected):
     assert weights.is_path(source) == expected
 
 
@@ -427,7 +427,7 @@ def small(tmp_path) -> Path:
     return path
 
 
-def test_a_run_says_and_records_what_it_began_with(small, tmp_path, capsys):
+def test_a_run_reports_and_records_its_initial_weights(small, tmp_path, capsys):
     path = recipe(tmp_path, small)
     assert tiny.command("train", path, "--dry-run") == 0
     plan = capsys.readouterr().out
@@ -462,7 +462,7 @@ def test_the_command_ends_with_3_when_weights_cannot_be_fetched(offline, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_nothing_of_the_loading_stays_behind(folder):
+def test_loading_restores_what_it_patches(folder):
     before = nn.Module.load_state_dict
     for path in (folder, folder / "missing.safetensors"):
         try:

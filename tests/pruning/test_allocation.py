@@ -1,4 +1,4 @@
-"""Allocation and contests against numbers worked out by hand, and budgets against the model that is really made."""
+"""Allocation and contests against values calculated by hand, and budgets against the resulting slim model."""
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ def numbers(kept: list[torch.Tensor]) -> list[list[int]]:
     return [mask.nonzero().flatten().tolist() for mask in kept]
 
 
-def test_a_floor_is_kept_and_the_others_make_up_for_it():
+def test_floors_hold_and_other_entries_compensate():
     entries = [entry("a", [1.0, 2.0, 3.0], least=2), entry("b", [9.0, 8.0, 7.0, 6.0])]
     assert numbers(contest(entries, 4)) == [[1, 2], [0, 1]]
 
 
-def test_units_of_several_costs_are_kept_up_to_the_nearest_cost():
+def test_units_of_different_costs_fill_the_budget_to_nearest():
     heads, neurons = entry("h", [5.0, 1.0], "head", cost=10.0), entry("n", [4.0, 3.0, 2.0])
     assert numbers(contest([heads, neurons], 12)) == [[0], [0, 1]]
     assert numbers(contest([heads, neurons], 18)) == [[0, 1], [0, 1, 2]]  # 23 is 5 away, 13 is 5 away: the larger
@@ -37,14 +37,14 @@ def test_units_of_several_costs_are_kept_up_to_the_nearest_cost():
     assert numbers(contest([heads, neurons], 22.9, never_above=True)) == [[0], [0, 1, 2]]
 
 
-def test_what_a_capped_part_cannot_take_goes_to_the_others():
+def test_the_excess_of_a_capped_part_goes_to_the_others():
     assert spread(10, [1, 1, 2], [1, 10, 10]) == pytest.approx([1, 3, 6])
     assert spread(10, [1, 1], [3, 4]) == [3, 4]
     assert spread(6, [0, 1, 2], [9, 9, 9]) == pytest.approx([0, 2, 4])
 
 
 @pytest.mark.parametrize("shape, window", [((3, 8), 4), ((2, 8, 3, 3), 8), ((5, 6), 3)])
-def test_windows_lie_along_the_input_and_each_keeps_its_best(shape, window):
+def test_windows_run_along_the_input_and_each_keeps_its_best(shape, window):
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     for kept in range(1, window):
         mask = keep_n_of_m(scores, torch.ones(shape, dtype=torch.bool), kept, window)
@@ -55,7 +55,7 @@ def test_windows_lie_along_the_input_and_each_keeps_its_best(shape, window):
             assert [i for i in range(window) if mark[i]] == sorted(best)
 
 
-def test_equal_windows_keep_the_first_and_dead_inputs_stay_dead():
+def test_ties_in_a_window_keep_the_first_and_dead_inputs_stay_dead():
     alive = torch.tensor([[True, True, True, True], [False, True, False, False]])
     assert keep_n_of_m(torch.ones(2, 4), alive, 2, 4).tolist() == [
         [True, True, False, False],
@@ -76,29 +76,29 @@ def kept_by(allocation: Allocation, density: object) -> list[int]:
     return [int(mask.sum()) for mask in allocation.keep(FOUR, DEPTHS, density).values()]
 
 
-def test_scopes_decide_who_meets_whom():
+def test_scopes_decide_which_entries_compete():
     assert kept_by(Allocation("global"), 0.5) == [0, 4, 0, 4]
     assert kept_by(Allocation("isomorphic"), 0.5) == [0, 0, 4, 4]
     assert kept_by(Allocation("layer"), 0.5) == [2, 2, 2, 2]
 
 
-def test_a_depth_ramp_prunes_early_blocks_less_and_the_whole_as_much():
+def test_a_depth_ramp_prunes_early_blocks_less_at_the_same_total():
     assert kept_by(Allocation("layer", depth_ramp=(0.5, 1.5)), 0.5) == [3, 3, 1, 1]
     assert kept_by(Allocation("layer", depth_ramp=(0.0, 1.0)), 0.75) == [4, 4, 2, 2]
 
 
-def test_a_named_layer_has_its_own_sparsity_and_the_others_make_up_for_it():
+def test_layer_sparsity_overrides_one_layer_and_the_others_compensate():
     allocation = Allocation("layer", layer_sparsity={"blocks.0.*": 0.0}, final_density=0.5)
     assert kept_by(allocation, 0.5) == [4, 4, 0, 0]
     halfway = Allocation("layer", layer_sparsity={"blocks.0.attn": 0.5}, final_density=0.5)
     assert kept_by(halfway, 0.75)[0] == 3  # half of the way to 0.5 is 0.25
 
 
-def test_kinds_have_densities_of_their_own():
+def test_each_kind_can_have_its_own_density():
     assert kept_by(Allocation("layer"), {"head": 0.25, "neuron": 0.75}) == [1, 3, 1, 3]
 
 
-def test_erk_gives_weights_their_sum_of_dimensions():
+def test_erk_budgets_are_proportional_to_the_sum_of_dimensions():
     alive = {"a": torch.ones(2, 2, dtype=torch.bool), "b": torch.ones(8, 8, dtype=torch.bool)}
     entries = [Entry(name, name, torch.rand(mask.shape), mask) for name, mask in alive.items()]
     kept = Allocation("erk").keep(entries, [0, 1], 20 / 68)  # 20 elements in the ratio 4 : 16
@@ -106,7 +106,7 @@ def test_erk_gives_weights_their_sum_of_dimensions():
 
 
 @pytest.mark.fault("F25")
-def test_what_cannot_be_reached_is_refused_with_what_can():
+def test_an_unreachable_sparsity_is_rejected_with_the_reachable_maximum():
     entries = [entry("a", [1.0] * 4, least=1), entry("b", [1.0] * 4, least=3)]
     with pytest.raises(InputError, match=r"sparsity of 0\.75 cannot be reached, at most 0\.5:"):
         Allocation("global", final_density=0.25).check(entries)
@@ -116,7 +116,7 @@ def test_what_cannot_be_reached_is_refused_with_what_can():
 
 @pytest.mark.parametrize("scope", ["global", "layer", "isomorphic"])
 @pytest.mark.parametrize("budget", [{"flops": 0.6}, {"params": 0.55}])
-def test_a_budget_is_met_by_the_model_that_is_really_made(scope, budget):
+def test_a_budget_is_met_by_the_slim_model(scope, budget):
     torch.manual_seed(0)
     args = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 6, "mlp_ratio": 2.0}
     net = zoo.create(*zoo.describe("vit_tiny", args, 10)).eval()
@@ -160,7 +160,7 @@ def entries_of(random: torch.Generator) -> list[Entry]:
     return made
 
 
-def test_a_contest_on_the_device_keeps_what_the_cpu_keeps_to_the_last_bit():
+def test_a_device_contest_keeps_exactly_what_the_cpu_contest_keeps():
     random, floors_met = torch.Generator().manual_seed(0), 0
     for _ in range(200):
         entries = entries_of(random)

@@ -1,4 +1,4 @@
-"""One body over every method × granularity × criterion: what is allowed works, what is not says why."""
+"""Every method × granularity × criterion: valid combinations work, invalid ones say why."""
 
 from itertools import pairwise, product
 from pathlib import Path
@@ -87,7 +87,7 @@ def make(case: tuple[str, str, str], folder: Path) -> Run:
 
 
 @pytest.mark.parametrize("case", ALLOWED, ids="-".join)
-def test_every_valid_combination_leaves_nested_sparse_tickets_and_resumes_after_a_stop(tmp_path, case):
+def test_every_valid_combination_writes_nested_sparse_tickets_and_resumes_after_a_stop(tmp_path, case):
     path = tmp_path / "r.yaml"
     path.write_text(recipe_text(*case), encoding="utf-8")
     assert load(path).pruning.method_name == case[0]

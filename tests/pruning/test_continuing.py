@@ -1,4 +1,4 @@
-"""A run put together again from its state goes on bit for bit: within a window, after a removal, between epochs."""
+"""A run restored from its state continues bit for bit: within a window, after a removal, between epochs."""
 
 import functools
 import json
@@ -55,7 +55,7 @@ class StopAt(StopFlag):
 
 
 def end(folder: Path) -> list:
-    """All that a run leaves: tickets bit for bit, and the report of every round."""
+    """Everything a run writes: tickets bit for bit, and the report of every round."""
     found = []
     for path in sorted((folder / "tickets").glob("*.safetensors")):
         ticket, report = ticket_file.load(path), json.loads(path.with_suffix(".json").read_text())
@@ -95,7 +95,7 @@ IN_THE_MIDDLE = [(name, stop) for name in TOYS for stop in ("in the window", "af
 
 
 @pytest.mark.parametrize("name, stop", dict.fromkeys(EVERYWHERE + IN_THE_MIDDLE))
-def test_a_run_that_is_stopped_and_put_together_again_ends_bit_for_bit_alike(tmp_path, name, stop):
+def test_a_stopped_and_restored_run_ends_bit_for_bit_the_same(tmp_path, name, stop):
     expected = undisturbed(name, tmp_path)
     first = TOYS[name].make(tmp_path / "stopped")
     first.stop = StopAt(STOPS[stop])
@@ -117,7 +117,7 @@ def halves(run: Run, stop: int) -> None:
 
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("stop", [9, 11, 15])
-def test_the_state_of_a_controller_is_tensors_and_json_and_comes_back_whole(tmp_path, name, stop):
+def test_controller_state_is_tensors_and_json_and_round_trips(tmp_path, name, stop):
     run = TOYS[name].make(tmp_path / "a")
     halves(run, stop)
     tensors, numbers = run.controller.state_dict()
@@ -135,7 +135,7 @@ def test_the_state_of_a_controller_is_tensors_and_json_and_comes_back_whole(tmp_
         assert bits(other.rewind_point) == bits(run.controller.rewind_point)
 
 
-def test_a_state_in_the_window_holds_condemned_and_penalty_and_one_after_the_removal_does_not(tmp_path):
+def test_state_holds_condemned_and_penalty_in_the_window_but_not_after_the_removal(tmp_path):
     window, removed = (TOYS["rsst"].make(tmp_path / str(stop)) for stop in (11, 15))
     halves(window, 11)
     halves(removed, 15)
@@ -145,7 +145,7 @@ def test_a_state_in_the_window_holds_condemned_and_penalty_and_one_after_the_rem
     assert removed.controller.state_dict()[1]["what_if_gap"] is not None
 
 
-def test_a_round_that_had_begun_is_not_begun_again(tmp_path):
+def test_a_round_under_way_is_not_begun_again(tmp_path):
     run = TOYS["rsst, rewound"].make(tmp_path)
     halves(run, 11)
     weights, condemned = bits(run.controller.weights), run.controller.condemned.fingerprint()
@@ -155,7 +155,7 @@ def test_a_round_that_had_begun_is_not_begun_again(tmp_path):
     assert run.controller.begin_round(2) is True
 
 
-def test_a_state_is_not_changed_by_the_training_that_follows_once_it_is_copied_to_the_host(tmp_path):
+def test_a_state_copied_to_the_host_is_unaffected_by_further_training(tmp_path):
     """What `Checkpointer.save` does; masks and rewind point must not be views of what trains on."""
     run = TOYS["rsst, rewound"].make(tmp_path)
     halves(run, 11)
@@ -168,7 +168,7 @@ def test_a_state_is_not_changed_by_the_training_that_follows_once_it_is_copied_t
 
 @pytest.mark.parametrize("missing", ["model", "optimizer", "controller"])
 def test_each_part_of_a_point_is_needed(tmp_path, missing):
-    """So that the tests above can fail: without any one part the run ends elsewhere."""
+    """Shows that the tests above can fail: without any one part the run ends differently."""
     name = "rsst"
     expected = undisturbed(name, tmp_path)
     first = TOYS[name].make(tmp_path / "stopped")

@@ -1,4 +1,4 @@
-"""Counters: top-1, top-5 and losses against values worked out by hand."""
+"""Counters: top-1, top-5 and losses against values calculated by hand."""
 
 import math
 
@@ -30,18 +30,18 @@ def test_top1_top5_and_loss_by_hand():
     assert found["loss"] == pytest.approx(((partition - 5) + (partition - 3) + partition) / 3, rel=1e-6)
 
 
-def test_batches_of_unequal_size_weigh_by_their_samples():
+def test_batches_of_unequal_size_are_weighted_by_samples():
     whole = score(nn.Identity(), [(LOGITS, LABELS)], CPU)
     parts = score(nn.Identity(), [(LOGITS[:1], LABELS[:1]), (LOGITS[1:], LABELS[1:])], CPU)
     assert parts == pytest.approx(whole, rel=1e-6)
 
 
-def test_with_fewer_than_five_classes_every_answer_is_among_the_first_five():
+def test_with_fewer_than_five_classes_top5_is_100_percent():
     found = score(nn.Identity(), [(LOGITS[:, :3], torch.tensor([0, 1, 2]))], CPU)
     assert (found["top1"], found["top5"]) == (pytest.approx(100 / 3), 100.0)
 
 
-def test_bf16_logits_are_summed_in_a_wider_format():
+def test_bf16_losses_are_summed_in_higher_precision():
     logits = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.arange(2000) % 4
     found = score(nn.Identity(), [(logits, labels)], CPU)
@@ -49,7 +49,7 @@ def test_bf16_logits_are_summed_in_a_wider_format():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_scoring_is_done_in_eval_mode_and_gives_the_mode_back(training):
+def test_scoring_runs_in_eval_mode_and_restores_the_mode(training):
     modes = []
 
     class Watched(nn.Identity):
@@ -71,7 +71,7 @@ def test_scoring_leaves_no_gradient():
     assert model.weight.grad is None
 
 
-def test_an_empty_split_is_refused():
+def test_an_empty_split_is_rejected():
     with pytest.raises(ValueError, match="empty"):
         score(nn.Identity(), [], CPU)
 
@@ -83,7 +83,7 @@ def add(meter: RunningLoss, hits: int, size: int, loss: float) -> None:
     meter.add(logits, labels, torch.tensor(loss, requires_grad=True))
 
 
-def test_the_running_mean_weighs_batches_by_their_samples():
+def test_the_running_mean_weights_batches_by_samples():
     meter = RunningLoss(CPU)
     add(meter, hits=1, size=2, loss=0.5)
     add(meter, hits=1, size=1, loss=2.0)
@@ -91,7 +91,7 @@ def test_the_running_mean_weighs_batches_by_their_samples():
     assert found == {"loss": pytest.approx((2 * 0.5 + 2.0) / 3), "top1": pytest.approx(200 / 3)}
 
 
-def test_a_reset_forgets_and_an_empty_mean_is_zero():
+def test_a_reset_clears_the_sums_and_an_empty_mean_is_zero():
     meter = RunningLoss(CPU)
     add(meter, hits=2, size=2, loss=9.0)
     meter.compute_and_reset()
@@ -100,7 +100,7 @@ def test_a_reset_forgets_and_an_empty_mean_is_zero():
     assert meter.compute_and_reset() == {"loss": 1.0, "top1": 0.0}
 
 
-def test_a_million_small_losses_do_not_drown_in_a_large_sum():
+def test_a_million_small_losses_are_not_lost_in_a_large_sum():
     meter = RunningLoss(CPU)
     meter.load([1e9, 0.0, 1e9], is_main=True)
     for _ in range(1000):
@@ -109,7 +109,7 @@ def test_a_million_small_losses_do_not_drown_in_a_large_sum():
     assert (samples, total) == (1e9 + 1000, 1e9 + 1500)
 
 
-def test_sums_that_were_gathered_and_loaded_again_go_on():
+def test_gathered_sums_can_be_loaded_and_continued():
     undisturbed, first, second = RunningLoss(CPU), RunningLoss(CPU), RunningLoss(CPU)
     for meter in (undisturbed, first):
         add(meter, hits=1, size=3, loss=0.25)
@@ -123,7 +123,7 @@ def test_sums_that_were_gathered_and_loaded_again_go_on():
     assert second.compute_and_reset() == expected
 
 
-def test_only_the_main_rank_keeps_what_was_gathered():
+def test_only_the_main_rank_keeps_gathered_sums():
     meter = RunningLoss(CPU)
     add(meter, hits=1, size=3, loss=0.25)
     meter.gather_(is_main=False)

@@ -172,7 +172,7 @@ def test_inputs_are_scored_by_group_and_where_a_weight_is_used(criterion):
                     torch.testing.assert_close(scores[name][o, i], weight[o, i].abs() * mean[channel])
 
 
-def test_statistics_do_not_depend_on_how_images_are_divided_into_batches():
+def test_statistics_do_not_depend_on_the_batch_size():
     net = network()
     weights, groups, _ = parts(net, "head+neuron")
     one, many = (collect(net, batches(*sizes), weights, groups, True) for sizes in ((7,), (1, 3, 2, 1)))
@@ -195,14 +195,14 @@ def test_calibration_leaves_the_model_as_it_was():
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
-def test_no_image_is_a_sentence():
+def test_calibration_without_images_is_an_error():
     net = network()
     weights, groups, _ = parts(net, "head")
     with pytest.raises(InputError, match=r"pruning\.calibration_images: the criterion needs images"):
         collect(net, [], weights, groups, False)
 
 
-def test_a_unit_of_large_weights_outranks_one_of_small_weights():
+def test_units_with_large_weights_outrank_units_with_small_ones():
     net = network()
     weights, groups, mask = parts(net, "neuron")
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_unit_of_large_weights_outranks_one_of_small_weights():
     assert float(scores[5]) == pytest.approx(by_hand)
 
 
-def test_survivors_are_the_share_of_a_unit_that_is_left():
+def test_survivors_are_the_surviving_fraction_of_a_unit():
     net = network()
     weights, groups, mask = parts(net, "neuron")
     left = MaskSet({name: torch.zeros_like(mask[name]) for name in mask})
@@ -223,7 +223,7 @@ def test_survivors_are_the_share_of_a_unit_that_is_left():
     assert scores.tolist() == [0.25 if unit == 3 else 0.0 for unit in range(32)]
 
 
-def test_random_units_are_drawn_anew_for_every_seed_and_group():
+def test_random_unit_scores_differ_by_seed_and_group():
     net = network()
     weights, groups, mask = parts(net, "neuron")
     draw = CRITERIA["random"].units

@@ -37,7 +37,7 @@ def epoch(of: InMemoryLoader, number: int = 0, step: int = 0, round: int = 0) ->
 
 
 def joined(steps: list[list[Batch]]) -> list[Batch]:
-    """Global batches: the micro-batches of each step put together."""
+    """Global batches: the concatenated micro-batches of each step."""
     return [tuple(torch.cat(parts) for parts in zip(*micro, strict=True)) for micro in steps]
 
 
@@ -52,7 +52,7 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("num_processes, per_device", [(1, 4), (1, 2), (2, None), (2, 2), (4, 1), (8, None)])
-def test_ranks_and_accumulation_deal_the_very_global_batches_of_one_process(num_processes, per_device):
+def test_global_batches_do_not_depend_on_ranks_or_accumulation(num_processes, per_device):
     expected = joined(epoch(loader(), number=1))
     ranks = [epoch(loader(num_processes, rank, per_device), number=1) for rank in range(num_processes)]
     accumulation = 8 // (num_processes * (per_device or 8 // num_processes))
@@ -64,7 +64,7 @@ def test_ranks_and_accumulation_deal_the_very_global_batches_of_one_process(num_
     assert_same(joined(together), expected)
 
 
-def test_every_sample_comes_once_an_epoch_less_the_tail_that_does_not_fill_a_batch():
+def test_every_sample_comes_once_per_epoch_except_the_incomplete_last_batch():
     numbered = Split(torch.arange(43).view(43, 1, 1, 1).expand(43, 3, 4, 4).byte().contiguous(), torch.arange(43))
     orders = []
     for number in range(3):
@@ -86,14 +86,14 @@ def test_images_keep_their_labels():
 
 @pytest.mark.parametrize("num_processes, per_device", [(1, None), (1, 2), (2, 2)])
 @pytest.mark.parametrize("step", [0, 1, 4])
-def test_an_epoch_resumed_at_a_step_yields_what_the_undisturbed_one_yields(step, num_processes, per_device):
+def test_an_epoch_resumed_mid_way_yields_the_same_batches(step, num_processes, per_device):
     for rank in range(num_processes):
         whole = epoch(loader(num_processes, rank, per_device), number=2)
         rest = epoch(loader(num_processes, rank, per_device), number=2, step=step)
         assert_same(joined(rest), joined(whole[step:]))
 
 
-def test_progress_may_move_on_while_the_epoch_is_read():
+def test_progress_may_advance_while_the_epoch_is_iterated():
     progress = Progress(5, (4, 4), 0, 1)
     found = []
     for micro_batches in loader().steps(progress):
@@ -134,7 +134,7 @@ def test_the_arithmetic_of_a_global_batch():
 
 
 def by_pixel(image: np.ndarray, top: int, left: int, flip: bool, padding: int) -> np.ndarray:
-    """Pads with zeros, cuts a window of the old size out, mirrors it."""
+    """Zero-pads, crops a window of the original size, flips it."""
     channels, height, width = image.shape
     found = np.zeros_like(image)
     for c in range(channels):
@@ -165,7 +165,7 @@ def test_crops_and_flips_are_those_of_a_loop_over_pixels(padding, hflip, size):
         assert flips.all() == bool(hflip)
 
 
-def test_offsets_cover_every_shift_and_flips_come_as_often_as_asked():
+def test_offsets_cover_every_shift_and_flips_have_the_requested_frequency():
     offsets, flips, _ = Augmentation(2, 0.25).draw(20_000, seed=0)
     counts = torch.zeros(5, 5).index_put((offsets[:, 0], offsets[:, 1]), torch.ones(20_000), accumulate=True)
     assert counts.min() > 600  # 800 each on average
@@ -173,7 +173,7 @@ def test_offsets_cover_every_shift_and_flips_come_as_often_as_asked():
     assert flips.double().mean() == pytest.approx(0.25, abs=0.015)
 
 
-def test_without_padding_and_flips_images_pass_untouched():
+def test_without_padding_and_flips_images_are_unchanged():
     originals = images(8, seed=1).images
     assert torch.equal(PLAIN.moved(originals, PLAIN.draw(8, seed=0)), originals)
 

@@ -19,7 +19,7 @@ from vit_rsst.pruning.methods.rsst import Rsst
 
 
 def bare_loop(toy: Toy, batches: list) -> nn.Module:
-    """Training as PyTorch's tutorials write it; parameter groups, clipping and accumulation written out."""
+    """Training as in PyTorch's tutorials, with explicit parameter groups, clipping and accumulation."""
     torch.manual_seed(toy.seed)
     net = toy.network()
     decayed = [p for p in net.parameters() if p.ndim > 1 and p is not getattr(net, "pos_embed", None)]
@@ -81,7 +81,7 @@ def test_a_whole_run_with_its_files_ends_where_the_bare_loop_ends(tmp_path):
 
 
 @pytest.mark.parametrize("method", [Gmp(window=(0.9, 1.0), interval=100), Imp(), Rsst(), Rsst(remove_at=0.0)])
-def test_as_long_as_nothing_is_pruned_every_method_is_dense(tmp_path, method):
+def test_every_method_equals_dense_until_it_prunes(tmp_path, method):
     dense = Toy(Dense(), round_epochs=(2,)).make(tmp_path / "dense")
     train_rounds(dense)
     toy = replace(Toy(method), round_epochs=(20,) if method.one_round else (2, 1))
@@ -94,7 +94,7 @@ def test_as_long_as_nothing_is_pruned_every_method_is_dense(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", [Imp(), Rsst()])
-def test_every_round_begins_with_an_optimizer_that_remembers_nothing(tmp_path, method):
+def test_every_round_starts_with_fresh_optimizer_state(tmp_path, method):
     run = Toy(method, round_epochs=(1, 1, 1)).make(tmp_path)
     remembered = []
     before_step = run.controller.before_step
@@ -116,7 +116,7 @@ def test_an_epoch_trains_in_training_mode_whatever_the_mode_before(tmp_path):
     assert run.net.state_dict()["2.num_batches_tracked"] == 4
 
 
-def test_two_micro_batches_are_one_batch_up_to_rounding(tmp_path):
+def test_two_micro_batches_equal_one_batch_up_to_rounding(tmp_path):
     states = []
     for accumulation in (1, 2, 4):  # one after the other: Accelerate's accumulation is global
         run = Toy(Dense(), optimizer="sgd", accumulation=accumulation, round_epochs=(3,)).make(tmp_path)
@@ -128,7 +128,7 @@ def test_two_micro_batches_are_one_batch_up_to_rounding(tmp_path):
         assert bits(one) != bits(other)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_before_it_touches_a_weight(tmp_path):
+def test_a_nan_loss_stops_the_run_before_any_weight_changes(tmp_path):
     run = Toy(Dense(), round_epochs=(1,)).make(tmp_path)
     run.loss = lambda logits, labels: logits.sum() * math.nan
     before = bits(run.net.state_dict())

@@ -1,4 +1,4 @@
-"""MaskSet: set algebra on literal masks, bits that come back, fingerprints."""
+"""MaskSet: set algebra on literal masks, packing round trips, fingerprints."""
 
 import hashlib
 
@@ -22,7 +22,7 @@ def test_and_or_and_minus_by_hand():
     assert torch.equal(A.minus(B)["w"], torch.tensor([[False, True, False], [False, False, False]]))
 
 
-def test_operations_make_new_sets_and_leave_the_old_ones():
+def test_operations_return_new_sets_and_leave_their_operands_unchanged():
     before = A.fingerprint(), B.fingerprint()
     _ = (A & B, A | B, A.minus(B))
     assert (A.fingerprint(), B.fingerprint()) == before
@@ -40,7 +40,7 @@ def test_masks_of_different_weights_do_not_combine():
         _ = A & mask([1], name="other")
 
 
-def test_density_is_the_share_of_all_elements_and_the_report_has_it_by_weight():
+def test_density_is_over_all_elements_and_the_report_lists_it_by_weight():
     both = MaskSet({"a": torch.tensor([True, False]), "b": torch.tensor([[True, True, True], [True, False, True]])})
     assert (both.num_alive, both.num_elements, both.density) == (6, 8, 0.75)
     assert both.layers() == {
@@ -56,13 +56,13 @@ def test_a_full_set_has_the_shapes_of_its_weights_and_everything_alive():
     assert all(t.dtype == torch.bool for t in full.tensors())
 
 
-def test_bits_are_row_major_and_the_most_significant_comes_first():
+def test_bits_are_packed_row_major_most_significant_first():
     bits = pack_bits(torch.tensor([[True, False, True], [False, False, False], [True, True, True]]))
     assert bits.tolist() == [0b10100011, 0b10000000]
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5), (1, 1), (5, 1, 3), (2, 3, 5, 7), (0,), (3, 0)])
-def test_packing_and_unpacking_gives_any_shape_back(shape):
+def test_packing_round_trips_for_any_shape(shape):
     original = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
     bits = pack_bits(original)
     assert bits.dtype == torch.uint8
@@ -70,7 +70,7 @@ def test_packing_and_unpacking_gives_any_shape_back(shape):
     assert torch.equal(unpack_bits(bits, shape), original)
 
 
-def test_a_whole_set_comes_back_from_its_bits():
+def test_a_whole_set_round_trips_through_its_bits():
     generator = torch.Generator().manual_seed(0)
     weights = {"a": torch.zeros(5, 3), "b.c": torch.zeros(11)}
     original = MaskSet({name: torch.rand(w.shape, generator=generator) < 0.3 for name, w in weights.items()})
@@ -92,7 +92,7 @@ def test_the_fingerprint_is_sixteen_digits_of_the_sha256_over_names_and_bits():
     assert A.fingerprint() == expected
 
 
-def test_equal_masks_have_equal_fingerprints_and_one_bit_or_another_name_makes_another():
+def test_fingerprints_are_equal_for_equal_masks_and_change_with_any_bit_or_name():
     same = mask([1, 1, 0], [0, 1, 0])
     one_bit = mask([1, 1, 0], [0, 1, 1])
     renamed = mask([1, 1, 0], [0, 1, 0], name="v")

@@ -1,4 +1,4 @@
-"""Methods: one body over all of them, rsst against imp bit for bit, gmp against its cubic, and one from outside."""
+"""Methods: common properties of all, rsst against imp bit for bit, gmp against its cubic, and an external method."""
 
 import csv
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def loaded(folder: Path) -> list[ticket_file.Ticket]:
 
 
 def scores(folder: Path) -> list[dict[str, str]]:
-    """rounds.csv without the time that it took."""
+    """rounds.csv without times."""
     with open(folder / "rounds.csv") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
@@ -43,7 +43,7 @@ def scores(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("constant", "refill")])
-def test_every_method_leaves_nested_tickets_of_exactly_the_target_density(tmp_path, name, criterion, scope):
+def test_every_method_writes_nested_tickets_of_exactly_the_target_density(tmp_path, name, criterion, scope):
     method = METHODS[name]()
     epochs = (4,) if method.one_round else (1, 1, 1, 1)
     toy = Toy(method, criterion=criterion, scope=scope, round_epochs=epochs, final_sparsity=0.875)
@@ -119,7 +119,7 @@ def test_rsst_of_a_vision_transformer_that_removes_at_once_is_imp_bit_for_bit(tm
 
 
 def test_rsst_that_removes_later_is_not_imp(tmp_path):
-    """So that the test above can fail."""
+    """Shows that the test above can fail."""
     toy = Toy(Imp(), round_epochs=(1, 2))
     runs = [replace(toy, method=m).make(tmp_path / str(i)) for i, m in enumerate((Imp(), Rsst(remove_at=0.5)))]
     for run in runs:
@@ -147,7 +147,7 @@ def test_rsst_condemns_what_imp_removes_and_keeps_it_until_remove_at(tmp_path):
     assert densities == [1.0] * 4 + [pytest.approx(0.1, abs=1e-3)] * 6
 
 
-def test_a_removal_at_the_end_comes_with_the_last_step_and_recovery_follows_it(tmp_path):
+def test_a_removal_at_the_end_happens_at_the_last_step_and_recovery_follows(tmp_path):
     run = Toy(Rsst(Penalty(window=(0.0, 1.0)), remove_at=1.0), round_epochs=(1, 1, 1)).make(tmp_path)
     run.controller.rounds = 1  # the third round is one of recovery
     densities = []
@@ -273,7 +273,7 @@ def test_dense_removes_nothing_and_measures_no_removal(tmp_path):
     assert all(w.all() for w in run.controller.weights.values())
 
 
-def test_controls_of_one_round_have_the_epochs_of_all_rounds_together():
+def test_single_round_controls_train_the_total_epochs_of_all_rounds():
     pruned = Recipe("a", train=Train(epochs=7, round_epochs=3), pruning=Pruning(Imp(), schedule=Schedule(rounds=4)))
     assert pruned.round_epochs == (7, 3, 3, 3, 3)
     for control in (Dense(), Gmp()):
@@ -298,12 +298,12 @@ def test_round_0_is_dense_and_keeps_its_weights(method):
     assert (plan.mask.density, plan.target, plan.penalty, plan.start_from) == (1.0, None, None, "trained")
 
 
-def test_imp_plans_its_density_at_once_from_the_rewind_point():
+def test_imp_plans_immediate_removal_from_the_rewind_point():
     plan = Imp().plan(1, view())
     assert (plan.mask.density, plan.target, plan.start_from) == (0.625, None, "rewind")
 
 
-def test_rsst_plans_the_mask_of_now_a_target_and_a_penalty():
+def test_rsst_plans_the_current_mask_a_target_and_a_penalty():
     method = Rsst(Penalty("cosine"), remove_at=0.4)
     plan = method.plan(2, view(0.625))
     assert (plan.mask.density, plan.target.density, plan.remove_at) == (0.625, 0.25, 0.4)
@@ -325,7 +325,7 @@ def test_an_external_method_runs_through_the_whole_loop(tmp_path, clean_registry
     @register_method("halving")
     @dataclass(frozen=True)
     class Halving:
-        """Condemns half of what is alive in every round, whatever the schedule says."""
+        """Condemns half of the alive weights in every round, whatever the schedule says."""
 
         one_round: ClassVar[bool] = False
         remove_at: float = 0.5
@@ -353,7 +353,7 @@ def test_an_external_method_runs_through_the_whole_loop(tmp_path, clean_registry
 
 @pytest.mark.parametrize("rewind_epoch", [None, 0])
 def test_a_plan_that_swaps_weights_zeroes_and_measures_the_removed_ones(tmp_path, rewind_epoch):
-    """As many leave as come back: a removal like any other, though the density stays."""
+    """As many weights are removed as come back: still a removal, although the density is unchanged."""
 
     @dataclass(frozen=True)
     class Swap(Method):

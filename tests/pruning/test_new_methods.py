@@ -1,4 +1,4 @@
-"""refill against its budget rule, rst from its start, ste in forward and behind it."""
+"""refill against its budget rule, rst from its initial weights, ste in the forward pass and in its dense weights."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The penalty's arithmetic: what it adds up to, where it is zero, how it is shared out among the steps."""
+"""The penalty's arithmetic: its sum, where it is zero, and how it is distributed over steps."""
 
 import math
 from fractions import Fraction
@@ -42,22 +42,22 @@ def test_the_shrink_is_zero_outside_the_window_and_positive_inside(ramp, span, r
         assert (penalty.shrink_at(t, round_steps, steps_per_epoch) > 0) == (start <= t < stop), t
 
 
-def test_a_linear_ramp_over_four_steps_shares_the_log_as_one_to_four():
+def test_a_linear_ramp_over_four_steps_splits_the_log_one_to_four():
     penalty = Penalty("linear", residual=math.exp(-10), window=(0.0, 0.5))
     assert [penalty.shrink_at(t, 8, 4) for t in range(8)] == pytest.approx([1, 2, 3, 4, 0, 0, 0, 0])
 
 
-def test_a_square_ramp_shares_it_as_one_to_sixteen():
+def test_a_quadratic_ramp_splits_it_one_to_sixteen():
     penalty = Penalty("quadratic", residual=math.exp(-30), window=(0.5, 1.0))
     assert [penalty.shrink_at(t, 8, 8) for t in range(8)] == pytest.approx([0, 0, 0, 0, 1, 4, 9, 16])
 
 
-def test_a_span_of_an_epoch_begins_anew_in_each():
+def test_span_epoch_restarts_in_each_epoch():
     penalty = Penalty("linear", residual=math.exp(-9), window=(0.0, 1.0), span="epoch")
     assert [penalty.shrink_at(t, 6, 2) for t in range(6)] == pytest.approx([1, 2, 1, 2, 1, 2])
 
 
-def test_a_span_of_an_epoch_begins_anew_where_an_epoch_begins_within_the_window():
+def test_span_epoch_restarts_at_epoch_boundaries_within_the_window():
     penalty = Penalty("linear", window=(0.25, 0.75), span="epoch")  # steps 2 to 5 of 8, epochs of 4
     shrinks = [penalty.shrink_at(t, 8, 4) for t in range(8)]
     assert shrinks[2] < shrinks[3] > shrinks[4] < shrinks[5]
@@ -68,7 +68,7 @@ def test_one_step_takes_the_whole_log():
     assert Penalty("cubic", residual=0.01, window=(0.4, 0.5)).shrink_at(4, 10, 5) == pytest.approx(math.log(100))
 
 
-def test_a_growing_ramp_never_shrinks_less_than_the_step_before():
+def test_a_growing_ramp_never_shrinks_less_than_at_the_previous_step():
     for ramp in RAMPS:
         penalty = Penalty(ramp, window=(0.1, 0.9))
         shrinks = [penalty.shrink_at(t, 100, 10) for t in range(10, 90)]
@@ -89,8 +89,8 @@ def test_an_empty_window_means_no_penalty_at_any_step():
     assert {penalty.ramp_at(t, 100, 10) for t in range(100)} == {0.0}
 
 
-def test_the_sum_does_not_depend_on_a_penalty_asked_before():
-    """The sum is kept between calls; a penalty that differs in one field, or another length, has its own."""
+def test_the_sum_does_not_depend_on_earlier_penalties():
+    """The sum is cached; a penalty that differs in any field, or another length, has its own."""
     for other in (Penalty(), Penalty("quadratic"), Penalty(window=(0.0, 0.5)), Penalty(span="epoch")):
         for steps in (40, 80):
             total = math.fsum(other.shrink_at(t, steps, 10) for t in range(steps))

@@ -1,4 +1,4 @@
-"""Rewinds: the very weights and buffers come back, into the same tensors, from a point that nobody alters."""
+"""Rewinds: exactly the saved weights and buffers are restored, into the same tensors, from an unchanged point."""
 
 import hashlib
 from pathlib import Path
@@ -23,7 +23,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 
 def point_taken(run: Run, epoch: int) -> dict[str, Tensor]:
-    """The model's state when the point should be taken, noted independently of the controller."""
+    """The model's state when the rewind point should be taken, recorded independently of the controller."""
     noted: dict[str, Tensor] = {}
 
     def note(progress: object) -> None:
@@ -45,7 +45,7 @@ def begin_next_round(run: Run, round: int) -> None:
 @pytest.mark.parametrize("network", [batchnorm_mlp, vit])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_round_starts_from_the_very_point_under_its_mask(tmp_path, method, epoch, network):
+def test_every_round_starts_from_exactly_the_rewind_point_under_its_mask(tmp_path, method, epoch, network):
     toy = Toy(METHODS[method], network=network, rewind_epoch=epoch, round_epochs=(3, 1, 1))
     run = toy.make(tmp_path)
     noted = point_taken(run, epoch)
@@ -66,7 +66,7 @@ def test_every_round_starts_from_the_very_point_under_its_mask(tmp_path, method,
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_the_point_is_no_alias_and_its_hash_is_unchanged_after_all_rounds(tmp_path, epoch):
+def test_the_rewind_point_is_not_aliased_and_unchanged_after_all_rounds(tmp_path, epoch):
     run = Toy(Imp(), network=batchnorm_mlp, optimizer="sgd", lr=0.1, rewind_epoch=epoch).make(tmp_path)
     noted = point_taken(run, epoch)
     train_rounds(run, 1)
@@ -81,7 +81,7 @@ def test_the_point_is_no_alias_and_its_hash_is_unchanged_after_all_rounds(tmp_pa
 
 @pytest.mark.parametrize("epoch", [None, 0, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_parameters_keep_their_identity_and_their_storage_through_all_rounds(tmp_path, method, epoch):
+def test_parameters_keep_identity_and_storage_through_all_rounds(tmp_path, method, epoch):
     run = Toy(METHODS[method], network=batchnorm_mlp, rewind_epoch=epoch).make(tmp_path)
     before = {name: (id(t), t.data_ptr()) for name, t in [*run.net.named_parameters(), *run.net.named_buffers()]}
     train_rounds(run)
@@ -118,7 +118,7 @@ def test_selection_sees_the_trained_weights_and_not_the_rewound_ones(tmp_path):
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_dead_are_plus_zero_after_a_rewind_and_after_every_step_that_follows(tmp_path, method, epoch):
+def test_dead_weights_are_plus_zero_after_a_rewind_and_every_later_step(tmp_path, method, epoch):
     """The rewind writes old weights over the zeros, and a negative one times a mask of 0 is −0."""
     run = Toy(METHODS[method], rewind_epoch=epoch, round_epochs=(2, 1, 1)).make(tmp_path)
     train_rounds(run, 2)
@@ -135,7 +135,7 @@ def test_the_dead_are_plus_zero_after_a_rewind_and_after_every_step_that_follows
     assert_plus_zero()
 
 
-def test_the_point_survives_a_round_0_without_epochs(tmp_path: Path):
+def test_the_rewind_point_exists_after_a_round_0_without_epochs(tmp_path: Path):
     """A run that starts from a trained model has it as its `init`."""
     run = Toy(Imp(), rewind_epoch=0, round_epochs=(0, 1, 1)).make(tmp_path)
     began = copied(run.net.state_dict())

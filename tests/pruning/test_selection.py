@@ -17,7 +17,7 @@ def keep_top(scores: dict[str, Tensor], alive: MaskSet, density: float, scope: s
 
 
 def by_sorting(scores: dict[str, Tensor], alive: MaskSet, density: float) -> dict[str, Tensor]:
-    """Sorts all living elements by falling score; Python's sort is stable, so that ties keep the order of weights."""
+    """Sorts all alive elements by descending score; Python's sort is stable, so ties keep the order of weights."""
     elements = [
         (name, i, float(scores[name].flatten()[i]))
         for name in alive
@@ -38,7 +38,7 @@ def assert_same(found: MaskSet, expected: dict[str, Tensor]) -> None:
 
 
 def random_case(seed: int) -> tuple[dict[str, Tensor], MaskSet, float]:
-    """Two to four weights of odd shapes, half of the elements dead, and in every second case hardly a score unique."""
+    """Two to four weights of odd shapes, half of the elements dead, and mostly tied scores in every second case."""
     generator = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
@@ -80,7 +80,7 @@ def test_equal_scores_still_keep_exactly_k(scope, density):
         assert [int(kept[name].sum()) for name in kept] == [round(density * n) for n in (35, 9, 10)]
 
 
-def test_a_tie_goes_to_the_lower_index_in_the_order_of_the_weights():
+def test_ties_go_to_the_lower_index_in_weight_order():
     scores = {"b": torch.tensor([1.0, 0.5, 0.5]), "a": torch.tensor([[0.5, 2.0], [0.5, 0.5]])}
     kept = keep_top(scores, MaskSet.full(scores), 4 / 7, "global")
     assert_same(kept, {"b": torch.tensor([True, True, True]), "a": torch.tensor([[False, True], [False, False]])})
@@ -90,14 +90,14 @@ def test_a_tie_goes_to_the_lower_index_in_the_order_of_the_weights():
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("value", [float("inf"), 1e30, float("nan")])
-def test_the_dead_never_come_back_whatever_their_score(scope, value):
+def test_dead_elements_never_come_back_whatever_their_score(scope, value):
     alive = MaskSet({"w": torch.tensor([True, False, True, False, True, True])})
     scores = {"w": torch.tensor([0.4, value, 0.3, value, 0.2, 0.1])}
     kept = keep_top(scores, alive, 0.5, scope)
     assert_same(kept, {"w": torch.tensor([True, False, True, False, True, False])})
 
 
-def test_asking_for_more_than_is_alive_keeps_all_that_is():
+def test_requesting_more_than_is_alive_keeps_everything_alive():
     alive = MaskSet({"w": torch.tensor([True, False, False, True])})
     assert_same(keep_top({"w": torch.ones(4)}, alive, 0.9, "global"), dict(alive.masks))
 
@@ -109,14 +109,14 @@ def test_a_density_of_one_keeps_everything(scope):
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_a_score_that_is_not_a_number_is_refused(scope):
+def test_a_nan_score_is_rejected(scope):
     scores = {"w": torch.tensor([1.0, float("nan"), 3.0])}
     with pytest.raises(ValueError, match="not a number"):
         keep_top(scores, MaskSet.full(scores), 0.5, scope)
 
 
 @pytest.mark.parametrize("low", [0.0, -float("inf")])
-def test_zeros_and_minus_infinities_among_the_living_are_ranked_like_any_score(low):
+def test_zero_and_minus_infinity_rank_like_any_score(low):
     scores = {"w": torch.tensor([low, 2.0, low, 1.0, low])}
     kept = keep_top(scores, MaskSet.full(scores), 0.6, "global")
     assert_same(kept, {"w": torch.tensor([True, True, False, True, False])})
@@ -126,13 +126,13 @@ def test_zeros_and_minus_infinities_among_the_living_are_ranked_like_any_score(l
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_global_selection_is_what_sorting_gives(seed):
+def test_global_selection_equals_sorting(seed):
     scores, alive, density = random_case(seed)
     assert_same(keep_top(scores, alive, density, "global"), by_sorting(scores, alive, density))
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_selection_by_layer_is_what_sorting_each_weight_gives(seed):
+def test_selection_by_layer_equals_sorting_each_weight(seed):
     scores, alive, density = random_case(seed)
     expected = {}
     for name in alive:
@@ -140,7 +140,7 @@ def test_selection_by_layer_is_what_sorting_each_weight_gives(seed):
     assert_same(keep_top(scores, alive, density, "layer"), expected)
 
 
-def test_the_random_cases_hold_both_ties_and_dead_elements():
+def test_the_random_cases_contain_ties_and_dead_elements():
     cases = [random_case(seed) for seed in range(40)]
     assert sum(alive.density < 1 for _, alive, _ in cases) >= 20
     assert sum(len(torch.cat([s.flatten() for s in scores.values()]).unique()) < 8 for scores, _, _ in cases) >= 15
@@ -155,7 +155,7 @@ def test_bf16_scores_full_of_ties_keep_exactly_k():
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_scores_and_masks_that_lie_in_columns_are_ranked_in_the_order_of_rows(scope):
+def test_column_major_scores_and_masks_are_ranked_in_row_order(scope):
     straight = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 2.0]])
     turned = straight.t().contiguous().t()
     alive = MaskSet({"w": torch.ones_like(turned, dtype=torch.bool)})

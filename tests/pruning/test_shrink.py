@@ -1,4 +1,4 @@
-"""What the penalty does to real weights with real gradients, step by step through the loop's own `train_step`."""
+"""Effect of the penalty on real weights with real gradients, step by step through the loop's `train_step`."""
 
 import math
 from dataclasses import replace
@@ -153,13 +153,13 @@ def test_strength_multiplies_the_logarithm(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_penalty_that_begins_anew_each_epoch_still_ends_the_round_at_the_residual(tmp_path, optimizer):
+def test_a_penalty_restarting_each_epoch_still_ends_at_the_residual(tmp_path, optimizer):
     method = whole_round(span="epoch", ramp="cubic")
     assert_residual(Toy(method, optimizer=optimizer, round_epochs=(1, 3), steps_per_epoch=20), tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_each_step_shrinks_the_condemned_by_its_own_share(tmp_path, optimizer):
+def test_each_step_shrinks_the_condemned_by_its_own_factor(tmp_path, optimizer):
     """σ of 1, 2, 3, … tenths of a nat in a window of steps 4 to 8, and no step of training moves them meanwhile."""
     method = Rsst(Penalty("linear", residual=math.exp(-1.0), window=(0.4, 0.8)), remove_at=1.0)
     run = Toy(method, optimizer=optimizer, round_epochs=(1, 1), steps_per_epoch=10).make(tmp_path)
@@ -184,7 +184,7 @@ def test_each_step_shrinks_the_condemned_by_its_own_share(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_step_that_was_skipped_leaves_the_residual_as_it_is(tmp_path, optimizer):
+def test_a_skipped_step_does_not_change_the_residual(tmp_path, optimizer):
     toy = Toy(whole_round(), optimizer=optimizer, weight_decay=1.0, round_epochs=(1, 1), steps_per_epoch=20)
     run = replace(toy, max_skipped_steps=2).make(tmp_path)
     plain = run.loss
@@ -205,14 +205,14 @@ def test_a_step_that_was_skipped_leaves_the_residual_as_it_is(tmp_path, optimize
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_between_the_end_of_the_window_and_the_removal_the_condemned_wait_at_the_residual(tmp_path, optimizer):
+def test_the_condemned_stay_at_the_residual_between_window_and_removal(tmp_path, optimizer):
     method = Rsst(Penalty(residual=RESIDUAL, window=(0.0, 0.25)), remove_at=1.0)
     toy = Toy(method, optimizer=optimizer, lr=0.05, weight_decay=0.1, round_epochs=(1, 4), steps_per_epoch=20)
     assert_residual(toy, tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_an_empty_window_penalises_nobody_and_still_removes(tmp_path, optimizer):
+def test_an_empty_window_removes_without_a_penalty(tmp_path, optimizer):
     method = Rsst(Penalty(window=(0.0, 0.0)), remove_at=0.5)
     run, condemned, began, ended = round_1(Toy(method, optimizer=optimizer, round_epochs=(1, 2)), tmp_path)
     assert left(condemned, began, ended).abs().median() > 0.5
@@ -220,7 +220,7 @@ def test_an_empty_window_penalises_nobody_and_still_removes(tmp_path, optimizer)
 
 
 def test_with_the_gradient_of_the_loss_adamw_does_not_reach_the_residual(tmp_path):
-    """Why decision 1 was taken: the option exists, and it does not do what `residual` says."""
+    """Why the gradient is blocked by default: with it, `residual` is not reached."""
     toy = Toy(whole_round(condemned_gradient=True), lr=1e-3, round_epochs=(1, 5), steps_per_epoch=20)
     _, condemned, began, ended = round_1(toy, tmp_path)
     shares = left(condemned, began, ended).abs()
@@ -228,8 +228,8 @@ def test_with_the_gradient_of_the_loss_adamw_does_not_reach_the_residual(tmp_pat
     assert ((shares / RESIDUAL - 1).abs() < 1e-3).double().mean() < 0.01
 
 
-def test_in_the_window_the_norm_that_is_clipped_is_that_of_the_kept(tmp_path):
-    """The condemned, blocked, must not take a part of the clip norm away from those that stay."""
+def test_in_the_window_the_clipped_norm_is_that_of_kept_weights(tmp_path):
+    """The blocked condemned must not contribute to the clipped norm."""
     run = Toy(whole_round(), round_epochs=(1, 1), steps_per_epoch=5).make(tmp_path)
     train_rounds(run, 1)
     run.controller.begin_round(1)
@@ -247,7 +247,7 @@ def test_in_the_window_the_norm_that_is_clipped_is_that_of_the_kept(tmp_path):
     assert norm == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_metrics_of_an_epoch_say_where_the_penalty_and_the_condemned_stand(tmp_path):
+def test_epoch_metrics_report_the_penalty_and_the_condemned(tmp_path):
     """Epochs of 20 steps, the window is the second: before it, at its last step, after the removal."""
     method = Rsst(Penalty("linear", residual=RESIDUAL, window=(0.25, 0.5)), remove_at=0.75)
     run = Toy(method, round_epochs=(2, 4), steps_per_epoch=20).make(tmp_path)
@@ -324,7 +324,7 @@ class Reference:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("condemned_gradient", [True, False])
-def test_the_coupled_penalty_under_sgd_is_an_independent_float64_implementation(
+def test_the_coupled_penalty_under_sgd_matches_an_independent_float64_implementation(
     tmp_path, condemned_gradient, accumulation
 ):
     """20 steps, λ = g·φ over steps 4 to 12 of 20, held at g until the removal after 18; clipped at every step."""

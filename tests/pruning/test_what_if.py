@@ -1,4 +1,4 @@
-"""The what-if gap: what a removal costs, measured on trained weights just before and just after it, once a round."""
+"""The what-if gap: the cost of a removal, measured on trained weights just before and after it, once per round."""
 
 import copy
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from vit_rsst.run.state import Run
 
 
 class Evaluations:
-    """Takes the place of `evaluate`: notes when it is called and on which weights, and answers with sums over them."""
+    """Replaces `evaluate`: records when it is called and on which weights, and returns sums over them."""
 
     def __init__(self, run: Run):
         self.run, self.calls = run, []
@@ -88,7 +88,7 @@ def test_rsst_is_measured_twice_a_round_at_its_removal(tmp_path):
 
 
 @pytest.mark.parametrize("scheduled", [Gmp(interval=2), Rsst(remove_at=0.0)])
-def test_nothing_is_measured_where_nothing_is_removed_between_rounds(tmp_path, scheduled):
+def test_nothing_is_measured_if_nothing_is_removed_between_rounds(tmp_path, scheduled):
     run = Toy(scheduled, round_epochs=(3,)).make(tmp_path)
     evaluations = Evaluations(run)
     train_rounds(run)
@@ -107,7 +107,7 @@ def by_hand(net: nn.Module) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("method", [Imp(), Rsst(Penalty(residual=0.5, window=(0.0, 0.5)), remove_at=0.5)])
-def test_the_gap_is_the_difference_of_two_evaluations_made_by_hand(tmp_path, method):
+def test_the_gap_equals_the_difference_of_two_manual_evaluations(tmp_path, method):
     run = Toy(method, network=vit, lr=5e-3, steps_per_epoch=8, round_epochs=(10, 1), final_sparsity=0.97).make(tmp_path)
     nets = []
     evaluate = run.controller.evaluate
@@ -128,7 +128,7 @@ def test_the_gap_is_the_difference_of_two_evaluations_made_by_hand(tmp_path, met
 
 
 def test_the_removal_costs_rsst_less_than_imp(tmp_path):
-    """What rsst is for: the same task, budget and densities; sums over three rounds."""
+    """The purpose of rsst: same task, budget and densities; sums over three rounds."""
     gaps = {}
     for name, method in (("imp", Imp()), ("rsst", Rsst(Penalty(window=(0.0, 0.3)), remove_at=0.3))):
         toy = Toy(method, lr=5e-3, steps_per_epoch=8, round_epochs=(10, 10, 10, 10), final_sparsity=0.97, seed=1)

@@ -1,4 +1,4 @@
-"""Pruned weights are zero after every single step: no momentum, decay, clip, accumulation or cast revives one."""
+"""Pruned weights are zero after every single step: no momentum, decay, clipping, accumulation or cast revives one."""
 
 from collections import Counter
 
@@ -16,12 +16,12 @@ from vit_rsst.run.state import Run
 
 
 def is_plus_zero(values: Tensor) -> bool:
-    """Every bit is 0, which −0 does not pass."""
+    """Whether every bit is 0, which rules out −0."""
     return not values.detach().contiguous().view(torch.int32).any()
 
 
 def watch(run: Run) -> Counter:
-    """Looks at the dead after every step; counts the steps by phase, so that a test can say which it has seen."""
+    """Checks dead weights after every step; counts steps by phase, so that tests can assert coverage."""
     seen: Counter = Counter()
     after_step = run.controller.after_step
 
@@ -52,7 +52,7 @@ METHODS = {
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_dead_are_plus_zero_after_every_step(tmp_path, method, optimizer, precision, accumulation):
+def test_dead_weights_are_plus_zero_after_every_step(tmp_path, method, optimizer, precision, accumulation):
     toy = Toy(
         METHODS[method], optimizer=optimizer, lr=0.05, weight_decay=0.1, clip=0.1, precision=precision,
         accumulation=accumulation, round_epochs=(1, 2, 2),
@@ -68,7 +68,7 @@ def test_the_dead_are_plus_zero_after_every_step(tmp_path, method, optimizer, pr
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_dead_of_a_vision_transformer_are_plus_zero_for_100_steps(tmp_path, optimizer):
+def test_dead_weights_of_a_vit_are_plus_zero_for_100_steps(tmp_path, optimizer):
     run = Toy(METHODS["rsst"], network=vit, optimizer=optimizer, lr=0.02, round_epochs=(1, 25)).make(tmp_path)
     seen = watch(run)
     train_rounds(run)
@@ -76,7 +76,7 @@ def test_the_dead_of_a_vision_transformer_are_plus_zero_for_100_steps(tmp_path, 
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_the_dead_of_gmp_are_plus_zero_after_every_step(tmp_path, optimizer):
+def test_dead_weights_of_gmp_are_plus_zero_after_every_step(tmp_path, optimizer):
     run = Toy(Gmp(interval=3), optimizer=optimizer, lr=0.05, weight_decay=0.1, round_epochs=(10,)).make(tmp_path)
     seen = watch(run)
     train_rounds(run)
@@ -84,7 +84,7 @@ def test_the_dead_of_gmp_are_plus_zero_after_every_step(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_kept_do_move_so_that_the_zeros_mean_something(tmp_path, optimizer):
+def test_kept_weights_do_change_so_the_zeros_are_meaningful(tmp_path, optimizer):
     run = Toy(Imp(), optimizer=optimizer, lr=0.05, round_epochs=(1, 1)).make(tmp_path)
     train_rounds(run, 1)
     run.controller.begin_round(1)
@@ -95,7 +95,7 @@ def test_the_kept_do_move_so_that_the_zeros_mean_something(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_a_commit_clears_the_moments_of_the_removed_and_of_nobody_else(tmp_path, optimizer):
+def test_a_removal_clears_the_moments_of_removed_weights_only(tmp_path, optimizer):
     run = Toy(METHODS["rsst with gradients"], optimizer=optimizer, round_epochs=(1, 2)).make(tmp_path)
     commits = 0
     after_step = run.controller.after_step
@@ -121,7 +121,7 @@ def test_a_commit_clears_the_moments_of_the_removed_and_of_nobody_else(tmp_path,
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_a_moment_that_was_left_behind_revives_nobody(tmp_path, optimizer):
+def test_a_stale_moment_revives_no_weight(tmp_path, optimizer):
     """Masked gradients alone would let it: the weights are written after the step."""
     run = Toy(Imp(), optimizer=optimizer, round_epochs=(1, 1)).make(tmp_path)
     train_rounds(run, 1)
@@ -135,7 +135,7 @@ def test_a_moment_that_was_left_behind_revives_nobody(tmp_path, optimizer):
         assert not weight[~run.controller.mask[name]].any()
 
 
-def test_a_step_that_is_skipped_leaves_zeros_too(tmp_path):
+def test_a_skipped_step_keeps_zeros_too(tmp_path):
     run = Toy(METHODS["rsst"], round_epochs=(1, 2, 2), max_skipped_steps=100).make(tmp_path)
     plain = run.loss
     run.loss = lambda logits, labels: plain(logits, labels) * (float("nan") if run.progress.step % 2 else 1.0)
