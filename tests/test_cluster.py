@@ -110,7 +110,9 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder / "runs" / "tiny"
 
 
-@pytest.mark.parametrize("place", ["start", "batch0", pytest.param("scoring", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "place", ["batch0", pytest.param("start", marks=pytest.mark.slow), pytest.param("scoring", marks=pytest.mark.slow)]
+)
 def test_a_signal_is_handled_whatever_the_run_is_doing(tmp_path, undisturbed, place):
     code, out, _ = ended(start(tmp_path, f"term@{place}"))
     run = tmp_path / "runs" / "tiny"

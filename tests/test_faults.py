@@ -60,7 +60,7 @@ def is_finite(point: ResumePoint) -> bool:
 
 
 @pytest.mark.fault("F2")
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("name", [pytest.param("SIGUSR1", marks=pytest.mark.slow), "SIGTERM"])
 def test_a_signal_leaves_a_resume_point_and_the_same_command_resumes(tmp_path, happened, name):
     recipe = faulty.write_recipe(tmp_path)
     job = faulty.start("train", recipe, log=tmp_path / "log")

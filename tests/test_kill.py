@@ -95,6 +95,7 @@ def test_two_runs_of_one_seed_are_bit_identical(undisturbed, tmp_path):
     check([], tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_kills_inside_the_window_and_before_the_round_ends_leave_no_trace(undisturbed, tmp_path):
     moments = [STEPS + 3, WINDOW[4], RECOVERY[5], TOTAL - 2]
     check(moments, tmp_path, undisturbed, "train.save_every_steps=5")
