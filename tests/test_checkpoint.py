@@ -62,7 +62,7 @@ def hidden(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
 
-# -- what comes back
+# -- round trips
 
 
 def test_a_resume_point_round_trips(tmp_path):
@@ -128,7 +128,7 @@ def test_saving_a_step_again_replaces_its_point(tmp_path):
 
 
 def test_a_save_holds_the_tensors_of_its_moment(tmp_path, monkeypatch):
-    """Training goes on in place while the thread writes."""
+    """Training continues in place while the thread writes."""
     gate = threading.Event()
 
     def slow_save(*arguments: object) -> None:
@@ -197,7 +197,7 @@ class Bomb:
 def crashes(folder: Path, make: Callable[[], Checkpointer], save: ResumePoint, moment: str) -> int:
     """Saves once for every write that a save consists of, dying there; returns how many writes there were.
 
-    After every crash a new process must find a point that is whole, the newest that is visible, and be able to go on.
+    After every crash a new process must find an intact point, the newest visible one, and be able to resume.
     """
     at = 0
     while True:
@@ -286,10 +286,10 @@ def test_wait_reports_a_write_error_and_older_points_are_kept(tmp_path, monkeypa
         checkpointer.save(point(12))
         with pytest.raises(MissingRequirement, match=r"earlier ones are untouched.*the same command to resume"):
             checkpointer.wait()
-        checkpointer.wait()  # told once
+        checkpointer.wait()  # reported once
         checkpointer.save(point(12))
         with pytest.warns(UserWarning, match=r"Training continues; 1 of at most 3"):
-            checkpointer.save(point(16))  # told at the latest by the next save
+            checkpointer.save(point(16))  # reported by the next save at the latest
         with pytest.raises(MissingRequirement):
             checkpointer.wait()
     assert visible(folder) == ["step-00000004", "step-00000008"]
@@ -422,7 +422,7 @@ def test_quarantined_points_are_kept_when_the_run_resumes(tmp_path):
     assert [name[:18] for name in hidden(folder)] == [".bad-step-00000008"]
 
 
-# -- what somebody else put there
+# -- foreign files
 
 
 class Payload:

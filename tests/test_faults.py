@@ -90,7 +90,7 @@ def test_a_second_interrupt_ends_at_once_and_the_last_point_is_sound(tmp_path, h
     assert ended.code == 130, ended.log
     assert Checkpointer(run_of(recipe) / "checkpoints").load().step == 6
     assert faulty.command("train", recipe).code == 0
-    happened("two SIGINT 50 ms apart in a step that hangs: exit 130, point 6 whole, finished when started again")
+    happened("two SIGINT 50 ms apart in a hanging step: exit 130, point 6 intact, finished when started again")
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_a_run_whose_launcher_is_killed_leaves_a_resume_point(tmp_path, happened
 # -- F4: killed while a point is written
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir"}
-"""What Python tells its audit hooks of files; os.replace is a rename."""
+"""Audit events for file operations; os.replace is a rename."""
 
 
 def point(step: int, size: int = 8) -> ResumePoint:
@@ -356,7 +356,7 @@ def test_pickled_weights_of_a_folder_of_transformers_are_refused(tmp_path, happe
     assert tiny.command("train", recipe, *options) == 5
     assert "model.pretrained" in capsys.readouterr().err
     assert not target.exists()
-    happened("a pytorch_model.bin in a folder of transformers: exit 5, not loaded")
+    happened("a pytorch_model.bin in a transformers folder: exit 5, not loaded")
 
 
 # -- F11: paths
@@ -399,7 +399,7 @@ def test_points_that_are_or_contain_links_are_not_followed(tmp_path, happened):
     inside.symlink_to(tmp_path / "moved")
     with pytest.warns(UserWarning, match="model.safetensors"), pytest.raises(Damaged):
         Checkpointer(folder).load()
-    happened("links among the points: not read, and what they lead to stays")
+    happened("links among the points: not read, their targets untouched")
 
 
 @pytest.mark.fault("F11")
@@ -505,7 +505,7 @@ def test_out_of_memory_is_explained_with_the_next_smaller_batch(tmp_path, happen
     job = faulty.command("train", recipe, FAULT="memory:0:4")
     assert job.code == 3, job.log
     assert "train.batch_per_device=16" in job.last
-    happened("torch.OutOfMemoryError at step 4: exit 3, which proposes train.batch_per_device=16")
+    happened("torch.OutOfMemoryError at step 4: exit 3, suggesting train.batch_per_device=16")
 
 
 @pytest.mark.slow
@@ -543,7 +543,7 @@ def test_resuming_mid_epoch_with_a_different_number_of_processes_needs_a_flag(tm
     allowed = faulty.command("train", recipe, "--allow-world-size-change")
     assert allowed.code == 0, allowed.log
     assert "processes 2 → 1" in allowed.log
-    happened("stopped within an epoch with 2 processes, resumed with 1: exit 2; --allow-world-size-change went on")
+    happened("stopped mid-epoch with 2 processes, resumed with 1: exit 2; resumed with --allow-world-size-change")
 
 
 # -- F24: another model
@@ -636,7 +636,7 @@ def test_a_tiny_layer_at_an_extreme_sparsity_is_rejected_or_keeps_its_minimum(tm
         ticket = ticket_file.load(run_of(recipe) / "tickets" / "round_01.safetensors")
         assert all(mask.any() for mask in ticket.mask.masks.values())
         assert all(t.isfinite().all() for t in ticket.state.values())
-    happened(f"0.999 of {granularity}: {'refused with the highest' if code else 'every layer keeps its minimum'}")
+    happened(f"0.999 of {granularity}: {'rejected with the highest' if code else 'every layer keeps its minimum'}")
 
 
 # -- F27: wandb, the real one
@@ -720,9 +720,9 @@ def test_data_unavailable_from_the_hub_exit_with_3_in_seconds(tmp_path, happened
     assert sentence in done.stderr
     for way in ("data.path=FOLDER", "HF_TOKEN", "data.revision"):
         assert way in done.stderr.strip().splitlines()[-1]
-    assert seconds < 30, "of which most is importing"
+    assert seconds < 30, "mostly imports"
     assert not (tmp_path / "runs").exists()
-    happened(f"{({0: 'nobody there', -1: 'HF_HUB_OFFLINE=1'}).get(code, code)}: exit 3 after {len(asked)} requests")
+    happened(f"{({0: 'no server', -1: 'HF_HUB_OFFLINE=1'}).get(code, code)}: exit 3 after {len(asked)} requests")
 
 
 @pytest.mark.slow
@@ -757,7 +757,7 @@ def test_a_lock_names_its_holder_and_a_stale_one_is_free(tmp_path, happened):
     first[0].join()
     third = faulty.command("train", recipe)
     assert third.code == 0, third.log
-    happened("a second run was refused with pid and host of the first; after kill -9 of that one, it went on")
+    happened("a second run was rejected with pid and host of the first; after kill -9 of the first, it started")
 
 
 def die_before_a_worker(folder: RunFolder) -> None:
@@ -827,7 +827,7 @@ def test_a_changed_environment_is_reported_when_a_run_resumes(stopped, tmp_path,
     assert f"versions.torch 2.11.0 → {importlib.metadata.version('torch')}" in line
     texts = [event.get("text", "") for event in tiny.events(run_of(recipe))]
     assert sum("versions.torch 2.11.0" in text for text in texts) == 1
-    happened("torch 2.11.0 in the resume point: told as a difference, also in metrics.jsonl; went on")
+    happened("torch 2.11.0 in the resume point: reported as a difference, also in metrics.jsonl; resumed")
 
 
 @pytest.mark.fault("F30")
@@ -843,7 +843,7 @@ def test_other_data_are_rejected_unless_allowed(stopped, tmp_path, happened):
     assert steps_of_points(run_of(recipe)) == [3]
     job = faulty.command("train", recipe, "--allow-data-change")
     assert job.code == 0, job.log
-    happened("999 rows in the resume point, 1797 now: exit 2; --allow-data-change went on")
+    happened("999 rows in the resume point, 1797 now: exit 2; resumed with --allow-data-change")
 
 
 @pytest.mark.fault("F30")

@@ -154,7 +154,7 @@ def test_a_rounded_network_keeps_every_live_unit():
 def test_a_unit_is_removed_if_its_consumer_is_dead_but_not_if_only_its_rows_are():
     net = make("vit_tiny", VIT)
     mask = MaskSet.full(prunable_weights(net))
-    mask["blocks.0.mlp.fc1.weight"][5] = False  # its bias still speaks through fc2
+    mask["blocks.0.mlp.fc1.weight"][5] = False  # its bias still acts through fc2
     mask["blocks.0.mlp.fc2.weight"][:, 7] = False
     kept = slim.kept_units(net, mask)["blocks.0.mlp"].tolist()
     assert 5 in kept
@@ -189,9 +189,9 @@ def test_widths_of_another_model_are_rejected_in_one_sentence(widths):
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("resnetv2_18", set()),  # its norms stand before the convolutions
+        ("resnetv2_18", set()),  # its norms precede the convolutions
         ("resnet50_gn", set()),  # groups of channels are normalised together
-        ("davit_tiny", {"neuron"}),  # its attention puts out as many features as come in
+        ("davit_tiny", {"neuron"}),  # its attention requires as many output as input features
         ("convnextv2_atto", set()),  # a norm over the neurons
         ("nf_resnet26", set()),  # kernels are standardised
         ("vit_small_patch16_rope_mixed_224", {"neuron"}),  # frequencies by head

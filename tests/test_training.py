@@ -203,7 +203,7 @@ def test_erased_pixels_are_normal_and_independent_of_the_rest_of_the_batch():
     assert together[together != 9.0].std() == pytest.approx(1.0, abs=0.1)
 
 
-# -- which images come
+# -- sampling
 
 
 def numbered(count: int) -> Split:

@@ -54,7 +54,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
-# -- what is loaded
+# -- loading
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
@@ -251,7 +251,7 @@ def test_published_weights_of_another_shape_are_refused_in_one_sentence(folder, 
     assert "\n" not in str(caught.value)
 
 
-# -- what is refused
+# -- rejected
 
 
 def broken(tmp_path: Path, folder: Path) -> dict[str, tuple[Path, type[Exception], str]]:

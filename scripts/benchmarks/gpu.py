@@ -38,7 +38,7 @@ Row = dict[str, object]
 
 @dataclass
 class Ledger:
-    """The rows of one part, in a JSON file with a Markdown table beside it; written after each row.
+    """The rows of one part, in a JSON file and a Markdown table, both written after each row.
 
     Attributes:
         headers: field of a row → column of the table.

@@ -37,7 +37,7 @@ def scores(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-# -- one body over every method × scope × criterion
+# -- every method × scope × criterion
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -149,7 +149,7 @@ def test_rsst_condemns_what_imp_removes_and_keeps_it_until_remove_at(tmp_path):
 
 def test_a_removal_at_the_end_happens_at_the_last_step_and_recovery_follows(tmp_path):
     run = Toy(Rsst(Penalty(window=(0.0, 1.0)), remove_at=1.0), round_epochs=(1, 1, 1)).make(tmp_path)
-    run.controller.rounds = 1  # the third round is one of recovery
+    run.controller.rounds = 1  # the third round is for recovery
     densities = []
     after_step = run.controller.after_step
 
@@ -160,7 +160,7 @@ def test_a_removal_at_the_end_happens_at_the_last_step_and_recovery_follows(tmp_
     run.controller.after_step = watched
     train_rounds(run)
     assert densities == [1.0] * 7 + [0.1] * 5
-    assert run.controller.state.what_if_gap is None, "nothing was removed in the round of recovery"
+    assert run.controller.state.what_if_gap is None, "nothing was removed in the recovery round"
 
 
 # -- gmp and dense
@@ -310,7 +310,7 @@ def test_rsst_plans_the_current_mask_a_target_and_a_penalty():
     assert (plan.penalty, plan.start_from) == (method.penalty, "rewind")
 
 
-# -- a method from outside
+# -- an external method
 
 
 @pytest.fixture

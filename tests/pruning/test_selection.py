@@ -122,7 +122,7 @@ def test_zero_and_minus_infinity_rank_like_any_score(low):
     assert_same(kept, {"w": torch.tensor([True, True, False, True, False])})
 
 
-# -- against the second implementation
+# -- against the independent implementation
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -162,7 +162,7 @@ def test_a_penalty_restarting_each_epoch_still_ends_at_the_residual(tmp_path, op
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_each_step_shrinks_the_condemned_by_its_own_factor(tmp_path, optimizer):
-    """σ of 1, 2, 3, … tenths of a nat in a window of steps 4 to 8, and no step of training moves them meanwhile."""
+    """σ of 1, 2, 3, … tenths of a nat in a window of steps 4 to 8, in which training does not move the condemned."""
     method = Rsst(Penalty("linear", residual=math.exp(-1.0), window=(0.4, 0.8)), remove_at=1.0)
     run = Toy(method, optimizer=optimizer, round_epochs=(1, 1), steps_per_epoch=10).make(tmp_path)
     train_rounds(run, 1)
@@ -338,7 +338,7 @@ def test_the_coupled_penalty_under_sgd_matches_an_independent_float64_implementa
         round_epochs=(1, 1, 1), steps_per_epoch=20,
     )  # fmt: skip
     run = toy.make(tmp_path)
-    train_rounds(run, 2)  # the second round, so that there are dead weights beside the condemned
+    train_rounds(run, 2)  # the second round, which has dead weights besides the condemned
     run.controller.begin_round(2)
     optim.reset_state_(run.optimizer)
     reference = Reference(run.net, run.controller.mask, run.controller.condemned)

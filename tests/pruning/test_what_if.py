@@ -53,7 +53,7 @@ def test_imp_is_measured_twice_a_round_on_the_trained_weights_before_they_are_re
     for round in (1, 2):
         report, trained = reports[round][0], reports[round - 1][1]
         (_, before), (_, after) = evaluations.calls[2 * round - 2 : 2 * round]
-        assert size(before) == size(trained), "the weights as the round before left them"
+        assert size(before) == size(trained), "the weights at the end of the previous round"
         assert report.what_if_gap == size(before) - size(after) > 0
         assert report.what_if_loss_gap == pytest.approx(3 * (size(before) - size(after)))
         assert all((after[name] == before[name])[after[name] != 0].all() for name in after)
@@ -117,7 +117,7 @@ def test_the_gap_equals_the_difference_of_two_manual_evaluations(tmp_path, metho
     with torch.no_grad():
         for name, weight in dense.named_parameters():
             expected = weight * run.controller.mask[name] if name in run.controller.weights else weight
-            assert torch.equal(sparse.get_parameter(name), expected), "nothing but the removal lies between the two"
+            assert torch.equal(sparse.get_parameter(name), expected), "the two differ by the removal only"
     (top1_before, loss_before), (top1_after, loss_after) = by_hand(dense), by_hand(sparse)
     report = run.controller.end_round()
     assert report.what_if_gap == pytest.approx(top1_before - top1_after, abs=1e-9)

@@ -63,7 +63,7 @@ def test_dead_weights_are_plus_zero_after_every_step(tmp_path, method, optimizer
     if method == "imp":
         assert seen == {"after": 16}
     else:
-        assert seen == {"window": 5, "commit": 2, "after": 4}  # of the first window nobody is dead yet
+        assert seen == {"window": 5, "commit": 2, "after": 4}  # in the first window nothing is dead yet
     assert run.controller.mask.density == pytest.approx(0.1, abs=1e-3)
 
 

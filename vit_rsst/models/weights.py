@@ -217,7 +217,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     Names lose the prefixes of torch.compile and DistributedDataParallel.
 
     Raises:
-        Damaged: a file is truncated, empty, missing beside its index, or not safetensors.
+        Damaged: a file is truncated, empty, listed in the index but missing, or not safetensors.
     """
     found, digest = {}, hashlib.sha256()
     for file in _shards(path) if path.name.endswith(".index.json") else [path]:
