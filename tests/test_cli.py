@@ -310,7 +310,7 @@ def test_the_plan_of_a_long_tail_counts_the_remaining_images(tmp_path, monkeypat
         (["train.global_batch=2000"], 2, "train.global_batch"),
         (["train.global_batch=33", "train.batch_per_device=10"], 2, "train.global_batch: 33 cannot be divided"),
         (["pruning.protect=[nothing.*]"], 2, "pruning.protect"),
-        (["pruning.protect=['*']"], 2, "no weight is left to prune"),
+        (["pruning.protect=['*']"], 2, "no prunable weight is left"),
         (["data.train_samples=5000"], 2, "data.train_samples"),
         (["data.image_size=48"], 2, "data.image_size=32, or model.args.img_size=48"),
         (["data.image_size=33"], 2, "expects images of 32 px, but the dataset has 33 px"),

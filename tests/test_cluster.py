@@ -126,6 +126,7 @@ def test_a_signal_is_handled_whatever_the_run_is_doing(tmp_path, undisturbed, pl
     assert tickets(run) == tickets(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_ends_the_evaluation_of_both(tmp_path):
     code, out, _ = ended(start(tmp_path, "term@batch0/1", 2))
     status = tiny.status(tmp_path / "runs" / "tiny")

@@ -91,6 +91,7 @@ def check(moments: list[int], folder: Path, undisturbed: Path, *more: str) -> No
     assert epochs(folder / "run") == epochs(undisturbed)
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_bit_identical(undisturbed, tmp_path):
     check([], tmp_path, undisturbed)
 

@@ -198,7 +198,7 @@ def test_calibration_leaves_the_model_as_it_was():
 def test_calibration_without_images_is_an_error():
     net = network()
     weights, groups, _ = parts(net, "head")
-    with pytest.raises(InputError, match=r"pruning\.calibration_images: the criterion needs images"):
+    with pytest.raises(InputError, match=r"pruning\.calibration_images: the criterion needs calibration images"):
         collect(net, [], weights, groups, False)
 
 

@@ -185,22 +185,25 @@ def train(command: Sequence[str], text: str, run_folder: Path, num_processes: in
 def run(command: Sequence[str], log: Path) -> int:
     """Runs a command in a process group of its own, so that it gets each signal once: from here."""
     torchrun = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "170"}
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    with open(log, "ab", buffering=0) as file, subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
-        env=os.environ | torchrun | {"PYTHONUNBUFFERED": "1"},
-    ) as process:  # fmt: skip
-        try:
-            for number, passed_on in SIGNALS.items():
-                signal.signal(number, lambda *_, passed_on=passed_on: process.send_signal(passed_on))
+    early: list[int] = []
+    send = early.append  # until there is a process to pass them on to
+    before = {number: signal.signal(number, lambda number, _: send(SIGNALS[number])) for number in SIGNALS}
+    try:
+        with open(log, "ab", buffering=0) as file, subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
+            env=os.environ | torchrun | {"PYTHONUNBUFFERED": "1"},
+        ) as process:  # fmt: skip
+            send = process.send_signal
+            for number in early:
+                send(number)
             while chunk := process.stdout.read1():
                 file.write(chunk)
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
             code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
 
