@@ -8,8 +8,10 @@ LONGEST = (
     "test_cluster.py",
     "test_faults.py",
     "test_interruptions.py",
-    "test_kill.py",
     "test_export.py",
+    "test_cli.py",
+    "test_heartbeat.py",
+    "test_launcher.py",
 )
 
 

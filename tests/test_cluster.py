@@ -110,9 +110,8 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder / "runs" / "tiny"
 
 
-@pytest.mark.parametrize(
-    "place", ["batch0", pytest.param("start", marks=pytest.mark.slow), pytest.param("scoring", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["batch0", "start", "scoring"])
 def test_a_signal_is_handled_whatever_the_run_is_doing(tmp_path, undisturbed, place):
     code, out, _ = ended(start(tmp_path, f"term@{place}"))
     run = tmp_path / "runs" / "tiny"
@@ -136,6 +135,7 @@ def test_a_signal_to_one_of_two_ranks_ends_the_evaluation_of_both(tmp_path):
     assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-00000003"))
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_is_reported_and_ends_all_ranks(tmp_path):
     code, out, seconds = ended(start(tmp_path, "memory@step4/1", 2))
     status = tiny.status(tmp_path / "runs" / "tiny")

@@ -199,6 +199,7 @@ def save_large(folder: Path) -> None:
     checkpointer.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F4")
 def test_a_kill_at_any_moment_of_a_large_save_leaves_a_sound_point(tmp_path, happened):
     begin = time.monotonic()

@@ -11,11 +11,11 @@ from interruptions import Bench, Cell, Setting
 
 CELLS = [
     Cell(Setting("in memory", 2, 0), "after removal", "KILL"),
-    Cell(Setting("in memory", 1, 0), "evaluation", "TERM"),
     Cell(Setting("stream", 2, 0), "mid-epoch", "TERM"),
     Cell(Setting("two buckets", 3, 0), "mid-epoch", "TERM"),
 ]
 SLOW = [
+    Cell(Setting("in memory", 1, 0), "evaluation", "TERM"),
     Cell(Setting("map-style", 1, 0), "first step of a round", "TERM"),
     Cell(Setting("techniques", 2, 0), "penalty window", "TERM"),
     Cell(Setting("stream", 1, 2), "epoch end", "KILL"),
