@@ -11,11 +11,11 @@ import torch
 from vit_rsst.analysis import measure, tables
 from vit_rsst.analysis.analyze import analyze
 from vit_rsst.analysis.counts import count, training_bytes
-from vit_rsst.analysis.subject import open_subject, size_of
+from vit_rsst.analysis.subject import open_subject
 from vit_rsst.errors import InputError
 from vit_rsst.export.exporting import export
 from vit_rsst.models import zoo
-from vit_rsst.models.complexity import flops
+from vit_rsst.models.complexity import flops, size_of
 from vit_rsst.tickets import ticket_file
 
 UNITS = tiny.RECIPE.replace("pruning:\n", "pruning:\n  granularity: head+neuron\n").replace("0.9", "0.5")

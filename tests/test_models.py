@@ -5,12 +5,11 @@ import timm
 import tiny
 import torch
 
-from vit_rsst.analysis.subject import size_of
 from vit_rsst.errors import InputError
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.models.catalog import CATALOG, stock
-from vit_rsst.models.complexity import flops
+from vit_rsst.models.complexity import flops, size_of
 
 
 def vit(width: int, depth: int, hidden: int, px: int, patch: int, classes: int) -> tuple[int, int]:

@@ -122,7 +122,7 @@ def test_a_budget_is_met_by_the_slim_model(scope, budget):
     net = zoo.create(*zoo.describe("vit_tiny", args, 10)).eval()
     weights, groups = prunable_parts(net, "head+neuron")
     recipe = Recipe(name="r", pruning=Pruning(granularity="head+neuron", scope=scope, schedule=Schedule(budget=budget)))
-    selector, density = build_selection(recipe, net, weights, groups, 32)
+    selector, density = build_selection(recipe.pruning, net, weights, groups, 32)
     mask = selector.units(Evidence(weights, MaskSet.full(weights), 0), density(1.0))
 
     def size() -> float:

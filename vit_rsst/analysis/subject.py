@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from vit_rsst.assembly.data import count_rows
@@ -17,7 +16,7 @@ from vit_rsst.assembly.parts import parts_of
 from vit_rsst.errors import InputError, first_line
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights, unit_groups
-from vit_rsst.models.complexity import flops_by_module
+from vit_rsst.models.complexity import flops_by_module, size_of
 from vit_rsst.models.slim import SlimForm
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.units import UnitGroup
@@ -140,11 +139,3 @@ def _of_model(name: str, image_size: int | None) -> Subject:
 
 def _shape(header: dict[str, str]) -> dict[str, str]:
     return {key: header[key] for key in ("architecture", "model_args", "widths") if key in header}
-
-
-def size_of(net: nn.Module) -> int:
-    """Input size of a network in px; 32 for models of this package."""
-    embedding = getattr(net, "patch_embed", None)
-    published = (getattr(net, "pretrained_cfg", None) or {}).get("input_size") or (32,)
-    found = getattr(embedding, "img_size", None) or getattr(getattr(net, "config", None), "image_size", None)
-    return int(torch.tensor(found or published).flatten()[-1])

@@ -120,7 +120,7 @@ def parts_of(recipe: Recipe, net: nn.Module, start_mask: MaskSet | None, image_s
         observation.check_units(net, groups, image_size)
         if CRITERIA[pruning.criterion].needs in ("activations", "gradients"):
             observation.check_inputs(net.observed, weights, groups)
-    selector, density = build_selection(recipe, net, weights, groups, image_size)
+    selector, density = build_selection(pruning, net, weights, groups, image_size)
     mask, start = starting_mask(weights, start_mask, pruning.method), starting_density(weights, start_mask)
     parts = Parts(recipe, image_size, net, weights, groups, selector, density, mask, start)
     check_start(pruning.method, parts.num_prunable, start, parts.mean_density(density(1.0)))

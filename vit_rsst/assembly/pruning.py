@@ -1,4 +1,4 @@
-"""The pruning of a recipe: selection, target density, initial mask."""
+"""The pruning section of a recipe: selection, target density, initial mask."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,7 +14,7 @@ from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.selector import Floors, Selector
 from vit_rsst.pruning.units import UnitGroup
-from vit_rsst.recipe.schema import Recipe
+from vit_rsst.recipe.schema import Pruning
 
 
 def starting_mask(weights: dict[str, nn.Parameter], found: MaskSet | None, method: Method) -> MaskSet:
@@ -62,14 +62,13 @@ def check_start(method: Method, prunable: int, start: float, final: float) -> No
 
 
 def build_selection(
-    recipe: Recipe, net: nn.Module, weights: dict[str, nn.Parameter], groups: list[UnitGroup], image_size: int
+    pruning: Pruning, net: nn.Module, weights: dict[str, nn.Parameter], groups: list[UnitGroup], image_size: int
 ) -> tuple[Selector, Callable[[float], Density]]:
     """The selector, and the target density as a function of the fraction of the schedule.
 
     Raises:
         InputError: the schedule cannot be met, or a glob matches no layer.
     """
-    pruning = recipe.pruning
     schedule, costs = pruning.schedule, {}
     if schedule.budget is not None:
         costs, final = spend(schedule.budget, net, groups, image_size)

@@ -123,11 +123,10 @@ def search(arguments: argparse.Namespace) -> None:
 
 
 def models(arguments: argparse.Namespace) -> None:
-    from vit_rsst.analysis.subject import size_of
     from vit_rsst.models import zoo
     from vit_rsst.models.anatomy import prunable_weights
     from vit_rsst.models.catalog import CATALOG
-    from vit_rsst.models.complexity import flops
+    from vit_rsst.models.complexity import flops, size_of
     from vit_rsst.text import aligned
 
     lines = [("model", "parameters", "prunable", "MFLOPs", "px", "weights", "architecture")]

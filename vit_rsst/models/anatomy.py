@@ -3,7 +3,7 @@
 Units are found by the structure of modules, not by their class; see `finders`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -61,14 +61,23 @@ def prunable_weights(
 
 
 def _first_and_last(model: nn.Module) -> set[str]:
-    config = getattr(model, "pretrained_cfg", None) or {}
     ends: set[str] = set()
-    for key in ("first_conv", "classifier"):
-        names = config.get(key) or ()
-        ends |= {f"{name}.weight" for name in ([names] if isinstance(names, str) else names)}
+    for prefix, config in _configured(model):
+        for key in ("first_conv", "classifier"):
+            names = config.get(key) or ()
+            ends |= {f"{prefix}{name}.weight" for name in ([names] if isinstance(names, str) else names)}
     for name in getattr(model, "task_modules", ()):
         ends |= {f"{name}.{inner}" for inner, _ in model.get_submodule(name).named_parameters()}
     return ends
+
+
+def _configured(model: nn.Module) -> Iterator[tuple[str, dict]]:
+    """timm's configuration of the model, or of those inside it, with the prefix of their parameters."""
+    if config := getattr(model, "pretrained_cfg", None):
+        yield "", config
+        return
+    for name, child in model.named_children():
+        yield from ((f"{name}.{prefix}", config) for prefix, config in _configured(child))
 
 
 def prunable_parts(

@@ -22,6 +22,14 @@ from vit_rsst.pruning.units import UnitGroup
 T = TypeVar("T")
 
 
+def size_of(net: nn.Module) -> int:
+    """Input size of a network in px; 32 for models of this package."""
+    embedding = getattr(net, "patch_embed", None)
+    published = (getattr(net, "pretrained_cfg", None) or {}).get("input_size") or (32,)
+    found = getattr(embedding, "img_size", None) or getattr(getattr(net, "config", None), "image_size", None)
+    return int(torch.tensor(found or published).flatten()[-1])
+
+
 def flops(net: nn.Module, image_size: int, batch: int = 1) -> int:
     """FLOPs of one forward pass; MACs are half of that."""
     return flops_by_module(net, image_size, batch)[""]

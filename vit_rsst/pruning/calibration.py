@@ -5,8 +5,9 @@ layer is called: a forward pass may use a weight without calling its layer. Sums
 reduced over ranks before any mean is taken, so that ragged batches are weighted by size.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,11 @@ Sums = dict[tuple[str, str], Tensor]
 
 def collect(
     net: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Any, Tensor]],
     weights: Mapping[str, Tensor],
     groups: Sequence[UnitGroup],
     with_gradients: bool,
+    forward: Callable[[Any], Tensor] | None = None,
 ) -> Statistics:
     """Statistics over the batches of all ranks. Collective.
 
@@ -37,6 +39,7 @@ def collect(
         batches: images and labels of this rank; sizes may differ, and a rank may have none.
         weights: prunable weights by name; without groups, their inputs and gradients are recorded.
         groups: unit groups; the inputs of their consumers are recorded.
+        forward: images → logits; None: the network itself.
 
     Raises:
         InputError: there are no images.
@@ -53,18 +56,18 @@ def collect(
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(with_gradients):
         for images, labels in batches:
             with Inputs({name: parameters[name] for name in watched.values()}) as inputs:
-                loss = F.cross_entropy(net(images).float(), labels, reduction="sum")  # per-image gradients
-            sums["images", ""] += len(images)
+                loss = F.cross_entropy((forward or net)(images).float(), labels, reduction="sum")  # per-image gradients
+            sums["images", ""] += len(labels)
             for place, name in watched.items():
                 for seen in inputs[name]:
-                    _add_activations_(sums, place, seen.features(len(images), seen.x.detach()))
+                    _add_activations_(sums, place, seen.features(len(labels), seen.x.detach()))
             if with_gradients and groups:
                 seen = [(group, one) for group in groups for one in inputs[watched[group.name]]]
                 found = torch.autograd.grad(loss, [one.x for _, one in seen], allow_unused=True)
                 for (group, one), gradient in zip(seen, found, strict=True):
                     if gradient is not None:  # None: the loss does not depend on this product
                         product = one.x.detach().float() * gradient.float()
-                        _add_gates_(sums, group, one.features(len(images), product))
+                        _add_gates_(sums, group, one.features(len(labels), product))
             elif with_gradients:
                 found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                 for name, gradient in zip(weights, found, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
-from vit_rsst.pruning.granularity import alive_units
+from vit_rsst.pruning.granularity import units_left
 from vit_rsst.pruning.masks import MaskSet, factors
 from vit_rsst.pruning.plan import RAMPS_OF_0_1, Density, Method, Penalty, PruningView, changes_within_rounds
 from vit_rsst.pruning.selector import Selector
@@ -250,14 +250,7 @@ class Controller:
             what_if_loss_gap=self.state.what_if_loss_gap,
             mask_fingerprints=fingerprints(self.mask),
             layers=self.mask.layers(),
-            units={
-                group.name: {
-                    "kind": group.kind,
-                    "units": group.units,
-                    "alive": int(alive_units(group, self.mask).sum()),
-                }
-                for group in self.selector.groups
-            },
+            units=units_left(self.selector.groups, self.mask),
         )
 
     def metrics(self, progress: Progress) -> dict[str, float]:

@@ -43,6 +43,11 @@ def alive_units(group: UnitGroup, mask: MaskSet) -> Tensor:
     return torch.stack([slices(member, mask[member.name]).any(1) for member in group.members]).any(0)
 
 
+def units_left(groups: Iterable[UnitGroup], mask: MaskSet) -> dict[str, dict[str, str | int]]:
+    """Per unit group: kind, units, alive units."""
+    return {g.name: {"kind": g.kind, "units": g.units, "alive": int(alive_units(g, mask).sum())} for g in groups}
+
+
 def expand(groups: Iterable[UnitGroup], kept: Sequence[Tensor], like: Mapping[str, Tensor]) -> MaskSet:
     """Expands a decision on units to element masks: everything a dropped unit owns is dead, the rest alive.
 

@@ -52,7 +52,7 @@ class RawRecipe:
         self.overridden: dict[str, str] = {}
         for item in overrides:
             self._override(item)
-        self.tree, renamed = _renamed(_spelled_out(self.document.tree))
+        self.tree, renamed = _renamed(spelled_out(self.document.tree))
         self.hints = [Problem(path, sentence) for path, sentence in renamed.items()]
 
     def _override(self, item: str) -> None:
@@ -148,11 +148,11 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     raw = RawRecipe(file, overrides)
     _load_plugins(raw)
-    recipe, problems = _validate(raw.tree)
+    recipe, problems = validated(raw.tree)
     problems = [*raw.problems, *problems]
     faulty = {problem.path for problem in problems}
     # Rules are checked with faulty fields reset to their defaults, so that all problems are reported in one go.
-    whole = recipe or _validate(_without(raw.tree, faulty))[0]
+    whole = recipe or validated(_without(raw.tree, faulty))[0]
     if whole is not None:
         problems += [problem for problem in broken_rules(whole) if problem.path not in faulty]
     if not problems and os.environ.get("RANK", "0") == "0":
@@ -165,7 +165,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _spelled_out(tree: dict) -> dict:
+def spelled_out(tree: dict) -> dict:
     """Expands shorthands and presets."""
     tree = dict(tree)
     for (parent, key), what in SHORTHANDS.items():
@@ -225,7 +225,7 @@ def _load_plugins(raw: RawRecipe) -> None:
             )
 
 
-def _validate(tree: dict) -> tuple[Recipe | None, list[Problem]]:
+def validated(tree: dict) -> tuple[Recipe | None, list[Problem]]:
     """Checks types, bounds and names; the options of the method against its own dataclass."""
     problems: list[Problem] = []
     tree = json.loads(json.dumps(tree))

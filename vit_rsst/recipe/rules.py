@@ -17,9 +17,14 @@ YAML_1_1_BOOLEANS = ("yes", "no", "on", "off", "y", "n")
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Every rule that the recipe breaks."""
-    pruning = (_schedule, _n_of_m, _targets, _granularity, _allocation, _method)
-    rules = (_name, *pruning, _data, _model, _distill, _other_runs, _optim, _epochs, idle_fields)
+    rules = (_name, *PRUNING, _data, _model, _distill, _other_runs, _optim, _epochs, idle_fields)
     return [problem for rule in rules for problem in rule(recipe)]
+
+
+def broken_pruning_rules(recipe: Recipe) -> list[Problem]:
+    """Those of its section `pruning` alone, for callers that have no other."""
+    found = [problem for rule in PRUNING for problem in rule(recipe)]
+    return found + [problem for problem in idle_fields(recipe) if problem.path.startswith("pruning.")]
 
 
 def _name(recipe: Recipe) -> Iterator[Problem]:
@@ -379,6 +384,10 @@ def _epochs(recipe: Recipe) -> Iterator[Problem]:
         )
     if rewind_epoch and recipe.model.start_from:
         yield Problem("pruning.rewind", "round 0 is not trained with model.start_from; use lr, init or none")
+
+
+PRUNING = (_schedule, _n_of_m, _targets, _granularity, _allocation, _method)
+"""Rules about the section `pruning`."""
 
 
 def idle_fields(recipe: Recipe) -> Iterator[Problem]:

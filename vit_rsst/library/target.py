@@ -1,0 +1,81 @@
+"""What is pruned of a user's model: its weights, units and selector, from a checked section `pruning`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from vit_rsst.assembly.pruning import build_selection
+from vit_rsst.errors import InputError
+from vit_rsst.library.batches import Batches
+from vit_rsst.models.anatomy import prunable_parts
+from vit_rsst.models.complexity import size_of
+from vit_rsst.models.observation import check_units
+from vit_rsst.pruning.oneshot import OF_IMAGES
+from vit_rsst.pruning.plan import Density
+from vit_rsst.pruning.selector import Selector
+from vit_rsst.pruning.units import UnitGroup
+from vit_rsst.recipe.schema import Pruning
+
+
+@dataclass(frozen=True)
+class Target:
+    """The parts of a model that pruning works on.
+
+    Attributes:
+        net: the model without the wrappers of DDP and torch.compile.
+        weights: the prunable parameters by name.
+        groups: unit groups of a structured granularity.
+        selector: chooses what stays.
+        density: fraction of the schedule → target density.
+    """
+
+    net: nn.Module
+    weights: dict[str, nn.Parameter]
+    groups: list[UnitGroup]
+    selector: Selector
+    density: Callable[[float], Density]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    @classmethod
+    def of(cls, model: nn.Module, pruning: Pruning, calibration: Batches | None) -> "Target":
+        """
+        Raises:
+            InputError: nothing to prune, a sparsity that cannot be met, or calibration images that are missing or not
+                needed.
+        """
+        net = unwrapped(model)
+        weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
+        image_size = size_of(net)
+        if pruning.method.prunes:
+            check_units(net, groups, image_size)
+        selector, density = build_selection(pruning, net, weights, groups, image_size)
+        needs_images = pruning.method.prunes and selector.criterion.needs in OF_IMAGES
+        if needs_images and calibration is None:
+            raise InputError(
+                f"pruning.calibration: missing; {pruning.criterion} needs {selector.criterion.needs}: pass a loader of "
+                "(inputs, labels), or use the criterion magnitude."
+            )
+        if calibration is not None and not needs_images:
+            raise InputError(f"pruning.calibration: has no effect with {pruning.criterion}; omit it.")
+        return cls(net, weights, groups, selector, density)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of DDP and torch.compile.
+
+    Raises:
+        InputError: not a model, or its weights are sharded.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model.name: a {type(model).__name__}; expected a torch.nn.Module.")
+    net = extract_model_from_parallel(model)
+    if any(isinstance(parameter, DTensor) for parameter in net.parameters()):
+        raise InputError("model.name: its weights are sharded (FSDP or tensor parallelism); only DDP is supported.")
+    return net
