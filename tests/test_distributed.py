@@ -1,4 +1,4 @@
-"""Two real processes under `accelerate launch`, on the CPU: two processes compute what one does."""
+"""Two and three real processes under `accelerate launch`, on the CPU: two processes compute what one does."""
 
 import contextlib
 import csv
@@ -61,15 +61,15 @@ class Job:
         return f"exit code {self.code}\n{self.out[-3000:]}\n{self.err[-3000:]}"
 
 
-def launch(folder: Path, text: str = RECIPE, **variables: str) -> Job:
-    """Trains a recipe in `folder` with two processes; kills the whole group when it takes too long."""
+def launch(folder: Path, text: str = RECIPE, processes: int = 2, **variables: str) -> Job:
+    """Trains a recipe in `folder` with several processes; kills the whole group when it takes too long."""
     (folder / "stopper.py").write_text(STOPPER, encoding="utf-8")
     recipe = tiny.write_recipe(folder, text)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Several processes are started for --multi_gpu alone; ACCELERATE_USE_CPU puts them on the CPU.
-    options = {"num_processes": 2, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    options = {"num_processes": processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
     options["main_process_port"] = port
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launcher += [f"--{name}={value}" for name, value in options.items()]
@@ -174,6 +174,24 @@ def test_statistics_of_ragged_batches_choose_the_units_that_one_process_chooses(
     assert found["mask_fingerprints"] == single["mask_fingerprints"] * 2
     assert found["density"] == single["density"] < 0.5
     assert found["units"] == single["units"]
+
+
+@pytest.mark.slow
+def test_several_processes_move_the_mask_as_one_does(tmp_path):
+    """By the gradient of the global batch: on 1, 2 and 3 processes of 6, 3 and 2 micro-batches."""
+    text = RECIPE.replace("{name: rsst, remove_at: 0.8}", "{name: rigl, window: [0, 0.2], interval: 4}")
+    text, found = text.replace("global_batch: 32", "global_batch: 48"), {}
+    for processes in (2, 3):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        job = launch(folder, text, processes, ACCELERATE_USE_CPU="true")
+        assert job.code == 0, job.report
+        [found[processes]] = reports(job.run)
+    (tmp_path / "1").mkdir()
+    [single] = reports(alone(tmp_path / "1", text))
+    for processes, report in found.items():
+        assert report["mask_fingerprints"] == single["mask_fingerprints"] * processes
+        assert report["layers"] == single["layers"]
 
 
 def test_two_processes_take_the_steps_of_one_on_the_same_global_batches(two, one):

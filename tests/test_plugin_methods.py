@@ -180,8 +180,9 @@ def test_a_run_of_a_plugin_method_does_what_its_plan_says(plugins, capsys, name)
 
 CLASSES = {method.__name__ for method in METHODS._parts.values() if method.__module__.startswith("vit_rsst.")}
 NAMES = {name for name, method in METHODS._parts.items() if method.__module__.startswith("vit_rsst.")}
-OTHER_MEANINGS = {"dense", "constant"}
-"""Also a network with all its weights, a teacher and a learning rate: looked for beside the word `method` alone."""
+OTHER_MEANINGS = {"dense", "constant", "set"}
+"""Also a network with all its weights, a teacher, a learning rate and the name of a folder: looked for beside the word
+`method` alone."""
 
 ALLOWED = {"recipe/schema.py": {"rsst"}}
 """The default of `pruning.method`: a recipe that names no method must get one."""

@@ -201,6 +201,8 @@ def substituted(command: str) -> tuple[dict[str, str], list[str]]:
     if words[0] != "sbatch" and not any(word == "train" or word.endswith(".train") for word in words):
         return variables, words
     words += [item for item in SHORT if not item.startswith("model.args")] if "model.args=" in command else SHORT
+    if "interval:" in command:
+        words += ["pruning.method.interval=1"]
     if "recipes/digits" in command:
         words += TINY_DIGITS
     if "recipes/cifar10" in command or "recipes/cifar100" in command:

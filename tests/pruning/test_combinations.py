@@ -20,7 +20,8 @@ from vit_rsst.run import resume
 from vit_rsst.run.state import Run
 from vit_rsst.tickets import ticket_file
 
-BUILTIN = ("constant", "dense", "gmp", "imp", "refill", "rsst", "rst", "ste")
+BUILTIN = ("constant", "dense", "gmp", "imp", "refill", "rigl", "rsst", "rst", "set", "ste")
+MOVING = {"set", "rigl"}
 CRITERION = ("magnitude", "survivors", "activation_l1", "activation_l2", "saliency", "taylor", "random")
 GRANULARITY = ("element", "head", "neuron", "head+neuron", "channel", "2:4")
 UNIT_CRITERIA = ("survivors", "taylor")
@@ -30,7 +31,7 @@ EVERY = list(product(BUILTIN, GRANULARITY, CRITERION))
 
 def is_allowed(method: str, granularity: str, criterion: str) -> bool:
     """As the pages say it, written a second time."""
-    if method == "ste" and criterion != "magnitude":
+    if (method == "ste" and criterion != "magnitude") or (method in MOVING and granularity in UNIT_KINDS):
         return False
     return granularity in UNIT_KINDS or not (method == "refill" or criterion in UNIT_CRITERIA)
 
@@ -50,7 +51,7 @@ def recipe_text(method: str, granularity: str, criterion: str) -> str:
 def test_every_combination_is_counted():
     assert set(BUILTIN) <= set(METHODS)
     assert set(CRITERION) <= set(CRITERIA)
-    assert (len(EVERY), len(ALLOWED), len(REFUSED)) == (336, 262, 74)
+    assert (len(EVERY), len(ALLOWED), len(REFUSED)) == (420, 282, 138)
 
 
 @pytest.mark.parametrize("case", REFUSED, ids="-".join)
@@ -62,7 +63,8 @@ def test_an_invalid_combination_says_why(tmp_path, case):
 
 
 def toy(method: str, granularity: str, criterion: str) -> Toy:
-    made = METHODS[method]() if method not in ("gmp", "ste") else METHODS[method](window=(0.0, 0.7), interval=2)
+    gradual = {"window": (0.0, 0.7), "interval": 2} if method in {"gmp", "ste", *MOVING} else {}
+    made = METHODS[method](**gradual)
     return Toy(
         made,
         network=vit if granularity != "channel" else lambda: CifarResNet(CLASSES, depth=8, width=4),

@@ -289,7 +289,9 @@ def view(density_now: float = 1.0) -> PruningView:
     def best(density: float) -> MaskSet:
         return MaskSet({"w": torch.arange(8) < 8 * density})
 
-    return PruningView(mask, 2, lambda f: 1 - 0.75 * f, best, best, best, lambda elements, ratio: elements)
+    return PruningView(
+        mask, 2, lambda f: 1 - 0.75 * f, best, best, best, lambda elements, ratio: elements, lambda *_: mask
+    )
 
 
 @pytest.mark.parametrize("method", [Imp(), Rsst(), Rsst(remove_at=0.0), Dense(), Gmp()])

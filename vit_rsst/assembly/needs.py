@@ -54,6 +54,7 @@ def needs(parts: Parts, rounds: Sequence[RoundPreview], images: int) -> Needs:
         "weights, gradients and moments": total * (2 + moments),
         "masks": prunable * (2 if any(round.plan.target is not None for round in rounds) else 1),
         "dense weights": 4 * prunable if any(round.plan.forward == "straight_through" for round in rounds) else 0,
+        "gradients of the dead": 4 * prunable if recipe.pruning.method.reads_gradients else 0,
         "moving average": average,
         "teacher": _teacher_bytes(train.distill.teacher, total),
         "activations": activations // 2 if train.precision == "bf16" else activations,

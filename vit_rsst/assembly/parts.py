@@ -9,7 +9,7 @@ from torch import nn
 from vit_rsst.assembly.data import Rows
 from vit_rsst.assembly.model import build_model, check_images
 from vit_rsst.assembly.optim import lr_scales
-from vit_rsst.assembly.pruning import build_selection, check_start, starting_density, starting_mask
+from vit_rsst.assembly.pruning import build_selection, check_gradual, check_start, starting_density, starting_mask
 from vit_rsst.data.dealing import Dealing, steps_per_epoch
 from vit_rsst.errors import InputError
 from vit_rsst.models import observation
@@ -134,6 +134,7 @@ def prepare(recipe: Recipe, sizes: Sizes, device: torch.device) -> Parts:
         RunError: whatever would stop a run of the recipe before its first step, apart from its data.
     """
     check_images(recipe, sizes.image_size, sizes.rows.num_classes)
+    check_gradual(recipe.pruning.method, sizes.progress)
     is_real = device.type != "meta"
     net, start_mask = build_model(recipe, sizes.rows.num_classes, sizes.rows.classes, is_real)
     if is_real:

@@ -8,10 +8,11 @@ from torch import nn
 from vit_rsst.errors import InputError
 from vit_rsst.models.complexity import flops as model_flops
 from vit_rsst.models.complexity import unit_costs
+from vit_rsst.progress import Progress
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.plan import Density, Method
+from vit_rsst.pruning.plan import Density, Method, changes_within_rounds
 from vit_rsst.pruning.selector import Floors, Selector
 from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe.schema import Pruning
@@ -58,6 +59,22 @@ def check_start(method: Method, prunable: int, start: float, final: float) -> No
             f"model.start_from: its density is already {start:.4f} and the schedule ends at {final:.4f}, so no round "
             "would remove anything; raise pruning.schedule.final_sparsity, or fine-tune it with "
             "pruning.method=constant."
+        )
+
+
+def check_gradual(method: Method, progress: Progress) -> None:
+    """Rejects a method that changes its mask within rounds, but at no step of this run.
+
+    Raises:
+        InputError: the interval is longer than the window, or the window is past the last step.
+    """
+    gradual = method.gradual if changes_within_rounds(method) else None
+    steps = [epochs * progress.steps_per_epoch for epochs in progress.round_epochs]
+    if gradual is not None and not any(map(gradual.due, steps)):
+        raise InputError(
+            f"pruning.method.interval: no step of the window {list(gradual.window)} of a run of {max(steps)} steps is "
+            f"due with an interval of {gradual.interval}, so the mask would never change; lower the interval, or train "
+            "longer."
         )
 
 

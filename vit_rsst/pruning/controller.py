@@ -18,8 +18,11 @@ from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
 from vit_rsst.pruning.granularity import units_left
 from vit_rsst.pruning.masks import MaskSet, factors
-from vit_rsst.pruning.plan import RAMPS_OF_0_1, Density, Method, Penalty, PruningView, changes_within_rounds
+from vit_rsst.pruning.patterns import pattern
+from vit_rsst.pruning.plan import RAMPS_OF_0_1, Density, Growth, Method, Penalty, PruningView, changes_within_rounds
 from vit_rsst.pruning.selector import Selector
+from vit_rsst.pruning.swapping import swap
+from vit_rsst.seeds import derived_seed
 from vit_rsst.training import optim
 from vit_rsst.training.ema import Ema
 
@@ -105,6 +108,7 @@ class Controller:
     rewind_point: dict[str, Tensor] | None = None
     state: RoundState = field(default_factory=RoundState)
     dense: list[Tensor] | None = None  # straight-through: the dense weights, while the model holds w · M
+    gradients: dict[str, Tensor] | None = None  # of all elements, before they are masked, until the end of the step
     _made: tuple[MaskSet, list[Tensor]] | None = field(default=None, repr=False)  # cached factors of a mask
 
     # -- called by the loop, in this order
@@ -154,6 +158,9 @@ class Controller:
         if self.state.forward == "straight_through":  # the gradient at w · M serves as that at w
             self._restore_()
             return
+        if self._reads_gradients(progress):  # averaged over ranks and micro-batches already
+            read = {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in self.weights.items()}
+            self.gradients = read
         is_blocked = self._condemned_gradient_blocked(progress)
         if is_blocked and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
             leaving = {name: ~stays for name, stays in self.staying.masks.items()}
@@ -203,8 +210,10 @@ class Controller:
         done = progress.round_step + 1
         if self.staying is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
             self._remove_(self.staying)
-        if changes_within_rounds(self.method) and (new := self.method.refresh(progress, self._view())) is not None:
+        view = self._view(progress.global_step)
+        if changes_within_rounds(self.method) and (new := self.method.refresh(progress, view)) is not None:
             self._set_mask_(new)
+        self.gradients = None
 
     @contextmanager
     def as_deployed(self) -> Iterator[None]:
@@ -408,7 +417,7 @@ class Controller:
 
     # -- queries
 
-    def _view(self) -> PruningView:
+    def _view(self, step: int = 0) -> PruningView:
         def anew(evidence: Evidence, density: Density) -> MaskSet:
             return self.selector.units(replace(evidence, alive=MaskSet.full(self.weights)), density)
 
@@ -420,7 +429,21 @@ class Controller:
             elements=lambda density: self._selected(density, lambda e: self.selector.elements(e, density)),
             anew=lambda density: self._selected(density, lambda e: anew(e, density)),
             fill=lambda mask, ratio: self._selected(None, lambda e: self.selector.fill(e, mask, ratio)),
+            swap=lambda share, growth: self._swapped(share, growth, step),
         )
+
+    def _swapped(self, share: float, growth: Growth, step: int) -> MaskSet:
+        """A mask moved on rank 0; gradients that are not finite belong to a step that is skipped, and move nothing."""
+        seed = derived_seed(self.seed, "growth", step)
+        gradients = self.gradients if growth == "gradient" else None
+        if gradients is not None and not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+            return self.mask
+        n_of_m = pattern(self.selector.granularity)
+        return agreed(lambda: swap(self.weights, self.mask, share, gradients, seed, n_of_m and n_of_m[1]), self.mask)
+
+    def _reads_gradients(self, progress: Progress) -> bool:
+        gradual = self.method.gradual
+        return self.method.reads_gradients and (gradual is None or gradual.fraction_at(progress) is not None)
 
     def _selected(self, density: Density | None, choose: Callable[[Evidence], MaskSet]) -> MaskSet:
         """A mask selected on rank 0 from the evidence of all ranks."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Density = float | Mapping[str, float]
 """Fraction to keep, 0 … 1: of all prunable weights, or by kind of unit."""
 
+Growth = Literal["random", "gradient"]
+"""Which dead elements grow: drawn at random, or those with the largest gradient."""
+
 Ramp = Literal["linear", "quadratic", "cubic", "exponential", "cosine"]
 
 RAMPS_OF_0_1: dict[str, dict[str, Any]] = {
@@ -130,6 +133,7 @@ class PruningView:
         elements: density → mask of the best alive elements, whatever the granularity.
         anew: density → like `units`, but dead units compete again.
         fill: element mask, ratio → mask of as many whole units as the elements pay for, plus `ratio` of the others.
+        swap: share, growth → mask with that share of each weight's alive elements replaced; see `swapping.swap`.
     """
 
     mask: MaskSet
@@ -139,6 +143,7 @@ class PruningView:
     elements: Callable[[Density], MaskSet] = field(repr=False)
     anew: Callable[[Density], MaskSet] = field(repr=False)
     fill: Callable[[MaskSet, float], MaskSet] = field(repr=False)
+    swap: Callable[[float, Growth], MaskSet] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,8 @@ class Method(Protocol):
             round to round.
         prunes: False: never removes anything, so schedule, criterion and calibration are unused.
         keeps_start: fine-tunes the sparse model of `model.start_from` for `train.epochs`.
-        default_criterion, default_rewind: used if the recipe sets none.
+        reads_gradients: `refresh` calls `view.swap` with growth by gradient; without `gradual`, at any step.
+        default_criterion, default_rewind, default_scope: used if the recipe sets none; the scope for element only.
         extra_rounds: rounds in addition to those of the schedule.
         penalty: shrinks the condemned before they are removed; None: no penalty.
         remove_at: fraction of the round at which the condemned are removed; None: depends on the plan.
@@ -192,8 +198,10 @@ class Method(Protocol):
     one_round: ClassVar[bool]
     prunes: ClassVar[bool] = True
     keeps_start: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = False
     default_criterion: ClassVar[str] = "magnitude"
     default_rewind: ClassVar[str] = "lr"
+    default_scope: ClassVar[str | None] = None
     extra_rounds: int = 0
     penalty: Penalty | None = None
     remove_at: float | None = None

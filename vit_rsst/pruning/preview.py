@@ -24,12 +24,14 @@ class RoundPreview:
     Attributes:
         density: target at the end of the round.
         refreshes: steps of the round after which `refresh` returns a new mask.
+        moves: whether the mask only moves then, at the density that the plan begins with.
     """
 
     plan: RoundPlan
     density: float
     round_steps: int
     refreshes: Sequence[int]
+    moves: bool = False
 
     @property
     def penalty(self) -> Penalty | None:
@@ -42,7 +44,8 @@ class RoundPreview:
             first, last = self.refreshes[0] + 1, self.refreshes[-1] + 1
             gaps = {after - before for before, after in pairwise(self.refreshes[:-1])}  # the last gap may be shorter
             often = f"every {gaps.pop()} steps" if len(gaps) == 1 else f"{len(self.refreshes)} times"
-            return f"{often}, steps {first:,}–{last:,}"
+            begins = "before the first step; moves " if self.moves else ""
+            return f"{begins}{often}, steps {first:,}–{last:,}"
         if self.plan.target is not None:
             return f"after step {max(at_fraction(self.plan.remove_at, self.round_steps), 1):,}"
         return "before the first step"
@@ -84,6 +87,7 @@ def preview(
             elements=lambda density: chosen(density, mask),
             anew=lambda density: chosen(density, full),
             fill=lambda elements, ratio: elements,
+            swap=lambda share, growth: mask,
         )
 
     for number, epochs in enumerate(progress.round_epochs):
@@ -96,7 +100,8 @@ def preview(
             if (new := method.refresh(place, view())) is not None:
                 mask = new
                 refreshes.append(step)
-        found.append(RoundPreview(plan, asked, steps, refreshes))
+        moves = bool(refreshes) and mask.num_alive == plan.mask.num_alive
+        found.append(RoundPreview(plan, asked, steps, refreshes, moves))
     return found
 
 

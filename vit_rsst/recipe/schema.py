@@ -282,7 +282,8 @@ class Pruning:
     Attributes:
         granularity: element, head, neuron, head+neuron, channel or N:M, such as 2:4 along the input dimension.
         criterion: how weights or units are scored; default: that of the method.
-        scope: which units compete; default: isomorphic for head+neuron, otherwise global; none for N:M.
+        scope: which units compete; default: isomorphic for head+neuron, none for N:M, otherwise global, or for element
+            that of the method.
         depth_ramp: with scope layer, sparsity of the first and the last block relative to the mean.
         layer_sparsity: glob of layers → final sparsity of those layers.
         max_layer_sparsity: upper bound of every layer.
@@ -311,11 +312,13 @@ class Pruning:
         if not self.method.prunes and schedule == Schedule():  # rounds count as a control's budget only if named
             schedule = replace(schedule, rounds=0)
         n_of_m = pattern(self.granularity)
-        scope = "isomorphic" if self.granularity == "head+neuron" else None if n_of_m else "global"
+        scope = "isomorphic" if self.granularity == "head+neuron" else "global"
+        if self.granularity == "element":
+            scope = self.method.default_scope or scope
         derived = {
             "criterion": self.criterion or self.method.default_criterion,
             "rewind": self.rewind or self.method.default_rewind,
-            "scope": self.scope or scope,
+            "scope": self.scope or (None if n_of_m else scope),
             "schedule": _n_of_m_schedule(schedule, *n_of_m) if n_of_m else schedule,
         }
         for key, value in derived.items():
