@@ -1,6 +1,6 @@
 """Train and prune Vision Transformers: a Hugging Face Accelerate trainer for sparse ViTs, and a library for your loop.
 
-Importing the package is free: neither torch nor datasets is loaded until a name in `__all__` is used.
+Importing the package is free: neither torch nor datasets is loaded until one of its public names is used.
 `__init__.pyi` tells editors and type checkers where they are.
 """
 
@@ -9,10 +9,19 @@ from typing import Any
 
 __version__ = "0.2.0"
 
-__all__ = ["prune"]
-
-_HOMES = {"prune": "functions"}
+_HOMES = {
+    "Event": "pruner",
+    "Pruner": "pruner",
+    "analyze": "functions",
+    "load": "files",
+    "prune": "functions",
+    "register_models": "functions",
+    "save": "files",
+    "slim": "functions",
+}
 """Public name → its module in `library/`."""
+
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,33 @@
 """Functions for trained models: prune once, cut out what is gone, load, save, analyse."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from vit_rsst.errors import InputError
+from vit_rsst.analysis.counts import count
+from vit_rsst.analysis.subject import Subject
+from vit_rsst.analysis.tables import analysis_text
+from vit_rsst.errors import OF_A_LIBRARY, InputError, first_line
 from vit_rsst.library.batches import Batches, forward_of, pairs
-from vit_rsst.library.target import Target
-from vit_rsst.models.complexity import evaluating
+from vit_rsst.library.target import CALIBRATION, Target, unwrapped
+from vit_rsst.models import zoo
+from vit_rsst.models.anatomy import prunable_weights, unit_groups
+from vit_rsst.models.complexity import evaluating, size_of
+from vit_rsst.models.observation import check_units
+from vit_rsst.models.slim import SlimForm, copy_of
+from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.oneshot import OneShot, prune_once_
 from vit_rsst.pruning.patterns import pattern
 from vit_rsst.recipe.calls import in_words_of, pruning_section
 
-CALIBRATION = {"pruning.calibration_images": "calibration"}
-IN_PRUNE = {"pruning.schedule": "sparsity", "pruning.schedule.budget": "budget", "model": "model"} | CALIBRATION
+IN_PRUNE = CALIBRATION | {
+    "pruning.schedule": "sparsity",
+    "pruning.schedule.final_sparsity": "sparsity",
+    "pruning.schedule.budget": "budget",
+    "model": "model",
+}
 """Recipe field → keyword of `prune`, where they differ."""
 
 
@@ -83,3 +96,82 @@ def prune(
                 target.net, target.weights, target.selector, target.density(1.0), batches,
                 forward=forward_of(target.net), seed=seed,
             )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SlimReport:
+    """What `slim` cut out.
+
+    Attributes:
+        units: group → (kind, units before, units left), of the groups that lost some.
+        parameters: before and after.
+    """
+
+    units: dict[str, tuple[str, int, int]]
+    parameters: tuple[int, int]
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        kinds = dict.fromkeys(kind for kind, _, _ in self.units.values())
+        parts = []
+        for kind in kinds:
+            found = [(had, left) for one, had, left in self.units.values() if one == kind]
+            parts.append(f"{sum(left for _, left in found):,} of {sum(had for had, _ in found):,} {kind}s left")
+        return f"{before:,} → {after:,} parameters ({after / before:.1%}): {', '.join(parts) or 'no dead units'}"
+
+
+def slim(model: nn.Module) -> tuple[nn.Module, SlimReport]:
+    """A smaller module that computes the same: heads, neurons and channels whose weights are zero are cut out.
+
+    Returns:
+        A copy without them, and what is gone; `vit_rsst.save` stores it. `model` is not changed.
+
+    Raises:
+        InputError: units of this model cannot be removed exactly.
+    """
+    with in_words_of("slim", {"pruning.granularity": "model", "model": "model"}):
+        net = unwrapped(model)
+        mask = MaskSet({name: weight.detach() != 0 for name, weight in prunable_weights(net).items()})
+        form = SlimForm(net, mask)
+        groups = [group for group in unit_groups(net) if len(form.kept[group.name]) < group.units]
+        check_units(net, groups, size_of(net))
+        small = form.net if form.is_narrower else copy_of(net)
+    units = {group.name: (group.kind, group.units, len(form.kept[group.name])) for group in groups}
+    sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (net, small)]
+    return small, SlimReport(units, (sizes[0], sizes[1]))
+
+
+class Analysis(dict):
+    """Counts as plain data; as text, a table."""
+
+    def __str__(self) -> str:
+        return analysis_text({"items": [self]})
+
+
+def analyze(model: nn.Module, image_size: int | None = None) -> Analysis:
+    """Parameters, FLOPs and zeros of an image model: dense, effective (non-zero weights only) and slim.
+
+    Args:
+        image_size: side of the images in px; default: the model's own.
+
+    Returns:
+        The counts of `vit-rsst analyze --json`; `str` of it is the table.
+
+    Raises:
+        InputError: nothing to prune, or the model does not take images of this size.
+    """
+    with in_words_of("analyze", {"model": "model"}):
+        net = unwrapped(model)
+        mask = MaskSet({name: weight.detach() != 0 for name, weight in prunable_weights(net).items()})
+        size, kind = image_size or size_of(net), type(net).__name__
+        try:
+            return Analysis(count(Subject(kind, "model", {"architecture": kind}, net, mask, size)))
+        except OF_A_LIBRARY as error:
+            raise InputError(
+                f"analyze(image_size=…): {kind} does not take images of {size} px ({first_line(error)}); set it."
+            ) from error
+
+
+def register_models() -> None:
+    """Registers the models of this package with `timm.create_model`; importing this module has done so."""
+    assert zoo.CATALOG

@@ -1,7 +1,8 @@
 """What is pruned of a user's model: its weights, units and selector, from a checked section `pruning`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -10,15 +11,21 @@ from torch.distributed.tensor import DTensor
 
 from vit_rsst.assembly.pruning import build_selection
 from vit_rsst.errors import InputError
-from vit_rsst.library.batches import Batches
+from vit_rsst.library.batches import Batches, forward_of, pairs
 from vit_rsst.models.anatomy import prunable_parts
-from vit_rsst.models.complexity import size_of
+from vit_rsst.models.complexity import evaluating, size_of
 from vit_rsst.models.observation import check_units
+from vit_rsst.pruning.calibration import collect
+from vit_rsst.pruning.criteria import Statistics
+from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.oneshot import OF_IMAGES
-from vit_rsst.pruning.plan import Density
+from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.selector import Selector
 from vit_rsst.pruning.units import UnitGroup
 from vit_rsst.recipe.schema import Pruning
+
+CALIBRATION = {"pruning.calibration_images": "calibration"}
+"""Recipe field → keyword of a call."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,39 @@ class Target:
         if calibration is not None and not needs_images:
             raise InputError(f"pruning.calibration: has no effect with {pruning.criterion}; omit it.")
         return cls(net, weights, groups, selector, density)
+
+    def starting_mask(self, method: Method) -> MaskSet:
+        """All weights alive, or for a method that keeps the zeros of a model, those that are not zero.
+
+        Raises:
+            InputError: there are none to keep.
+        """
+        if not method.keeps_start:
+            return MaskSet.full(self.weights)
+        mask = MaskSet({name: weight.detach() != 0 for name, weight in self.weights.items()})
+        if mask.is_full:
+            raise InputError("model.name: it has no zeros to keep; prune it first, or load a ticket into it.")
+        return mask
+
+    def calibrated(self, calibration: Batches) -> Callable[[], Statistics]:
+        """Statistics of the calibration images, whenever they are asked for; tried on the first batch now.
+
+        Raises:
+            InputError: batches of another form, or weights whose inputs cannot be recorded.
+        """
+        if isinstance(calibration, Iterator):
+            raise InputError(
+                "pruning.calibration: an iterator serves one round; pass the loader, or a callable that returns one."
+            )
+        with_gradients = self.selector.criterion.needs == "gradients"
+
+        def calibrate(limit: int | None = None) -> Statistics:
+            batches = islice(pairs(calibration, self.device), limit)
+            with evaluating(self.net):
+                return collect(self.net, batches, self.weights, self.groups, with_gradients, forward_of(self.net))
+
+        calibrate(limit=1)
+        return calibrate
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ from vit_rsst.training import optim
 from vit_rsst.training.ema import Ema
 
 Evaluate = Callable[[], Mapping[str, float]]
-"""Scores the current model on the validation split: at least `top1` (percent) and `loss`. Collective."""
+"""Scores the current model on the validation split: at least `top1` (percent), and `loss`. Collective."""
 
 Calibrate = Callable[[], Statistics]
 """Statistics of the current model on the calibration images. Collective."""
@@ -85,7 +85,7 @@ class Controller:
         rewind_epoch: epochs of round 0 after which the rewind point is taken; None: no rewind point.
         selector: selects masks for the method.
         calibrate: for criteria that need calibration images; None: not needed.
-        evaluate: scores the model before and after a removal.
+        evaluate: scores the model before and after a removal; None: what-if gaps are not measured.
         mask: elements alive now.
         staying: elements that survive this round's removal; None: nothing is condemned.
         ema: moving average that is evaluated and saved in place of the weights; None: no averaging.
@@ -100,7 +100,7 @@ class Controller:
     selector: Selector
     rewind_epoch: int | None
     seed: int
-    evaluate: Evaluate
+    evaluate: Evaluate | None
     mask: MaskSet
     ema: Ema | None = None
     calibrate: Calibrate | None = None
@@ -149,27 +149,39 @@ class Controller:
             weights = self._weights()
             self.dense = [torch.empty_like(weight) for weight in weights]
             torch._foreach_copy_(self.dense, weights)
-            self._enforce_()
+            self.enforce_()
             self._made = None
 
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
         """Masks gradients before clipping, so that the clipped and logged norm is that of alive weights."""
         if self.state.forward == "straight_through":  # the gradient at w · M serves as that at w
-            self._restore_()
+            self.restore_dense_()
             return
-        if self._reads_gradients(progress):  # averaged over ranks and micro-batches already
+        if self.reads_gradients(progress):  # averaged over ranks and micro-batches already
             read = {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in self.weights.items()}
             self.gradients = read
-        is_blocked = self._condemned_gradient_blocked(progress)
-        if is_blocked and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
+        if (reached := self.reached_by_gradient(progress)) is None:
+            return
+        if reached is self.staying and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
             leaving = {name: ~stays for name, stays in self.staying.masks.items()}
             optim.clear_moments_(self.optimizer, self.weights, leaving)
-        if self.mask.is_full and not is_blocked:
-            return
-        made = self._factors(self.staying if is_blocked else self.mask)
+        made = self._factors(reached)
         pairs = [(w.grad, f) for w, f in zip(self._weights(), made, strict=True) if w.grad is not None]
         torch._foreach_mul_([grad for grad, _ in pairs], [f for _, f in pairs])
+
+    def reached_by_gradient(self, progress: Progress) -> MaskSet | None:
+        """The elements that the loss's gradient reaches in this step; None: all."""
+        if self.state.forward == "straight_through":
+            return None
+        if self._condemned_gradient_blocked(progress):
+            return self.staying
+        return None if self.mask.is_full else self.mask
+
+    def reads_gradients(self, progress: Progress) -> bool:
+        """Whether the method needs the gradients of all elements in this step."""
+        gradual = self.method.gradual
+        return self.method.reads_gradients and (gradual is None or gradual.fraction_at(progress) is not None)
 
     @torch.no_grad()
     def before_step(self, progress: Progress) -> None:
@@ -186,9 +198,11 @@ class Controller:
         else:
             return
         if any(strength.values()):
-            grads = [weight.grad for weight in self._weights()]
+            parts = zip(self._weights(), self._leaving(), strength.values(), strict=True)
+            found = [(weight.grad, weight, minus, -value) for weight, minus, value in parts if weight.grad is not None]
             # Removed weights are zero, so only the condemned contribute.
-            torch._foreach_addcmul_(grads, self._weights(), self._leaving(), [-value for value in strength.values()])
+            if found:
+                torch._foreach_addcmul_(*map(list, zip(*found, strict=True)))
 
     @torch.no_grad()
     def after_step(self, progress: Progress, skipped: Tensor | None = None) -> None:
@@ -202,7 +216,7 @@ class Controller:
             # Masked gradients and zero moments keep dead weights at zero here, which saves a pass over the weights.
             self._shrink_(penalty, progress, skipped)
         elif not self.mask.is_full and self.state.forward == "masked":
-            self._enforce_()
+            self.enforce_()
         self._made = None
         if self.ema is not None:
             share_buffers_(self.model)
@@ -224,7 +238,7 @@ class Controller:
             try:
                 yield
             finally:
-                self._restore_()
+                self.restore_dense_()
 
     def is_settled(self, progress: Progress) -> bool:
         """Whether this round has no removal and no rewind point ahead."""
@@ -335,13 +349,13 @@ class Controller:
         return self._made[1]
 
     @torch.no_grad()
-    def _enforce_(self) -> None:
+    def enforce_(self) -> None:
         """Zeroes masked weights again: with masked gradients alone, decay and moments would move them."""
         torch._foreach_mul_(self._weights(), self._factors(self.mask))
 
     @torch.no_grad()
-    def _restore_(self) -> None:
-        """Restores the dense weights."""
+    def restore_dense_(self) -> None:
+        """Straight-through: restores the dense weights."""
         if self.dense is not None:
             torch._foreach_copy_(self._weights(), self.dense)
             self.dense = None
@@ -372,15 +386,15 @@ class Controller:
         self._set_mask_(mask)
         self.staying = None
         after = self._deployed_scores()
-        self.state = replace(
-            self.state,
-            condemned_ratio=ratio,
-            what_if_gap=before["top1"] - after["top1"],
-            what_if_loss_gap=after["loss"] - before["loss"],
-        )
+        self.state = replace(self.state, condemned_ratio=ratio)
+        if before is not None and after is not None:
+            more = after["loss"] - before["loss"] if "loss" in before else None
+            self.state = replace(self.state, what_if_gap=before["top1"] - after["top1"], what_if_loss_gap=more)
         fingerprints(mask)
 
-    def _deployed_scores(self) -> Mapping[str, float]:
+    def _deployed_scores(self) -> Mapping[str, float] | None:
+        if self.evaluate is None:
+            return None
         share_buffers_(self.model)
         with self.as_deployed():
             return self.evaluate()
@@ -440,10 +454,6 @@ class Controller:
             return self.mask
         n_of_m = pattern(self.selector.granularity)
         return agreed(lambda: swap(self.weights, self.mask, share, gradients, seed, n_of_m and n_of_m[1]), self.mask)
-
-    def _reads_gradients(self, progress: Progress) -> bool:
-        gradual = self.method.gradual
-        return self.method.reads_gradients and (gradual is None or gradual.fraction_at(progress) is not None)
 
     def _selected(self, density: Density | None, choose: Callable[[Evidence], MaskSet]) -> MaskSet:
         """A mask selected on rank 0 from the evidence of all ranks."""

@@ -75,4 +75,7 @@ def _sentence(call: str, problem: Problem, names: Mapping[str, str]) -> str:
         return names[max(sections, key=len)] if sections else re.sub(r"^pruning\.(schedule\.)?", "", path)
 
     text = re.sub(r"\b(?:pruning|model|optim|train)\.[a-z_]+(?:\.[a-z_]+)*", lambda m: keyword(m[0]), problem.sentence)
+    for path, name in names.items():
+        leaf = path.rpartition(".")[2]
+        text = re.sub(rf"\b{leaf}\b", name, text) if "_" in leaf else text
     return f"{call}({keyword(problem.path)}=…): {text.rstrip('.')}."

@@ -87,22 +87,31 @@ def clear_moments_(
 ) -> None:
     """Zeroes the moments of the elements selected by `where` (bool, shaped like the weight)."""
     for name, weight in weights.items():
-        for moment in _moments(optimizer.state.get(weight, {})):
+        for moment in _moments(optimizer.state.get(weight, {}), weight):
             moment.masked_fill_(where[name], 0.0)
 
 
-def _moments(state: Mapping[str, object]) -> Iterable[Tensor]:
-    return (value for key, value in state.items() if isinstance(value, Tensor) and key != "step")
+def _moments(state: Mapping[str, object], weight: Tensor) -> Iterable[Tensor]:
+    return (value for value in state.values() if isinstance(value, Tensor) and value.shape == weight.shape)
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str | None:
+    """The name in `OPTIMIZERS` of the update that it makes; None: another one."""
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        return None
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        return "adamw" if all(group["decoupled_weight_decay"] for group in optimizer.param_groups) else "adam"
+    return "sgd" if isinstance(optimizer, torch.optim.SGD) else None
 
 
 def decay_rates(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     """Effect of weight decay on each weight in one step: (factor of AdamW's decoupled decay, λ of SGD's L2 term)."""
-    decoupled = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rates = {}
     for name, weight in weights.items():
         group = group_of[id(weight)]
-        rates[name] = (1 - group["lr"] * group["weight_decay"], 0.0) if decoupled else (1.0, group["weight_decay"])
+        decoupled, decay = group.get("decoupled_weight_decay", False), group.get("weight_decay", 0.0)  # True in AdamW
+        rates[name] = (1 - float(group["lr"]) * decay, 0.0) if decoupled else (1.0, decay)
     return rates
 
 

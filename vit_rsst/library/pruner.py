@@ -1,0 +1,426 @@
+"""The `Pruner`: prunes a model while a training loop of your own trains it, by hooks alone.
+
+It drives the controller that also prunes in `vit-rsst train`. Gradients are masked as they are accumulated, so that
+norms and clipping see what the optimizer will use; a hook before the optimizer's step adds the penalty, one after it
+shrinks and removes, and moves on from round to round.
+"""
+
+import json
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_rsst.assembly.pruning import check_gradual
+from vit_rsst.errors import CheckFailed, InputError
+from vit_rsst.library import optimizers
+from vit_rsst.library.batches import Batches
+from vit_rsst.library.files import save
+from vit_rsst.library.steps import Steps, rounds_in_steps
+from vit_rsst.library.target import CALIBRATION, Target
+from vit_rsst.models.complexity import evaluating
+from vit_rsst.pruning.controller import Controller, RoundResult
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.plan import Method
+from vit_rsst.recipe.calls import in_words_of, pruning_section
+from vit_rsst.text import aligned
+
+Evaluate = Callable[[], float | Mapping[str, float]]
+"""Top-1 accuracy of the model in percent, or a mapping with `top1` and `loss`. Collective."""
+
+NAMES = CALIBRATION | {
+    "model": "model",
+    "optim": "optimizer",
+    "train.recovery_epochs": "recovery_steps",
+    "pruning.schedule": "final_sparsity",
+    **{f"pruning.schedule.{key}": key for key in ("rounds", "rate", "sparsities", "budget")},
+    "pruning.schedule.name": "schedule",
+}
+"""Recipe field → keyword of `Pruner`, where they differ."""
+
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models with a `Pruner`."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to log.
+
+    Attributes:
+        name: `round began`, `round ended` or `training ended`.
+        round: index; 0 is the dense round.
+        step: optimizer steps made.
+        density: fraction of the prunable weights that are alive.
+        result: of the round that ended; otherwise None.
+    """
+
+    name: str
+    round: int
+    step: int
+    density: float
+    result: RoundResult | None = None
+
+
+class Pruner:
+    """Prunes `model` over the next `total_steps` steps of `optimizer`.
+
+    Keywords are the words of a recipe's section `pruning`, with those of its schedule beside them.
+
+    Attributes:
+        results: of the rounds that have ended.
+        progress: rounds and steps; an epoch of it is one step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_steps: int,
+        dense_steps: Steps | None = None,
+        recovery_steps: Steps | None = None,
+        method: str | Mapping[str, Any] | Method = "rsst",
+        final_sparsity: float | Mapping[str, float] | None = None,
+        rounds: int | None = None,
+        rate: float | Mapping[str, float] | None = None,
+        sparsities: Sequence[float] | None = None,
+        budget: Mapping[str, float] | None = None,
+        schedule: str | None = None,
+        granularity: str = "element",
+        criterion: str | None = None,
+        scope: str | None = None,
+        depth_ramp: Sequence[float] | None = None,
+        layer_sparsity: Mapping[str, float] | None = None,
+        max_layer_sparsity: float | None = None,
+        min_neurons: int | None = None,
+        rewind: str | None = None,
+        include: Sequence[str] = (),
+        protect: Sequence[str] = (),
+        calibration: Batches | None = None,
+        evaluate: Evaluate | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        seed: int = 0,
+    ):
+        """Checks everything, prunes at once what the plan removes before the first step, and attaches the hooks.
+
+        Args:
+            model: the model that the loop calls; wrappers of DDP and torch.compile are looked through.
+            optimizer: holds the model's parameters; Accelerate's wrapper is looked through.
+            total_steps: optimizer steps of the whole training; accumulated micro-batches are one step.
+            dense_steps: steps of the dense round 0, or a fraction of all; default: as many as of a later round.
+            recovery_steps: steps of a last round that removes nothing, or a fraction of all; default: none.
+            method: name, mapping with `name` and options, or a method itself; see the page on methods.
+            final_sparsity, rounds, rate, sparsities, budget, schedule: as in `pruning.schedule`, whose name `schedule`
+                is.
+            granularity, criterion, scope, depth_ramp, layer_sparsity, max_layer_sparsity, min_neurons, include,
+                protect: as in `pruning`.
+            rewind: `init` starts every round from the weights that the model has now; otherwise rounds go on with the
+                trained weights. The learning rate and the optimizer's state are left to the loop.
+            calibration: a loader of (inputs, labels), or a callable that returns one, for criteria that need
+                activations or gradients; every process of a distributed run may pass its own part.
+            evaluate: scores the model just before and after a removal, for the what-if gap; None: not measured.
+            on_event: called with every `Event`.
+            seed: of the criterion random.
+
+        Raises:
+            InputError: one sentence for each wrong keyword; a model without prunable weights, or with a `Pruner`; an
+                optimizer that does not hold them; steps that do not hold the rounds.
+        """
+        words = {
+            "method": method, "final_sparsity": final_sparsity, "rounds": rounds, "rate": rate,
+            "sparsities": sparsities, "budget": budget, "schedule": schedule, "granularity": granularity,
+            "criterion": criterion, "scope": scope, "depth_ramp": depth_ramp, "layer_sparsity": layer_sparsity,
+            "max_layer_sparsity": max_layer_sparsity, "min_neurons": min_neurons, "rewind": rewind,
+            "include": list(include), "protect": list(protect),
+        }  # fmt: skip
+        self.optimizer = optimizers.unwrapped(optimizer)
+        rest = optimizers.as_section(self.optimizer) | {"train": {"recovery_epochs": 1 if recovery_steps else 0}}
+        # What a method keeps the zeros of is the model itself.
+        pruning = pruning_section("Pruner", words, rest | {"model": {"start_from": "model"}}, NAMES)
+        optimizers.check_penalty(self.optimizer, pruning.method.penalty)
+        if pruning.rewind.startswith("epoch:"):
+            raise InputError("Pruner(rewind=…): steps are not counted in epochs here; use init, or omit it.")
+        self.progress = rounds_in_steps(pruning, total_steps, dense_steps, recovery_steps)
+        with in_words_of("Pruner", NAMES):
+            check_gradual(pruning.method, self.progress)
+            target = Target.of(model, pruning, calibration)
+            if target.net in _attached:
+                raise InputError("model.name: it has a Pruner already; call finish() or detach() of that one first.")
+            optimizers.check_holds(self.optimizer, target.weights)
+            mask = target.starting_mask(pruning.method)
+            calibrate = None if calibration is None else target.calibrated(calibration)
+        self.net = target.net
+        self.results: list[RoundResult] = []
+        self._pruning, self._on_event, self._seed = pruning, on_event, seed
+        self._has_warned = self._is_masked_here = False
+        self._controller = Controller(
+            model=self.net,
+            weights=target.weights,
+            optimizer=self.optimizer,
+            method=pruning.method,
+            rounds=pruning.schedule.num_rounds,
+            density=target.density,
+            selector=target.selector,
+            rewind_epoch=pruning.rewind_epoch,
+            seed=seed,
+            evaluate=None if evaluate is None else lambda: self._scores(evaluate),
+            mask=mask,
+            calibrate=calibrate,
+        )
+        self._reached: dict[str, Tensor] | None = None
+        self._begin_round()
+        self._handles = [*self._attach(model)]
+        _attached.add(self.net)
+
+    # -- what a loop may ask
+
+    @property
+    def density(self) -> float:
+        """Fraction of the prunable weights that are alive."""
+        return self._controller.mask.density
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Weight name → bool tensor of its shape; True means alive."""
+        return dict(self._controller.mask.masks)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps have been made; from then on the masks are held and nothing else happens."""
+        return self.progress.global_step >= self.progress.total_steps
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log now: density, and, while a penalty acts, its strength and what is left of the condemned."""
+        return self._controller.metrics(self.progress)
+
+    def report(self) -> str:
+        """A line for each round that has ended: density, steps, size of the condemned at their removal, what-if gap."""
+        lines = [("round", "asked", "density", "steps", "condemned/kept", "what-if gap")]
+        for result in self.results:
+            ratio, gap = result.condemned_ratio, result.what_if_gap
+            lines.append(
+                (
+                    str(result.round),
+                    f"{result.density_asked:.4f}",
+                    f"{result.density:.4f}",
+                    f"{self.progress.round_epochs[result.round]:,}",
+                    "–" if ratio is None else f"{ratio:.2e}",
+                    "–" if gap is None else f"{gap:+.2f}",
+                )
+            )
+        return aligned(lines)
+
+    @torch.no_grad()
+    def apply_(self, module: nn.Module) -> None:
+        """Zeroes the masked weights of another module of the same names, such as a moving average of the model."""
+        for name, alive in self._controller.mask.masks.items():
+            weight = module.get_parameter(name)
+            weight.masked_fill_(~alive.to(weight.device), 0.0)
+
+    def save_ticket(self, path: str | Path, **description: Any) -> Path:
+        """Writes the model with its masks as a ticket; see `vit_rsst.save` for the keywords."""
+        return save(self.net, path, masks=self.masks, **description)
+
+    def finish(self) -> None:
+        """Checks the zeros and detaches the hooks; call it after the last step.
+
+        Raises:
+            InputError: a removal is still ahead.
+            CheckFailed: a masked weight is not zero.
+        """
+        progress, controller = self.progress, self._controller
+        is_last = progress.round + 1 == len(progress.round_epochs)
+        if not self.is_over and not (is_last and controller.is_settled(progress)):
+            raise InputError(
+                f"Pruner.finish: after step {progress.global_step} of total_steps={progress.total_steps}, before the "
+                f"last removal, with a density of {self.density:.4f}; train the remaining steps, or call detach()."
+            )
+        for name, weight in controller.weights.items() if controller.state.forward == "masked" else ():
+            if wrong := int((weight.detach() * ~controller.mask[name]).count_nonzero()):
+                raise CheckFailed(
+                    f"Pruner.finish: {wrong} masked elements of {name} are not zero; something has changed the weights "
+                    "after the optimizer's step."
+                )
+        if not self.is_over:
+            progress.end_round()
+            self._end_round()
+        self.detach()
+
+    def detach(self) -> None:
+        """Removes the hooks; masks are not held any more."""
+        self._controller.restore_dense_()
+        for handle in self._handles:
+            handle.remove()
+        _attached.discard(self.net)
+
+    # -- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks under `tensors`, and plain JSON. Save it between two steps, with the states of model and optimizer."""
+        tensors, numbers = self._controller.state_dict()
+        return {
+            "tensors": tensors,
+            "controller": numbers,
+            "progress": self.progress.state_dict(),
+            "results": [asdict(result) for result in self.results],
+            "settings": self._settings(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state_dict` was taken; load the states of model and optimizer first.
+
+        Raises:
+            InputError: the state is of other keywords, another model, or other weights than the model has.
+        """
+        ours = self._settings()
+        for key in ours:
+            if state["settings"].get(key) != ours[key]:
+                raise InputError(
+                    f"Pruner.load_state_dict: {key} was {state['settings'].get(key)} and is {ours[key]}; pass the same "
+                    "keywords, or start over without this state."
+                )
+        self._controller.load_state_dict(state["tensors"], state["controller"])
+        self.progress.load_state_dict(state["progress"])
+        self.results = [RoundResult(**result) for result in state["results"]]
+        mask = self._controller.mask
+        is_masked = self._controller.state.forward == "masked"
+        for name, weight in self._controller.weights.items() if is_masked else ():
+            if bool((weight.detach() * ~mask[name]).any()):
+                raise InputError(
+                    f"Pruner.load_state_dict: {name} is not zero where this state has removed it; load the states of "
+                    "model and optimizer first."
+                )
+        self._turn()
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same after a resume, as plain JSON."""
+        pruning = asdict(self._pruning) | {
+            "method": {"name": self._pruning.method_name, **asdict(self._pruning.method)}
+        }
+        weights = {name: list(weight.shape) for name, weight in self._controller.weights.items()}
+        rounds = list(self.progress.round_epochs)
+        return json.loads(json.dumps({"pruning": pruning, "rounds": rounds, "seed": self._seed, "weights": weights}))
+
+    # -- hooks
+
+    def _attach(self, model: nn.Module) -> Iterator[Any]:
+        yield self.optimizer.register_step_pre_hook(self._before_optimizer)
+        yield self.optimizer.register_step_post_hook(self._after_optimizer)
+        for name, weight in self._controller.weights.items():
+            yield weight.register_post_accumulate_grad_hook(self._masking(name))
+        if self._controller.state.forward == "straight_through":
+            yield model.register_forward_pre_hook(self._before_forward)
+            yield model.register_forward_hook(self._after_forward, always_call=True)
+
+    def _masking(self, name: str) -> Callable[[Tensor], None]:
+        """Masks a gradient as it is accumulated; factors of 0 and 1 commute with sums, scaling and averaging."""
+
+        def hook(weight: Tensor) -> None:
+            if self._reached is not None and weight.grad is not None:
+                weight.grad.mul_(self._reached[name])
+
+        return hook
+
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._before_step()
+            return None
+
+        def closed() -> Any:  # Lightning trains inside of it
+            loss = closure()
+            self._before_step()
+            return loss
+
+        return ((optimizer, closed, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closed})
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        controller = self._controller
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:  # a fused optimizer under GradScaler: the penalty needs gradients in their own size
+            parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / float(scale))
+            self.optimizer.grad_scale = None
+        if self.is_over:
+            return
+        controller.after_backward(self.progress)
+        controller.before_step(self.progress)
+
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        controller, progress = self._controller, self.progress
+        if self.is_over:
+            controller.enforce_()
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"Pruner: a step after total_steps={progress.total_steps}; the masks are held, and nothing more is "
+                    "pruned.",
+                    stacklevel=2,
+                )
+            return
+        controller.after_step(progress, getattr(optimizer, "found_inf", None))
+        progress.advance()
+        if progress.round_step == progress.round_steps:
+            self._end_round()
+        else:
+            self._turn()
+
+    @torch.compiler.disable
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        """Straight-through: the forward pass sees w · M."""
+        self._is_masked_here = self._controller.dense is None
+        if self._is_masked_here:
+            self._controller.before_forward()
+
+    @torch.compiler.disable
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """A pass without gradients, an evaluation, leaves the dense weights in place at once."""
+        if self._is_masked_here and not torch.is_grad_enabled():
+            self._controller.restore_dense_()
+
+    # -- rounds
+
+    def _begin_round(self) -> None:
+        """Plans the round that `progress` points at, and ends it at once if it has no steps."""
+        self._controller.begin_round(self.progress.round)
+        self._tell("round began")
+        if self.progress.round_steps:
+            self._turn()
+        else:
+            self._end_round()
+
+    def _end_round(self) -> None:
+        self.results.append(self._controller.end_round())
+        self._tell("round ended", self.results[-1])
+        if self.progress.round + 1 < len(self.progress.round_epochs):
+            self.progress.round, self.progress.epoch = self.progress.round + 1, 0
+            self._begin_round()
+        else:
+            self._turn()
+            self._tell("training ended")
+
+    def _turn(self) -> None:
+        """Notes which gradients the next step takes."""
+        reads = not self.is_over and self._controller.reads_gradients(self.progress)
+        mask = None if reads else self._controller.reached_by_gradient(self.progress)
+        self._reached = None if mask is None else _multipliers(mask)
+
+    def _tell(self, name: str, result: RoundResult | None = None) -> None:
+        if self._on_event is not None:
+            self._on_event(Event(name, self.progress.round, self.progress.global_step, self.density, result))
+
+    def _scores(self, evaluate: Evaluate) -> Mapping[str, float]:
+        with evaluating(self.net):
+            found = evaluate()
+        return found if isinstance(found, Mapping) else {"top1": float(found)}
+
+
+def _multipliers(mask: MaskSet) -> dict[str, Tensor]:
+    """Factors for gradients; on the CPU int8 multiplies faster than bool."""
+    return {name: m.view(torch.int8) if m.device.type == "cpu" else m for name, m in mask.masks.items()}
