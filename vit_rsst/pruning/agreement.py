@@ -8,6 +8,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather, gather_object
 from torch import Tensor, nn
 
+from vit_rsst import shards
 from vit_rsst.errors import RunError
 from vit_rsst.pruning.masks import MaskSet
 
@@ -16,14 +17,14 @@ MIXER = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def agreed(select: Callable[[], MaskSet], like: MaskSet) -> MaskSet:
-    """The mask that rank 0 selects, on every rank.
+    """The mask that rank 0 selects, on every rank; of sharded weights all ranks select together.
 
     Args:
-        select: computes the mask; called on rank 0 only, so it must not communicate.
+        select: computes the mask; called on rank 0 only, so it communicates for sharded weights alone.
         like: masks of the same weights, for names, shapes and device.
     """
     state = PartialState()
-    if state.num_processes == 1:
+    if state.num_processes == 1 or any(map(shards.is_sharded, like.tensors())):
         return select()
     packed: dict[str, Tensor] = (select() if state.is_main_process else like).pack()
     return MaskSet.unpack(broadcast({name: bits.to(state.device) for name, bits in packed.items()}), like.masks)
@@ -56,14 +57,16 @@ def share_buffers_(model: nn.Module) -> None:
 
 
 def check_same_weights(model: nn.Module) -> None:
-    """Compares every tensor of the model across ranks, bit for bit. Collective.
+    """Compares every tensor of the model that each rank holds whole, bit for bit. Collective.
 
     Raises:
         RunError: they differ, so the ranks train different networks; names the first tensor and rank.
     """
     if PartialState().num_processes == 1:
         return
-    state = model.state_dict()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not shards.is_sharded(tensor)}
+    if not state:
+        return
     prints = torch.stack([bits_sum(tensor) for tensor in state.values()])  # (tensors,)
     found = gather(prints[None])  # (ranks, tensors)
     differ = found != found[0]

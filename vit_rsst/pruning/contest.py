@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_rsst import shards
 from vit_rsst.pruning.device_contest import keep_best
+
+NOT_A_NUMBER = "pruning.criterion: a score is not a number; the weights or the statistics have diverged."
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ def contest(entries: Sequence[Entry], budget: float, never_above: bool = False) 
         Per entry bool, shaped like its scores.
 
     Raises:
-        ValueError: a score on the CPU is NaN; on other devices the check would synchronize and is skipped.
+        ValueError: a score is NaN; not checked on the devices where the check would synchronize, unless it is sharded.
     """
     costs = {entry.cost for entry in entries}
     if len(costs) == 1:  # round to whole elements or units once, before floors are subtracted
         [cost] = costs
         number = max(budget, 0.0) / cost
         budget = cost * (int(number + 1e-9) if never_above else round(number))
-        if entries[0].scores.device.type != "cpu":
+        if entries[0].scores.device.type != "cpu" or shards.is_sharded(entries[0].scores):
+            _check_shards([entry.scores for entry in entries])
             least = [entry.least for entry in entries]
             return keep_best([e.scores for e in entries], [e.alive for e in entries], least, round(budget / cost))
     kept: dict[int, Tensor] = {}
@@ -67,6 +71,14 @@ def contest(entries: Sequence[Entry], budget: float, never_above: bool = False) 
             return [kept[i] if i in kept else found[i] for i in range(len(entries))]
         for i in short:  # keep its best, and let the others share the rest
             kept[i] = _keep_k([entries[i]], entries[i].least)[0]
+
+
+def _check_shards(scores: Sequence[Tensor]) -> None:
+    """Refuses a NaN in a shard, on every rank; collective."""
+    if shards.is_sharded(scores[0]):
+        found = torch.stack([shards.local(score).isnan().sum() for score in scores]).sum()
+        if shards.total(found, scores[0]):
+            raise ValueError(NOT_A_NUMBER)
 
 
 def spread(total: float, shares: Sequence[float], caps: Sequence[float]) -> list[float]:
@@ -92,6 +104,8 @@ def keep_n_of_m(scores: Tensor, alive: Tensor, n: int, m: int) -> Tensor:
         scores: (out, in, …) of a Linear or Conv weight; `m` divides `in`.
         alive: bool, same shape; sets with fewer than `n` alive keep all of those.
     """
+    if shards.is_sharded(scores):  # rows are divided, inputs are not
+        return shards.like(keep_n_of_m(shards.local(scores), shards.local(alive), n, m), scores)
     ranked = scores.float().masked_fill(~alive, -torch.inf).movedim(1, -1)  # (out, …, in)
     sets = ranked.reshape(-1, m)
     best = sets.argsort(dim=1, descending=True, stable=True)[:, :n]
@@ -150,7 +164,7 @@ def _ordered_bits(entry: Entry) -> np.ndarray:
     ones are inverted."""
     scores = entry.scores.detach().cpu().numpy().reshape(-1)[entry.alive.cpu().numpy().reshape(-1)]
     if np.isnan(scores).any():
-        raise ValueError("pruning.criterion: a score is not a number; the weights or the statistics have diverged.")
+        raise ValueError(NOT_A_NUMBER)
     bits = scores.view(np.uint32)
     return bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
 
@@ -188,6 +202,6 @@ def _flat(entries: Sequence[Entry]) -> np.ndarray:
         np.copyto(flat[start:end], entry.scores.detach().cpu().numpy().reshape(-1))
         flat[start:end][~entry.alive.cpu().numpy().reshape(-1)] = -np.inf
         if np.isnan(flat[start:end]).any():
-            raise ValueError("pruning.criterion: a score is not a number; the weights or the statistics have diverged.")
+            raise ValueError(NOT_A_NUMBER)
         start = end
     return flat

@@ -1,7 +1,8 @@
 """The controller: asks the method for a plan and carries it out on the model's weights, in place.
 
 It enforces masks, applies the penalty, commits targets, rewinds, and measures the cost of each removal. It knows
-nothing about recipes, loaders or trackers. Weights keep their names and storage, so Accelerate and DDP notice nothing.
+nothing about recipes, loaders or trackers. Weights keep their names and storage, so Accelerate, DDP and FSDP2 notice
+nothing; of sharded weights, each rank edits the rows it holds.
 """
 
 import math
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from vit_rsst import shards
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
@@ -167,8 +169,8 @@ class Controller:
             leaving = {name: ~stays for name, stays in self.staying.masks.items()}
             optim.clear_moments_(self.optimizer, self.weights, leaving)
         made = self._factors(reached)
-        pairs = [(w.grad, f) for w, f in zip(self._weights(), made, strict=True) if w.grad is not None]
-        torch._foreach_mul_([grad for grad, _ in pairs], [f for _, f in pairs])
+        pairs = [(w.grad, f) for w, f in zip(self.weights.values(), made, strict=True) if w.grad is not None]
+        torch._foreach_mul_(shards.locals_of(grad for grad, _ in pairs), [f for _, f in pairs])
 
     def reached_by_gradient(self, progress: Progress) -> MaskSet | None:
         """The elements that the loss's gradient reaches in this step; None: all."""
@@ -198,8 +200,8 @@ class Controller:
         else:
             return
         if any(strength.values()):
-            parts = zip(self._weights(), self._leaving(), strength.values(), strict=True)
-            found = [(weight.grad, weight, minus, -value) for weight, minus, value in parts if weight.grad is not None]
+            parts = zip(self.weights.values(), self._weights(), self._leaving(), strength.values(), strict=True)
+            found = [(shards.local(w.grad), own, minus, -value) for w, own, minus, value in parts if w.grad is not None]
             # Removed weights are zero, so only the condemned contribute.
             if found:
                 torch._foreach_addcmul_(*map(list, zip(*found, strict=True)))
@@ -262,8 +264,7 @@ class Controller:
         if self.state.forward == "straight_through":
             self.state = replace(self.state, forward="masked")
             self._set_mask_(self.mask)
-        zeros = all(not bool((w.detach() * ~self.mask[n]).any()) for n, w in self.weights.items())
-        assert zeros, "a masked weight is not zero"
+        assert self.has_zeros, "a masked weight is not zero"
         return RoundResult(
             round=self.state.round,
             density_asked=self.state.density_asked,
@@ -275,6 +276,12 @@ class Controller:
             layers=self.mask.layers(),
             units=units_left(self.selector.groups, self.mask),
         )
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether every masked weight of this rank is zero."""
+        pairs = zip(self._weights(), shards.locals_of(self.mask.tensors()), strict=True)
+        return not any(bool((weight.detach() * ~alive).any()) for weight, alive in pairs)
 
     def metrics(self, progress: Progress) -> dict[str, float]:
         """Metrics at the current step; `condemned_left` is the norm relative to the start of the round."""
@@ -296,7 +303,7 @@ class Controller:
         if self.condemned is not None:
             tensors |= {f"condemned/{name}": bits for name, bits in self.condemned.pack().items()}
         if self.rewind_point is not None:
-            tensors |= {f"rewind/{name}": value for name, value in self.rewind_point.items()}
+            tensors |= {f"rewind/{name}": value for name, value in self._as_shards(self.rewind_point).items()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.ema.tensors.items()}
         numbers = {key: value for key, value in vars(self.state).items() if key != "penalty"}
@@ -311,7 +318,7 @@ class Controller:
         self.mask = MaskSet.unpack(parts["mask"], self.weights)
         condemned = MaskSet.unpack(parts["condemned"], self.weights) if parts["condemned"] else None
         self.staying = None if condemned is None else self.mask.minus(condemned)
-        self.rewind_point = parts["rewind"] or None
+        self.rewind_point = self._own_rows(parts["rewind"]) or None
         penalty = numbers["penalty"]
         if penalty is not None:
             renamed = RAMPS_OF_0_1.get(penalty["ramp"], {})
@@ -323,20 +330,23 @@ class Controller:
         self._follow_()
         averaged = self.ema.tensors if self.ema is not None else {}
         return {f"model/{name}": value for name, value in self._model_on_host().items()} | {
-            f"ema/{name}": value.to("cpu", copy=True) for name, value in averaged.items()
+            f"ema/{name}": value for name, value in _on_host(averaged).items()
         }
 
     def restore_(self, snapshot: Mapping[str, Tensor]) -> None:
         """Restores a snapshot taken under the current mask."""
         parts = _by_part(snapshot)
-        self.model.load_state_dict(parts["model"])
+        for name, value in self.model.state_dict().items():
+            shards.local(value).copy_(parts["model"][name])
         if self.ema is not None:
-            self.ema.load_(parts["ema"], self.ema.steps)
+            for name, value in self.ema.tensors.items():
+                shards.local(value).copy_(parts["ema"][name])
 
     # -- in-place work on the weights
 
-    def _weights(self) -> list[nn.Parameter]:
-        return list(self.weights.values())
+    def _weights(self) -> list[Tensor]:
+        """What this rank holds of the weights."""
+        return shards.locals_of(self.weights.values())
 
     def _leaving(self) -> list[Tensor]:
         """0 for elements that stay, −1 for the others."""
@@ -345,7 +355,7 @@ class Controller:
     def _factors(self, mask: MaskSet) -> list[Tensor]:
         """See `factors`; cached for one step."""
         if self._made is None or self._made[0] is not mask:
-            self._made = (mask, factors(mask.tensors(), self._weights()))
+            self._made = (mask, factors(shards.locals_of(mask.tensors()), self._weights()))
         return self._made[1]
 
     @torch.no_grad()
@@ -373,7 +383,7 @@ class Controller:
             return
         removed = {name: ~alive for name, alive in mask.masks.items()}
         for name, weight in self.weights.items():
-            weight.masked_fill_(removed[name], 0.0)
+            shards.local(weight).masked_fill_(shards.local(removed[name]), 0.0)
         optim.clear_moments_(self.optimizer, self.weights, removed)
         if self.ema is not None:
             self.ema.zero_(removed)
@@ -424,10 +434,18 @@ class Controller:
     def _rewind_(self) -> None:
         """Copies the rewind point into the model's existing tensors, which the optimizer, DDP and masks refer to."""
         for name, value in self.model.state_dict().items():
-            value.copy_(self.rewind_point[name])
+            shards.local(value).copy_(self.rewind_point[name])
 
     def _model_on_host(self) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", copy=True) for name, value in self.model.state_dict().items()}
+        return _on_host(self.model.state_dict())
+
+    def _as_shards(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows that this rank holds of the model's state, as shards of the whole."""
+        return {name: shards.like(own[name], value) for name, value in self.model.state_dict().items() if name in own}
+
+    def _own_rows(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inverse of `_as_shards` for whole tensors in host memory."""
+        return {name: shards.part(whole[name], v) for name, v in self.model.state_dict().items() if name in whole}
 
     # -- queries
 
@@ -450,8 +468,10 @@ class Controller:
         """A mask moved on rank 0; gradients that are not finite belong to a step that is skipped, and move nothing."""
         seed = derived_seed(self.seed, "growth", step)
         gradients = self.gradients if growth == "gradient" else None
-        if gradients is not None and not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
-            return self.mask
+        if gradients is not None:
+            wrong = torch.stack([(~own.isfinite()).sum() for own in shards.locals_of(gradients.values())])
+            if shards.total(wrong.sum(), next(iter(gradients.values()))):
+                return self.mask
         n_of_m = pattern(self.selector.granularity)
         return agreed(lambda: swap(self.weights, self.mask, share, gradients, seed, n_of_m and n_of_m[1]), self.mask)
 
@@ -487,12 +507,21 @@ class Controller:
 
     @torch.no_grad()
     def _mean_size(self, part: MaskSet) -> float:
-        total = sum(float((weight.abs() * part[name]).sum()) for name, weight in self.weights.items())
-        return total / max(part.num_alive, 1)
+        return self._sum(lambda weight, inside: (weight.abs() * inside).sum(), part) / max(part.num_alive, 1)
 
     @torch.no_grad()
     def _norm(self, part: MaskSet) -> float:
-        return math.sqrt(sum(float((weight * part[name]).square().sum()) for name, weight in self.weights.items()))
+        return math.sqrt(self._sum(lambda weight, inside: (weight * inside).square().sum(), part))
+
+    def _sum(self, of: Callable[[Tensor, Tensor], Tensor], part: MaskSet) -> float:
+        """Sum over all weights and ranks of a sum over a weight and its mask."""
+        sums = [of(*pair) for pair in zip(self._weights(), shards.locals_of(part.tensors()), strict=True)]
+        return sum(shards.total(torch.stack(sums), next(iter(self.weights.values()))).tolist())
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the rows that this rank holds, in host memory."""
+    return {name: shards.local(value).detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _by_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

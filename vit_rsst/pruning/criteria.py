@@ -194,16 +194,21 @@ def random(evidence: Evidence) -> dict[str, Tensor]:
     """Uniform noise: the baseline that any criterion has to beat. The same on every device."""
     import torch
 
+    from vit_rsst import shards
+
     generator = torch.Generator().manual_seed(evidence.seed)
-    return {name: torch.rand(w.shape, generator=generator).to(w.device) for name, w in evidence.weights.items()}
+    return {name: shards.placed(torch.rand(w.shape, generator=generator), w) for name, w in evidence.weights.items()}
 
 
 def _times_input(evidence: Evidence, size: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from vit_rsst import shards
+
     scores = {}
     for name, weight in evidence.weights.items():
         seen = size[name].float().to(weight.device)
         # An output row of a grouped convolution reads the inputs of its own group; of a plain layer, all inputs.
         groups = len(seen) // weight.shape[1]
         rows = seen.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)  # (out, in / groups)
-        scores[name] = weight.detach().float().abs() * rows.view(*rows.shape, *[1] * (weight.dim() - 2))
+        rows = shards.part(rows.view(*rows.shape, *[1] * (weight.dim() - 2)), weight)
+        scores[name] = shards.like(shards.local(weight).detach().float().abs() * rows, weight)
     return scores

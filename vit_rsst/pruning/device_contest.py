@@ -1,5 +1,7 @@
 """A contest on the scores' device: two histogram passes, without copying all scores and without synchronizing.
 
+Scores may be sharded: histograms are summed over ranks, and of tied scores the earlier rows, on whichever rank, win.
+
 It keeps exactly what `contest` keeps. `contest` settles floors in successive contests; here the best of each entry up
 to its floor are set aside at once, and the others compete for the rest. The result is the same: an entry keeps
 max(floor, its elements above one common threshold).
@@ -10,11 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from vit_rsst import shards
+
 BINS = 1 << 16
 
 
 def keep_best(scores: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence[int], k: int) -> list[Tensor]:
-    """The best `k` alive elements over all entries, but at least its floor of each; ties break by index.
+    """The best `k` alive elements over all entries, but at least its floor of each; ties break by index. Collective if
+    scores are sharded.
 
     Args:
         scores: per entry float32 of any shape, without NaN.
@@ -22,13 +27,17 @@ def keep_best(scores: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence
         least: per entry the minimum to keep, capped at its alive elements.
 
     Returns:
-        Per entry bool, shaped like its scores.
+        Per entry bool, shaped and sharded like its scores.
     """
+    own, own_alive = shards.locals_of(scores), shards.locals_of(alive)
 
     def keys() -> Iterator[Tensor]:  # recomputed in each pass, so that one entry's are in memory at a time
-        return (_keys(*entry) for entry in zip(scores, alive, strict=True))
+        return (_keys(*entry) for entry in zip(own, own_alive, strict=True))
 
-    upper = torch.stack([_counts(_upper(key)) for key in keys()])  # (entries, bins)
+    def summed(counts: list[Tensor]) -> Tensor:
+        return shards.total(torch.stack(counts), scores[0])
+
+    upper = summed([_counts(_upper(key)) for key in keys()])  # (entries, bins)
     upper[:, 0] = 0  # the dead
     living = upper.sum(1)
     floors = torch.stack([living[i].clamp(max=number) for i, number in enumerate(least)])
@@ -36,14 +45,14 @@ def keep_best(scores: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence
 
     # Where the floor of each entry ends: the bin of upper halves, the bin of lower halves, and the ties taken from it.
     floor_upper, above = _reach(upper, floors)
-    lower = torch.stack([_counts(_lower(key), _upper(key) == floor_upper[i]) for i, key in enumerate(keys())])
+    lower = summed([_counts(_lower(key), _upper(key) == floor_upper[i]) for i, key in enumerate(keys())])
     floor_lower, above_lower = _reach(lower, floors - above)
     floor_ties = floors - above - above_lower
 
     # The rest: elements below the floors.
     others = _below(upper, floor_upper, floors - above)
     common_upper, above = _reach(others.sum(0, keepdim=True), k_left[None])
-    lower = torch.stack([_counts(_lower(key), _upper(key) == common_upper) for key in keys()])
+    lower = summed([_counts(_lower(key), _upper(key) == common_upper) for key in keys()])
     in_floor_bin = (common_upper == floor_upper)[:, None]
     others = torch.where(in_floor_bin, _below(lower, floor_lower, floor_ties), lower)
     others = torch.where((common_upper > floor_upper)[:, None], 0, others)
@@ -55,11 +64,13 @@ def keep_best(scores: Sequence[Tensor], alive: Sequence[Tensor], least: Sequence
     floor, common = _joined(floor_upper, floor_lower), _joined(common_upper, common_lower)
     threshold = torch.minimum(floor, common)
     number = torch.where(floor <= common, floor_ties, 0) + torch.where(common <= floor, taken, 0)
+    if shards.is_sharded(scores[0]):  # earlier rows on other ranks take theirs first
+        number -= shards.before(torch.stack([(key == threshold[i]).sum() for i, key in enumerate(keys())]), scores[0])
     found = []
     for i, (key, shaped) in enumerate(zip(keys(), scores, strict=True)):
         is_tie = key == threshold[i]
         kept = (key > threshold[i]) | (is_tie & (is_tie.cumsum(0, dtype=torch.int32) <= number[i]))
-        found.append(kept.view(shaped.shape))
+        found.append(shards.like(kept.view(own[i].shape), shaped))
     return found
 
 

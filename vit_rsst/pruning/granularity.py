@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from vit_rsst import shards
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.units import Member, UnitGroup
 
 
 def slices(member: Member, tensor: Tensor) -> Tensor:
-    """The slices of `tensor` owned by each unit: (units, span · other)."""
+    """The slices of `tensor` owned by each unit: (units, span · other). Collective, for units span shards."""
     index = member.index.to(tensor.device)
-    picked = tensor.movedim(member.dim, 0)[index]  # (units, span, other…)
+    picked = shards.whole(tensor).movedim(member.dim, 0)[index]  # (units, span, other…)
     return picked.flatten(1)
 
 
@@ -59,6 +60,7 @@ def expand(groups: Iterable[UnitGroup], kept: Sequence[Tensor], like: Mapping[st
     mask = MaskSet.full(like)
     for group, keep in zip(groups, kept, strict=True):
         for member in group.members:
-            dead = member.index[~keep.cpu()].flatten().to(mask[member.name].device)
-            mask[member.name].index_fill_(member.dim, dead, False)
+            alive = mask[member.name]
+            dead = shards.within(alive, member.dim, member.index[~keep.cpu()].flatten())
+            shards.local(alive).index_fill_(member.dim, dead.to(alive.device), False)
     return mask

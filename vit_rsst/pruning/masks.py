@@ -9,10 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_rsst import shards
+
 
 @dataclass(frozen=True)
 class MaskSet:
-    """Weight name → bool tensor shaped like the weight; True means alive."""
+    """Weight name → bool tensor shaped like the weight, and sharded like it; True means alive.
+
+    Counts, fingerprints and packed bits are those of whole masks, and collective if weights are sharded.
+    """
 
     masks: Mapping[str, Tensor]
 
@@ -51,7 +56,15 @@ class MaskSet:
 
     @property
     def num_alive(self) -> int:
-        return sum(int(mask.sum()) for mask in self.tensors())
+        return sum(self._counts())
+
+    def _counts(self) -> list[int]:
+        """Alive elements of each mask."""
+        if not self.masks:
+            return []
+        masks = self.tensors()
+        counts = torch.stack([shards.local(mask).sum() for mask in masks])
+        return shards.total(counts, masks[0]).tolist()
 
     @property
     def num_elements(self) -> int:
@@ -70,18 +83,18 @@ class MaskSet:
     def layers(self) -> dict[str, dict[str, float]]:
         """Per weight: elements, alive elements, density."""
         return {
-            name: {"elements": mask.numel(), "alive": int(mask.sum()), "density": int(mask.sum()) / mask.numel()}
-            for name, mask in self.masks.items()
+            name: {"elements": mask.numel(), "alive": alive, "density": alive / mask.numel()}
+            for (name, mask), alive in zip(self.masks.items(), self._counts(), strict=True)
         }
 
     def pack(self) -> dict[str, Tensor]:
         """Packed bits, row-major, most significant first: uint8 of ceil(elements / 8) bytes per weight, on the CPU."""
-        return {name: pack_bits(mask) for name, mask in self.masks.items()}
+        return {name: pack_bits(shards.whole(mask)) for name, mask in self.masks.items()}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> "MaskSet":
-        """Inverse of `pack`, with the shapes and devices of `like`."""
-        return cls({name: unpack_bits(packed[name], w.shape).to(w.device) for name, w in like.items()})
+        """Inverse of `pack`, with the shapes, shards and devices of `like`."""
+        return cls({name: shards.placed(unpack_bits(packed[name], w.shape), w) for name, w in like.items()})
 
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the sha256 over names and bits; equal masks have equal fingerprints."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vit_rsst import shards
 from vit_rsst.pruning.allocation import Allocation, mean_density
 from vit_rsst.pruning.contest import Entry, contest, keep_n_of_m
 from vit_rsst.pruning.criteria import CRITERIA, Criterion, Evidence
@@ -131,7 +132,7 @@ class Selector:
         else:
             owned = {member.name: evidence.weights[member.name] for member in group.members}
             scores = pool(group, criterion.of_elements(replace(evidence, weights=owned)))
-        scores = scores.float().cpu()
+        scores = shards.same(scores.float().cpu(), evidence.weights[group.members[0].name])
         return _relative(scores) if criterion.relative != "nothing" else scores
 
     def _weight_entries(
@@ -176,4 +177,4 @@ def check_numbers(scores: Mapping[str, Tensor]) -> None:
 
 def _relative(scores: Tensor) -> Tensor:
     """Scores divided by their mean, so that layers of different scale can compete."""
-    return scores / scores.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return scores / shards.whole(scores).mean().clamp_min(torch.finfo(torch.float32).tiny)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vit_rsst import shards
 from vit_rsst.pruning.contest import Entry, contest
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.seeds import derived_seed
@@ -45,7 +46,7 @@ def swap(
 
 
 def _anywhere(size: Tensor, growth: Tensor, alive: Tensor, share: float) -> Tensor:
-    number = int(alive.sum())
+    number = MaskSet({"": alive}).num_alive
     count = min(round(share * number), alive.numel() - number)
     [kept] = contest([Entry("kept", "", size, alive)], number - count)
     [grown] = contest([Entry("grown", "", growth, ~alive)], count)
@@ -54,6 +55,7 @@ def _anywhere(size: Tensor, growth: Tensor, alive: Tensor, share: float) -> Tens
 
 def _within_windows(size: Tensor, growth: Tensor, alive: Tensor, share: float, m: int) -> Tensor:
     """Swaps one element of each of the windows whose smallest alive element is smallest."""
+    assert not shards.is_sharded(size), "windows of shards"
     places = alive.movedim(1, -1).shape  # (out, …, in)
     mask = alive.movedim(1, -1).reshape(-1, m).clone()  # (windows, m)
     smallest, dropped = size.movedim(1, -1).reshape(-1, m).masked_fill(~mask, torch.inf).min(1)
@@ -67,4 +69,4 @@ def _within_windows(size: Tensor, growth: Tensor, alive: Tensor, share: float, m
 
 
 def _drawn(weight: Tensor, seed: int) -> Tensor:
-    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight.device)
+    return shards.placed(torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)), weight)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vit_rsst import shards
+
 
 class Ema:
     """Exponential moving average of all floating-point parameters and buffers of a model.
@@ -14,7 +16,7 @@ class Ema:
     does not dominate its average.
 
     Attributes:
-        tensors: the average by name, on the weights' device.
+        tensors: the average by name, on the weights' device and sharded like them.
         steps: since the last restart.
     """
 
@@ -28,14 +30,18 @@ class Ema:
     def restart_(self) -> None:
         """Restarts from the current weights."""
         self.steps = 0
-        torch._foreach_copy_(list(self.tensors.values()), list(self._live.values()))
+        torch._foreach_copy_(*self._pairs())
 
     @torch.no_grad()
     def update_(self) -> None:
         """Averages in the current weights; skipped steps, which left them unchanged, count too."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1.0 - decay)
+        torch._foreach_lerp_(*self._pairs(), 1.0 - decay)
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What this rank holds of the average and of the weights."""
+        return shards.locals_of(self.tensors.values()), shards.locals_of(self._live.values())
 
     @torch.no_grad()
     def follow_(self, averaged: Mapping[str, Tensor]) -> None:
@@ -45,12 +51,13 @@ class Ema:
             averaged: weight name → bool tensor of its shape.
         """
         for name, elements in averaged.items():
-            torch.where(elements, self.tensors[name], self._live[name], out=self.tensors[name])
+            average, live = shards.local(self.tensors[name]), shards.local(self._live[name])
+            torch.where(shards.local(elements), average, live, out=average)
 
     def zero_(self, removed: Mapping[str, Tensor]) -> None:
         """Zeroes the removed elements (bool, by name)."""
         for name, elements in removed.items():
-            self.tensors[name].masked_fill_(elements, 0.0)
+            shards.local(self.tensors[name]).masked_fill_(shards.local(elements), 0.0)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -63,16 +70,16 @@ class Ema:
 
     @torch.no_grad()
     def _swap_(self) -> None:
-        for name, value in self._live.items():
+        for average, value in zip(*self._pairs(), strict=True):
             kept = value.clone()
-            value.copy_(self.tensors[name])
-            self.tensors[name].copy_(kept)
+            value.copy_(average)
+            average.copy_(kept)
 
     def load_(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Restores an earlier state."""
+        """Restores an earlier state, from whole tensors."""
         self.steps = steps
         for name, value in self.tensors.items():
-            value.copy_(tensors[name])
+            shards.load_(value, tensors[name])
 
 
 def _first_name(tensors: Mapping[str, Tensor], wanted: Tensor) -> str:
@@ -81,4 +88,5 @@ def _first_name(tensors: Mapping[str, Tensor], wanted: Tensor) -> str:
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
+    tensor = shards.local(tensor)
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vit_rsst import shards
+
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 TOKENS = ("cls_token", "dist_token", "reg_token", "mask_token", "pos_embed")
 UNDECAYED = re.compile(
@@ -66,8 +68,8 @@ def reset_state_(optimizer: torch.optim.Optimizer) -> None:
 def clip_grads_(accelerator: Accelerator, model: nn.Module, limit: float | None) -> Tensor:
     """Clips the gradient norm to `limit`; returns the norm before clipping, on the device."""
     if limit is None:
-        return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return accelerator.clip_grad_norm_(model.parameters(), limit)
+        return shards.whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    return shards.whole(accelerator.clip_grad_norm_(model.parameters(), limit))
 
 
 def step_unless_(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
@@ -88,7 +90,7 @@ def clear_moments_(
     """Zeroes the moments of the elements selected by `where` (bool, shaped like the weight)."""
     for name, weight in weights.items():
         for moment in _moments(optimizer.state.get(weight, {}), weight):
-            moment.masked_fill_(where[name], 0.0)
+            shards.local(moment).masked_fill_(shards.local(where[name]), 0.0)
 
 
 def _moments(state: Mapping[str, object], weight: Tensor) -> Iterable[Tensor]:
@@ -128,12 +130,14 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) ->
 def load_state_tensors_(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of `state_tensors`: replaces the whole state. Raises KeyError for an unknown parameter."""
+    """Inverse of `state_tensors`, given whole tensors: replaces all state. Raises KeyError for an unknown parameter."""
     optimizer.state.clear()
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
         if value.shape == parameter.shape:
             # In the weight's memory format: a fused step requires channels-last moments for channels-last weights.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            moment = torch.empty_like(parameter, dtype=value.dtype)
+            shards.load_(moment, value)
+            value = moment
         optimizer.state[parameter][key] = value.to(parameter.device)  # fused optimizers keep the step count there too

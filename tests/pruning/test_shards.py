@@ -1,0 +1,178 @@
+"""Masks of weights of which every rank holds some rows: bit for bit those of one process.
+
+Weights are quantised, so that most scores are tied, and have odd numbers of rows: some units lie on two ranks, and of
+some weights a rank holds nothing.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import faulty
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, distributed, nn
+
+from vit_rsst import shards
+from vit_rsst.models.anatomy import prunable_parts
+from vit_rsst.pruning.allocation import Allocation
+from vit_rsst.pruning.criteria import CRITERIA, Evidence, SiteStatistics, Statistics
+from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.selector import Floors, Selector
+from vit_rsst.pruning.swapping import swap
+from vit_rsst.training.ema import Ema
+
+SCOPES = ("global", "isomorphic", "layer", "erk")
+
+
+def model() -> nn.Module:
+    """Heads of 10 rows, which two or three ranks split; a head of 5 classes; one row, which most ranks lack."""
+    torch.manual_seed(0)
+    net = VisionTransformer(img_size=8, patch_size=4, embed_dim=20, depth=2, num_heads=2, mlp_ratio=1.4, num_classes=5)
+    net.pretrained_cfg = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    net.add_module("gate", nn.Linear(20, 1))
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_((weight * 40).round() / 4)
+    return net
+
+
+def sharded(tensor: Tensor, mesh: object) -> Tensor:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(tensor.detach(), mesh, [Shard(0)])
+
+
+def statistics(weights: dict, groups: list) -> Statistics:
+    """Small whole numbers, so that scores are tied; the gradient is sharded as the weights are."""
+    draw = torch.Generator().manual_seed(1)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randint(1, 4, shape, generator=draw).double()
+
+    sites = {g.name: SiteStatistics(*(some(g.units) for _ in range(4))) for g in groups}
+    absolute, square = ({name: some(w.shape[1]) for name, w in weights.items()} for _ in range(2))
+    return Statistics(absolute, square, {name: some(*w.shape).float() for name, w in weights.items()}, sites)
+
+
+def selections(net: nn.Module, every: bool) -> Iterator[tuple[str, Selector, float, dict[str, Tensor], MaskSet]]:
+    """Granularities with criteria and scopes, some elements dead already; all combinations, or each of them once."""
+    scope_of = itertools.cycle(SCOPES)
+    for granularity in ("element", "2:4", "head", "neuron", "head+neuron"):
+        weights, groups = prunable_parts(net, granularity, ["head.weight"])
+        alive = MaskSet({name: weight.detach() != 0.25 for name, weight in weights.items()})
+        criteria = [CRITERIA[name] for name in CRITERIA if groups or CRITERIA[name].elements is not None]
+        for rule, scope in itertools.product(criteria, SCOPES if every else [None]):
+            scope = scope or next(scope_of)
+            if (groups and scope == "erk") or (granularity == "2:4" and scope != "global" and every):
+                continue
+            allocation = Allocation(scope, (0.5, 1.5) if scope == "layer" else None, {"*fc1*": 0.8} if groups else {})
+            chosen = Selector(rule, granularity, groups, allocation, Floors(3, 0.9))
+            for density in (0.6, 0.2) if every else (0.3,):
+                yield f"{granularity}, {rule.__doc__}, {scope}, {density}", chosen, density, weights, alive
+
+
+def joined(rank: int, world: int, port: int) -> object:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=world)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (world,))
+
+
+def equal(masks: MaskSet, expected: MaskSet) -> bool:
+    return all(torch.equal(shards.whole(masks[name]), expected[name]) for name in expected)
+
+
+def select(rank: int, world: int, port: int, every: bool = False) -> None:
+    mesh, number = joined(rank, world, port), 0
+    for what, selector, density, weights, alive in selections(model(), every):
+        whole = Evidence(weights, alive, 7, statistics(weights, selector.groups))
+        split = replace(
+            whole,
+            weights={name: sharded(weight, mesh) for name, weight in weights.items()},
+            alive=MaskSet({name: sharded(mask, mesh) for name, mask in alive.masks.items()}),
+            statistics=replace(
+                whole.statistics, gradient={n: sharded(g, mesh) for n, g in whole.statistics.gradient.items()}
+            ),
+        )
+        expected, found = selector.units(whole, density), selector.units(split, density)
+        assert equal(found, expected), what
+        assert (found.num_alive, found.fingerprint()) == (expected.num_alive, expected.fingerprint()), what
+        number += 1
+        if selector.groups:
+            elements, split_elements = selector.elements(whole, density), selector.elements(split, density)
+            assert equal(split_elements, elements), what
+            assert equal(selector.fill(split, split_elements, 0.2), selector.fill(whole, elements, 0.2)), what
+    assert number > (60 if every else 20)
+    distributed.destroy_process_group()
+
+
+def select_with_every_combination(rank: int, world: int, port: int) -> None:
+    select(rank, world, port, every=True)
+
+
+def edit_shards(rank: int, world: int, port: int) -> None:
+    mesh, net = joined(rank, world, port), model()
+    weights, _ = prunable_parts(net, "element")
+    split = {name: sharded(weight, mesh) for name, weight in weights.items()}
+    one = split["gate.weight"]
+    assert len(shards.local(one)) == (rank == 0), "one row: the other ranks hold none"
+    for name, weight in split.items():
+        assert torch.equal(shards.local(weight), weights[name][shards.rows(weight)]), name
+        assert torch.equal(shards.whole(shards.placed(weights[name], weight)), weights[name]), name
+    alive = MaskSet({name: weight.detach() > 0 for name, weight in weights.items()})
+    mask = MaskSet.unpack(alive.pack(), split)
+    assert equal(mask, alive)
+    assert mask.layers() == alive.layers()
+    assert not mask.is_full
+    assert mask.pack().keys() == alive.pack().keys()
+    assert all(torch.equal(bits, alive.pack()[name]) for name, bits in mask.pack().items())
+    assert torch.equal(shards.before(torch.tensor([rank, 1]), one), torch.tensor([sum(range(rank)), rank]))
+    gathered = shards.gathered(split)
+    assert (list(gathered) == list(split)) == (rank == 0), "no other rank keeps whole tensors"
+    for gradients in (None, {name: (weight.detach() * 3).round() for name, weight in weights.items()}):
+        shared = gradients and {name: sharded(gradient, mesh) for name, gradient in gradients.items()}
+        assert equal(swap(split, mask, 0.3, shared, 5), swap(weights, alive, 0.3, gradients, 5))
+    broken = {**split, "gate.weight": one * torch.nan}
+    with pytest.raises(ValueError, match="not a number"):  # on every rank, though one holds it
+        Selector(CRITERIA["magnitude"]).units(Evidence(broken, mask, 0), 0.2)
+    for name, weight in split.items():
+        net.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(weight)
+    averages = {}
+    for owner, removed in ((net, mask), (model(), alive)):
+        average = averages[owner] = Ema(owner, 0.5)
+        with torch.no_grad():
+            owner.gate.weight.mul_(3)
+        average.update_()
+        average.zero_(removed.masks)
+        with average.in_place():
+            average.follow_(removed.masks)
+    split, expected = (average.tensors for average in averages.values())
+    assert all(torch.equal(shards.whole(value), expected[name]) for name, value in split.items())
+    distributed.destroy_process_group()
+
+
+CASES = [
+    (select, 2),
+    (edit_shards, 3),
+    pytest.param(select, 3, marks=pytest.mark.slow),
+    pytest.param(edit_shards, 2, marks=pytest.mark.slow),
+    pytest.param(select_with_every_combination, 2, marks=pytest.mark.slow),
+    pytest.param(select_with_every_combination, 3, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("work", "world"), CASES)
+def test_shards_give_the_same_masks_as_whole_weights(work, world):
+    port = faulty.free_port()
+    processes = [faulty.CONTEXT.Process(target=work, args=(rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(faulty.SECONDS)
+    assert [process.exitcode for process in processes] == [0] * world

@@ -1,0 +1,134 @@
+"""Shards: tensors of which every rank holds some rows, as FSDP2 leaves them (a DTensor divided along dimension 0).
+
+Every function leaves plain tensors as they are, so callers need not know whether weights are sharded. Elementwise
+operations of torch work on shards as on whole tensors. A sum of a shard is one over its own rows as soon as `int()`,
+`float()` or `bool()` reads it: sums are taken of `local` rows, and added up by `total`.
+What is marked collective communicates if the tensor is sharded: all ranks call it, in the same order.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes 0.5 s; without it there are no shards
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that this rank holds, detached; they share memory with the tensor."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`local` of each."""
+    return [local(tensor) for tensor in tensors]
+
+
+def rows(tensor: Tensor) -> slice:
+    """Which rows of the whole tensor this rank holds: equal parts, rounded up, so the last ranks may hold none."""
+    if not is_sharded(tensor):
+        return slice(None)
+    number, mesh = tensor.shape[0], tensor.device_mesh
+    size = -(-number // mesh.size())
+    start = min(mesh.get_local_rank() * size, number)
+    return slice(start, min(start + size, number))
+
+
+def within(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Those of `index` along `dim` that lie in the rows of this rank, counted from its first."""
+    if dim or not is_sharded(tensor):
+        return index
+    own = rows(tensor)
+    return index[(index >= own.start) & (index < own.stop)] - own.start
+
+
+def like(own: Tensor, tensor: Tensor) -> Tensor:
+    """Inverse of `local`: rows of this rank, of any type, as a shard of a whole of the shape of `tensor`."""
+    if not is_sharded(tensor):
+        return own
+    shape, stride = tensor.shape, torch.empty(tensor.shape, device="meta").stride()
+    spread = {"device_mesh": tensor.device_mesh, "placements": tensor.placements}
+    return type(tensor.data).from_local(own, **spread, run_check=False, shape=shape, stride=stride)
+
+
+def part(whole: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of the rows of a whole tensor that this rank holds of `tensor`."""
+    return whole[rows(tensor)].clone() if is_sharded(tensor) else whole
+
+
+def placed(whole: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor on the device of `tensor`, sharded like it."""
+    return like(part(whole, tensor).to(tensor.device), tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows, on every rank; collective."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Whole tensors in the host memory of rank 0; collective. Other ranks, which drop each at once, get those that are
+    not sharded alone."""
+    found = {}
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            complete = whole(tensor)
+            if distributed.get_rank() == 0:
+                found[name] = complete.cpu()
+        else:
+            found[name] = tensor
+    return found
+
+
+def total(number: Tensor, tensor: Tensor) -> Tensor:
+    """Sum of a plain tensor over the ranks that `tensor` is divided among; collective."""
+    if not is_sharded(tensor):
+        return number
+    summed = number.clone()
+    distributed.all_reduce(summed, group=tensor.device_mesh.get_group())
+    return summed
+
+
+def before(number: Tensor, tensor: Tensor) -> Tensor:
+    """Sum of a plain tensor over the ranks that hold earlier rows of `tensor`; collective."""
+    if not is_sharded(tensor):
+        return torch.zeros_like(number)
+    rank, world = tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
+    ours = torch.zeros(world, *number.shape, dtype=number.dtype, device=number.device)
+    ours[rank] = number
+    return total(ours, tensor)[:rank].sum(0)
+
+
+def same(number: Tensor, tensor: Tensor) -> Tensor:
+    """A plain tensor as the first rank has it; collective. Ranks that compute the same on other hardware may differ."""
+    if is_sharded(tensor):
+        device, group = torch.device(tensor.device_mesh.device_type), tensor.device_mesh.get_group()
+        told = number.to(device, copy=True)
+        distributed.broadcast(told, group=group, group_src=0)
+        return told.to(number.device)
+    return number
+
+
+@torch.no_grad()
+def load_(tensor: Tensor, source: Tensor) -> None:
+    """Copies a whole tensor into a tensor or, of its rows, those that this rank holds."""
+    local(tensor).copy_(source[rows(tensor)] if is_sharded(tensor) else source)
+
+
+def reshard_(net: nn.Module) -> None:
+    """Frees the weights that FSDP2 has gathered for a forward pass without a backward pass.
+
+    FSDP2 keeps those of the outermost module for the backward pass. The next forward pass would use them again, without
+    what has since been written to the shards.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in net.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
