@@ -20,6 +20,8 @@ SIGNATURES = {
     "Pruner.detach": "self",
     "Pruner.finish": "self",
     "Pruner.load_state_dict": "self state",
+    "Pruner.mask_forward_": "self",
+    "Pruner.unmask_forward_": "self",
     "Pruner.metrics": "self",
     "Pruner.report": "self",
     "Pruner.save_ticket": "self path **description",

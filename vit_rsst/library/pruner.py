@@ -222,6 +222,18 @@ class Pruner:
             weight = module.get_parameter(name)
             weight.masked_fill_(~alive.to(weight.device), 0.0)
 
+    def mask_forward_(self) -> None:
+        """Straight-through: the model holds w · M until the next step or `unmask_forward_`; others: nothing.
+
+        A hook does it whenever the model is called; a loop that calls parts of the model needs it.
+        """
+        if self._controller.dense is None:
+            self._controller.before_forward()
+
+    def unmask_forward_(self) -> None:
+        """Undoes `mask_forward_`."""
+        self._controller.restore_dense_()
+
     def save_ticket(self, path: str | Path, **description: Any) -> Path:
         """Writes the model with its masks as a ticket; see `vit_rsst.save` for the keywords."""
         return save(self.net, path, masks=self.masks, **description)
@@ -253,7 +265,7 @@ class Pruner:
 
     def detach(self) -> None:
         """Removes the hooks; masks are not held any more."""
-        self._controller.restore_dense_()
+        self.unmask_forward_()
         for handle in self._handles:
             handle.remove()
         _attached.discard(self.net)
@@ -373,16 +385,14 @@ class Pruner:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        """Straight-through: the forward pass sees w · M."""
         self._is_masked_here = self._controller.dense is None
-        if self._is_masked_here:
-            self._controller.before_forward()
+        self.mask_forward_()
 
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A pass without gradients, an evaluation, leaves the dense weights in place at once."""
         if self._is_masked_here and not torch.is_grad_enabled():
-            self._controller.restore_dense_()
+            self.unmask_forward_()
 
     # -- rounds
 

@@ -1,0 +1,1 @@
+"""Thin callbacks for trainers of other libraries, one file each; import the file whose library is installed."""
