@@ -70,7 +70,7 @@ def pruner_of(toy: Toy, run: Run, **more) -> vit_rsst.Pruner:
     )  # fmt: skip
 
 
-def plain_steps(toy: Toy, run: Run, stop: int | None = None):
+def plain_steps(clip: float | None, run: Run, stop: int | None = None):
     """A loop as anybody writes it, over the same batches, rates and draws; it knows nothing about pruning."""
     optimizer = run.optimizer.optimizer
     for _ in run.progress.remaining_rounds():
@@ -83,8 +83,8 @@ def plain_steps(toy: Toy, run: Run, stop: int | None = None):
                 optim.set_lr_(optimizer, run.lr(run.progress))
                 for images, labels in micro_batches:
                     (run.loss(run.model(images), labels) / len(micro_batches)).backward()
-                if toy.clip is not None:
-                    torch.nn.utils.clip_grad_norm_(run.model.parameters(), toy.clip)
+                if clip is not None:
+                    torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 run.progress.advance()
@@ -103,7 +103,7 @@ def test_a_plain_loop_ends_bit_for_bit_where_the_trainer_ends(tmp_path, name):
     run, plain = made(name, tmp_path / "trainer"), made(name, tmp_path / "plain")
     train_rounds(run)
     pruner = pruner_of(TOYS[name], plain)
-    plain_steps(TOYS[name], plain)
+    plain_steps(TOYS[name].clip, plain)
     assert pruner.is_over
     pruner.finish()
     assert pruner._controller.mask.fingerprint() == run.controller.mask.fingerprint()
@@ -117,9 +117,9 @@ def test_a_plain_loop_that_was_stopped_ends_bit_for_bit_where_it_would_have_ende
     toy, stop = TOYS[name], 11
     whole, first, second = (made(name, tmp_path / part) for part in ("whole", "first", "second"))
     expected = pruner_of(toy, whole)
-    plain_steps(toy, whole)
+    plain_steps(toy.clip, whole)
     pruner = pruner_of(toy, first)
-    plain_steps(toy, first, stop)
+    plain_steps(toy.clip, first, stop)
     state = {"model": first.net.state_dict(), "optimizer": first.optimizer.state_dict(), "pruner": pruner.state_dict()}
     torch.save(state, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -130,6 +130,6 @@ def test_a_plain_loop_that_was_stopped_ends_bit_for_bit_where_it_would_have_ende
     second.progress.round, (second.progress.epoch, second.progress.step) = (
         (0, divmod(stop, 4)) if toy.method.one_round else (1, (0, 3))
     )
-    plain_steps(toy, second)
+    plain_steps(toy.clip, second)
     assert resumed.results == expected.results
     assert bits(second.net.state_dict()) == bits(whole.net.state_dict())

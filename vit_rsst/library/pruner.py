@@ -174,7 +174,8 @@ class Pruner:
         )
         self._reached: dict[str, Tensor] | None = None
         self._begin_round()
-        self._handles = [*self._attach(model)]
+        self._called = model  # with its wrappers
+        self._handles = [*self._attach()]
         _attached.add(self.net)
 
     # -- what a loop may ask
@@ -320,14 +321,14 @@ class Pruner:
 
     # -- hooks
 
-    def _attach(self, model: nn.Module) -> Iterator[Any]:
+    def _attach(self) -> Iterator[Any]:
         yield self.optimizer.register_step_pre_hook(self._before_optimizer)
         yield self.optimizer.register_step_post_hook(self._after_optimizer)
         for name, weight in self._controller.weights.items():
             yield weight.register_post_accumulate_grad_hook(self._masking(name))
         if self._controller.state.forward == "straight_through":
-            yield model.register_forward_pre_hook(self._before_forward)
-            yield model.register_forward_hook(self._after_forward, always_call=True)
+            yield self._called.register_forward_pre_hook(self._before_forward)
+            yield self._called.register_forward_hook(self._after_forward, always_call=True)
 
     def _masking(self, name: str) -> Callable[[Tensor], None]:
         """Masks a gradient as it is accumulated; factors of 0 and 1 commute with sums, scaling and averaging."""
@@ -383,10 +384,15 @@ class Pruner:
         else:
             self._turn()
 
+    def __deepcopy__(self, memo: dict) -> "Pruner":
+        """Not copied: a moving average of the model copies its hooks, which then know that it is not the model."""
+        return self
+
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        self._is_masked_here = self._controller.dense is None
-        self.mask_forward_()
+        self._is_masked_here = module is self._called and self._controller.dense is None
+        if self._is_masked_here:
+            self.mask_forward_()
 
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
