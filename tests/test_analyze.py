@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 
-from vit_rsst.analysis import measure, tables
+from vit_rsst import timing
+from vit_rsst.analysis import tables
 from vit_rsst.analysis.analyze import analyze
 from vit_rsst.analysis.counts import count, training_bytes
 from vit_rsst.analysis.subject import open_subject
@@ -37,7 +38,7 @@ def slim_folder(run, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(measure, "BUDGET", 0.01)
+    monkeypatch.setattr(timing, "BUDGET", 0.01)
 
 
 def test_counts_of_a_ticket_match_its_mask_and_slim_folder(run, slim_folder):
@@ -110,7 +111,7 @@ def test_the_command_measures_dense_beside_slim_and_writes_json_and_csv(run, tmp
         for batch in ("1", "2"):
             times = item["latency"][name][batch]
             assert 0 < times["low"] <= times["median"] <= times["high"]
-            assert times["repeats"] >= measure.FEWEST
+            assert times["repeats"] >= timing.FEWEST
         memory = item["memory"][name]
         assert memory["before"] <= memory["inference"]
     assert item["memory"]["dense"]["training"] >= item["memory"]["dense"]["inference"]
@@ -143,7 +144,7 @@ def test_latencies_are_measured_in_turns_at_least_five_times(monkeypatch):
             order.append(self.name)
             return images
 
-    monkeypatch.setattr(measure, "BUDGET", 0.0)
-    found = measure.latency({"a": Net("a"), "b": Net("b")}, 8, 2, torch.device("cpu"))
-    assert "".join(order) == "ab" * (measure.FEWEST + 1)  # the first pass of each is not counted
-    assert [times["repeats"] for times in found.values()] == [measure.FEWEST] * 2
+    monkeypatch.setattr(timing, "BUDGET", 0.0)
+    found = timing.latency({"a": Net("a"), "b": Net("b")}, 8, 2, torch.device("cpu"))
+    assert "".join(order) == "ab" * (timing.FEWEST + 1)  # the first pass of each is not counted
+    assert [times["repeats"] for times in found.values()] == [timing.FEWEST] * 2

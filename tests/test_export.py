@@ -42,6 +42,13 @@ OWN = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def without_speed(monkeypatch) -> None:
+    """Cards without measurements, which take as long as the export; `test_deployment.py` has them."""
+    for to in ("onnx", "torch"):
+        monkeypatch.setitem(TARGETS, to, replace(TARGETS[to], measured=lambda work, folder: ()))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     """Two trained runs on the digits: pruned by elements, and by heads and neurons."""

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vit_rsst.analysis.measure import device_name
+from vit_rsst.timing import device_name
 
 PACKAGES = ("torch", "timm", "accelerate", "numpy")
 

@@ -17,7 +17,6 @@ from accelerate.state import AcceleratorState
 from gpu import Ledger
 from torch import Tensor, nn
 
-from vit_rsst.analysis.measure import device_name
 from vit_rsst.assembly.optim import build_optimizer
 from vit_rsst.data.loaders import InMemoryLoader, placed
 from vit_rsst.data.tables import Split
@@ -26,6 +25,7 @@ from vit_rsst.models.complexity import flops
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
 from vit_rsst.recipe.schema import Augment, Data, Model, Pruning, Recipe, Schedule, Train
+from vit_rsst.timing import device_name
 
 NUM_CLASSES, WARMUPS, ALTERNATIONS = 10, 2, 8
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}

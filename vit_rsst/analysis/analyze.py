@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
-from vit_rsst import files
+from vit_rsst import files, timing
 from vit_rsst.analysis import measure
-from vit_rsst.analysis.counts import count
+from vit_rsst.analysis.counts import count, count_file
 from vit_rsst.analysis.subject import Subject, open_subject
 from vit_rsst.errors import InputError
+from vit_rsst.export import deployed
+from vit_rsst.models.published import Published
 from vit_rsst.tickets.trained import default_device
 
 EPOCH_IMAGES = 50_000
@@ -23,7 +25,7 @@ def analyze(
     """Counts and measures every subject.
 
     Args:
-        whats: models, recipes, tickets, run folders or slim folders.
+        whats: models, recipes, tickets, run folders, slim folders, or ONNX and `.pt2` files and their folders.
         image_size: side of the images in px; None: the default of each.
         batches: batch sizes at which latency is measured; memory at the largest.
         is_measured: also measure latency, memory and training steps.
@@ -36,15 +38,37 @@ def analyze(
     """
     if any(batch < 1 for batch in batches) or (image_size is not None and image_size < 1):
         raise InputError("--batch, --image-size: expected whole numbers of at least 1.")
-    subjects = [open_subject(what, image_size) for what in whats]
-    items = [count(subject) for subject in subjects]
+    opened = [opened_file(what, image_size) or open_subject(what, image_size) for what in whats]
+    items = [count(one) if isinstance(one, Subject) else count_file(*one) for one in opened]
     device = default_device()
     if is_measured:
-        for subject, item in zip(subjects, items, strict=True):
-            print(f"measuring {subject.label} …", file=sys.stderr, flush=True)
-            item |= measured(subject, batches, device)
-    where = {"device": f"{device.type}: {measure.device_name(device)}", "threads": torch.get_num_threads()}
+        for one, item in zip(opened, items, strict=True):
+            print(f"measuring {item['what']} …", file=sys.stderr, flush=True)
+            item |= measured(one, batches, device) if isinstance(one, Subject) else measured_file(one[1], batches)
+    where = {"device": f"{device.type}: {timing.device_name(device)}", "threads": torch.get_num_threads()}
     return where | {"torch": torch.__version__, "precision": "fp32", "items": items}
+
+
+def opened_file(what: str, image_size: int | None) -> tuple[Path, Published] | None:
+    """An ONNX or `.pt2` file, or an export folder with one; None: something else.
+
+    Raises:
+        InputError: its images have another size.
+    """
+    file = deployed.path_of(Path(what).expanduser())
+    if file is None:
+        return None
+    found = deployed.opened(file)
+    if image_size not in (None, found.image_size):
+        raise InputError(f"--image-size: {file} takes images of {found.image_size} px only; omit it.")
+    return file, found
+
+
+def measured_file(found: Published, batches: Sequence[int]) -> dict:
+    """Latency by batch, in the runtime of the file, on the CPU."""
+    networks, cpu = {"file": found.net}, torch.device("cpu")
+    times = {str(batch): timing.latency(networks, found.image_size, batch, cpu)["file"] for batch in batches}
+    return {"latency": {"file": times}}
 
 
 def measured(subject: Subject, batches: Sequence[int], device: torch.device) -> dict:
@@ -56,7 +80,7 @@ def measured(subject: Subject, batches: Sequence[int], device: torch.device) -> 
     headers = {"dense": subject.header}
     if subject.slim.is_narrower:
         networks["slim"], headers["slim"] = subject.slim.net.to(device).eval(), subject.header | subject.slim.header
-    times = {batch: measure.latency(networks, subject.image_size, batch, device) for batch in batches}
+    times = {batch: timing.latency(networks, subject.image_size, batch, device) for batch in batches}
     probes = {
         name: measure.probe(header, subject.image_size, max(batches), subject.batch if name == "dense" else None)
         for name, header in headers.items()

@@ -1,11 +1,13 @@
 """Exact counts of a subject, without running it: parameters, FLOPs, zeros, units, bytes."""
 
 import re
+from pathlib import Path
 
 from torch import nn
 
 from vit_rsst.analysis.subject import Subject
 from vit_rsst.models.complexity import activation_bytes, effective_flops, flops
+from vit_rsst.models.published import Published
 
 
 def count(subject: Subject) -> dict:
@@ -49,6 +51,23 @@ def count(subject: Subject) -> dict:
             {"name": g.name, "kind": g.kind, "block": g.depth, "units": g.units, "left": len(subject.slim.kept[g.name])}
             for g in subject.groups
         ],
+    }
+
+
+def count_file(path: Path, found: Published) -> dict:
+    """What an ONNX or `.pt2` file says of itself, in the form of `count`: its weights, and its bytes."""
+    total, nonzero = found.net.num_parameters or (None, None)
+    files = path.parent.glob(f"{path.name}*")  # large weights lie beside the file
+    return {
+        "what": f"{path.parent.name}/{path.name}",
+        "kind": "file",
+        "architecture": path.suffix.removeprefix("."),
+        "image_size": found.image_size,
+        "parameters": {"total": total, "nonzero": nonzero},
+        "bytes": {"file": sum(file.stat().st_size for file in files)},
+        "kinds": {},
+        "layers": {},
+        "units": [],
     }
 
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_rsst import machine
-from vit_rsst.analysis.measure import summary, timed
 from vit_rsst.models import zoo
 from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.timing import summary, timed
 
 STEPS, STEP_SECONDS = 3, 2.0
 """Training steps that are timed, after one for warm-up, and the time limit of a step in seconds."""

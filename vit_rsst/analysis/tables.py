@@ -2,6 +2,7 @@
 "the terminal."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vit_rsst.analysis.counts import block_of, kind_of
@@ -19,15 +20,17 @@ def analysis_text(result: Mapping) -> str:
     parts = list(side_by_side([item["what"] for item in items], rows))
     notes = ["FLOPs per image; one multiply-accumulate (MAC) is 2 FLOPs. Effective: non-zero weights only."]
     if "latency" in items[0]:
-        kind = items[0]["memory"]["dense"]["kind"]
-        what = "the process, including libraries" if kind == "rss" else "torch allocations"
-        notes += [
+        notes.append(
             f"Time: median [quartiles], {result['precision']}, {result['device']}, {result['threads']} thread(s). "
-            "Dense includes the zeros of its mask.",
-            f"Peak memory of {what}, each in its own process; above: added by the model.",
-        ]
+            "Dense includes the zeros of its mask."
+        )
+    if any(item["kind"] == "file" for item in items):
+        notes.append("A file runs on the CPU, in its own runtime and precision.")
+    if memory := _memory(items):
+        what = "the process, including libraries" if memory["dense"]["kind"] == "rss" else "torch allocations"
+        notes.append(f"Peak memory of {what}, each in its own process; above: added by the model.")
     parts.append("\n".join(notes))
-    parts += [block_table(item) for item in items if item["parameters"]["density"] < 1]
+    parts += [block_table(item) for item in items if item["parameters"].get("density", 1) < 1]
     return "\n\n".join(parts)
 
 
@@ -47,27 +50,25 @@ def side_by_side(heads: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
 
 
 def counted_rows(items: Sequence[Mapping]) -> Iterator[Row]:
-    def row(label: str, *path: str, show: Callable[[Any], str]) -> Row:
-        return label, [NONE if _at(item, path) is None else show(_at(item, path)) for item in items]
-
+    row = partial(_row, items)
     yield row("image size, px", "image_size", show=str)
     yield row("parameters", "parameters", "total", show=number)
-    for key in ("prunable", "alive", "slim"):
+    for key in ("prunable", "alive", "slim", "nonzero"):
         yield row(f"  {key}", "parameters", key, show=number)
     yield row("density of prunable weights", "parameters", "density", show="{:.4f}".format)
     for key in ("dense", "effective", "slim"):
         yield row(f"MFLOPs {key}", "flops", key, show=lambda value: f"{value / 1e6:,.1f}")
-    yield row("ticket or slim file", "bytes", "file", show=size)
+    yield row("ticket or exported file", "bytes", "file", show=size)
     yield row("dense in fp32", "bytes", "dense_fp32", show=size)
     yield row("slim in fp32", "bytes", "slim_fp32", show=size)
-    yield "training memory, estimated", [size(item["training"]["computed_bytes"]) for item in items]
-    yield "  at batch", [str(item["training"]["batch"]) for item in items]
+    yield row("training memory, estimated", "training", "computed_bytes", show=size)
+    yield row("  at batch", "training", "batch", show=str)
 
 
 def latency_rows(items: Sequence[Mapping]) -> Iterator[Row]:
-    """Per batch: milliseconds of dense and slim, speedup of slim, images per second."""
-    for batch in items[0].get("latency", {}).get("dense", {}):
-        found = {name: [_at(item, ("latency", name, batch)) for item in items] for name in ("dense", "slim")}
+    """Per batch: milliseconds of dense, slim and file, speedup of slim, images per second."""
+    for batch in next(iter(items[0].get("latency", {}).values()), {}):
+        found = {name: [_at(item, ("latency", name, batch)) for item in items] for name in ("dense", "slim", "file")}
         for name, times in found.items():
             yield f"batch {batch}: {name}, ms", [NONE if t is None else spread(t) for t in times]
         pairs = list(zip(found["dense"], found["slim"], strict=True))
@@ -78,17 +79,29 @@ def latency_rows(items: Sequence[Mapping]) -> Iterator[Row]:
 
 def memory_rows(items: Sequence[Mapping]) -> Iterator[Row]:
     """Peak memory of inference and training, also relative to the empty process, and the time of training."""
-    if "memory" not in items[0]:
+    memory = _memory(items)
+    if memory is None:
         return
-    batch = items[0]["memory"]["batch"]
+
+    row = partial(_row, items)
     for name in ("dense", "slim"):
-        found = [_at(item, ("memory", name)) for item in items]
-        yield f"peak memory, batch {batch}: {name}", [NONE if p is None else peak(p, "inference") for p in found]
-    dense = [item["memory"]["dense"] for item in items]
-    yield "peak memory, training", [peak(p, "training") for p in dense]
-    yield "  measured at batch", [str(p["train_batch"]) for p in dense]
-    yield "  time per step, ms", [spread(p["step"]) for p in dense]
-    yield "  epoch of 50,000 images", [duration(item["epoch_seconds"]) for item in items]
+        yield row(
+            f"peak memory, batch {memory['batch']}: {name}", "memory", name, show=lambda probe: peak(probe, "inference")
+        )
+    yield row("peak memory, training", "memory", "dense", show=lambda probe: peak(probe, "training"))
+    yield row("  measured at batch", "memory", "dense", "train_batch", show=str)
+    yield row("  time per step, ms", "memory", "dense", "step", show=spread)
+    yield row("  epoch of 50,000 images", "epoch_seconds", show=duration)
+
+
+def _row(items: Sequence[Mapping], label: str, *path: str, show: Callable[[Any], str]) -> Row:
+    found = [_at(item, path) for item in items]
+    return label, [NONE if value is None else show(value) for value in found]
+
+
+def _memory(items: Sequence[Mapping]) -> Mapping | None:
+    """Of the first subject that has been measured; files are not."""
+    return next((item["memory"] for item in items if "memory" in item), None)
 
 
 def block_table(item: Mapping) -> str:

@@ -5,11 +5,11 @@ import time
 import torch
 
 from vit_rsst import machine
-from vit_rsst.analysis.measure import timed
 from vit_rsst.assembly.needs import needs
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict
 from vit_rsst.progress import Progress
 from vit_rsst.text import duration, size
+from vit_rsst.timing import timed
 from vit_rsst.training import optim
 
 

@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from vit_rsst.analysis.measure import timed
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict
 from vit_rsst.errors import OF_A_LIBRARY, first_line
 from vit_rsst.text import duration
+from vit_rsst.timing import timed
 from vit_rsst.training import optim
 
 FEW, STEPS = 32, 200

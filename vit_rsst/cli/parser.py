@@ -13,7 +13,12 @@ from vit_rsst.train import add_arguments, guarded, train
 RECIPE = "recipe file, or the name of a recipe shipped with the package"
 OVERRIDES = "recipe fields to override"
 SPLITS = ("test", "val", "train")
-TARGETS = ("slim", "timm", "transformers", "dense", "onnx")
+TARGETS = ("slim", "timm", "transformers", "dense", "onnx", "torch")
+PRECISIONS = {
+    "fp16": "onnx: weights and activations in float16",
+    "bf16": "onnx: weights and activations in bfloat16",
+    "int8": "onnx: weights and inputs of layers in int8, calibrated on training images",
+}
 METRICS = ("val/top1", "val/top5", "val/loss")
 
 
@@ -135,9 +140,17 @@ def add_export(parser: Parser) -> None:
     parser.add_argument("--to", required=True, type=one_of("format", TARGETS), metavar="FORMAT", help=_listed(TARGETS))
     parser.add_argument("folder", metavar="DIR", help="new or empty folder")
     parser.add_argument(
-        "--round-to", type=at_least(1), metavar="N", help="slim, onnx: make widths multiples of N (default 1)"
+        "--round-to", type=at_least(1), metavar="N", help="slim, onnx, torch: make widths multiples of N (default 1)"
     )
     parser.add_argument("--opset", type=at_least(1), metavar="N", help="onnx: operator set (default: torch's)")
+    precisions = parser.add_mutually_exclusive_group()
+    for name, how in PRECISIONS.items():
+        precisions.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=how)
+        parser.known_options.append(f"--{name}")
+    parser.add_argument(
+        "--int8-keep", action="append", default=[], metavar="GLOB", help="int8: layers that stay in float32; repeatable"
+    )
+    parser.add_argument("--data", metavar="PATH", help="int8: dataset folder for calibration, if it has moved")
 
 
 def add_push(parser: Parser) -> None:

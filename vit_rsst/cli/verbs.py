@@ -89,7 +89,9 @@ def export(arguments: argparse.Namespace) -> None:
     from vit_rsst.export import exporting
 
     a = arguments
-    print(exporting.export(Path(a.what), a.to, Path(a.folder), a.round_to, a.opset).text())
+    options = {"round_to": a.round_to, "opset": a.opset, "precision": a.precision}
+    options |= {"int8_keep": a.int8_keep, "data": a.data}
+    print(exporting.export(Path(a.what), a.to, Path(a.folder), **options).text())
 
 
 def push(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import match_classes, open_data, open_scored
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.evaluation.outcomes import Outcomes, most_confused, outcomes
-from vit_rsst.export import onnx_file
+from vit_rsst.export import deployed
 from vit_rsst.models import published
 from vit_rsst.models.anatomy import prunable_weights
 from vit_rsst.pruning.masks import MaskSet
@@ -38,8 +38,8 @@ def evaluate(
     """All reported scores, the same on any number of ranks; collective.
 
     Args:
-        what: a ticket, a run folder (its last ticket), an exported folder or ONNX file, or a timm model with published
-            weights.
+        what: a ticket, a run folder (its last ticket), an exported folder, an ONNX or `.pt2` file, or a timm model with
+            published weights.
         split: `test`, `val` or `train`, as the run split them.
         state: processes and device.
         data_path: folder of the dataset, if it has moved, or of images to score alone.
@@ -87,15 +87,15 @@ def open_model(what: str, source: str | None, data_path: str | None) -> Trained:
 
     A model that is neither a ticket nor a slim or dense folder has a header without `data`, and seed 0.
     """
-    onnx = onnx_file.path_of(Path(what))
-    if onnx is None and not published.kind(what):
+    file = deployed.path_of(Path(what))
+    if file is None and not published.kind(what):
         trained = open_trained(Path(what))
         changed = {key: value for key, value in (("source", source), ("path", data_path)) if value}
         return replace(trained, data=replace(trained.data, **changed))
     if source is None:
         raise InputError(f"{what}: does not record what it was trained on; name the dataset with --source and --data.")
-    found = published.open_published(what) if onnx is None else onnx_file.opened(onnx)
-    weights = prunable_weights(found.net) if onnx is None else {}
+    found = published.open_published(what) if file is None else deployed.opened(file)
+    weights = prunable_weights(found.net) if file is None else {}
     mask = MaskSet({name: weight.detach() != 0 for name, weight in weights.items()})
     shown = {name: getattr(found, name) for name in ("image_size", "crop_pct", "crop_mode", "interpolation")}
     options = DataOptions(source, data_path, **shown)

@@ -1,7 +1,7 @@
 """The model card of an export: its content, its scores, and how to load it. README.md with YAML front matter."""
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import nn
 import vit_rsst
 from vit_rsst.data.catalog import CATALOG
 from vit_rsst.data.decoding import resized_side
-from vit_rsst.export.work import Work
+from vit_rsst.export.work import Section, Work
 from vit_rsst.models.anatomy import unit_groups
 from vit_rsst.recipe import strict_yaml
 from vit_rsst.text import size
@@ -30,6 +30,7 @@ class Card:
         file: the file that holds it.
         compared: a sentence on the comparison with the ticket; may be empty.
         usage: Python code that loads it.
+        measured: sections on speed and accuracy.
     """
 
     work: Work
@@ -39,6 +40,7 @@ class Card:
     file: Path
     compared: str
     usage: str
+    measured: Sequence[Section] = ()
 
     def text(self) -> str:
         """README.md, with its YAML front matter."""
@@ -51,6 +53,7 @@ class Card:
             f"of its prunable weights (sparsity {1 - mask.density:.2%}). {_scores(work)}",
             _sizes(self),
             self.compared,
+            *map(_section, self.measured),
             _units(work),
             _data(work),
             f"## Usage\n\n```python\n{self.usage}```",
@@ -107,6 +110,11 @@ def _sizes(card: Card) -> str:
         ("non-zero parameters", f"{before[1]:,}", f"{after[1]:,}"),
         ("file", f"{ticket}dense tensors {size(dense)}", f"`{card.file.name}` {size(card.file.stat().st_size)}"),
     )
+
+
+def _section(section: Section) -> str:
+    parts = (f"## {section.title}", _table(*section.rows) if section.rows else "", " ".join(section.sentences))
+    return "\n\n".join(filter(None, parts))
 
 
 def _counted(net: nn.Module) -> tuple[int, int]:

@@ -1,16 +1,21 @@
-"""ONNX: `model.onnx` of the slim model, or of the dense one if no units were removed.
+"""ONNX: `model.onnx` of the slim model, or of the dense one if no units were removed; in fp32, fp16, bf16 or int8.
 
 Its input is float32 `images` (batch, 3, size, size), already normalised; mean and std are in the file's metadata. Its
-output is `logits` (batch, classes).
+output is float32 `logits` (batch, classes). Nodes bear the names of the modules that they come from.
 """
 
+import ast
 import contextlib
+import copy
 import importlib.util
 import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +26,17 @@ from torch.overrides import TorchFunctionMode
 
 from vit_rsst import files
 from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, MissingRequirement, first_line
-from vit_rsst.export.work import Target, Work
+from vit_rsst.export import int8, speed
+from vit_rsst.export.work import Section, Target, Work
 from vit_rsst.models.published import Published
 
 FILE = "model.onnx"
 TOLERANCE = 1e-4  # another runtime's kernels round differently
 INLINE_LIMIT = 2**31 - 2**24
 """Bytes above which protobuf cannot hold the weights, so they go to a separate file."""
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+BF16_OPSET = 22
+"""The first whose convolutions take bfloat16."""
 METADATA = ("mean", "std", "classes", "image_size", "crop_pct", "interpolation")
 """Preprocessing keys in the file's metadata."""
 USAGE = """\
@@ -60,10 +69,11 @@ class Logits(nn.Module):
     def __init__(self, net: nn.Module, attention: type[TorchFunctionMode] | None = None):
         super().__init__()
         self.net, self.attention = net, attention
+        self.dtype = next(net.parameters()).dtype
 
     def forward(self, images: Tensor) -> Tensor:
         with self.attention() if self.attention else contextlib.nullcontext():
-            return self.net(images)
+            return self.net(images.to(self.dtype)).float()
 
 
 class PlainAttention(TorchFunctionMode):
@@ -82,28 +92,40 @@ class PlainAttention(TorchFunctionMode):
         return scores.softmax(-1) @ given["value"]
 
 
-def path_of(what: Path) -> Path | None:
-    """The ONNX file at a path or in an export folder; None if there is none."""
-    path = what / FILE if what.is_dir() else what
-    return path if path.suffix == ".onnx" and path.is_file() else None
-
-
 def check(work: Work) -> None:
     """Raises:
     MissingRequirement: the exporter's packages are not installed.
     """
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    is_int8 = work.options.precision == "int8"
+    needed = ["onnx", "onnxscript", *(["onnxruntime"] if is_int8 else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingRequirement(f"--to onnx: {missing[0]} is not installed; pip install 'vit-rsst[onnx]'.")
+        option = "--int8" if missing[0] == "onnxruntime" else "--to onnx"
+        raise MissingRequirement(f"{option}: {missing[0]} is not installed; pip install 'vit-rsst[onnx]'.")
+    if is_int8:
+        work.calibration  # noqa: B018 - opens the dataset before anything is traced
 
 
 def write(work: Work, folder: Path) -> None:
-    """Traces the network and writes it.
+    """Traces the network, quantises it if asked to, and writes it.
 
     Raises:
-        InputError: the exporter does not support this network or opset.
+        InputError: the exporter does not support this network or opset, or a layer to keep does not exist.
     """
-    net = work.slim.net
+    net, options = work.slim.net, work.options
+    if options.precision in DTYPES:
+        net = copy.deepcopy(net).to(DTYPES[options.precision])
+    if options.precision == "int8":
+        with tempfile.TemporaryDirectory() as name:
+            _write(work, net, Path(name))
+            int8.quantize(Path(name) / FILE, folder / FILE, work.calibration, options.int8_keep)
+    else:
+        _write(work, net, folder)
+    for path in folder.iterdir():
+        files.settle(path)
+
+
+def _write(work: Work, net: nn.Module, folder: Path) -> None:
     try:
         program = _traced(work, Logits(net))
     except EXPORTER_ERRORS:
@@ -114,15 +136,36 @@ def write(work: Work, folder: Path) -> None:
                 f"--to onnx: torch cannot export this {work.architecture}: {root_cause(error)}."
             ) from error
     _check_opset(work, program.model.opset_imports[""])
+    _name_nodes_(program.model)
     _strip_(program.model)
-    trained = work.trained
-    values = (trained.mean, trained.std, trained.classes, trained.data.size)
-    about = dict(zip(METADATA, (*values, trained.data.crop_share, trained.data.resampling), strict=True))
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about(work).items()})
     num_bytes = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     program.save(str(folder / FILE), external_data=num_bytes > INLINE_LIMIT)
-    for path in folder.iterdir():
-        files.settle(path)
+
+
+def about(work: Work) -> dict:
+    """What a reader of the file needs to prepare images and name classes."""
+    trained = work.trained
+    values = (trained.mean, trained.std, trained.classes, trained.data.size)
+    return dict(zip(METADATA, (*values, trained.data.crop_share, trained.data.resampling), strict=True))
+
+
+def measured(work: Work, folder: Path) -> Sequence[Section]:
+    """Accuracy of an int8 file, and speed beside the dense model; nothing where onnxruntime cannot run the file."""
+    try:
+        here = Session(folder / FILE)
+    except (MissingRequirement, NotSupported):
+        return ()
+    precision = work.options.precision
+    sections = [int8.report(work, folder / FILE, here)] if precision == "int8" else []
+    networks = {f"this file, {precision}": here}
+    if precision != "fp32" or work.slim.is_narrower:
+        with tempfile.TemporaryDirectory() as name:
+            _write(work, work.net, Path(name))
+            networks = {speed.DENSE: Session(Path(name) / FILE)} | networks
+    import onnxruntime
+
+    return [*sections, speed.report(networks, work.trained.data.size, f"onnxruntime {onnxruntime.__version__}")]
 
 
 EXPORTER_ERRORS = (torch.onnx.errors.OnnxExporterError, *OF_A_LIBRARY)
@@ -131,6 +174,7 @@ EXPORTER_ERRORS = (torch.onnx.errors.OnnxExporterError, *OF_A_LIBRARY)
 
 def _traced(work: Work, logits: Logits) -> Any:
     """The network as an ONNX program with a dynamic batch dimension."""
+    opset = BF16_OPSET if work.options.opset is None and logits.dtype == torch.bfloat16 else work.options.opset
     with _quiet():
         return torch.onnx.export(
             logits.eval(),
@@ -139,7 +183,7 @@ def _traced(work: Work, logits: Logits) -> Any:
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            opset_version=work.opset,
+            opset_version=opset,
             verbose=False,
         )
 
@@ -153,11 +197,23 @@ def root_cause(error: BaseException) -> str:
 
 def _check_opset(work: Work, found: int) -> None:
     """Checks the opset: the exporter may write a different one than requested, and only logs it."""
-    if work.opset is not None and found != work.opset:
+    asked = work.options.opset
+    if asked is not None and found != asked:
         raise InputError(
-            f"--opset: torch {torch.__version__} exports this network with opset {found}, not {work.opset}; use that, "
+            f"--opset: torch {torch.__version__} exports this network with opset {found}, not {asked}; use that, "
             "or omit the option."
         )
+
+
+def _name_nodes_(model: Any) -> None:
+    """Names every node `module/operator`, numbered from the second of a module on."""
+    seen: Counter[str] = Counter()
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = next((scope for scope in reversed(scopes) if scope.startswith("net.")), "net.").removeprefix("net.")
+        name = f"{module}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
 
 
 def _strip_(model: Any) -> None:
@@ -168,6 +224,10 @@ def _strip_(model: Any) -> None:
         part.metadata_props.clear()
 
 
+class NotSupported(Damaged):
+    """This onnxruntime lacks an operator of a sound file."""
+
+
 class Session(nn.Module):
     """An ONNX file as a module: normalised images (batch, 3, size, size) to logits, with onnxruntime on the CPU.
 
@@ -176,7 +236,8 @@ class Session(nn.Module):
 
     Raises:
         MissingRequirement: onnxruntime is not installed.
-        Damaged: onnxruntime cannot run the file.
+        NotSupported: it has no kernel for an operator, such as those in bfloat16 on a CPU.
+        Damaged: it cannot run the file for another reason.
     """
 
     def __init__(self, path: Path):
@@ -187,15 +248,35 @@ class Session(nn.Module):
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-        refusals = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NoSuchFile, errors.NotImplemented)
         try:
             self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        except refusals as error:
+        except errors.NotImplemented as error:
+            raise NotSupported(
+                f"{path}: onnxruntime {onnxruntime.__version__} has no CPU kernel for it ({first_line(error)}); export "
+                "it again in another precision or with an older --opset."
+            ) from error
+        except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NoSuchFile) as error:
             raise Damaged(
                 f"{path}: onnxruntime {onnxruntime.__version__} cannot run this file ({first_line(error)}); export it "
                 "again with an older --opset."
             ) from error
         self.about = self._session.get_modelmeta().custom_metadata_map
+
+    @cached_property
+    def num_parameters(self) -> tuple[int, int] | None:
+        """Weights stored in the file, and those that are not zero; None if onnx is not installed."""
+        if importlib.util.find_spec("onnx") is None:
+            return None
+        import onnx
+        from onnx import TensorProto, numpy_helper
+
+        kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT32)
+        graph = onnx.load(self.path).graph
+        quantizers = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        scales = {name for node in quantizers for name in node.input[1:]}
+        found = [t for t in graph.initializer if t.data_type in kinds and t.dims and t.name not in scales]
+        values = [numpy_helper.to_array(tensor) for tensor in found]
+        return sum(value.size for value in values), sum(int((value != 0).sum()) for value in values)
 
     def forward(self, images: Tensor) -> Tensor:
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
@@ -231,11 +312,21 @@ def logits(folder: Path, images: Tensor) -> Tensor | None:
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    session = Session(folder / FILE)
+    try:
+        session = Session(folder / FILE)
+    except NotSupported:
+        return _by_reference(folder / FILE, images)
     try:  # in batches of five, two and one: for some networks the exporter fixes the batch size
         return torch.cat([session(images)[:-3], session(images[-3:-1]), session(images[-1:])])
     except Damaged as error:
         raise InputError(f"--to onnx: the exported network accepts a single batch size only ({error})") from error
+
+
+def _by_reference(path: Path, images: Tensor) -> Tensor:
+    """Logits from onnx's own evaluator, which has every operator and takes its time."""
+    from onnx.reference import ReferenceEvaluator
+
+    return torch.from_numpy(ReferenceEvaluator(str(path)).run(["logits"], {"images": images.numpy()})[0])
 
 
 @contextlib.contextmanager
@@ -260,5 +351,6 @@ TARGET = Target(
     lambda work: USAGE,
     is_slim=True,
     tolerance=TOLERANCE,
-    options=("round_to", "opset"),
+    options=("round_to", "opset", "precision", "int8_keep", "data"),
+    measured=measured,
 )

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from vit_rsst import files
 from vit_rsst.errors import InputError, MissingRequirement, first_line
 from vit_rsst.export import card
+from vit_rsst.export.deployed import READERS
 from vit_rsst.export.work import Work
 from vit_rsst.text import size
 from vit_rsst.tickets import ticket_file
@@ -49,7 +50,7 @@ def _check_repo(repo: str) -> None:
 def _prepared(what: Path, repo: str) -> Iterator[Path]:
     """The folder to upload; for a ticket, a temporary one with its card."""
     if what.is_dir():
-        if not (what / "README.md").is_file() or not any((what / n).is_file() for n in ("config.json", "model.onnx")):
+        if not (what / "README.md").is_file() or not any((what / n).is_file() for n in ("config.json", *READERS)):
             raise InputError(
                 f"{what}: not an export folder (needs README.md and a model); run `vit-rsst export` first."
             )

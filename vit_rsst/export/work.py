@@ -1,22 +1,51 @@
 """What is exported, and to what: a trained network on its way out, and the form that a target gives it."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vit_rsst.data.images import ImageData
+from vit_rsst.data.sources import open_data
+from vit_rsst.data.transforms import normalize
+from vit_rsst.errors import InputError, at_field
 from vit_rsst.models import hub
 from vit_rsst.models.catalog import stock
 from vit_rsst.models.slim import SlimForm
+from vit_rsst.seeds import derived_seed
 from vit_rsst.tickets import rounds
 from vit_rsst.tickets.trained import Trained, open_trained
 
 TOLERANCE = 1e-5
 """Largest difference of logits in float32, as a share of the largest logit, where that is more than 1."""
+
+CALIBRATION_IMAGES = 256
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the command line; those left out have the value of the class.
+
+    Attributes:
+        round_to: widths of a slim model are rounded up to a multiple of it.
+        opset: of ONNX; None: the exporter's own.
+        precision: of the weights.
+        int8_keep: globs of layers that int8 leaves in float32.
+        data: dataset folder for calibration, if it has moved.
+    """
+
+    round_to: int = 1
+    opset: int | None = None
+    precision: Precision = "fp32"
+    int8_keep: tuple[str, ...] = ()
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -25,18 +54,15 @@ class Work:
 
     Attributes:
         trained: its network with all zeros, and what its header says.
-        round_to: widths of a slim model are rounded up to a multiple of it.
-        opset: of ONNX; None: the exporter's own.
     """
 
     trained: Trained
-    round_to: int = 1
-    opset: int | None = None
+    options: Options = field(default_factory=Options)
 
     @classmethod
-    def of(cls, what: Path, round_to: int = 1, opset: int | None = None) -> "Work":
+    def of(cls, what: Path, options: Options | None = None) -> "Work":
         """Opens a ticket, the last ticket of a run, or a slim folder; see `open_trained`."""
-        return cls(open_trained(what), round_to, opset)
+        return cls(open_trained(what), options or Options())
 
     @property
     def path(self) -> Path:
@@ -76,12 +102,36 @@ class Work:
 
     @cached_property
     def slim(self) -> SlimForm:
-        return SlimForm(self.net, self.trained.mask, self.round_to)
+        return SlimForm(self.net, self.trained.mask, self.options.round_to)
 
     def images(self, count: int = 5) -> Tensor:
         """Random images as the model takes them: normalised float32, (count, 3, size, size)."""
         size = self.trained.data.size
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    @cached_property
+    def dataset(self) -> ImageData:
+        """The dataset of the run, for calibration.
+
+        Raises:
+            RunError: it cannot be opened.
+        """
+        options = self.trained.data
+        with at_field("--int8 needs the training images; --data PATH says where they are now"):
+            return open_data(replace(options, path=self.options.data or options.path), self.trained.seed)
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Training images, balanced over classes, as the model takes them.
+
+        Raises:
+            InputError: there are none.
+        """
+        seed = derived_seed(self.trained.seed, "calibration")
+        images = self.dataset.balanced("train", CALIBRATION_IMAGES, seed).images
+        if not len(images):
+            raise InputError("--int8: no training images to calibrate on; name a dataset that has some with --data.")
+        return normalize(images, self.trained.mean, self.trained.std)
 
     def measured(self) -> dict[str, float]:
         """Scores of the ticket's round, where it lies in a run folder and has met the test split."""
@@ -92,6 +142,20 @@ class Work:
         if row.get("ticket_bytes") != self.path.stat().st_size:  # the result of another ticket of that name
             return {}
         return {key: row[key] for key in ("test_top1", "test_loss", "val_top1") if row.get(key) is not None}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the model card that reports a measurement.
+
+    Attributes:
+        rows: of a table, its head first; may be empty.
+        sentences: below it.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, ...]]
+    sentences: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -107,6 +171,7 @@ class Target:
         is_slim: whether units that are gone are cut out.
         tolerance: largest difference of logits from the ticket's, as a share of the largest logit (at least 1).
         options: of the command line, that have an effect.
+        measured: sections for the card, measured on the finished files.
     """
 
     library: str
@@ -117,3 +182,4 @@ class Target:
     is_slim: bool = False
     tolerance: float = TOLERANCE
     options: tuple[str, ...] = ()
+    measured: Callable[[Work, Path], Sequence[Section]] = lambda work, folder: ()

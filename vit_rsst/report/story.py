@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from vit_rsst.analysis.counts import count
-from vit_rsst.analysis.measure import latency
 from vit_rsst.analysis.subject import Subject, open_subject
 from vit_rsst.analysis.tables import spread
 from vit_rsst.errors import RunError
@@ -22,6 +21,7 @@ from vit_rsst.report.history import History, at
 from vit_rsst.report.pictures import PICTURES
 from vit_rsst.text import duration, size
 from vit_rsst.tickets.trained import default_device
+from vit_rsst.timing import latency
 
 BATCHES = (1, 32)
 """Batch sizes at which latency is measured."""
