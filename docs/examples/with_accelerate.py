@@ -6,7 +6,6 @@ import timm
 import torch
 from accelerate import Accelerator
 from sklearn.datasets import load_digits
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import vit_rsst
@@ -30,8 +29,9 @@ accelerator.register_for_checkpointing(pruner)
 for _ in range(epochs):
     for batch, labels in loader:
         with accelerator.accumulate(model):
-            accelerator.backward(cross_entropy(model(batch), labels))
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            accelerator.backward(torch.nn.functional.cross_entropy(model(batch), labels))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
     accelerator.save_state("checkpoint")  # accelerator.load_state("checkpoint") resumes

@@ -6,6 +6,8 @@ controller, seeding, console, tracker) is compared with a hand-written one: the 
 step. The peers are other ways to mask; `bare loop, again` shows the noise: a ratio as close to 1 as that row is not
 significant.
 
+`Pruner` is the bare loop with the library's hooks, in each phase of the project's loop; its ratio is to that loop.
+
 The contenders alternate in short blocks, in one process and in random order. A ratio compares two blocks of one
 alternation; its median and 95 % interval are printed. A bound is missed if the whole interval is above it; with --quick
 the intervals are too wide to be meaningful.
@@ -21,12 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import Interval, alternate, environment, interval, parse_args, report
-from _plain_loop import MASKINGS, accelerated_loop, masked_loop, plain_loop
+from _plain_loop import MASKINGS, PlainLoop, accelerated_loop, masked_loop, plain_loop
 from _runs import begin_run, train_epoch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from vit_rsst.data.loaders import placed
+import vit_rsst
+from vit_rsst.data.loaders import InMemoryLoader, placed
 from vit_rsst.data.tables import Split
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.methods.rsst import Rsst
@@ -36,6 +39,8 @@ from vit_rsst.run.state import Run
 
 RATIO_BOUNDS = {64: 1.03, 8: 1.05}
 """Batch size → maximum ratio of the project's step to the bare loop's, in every phase of a round."""
+PRUNER_BOUND = 1.01
+"""Maximum ratio of a bare loop's step with a `Pruner` to that of the project's loop in the same phase."""
 BYTES_BOUND = 2.0
 """Maximum bytes per prunable weight of masks and condemned sets inside the window."""
 
@@ -44,6 +49,7 @@ IMAGES_PER_BLOCK = {"cpu": 128, "cuda": 2048}
 NUM_IMAGES, NUM_CLASSES, SPARSITY = 4096, 10, 0.5
 BARE = "bare loop"
 PHASES = ("dense round", "inside the window", "after the removal")
+PRUNER = "Pruner, "
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,16 @@ class Case:
 def phase_run(case: Case, folder: Path, phase: str, split: Split) -> Run:
     """The project's run at the start of the round with this phase."""
     return begin_run(case.recipe(folder, phase), split, round=0 if phase == "dense round" else 1)
+
+
+def pruner_loop(case: Case, phase: str, recipe: Recipe, data: InMemoryLoader, log: Path) -> PlainLoop:
+    """The bare loop with the library's hooks, in the phase that its name says."""
+    plain, total = plain_loop(recipe, data, log), case.steps * case.blocks
+    vit_rsst.Pruner(
+        plain.net, plain.optimizer, total_steps=total, dense_steps=total - 1 if phase == "dense round" else 0,
+        rounds=1, method=case.recipe(Path(), phase).pruning.method, final_sparsity=SPARSITY,
+    )  # fmt: skip
+    return plain
 
 
 def check_phases(runs: Mapping[str, Run]) -> None:
@@ -128,6 +144,7 @@ def measure(case: Case, num_alternations: int, device: torch.device, folder: Pat
         "plain Accelerate loop": accelerated_loop(*by_hand),
     }
     loops |= {peer: masked_loop(peer, target, *by_hand) for peer in MASKINGS}
+    loops |= {f"{PRUNER}{phase}": pruner_loop(case, phase, *by_hand) for phase in PHASES}
     contenders = {name: plain.train_block for name, plain in loops.items()}
     contenders |= {phase: lambda run=run: train_epoch(run) for phase, run in runs.items()}
     seconds = alternate(contenders, num_alternations, WARMUPS, device)
@@ -135,8 +152,8 @@ def measure(case: Case, num_alternations: int, device: torch.device, folder: Pat
     timings = {
         name: {
             "ms_a_step": round(1000 * float(np.median(values)) / case.steps, 3),
-            "ratio": asdict(interval(values / seconds[BARE])),
-            "bound": RATIO_BOUNDS[case.batch] if name in PHASES else None,
+            "ratio": asdict(interval(values / seconds[name.removeprefix(PRUNER) if name.startswith(PRUNER) else BARE])),
+            "bound": RATIO_BOUNDS[case.batch] if name in PHASES else PRUNER_BOUND if name.startswith(PRUNER) else None,
         }
         for name, values in seconds.items()
     }
@@ -150,7 +167,8 @@ def judge(case: dict) -> tuple[list[tuple[str, ...]], list[str]]:
         ratio, bound = Interval(**timing["ratio"]), timing["bound"]
         rows.append((f"{case['case']}: {name}", f"{timing['ms_a_step']:.2f}", str(ratio), str(bound or "")))
         if bound is not None and ratio.exceeds(bound):
-            missed.append(f"{case['case']}: {name} takes {ratio} of the bare loop's step, bound {bound}")
+            base = "the trainer's" if name.startswith(PRUNER) else "the bare loop's"
+            missed.append(f"{case['case']}: {name} takes {ratio} of {base} step, bound {bound}")
     rows.append((f"{case['case']}: mask bytes per weight", "", f"{case['bytes_a_weight']:.3f}", str(BYTES_BOUND)))
     if case["bytes_a_weight"] > BYTES_BOUND:
         missed.append(f"{case['case']}: masks take {case['bytes_a_weight']:.3f} bytes per weight, bound {BYTES_BOUND}")

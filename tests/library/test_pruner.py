@@ -203,6 +203,29 @@ def test_an_update_that_moves_masked_weights_is_undone_for_methods_without_a_pen
         assert dead_are_zero(model, pruner)
 
 
+@pytest.mark.parametrize(
+    "method", [RSST, {"name": "ste", "window": [0.1, 0.7], "interval": 2}], ids=lambda m: m["name"]
+)
+@pytest.mark.parametrize("compiles_first", [True, False])
+def test_a_compiled_model_is_pruned_like_a_plain_one(method, compiles_first):
+    models, words = [mlp(), mlp()], {"total_steps": 12, "method": method, "final_sparsity": 0.75}
+    torch._dynamo.reset()
+    plain = vit_rsst.Pruner(models[0], first := adamw(models[0]), **words)
+    model, second = models[1], adamw(models[1])
+    compiled = torch.compile(model, backend="aot_eager")
+    pruner = vit_rsst.Pruner(compiled if compiles_first else model, second, **words)
+    for _ in range(12):
+        step(models[0], first, clip=1.0)
+        step(compiled, second, clip=1.0)
+        compiled.eval()
+        with torch.no_grad():
+            assert torch.allclose(compiled(IMAGES), models[0](IMAGES), atol=1e-5)
+        compiled.train()
+    pruner.finish()
+    assert all(torch.equal(plain.masks[name], alive) for name, alive in pruner.masks.items())
+    assert dead_are_zero(model, pruner)
+
+
 @pytest.mark.parametrize("granularity", ["element", "channel"])
 def test_resnet18_is_pruned_while_it_trains(granularity):
     model, images = resnet(), torch.randn(2, 3, 32, 32)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 
 import pytest
 import timm
@@ -77,3 +78,12 @@ def test_errors_of_the_library_are_those_of_the_command_line():
 def test_the_models_of_the_package_are_known_to_timm():
     vit_rsst.register_models()
     assert timm.create_model("vit_p8_tiny", num_classes=3).num_classes == 3
+
+
+def test_the_page_names_everything_that_is_public():
+    page = (tiny.REPOSITORY / "docs" / "own_loop.md").read_text(encoding="utf-8")
+    page = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    quoted = {word for text in re.findall(r"`([^`]+)`", page) for word in re.findall(r"\w+", text)}
+    keywords = {word for words in SIGNATURES.values() for word in words.replace("*", " ").split()} - {"self"}
+    names = {part for name in (*SIGNATURES, *PROPERTIES) for part in name.split(".")} | keywords
+    assert names - quoted <= {"module", "description"}

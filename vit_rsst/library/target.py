@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate import PartialState
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from vit_rsst.assembly.pruning import build_selection
 from vit_rsst.errors import InputError
@@ -58,6 +60,7 @@ class Target:
                 needed.
         """
         net = unwrapped(model)
+        check_processes(next(net.parameters(), torch.empty(0)).device)
         weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
         image_size = size_of(net)
         if pruning.method.prunes:
@@ -107,6 +110,21 @@ class Target:
         return calibrate
 
 
+def check_processes(device: torch.device) -> None:
+    """Lets Accelerate, through which masks are agreed on, know about processes that the caller started.
+
+    Raises:
+        InputError: it has been set up for another number of processes.
+    """
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    known = PartialState(cpu=world > 1 and device.type == "cpu").num_processes  # made once; later arguments are ignored
+    if known != world:
+        raise InputError(
+            f"model.name: torch.distributed runs {world} processes, and Accelerate was set up for {known}; initialize "
+            "torch.distributed before anything of Accelerate or this package is used."
+        )
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model without the wrappers of DDP and torch.compile.
 
@@ -115,7 +133,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model.name: a {type(model).__name__}; expected a torch.nn.Module.")
-    net = extract_model_from_parallel(model)
+    net = model
+    while isinstance(net, DistributedDataParallel | DataParallel) or hasattr(net, "_orig_mod"):
+        net = net._orig_mod if hasattr(net, "_orig_mod") else net.module
     if any(isinstance(parameter, DTensor) for parameter in net.parameters()):
         raise InputError("model.name: its weights are sharded (FSDP or tensor parallelism); only DDP is supported.")
     return net
