@@ -533,6 +533,8 @@ RULES = {
     "a decay past the end": (
         ["train.epochs=5", "optim.schedule={steps: [3, 5]}"], "optim.schedule.steps", "past the last of 5 epochs"),
     "a least rate above the rate": (["optim.min_lr=1"], "optim.min_lr", "is greater than optim.lr"),
+    "movement without steps before": (
+        ["pruning.criterion=movement", "model.start_from=x"], "pruning.criterion", "adds up over the steps"),
     "no rewind at rate 0": (["pruning.rewind=none"], "pruning.rewind", "set it, or use lr"),
     "a rewind to the end": (
         ["train.epochs=5", "pruning.rewind=epoch:5"], "pruning.rewind", "is not within round 0"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from vit_rsst.assembly.parts import Parts
 from vit_rsst.errors import at_field
 from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.preview import RoundPreview
 from vit_rsst.tickets.trained import open_trained
 
@@ -50,10 +51,12 @@ def needs(parts: Parts, rounds: Sequence[RoundPreview], images: int) -> Needs:
     moments = 2 if recipe.optim.name != "sgd" else 1 if recipe.optim.momentum else 0
     activations = activation_bytes(parts.net, parts.image_size, images)
     average = total if train.ema_decay else 0
+    moved = 4 * prunable if CRITERIA[recipe.pruning.criterion].needs == "movement" else 0
     device = {
         "weights, gradients and moments": total * (2 + moments),
         "masks": prunable * (2 if any(round.plan.target is not None for round in rounds) else 1),
         "dense weights": 4 * prunable if any(round.plan.forward == "straight_through" for round in rounds) else 0,
+        "movement": moved,
         "gradients of the dead": 4 * prunable if recipe.pruning.method.reads_gradients else 0,
         "moving average": average,
         "teacher": _teacher_bytes(train.distill.teacher, total),
@@ -64,7 +67,7 @@ def needs(parts: Parts, rounds: Sequence[RoundPreview], images: int) -> Needs:
     shared = min(total, device["activations"]) if has_one_backward else 0
     rewind = total if recipe.pruning.rewind_epoch is not None else 0
     best = total + average if train.keep_best else 0
-    return Needs(device, best, total * (1 + moments) + prunable // 4 + rewind + average + best, shared)
+    return Needs(device, best, total * (1 + moments) + prunable // 4 + rewind + average + moved + best, shared)
 
 
 def _teacher_bytes(teacher: str | None, own: int) -> int:

@@ -7,7 +7,7 @@ nothing; of sharded weights, each rank edits the rows it holds.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -110,6 +110,7 @@ class Controller:
     rewind_point: dict[str, Tensor] | None = None
     state: RoundState = field(default_factory=RoundState)
     dense: list[Tensor] | None = None  # straight-through: the dense weights, while the model holds w · M
+    movement: dict[str, Tensor] | None = None  # −Σ w · g over the steps of this round, for criteria that need it
     gradients: dict[str, Tensor] | None = None  # of all elements, before they are masked, until the end of the step
     _made: tuple[MaskSet, list[Tensor]] | None = field(default=None, repr=False)  # cached factors of a mask
 
@@ -137,6 +138,8 @@ class Controller:
         fingerprints(self.mask if plan.target is None else plan.target)
         if self.ema is not None:
             self.ema.restart_()
+        if self.selector.criterion.needs == "movement":
+            self.movement = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         return True
 
     @property
@@ -160,6 +163,8 @@ class Controller:
         if self.state.forward == "straight_through":  # the gradient at w · M serves as that at w
             self.restore_dense_()
             return
+        if self.movement is not None:
+            self._add_movement_(self.movement)
         if self.reads_gradients(progress):  # averaged over ranks and micro-batches already
             read = {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in self.weights.items()}
             self.gradients = read
@@ -306,6 +311,8 @@ class Controller:
             tensors |= {f"rewind/{name}": value for name, value in self._as_shards(self.rewind_point).items()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.ema.tensors.items()}
+        if self.movement is not None:
+            tensors |= {f"movement/{name}": value for name, value in self.movement.items()}
         numbers = {key: value for key, value in vars(self.state).items() if key != "penalty"}
         numbers["penalty"] = vars(self.state.penalty) if self.state.penalty else None
         return tensors, numbers if self.ema is None else numbers | {"ema_steps": self.ema.steps}
@@ -319,6 +326,9 @@ class Controller:
         condemned = MaskSet.unpack(parts["condemned"], self.weights) if parts["condemned"] else None
         self.staying = None if condemned is None else self.mask.minus(condemned)
         self.rewind_point = self._own_rows(parts["rewind"]) or None
+        moved = parts["movement"]
+        self.movement = {name: shards.placed(moved[name], weight) for name, weight in self.weights.items() if moved}
+        self.movement = self.movement or None
         penalty = numbers["penalty"]
         if penalty is not None:
             renamed = RAMPS_OF_0_1.get(penalty["ramp"], {})
@@ -357,6 +367,14 @@ class Controller:
         if self._made is None or self._made[0] is not mask:
             self._made = (mask, factors(shards.locals_of(mask.tensors()), self._weights()))
         return self._made[1]
+
+    @torch.no_grad()
+    def _add_movement_(self, movement: Mapping[str, Tensor]) -> None:
+        """Subtracts w · g, whose g is averaged over ranks and micro-batches, unless the step will be skipped."""
+        learnt = {name: weight for name, weight in self.weights.items() if weight.grad is not None}
+        is_sound = _are_finite(weight.grad for weight in learnt.values())
+        for name, weight in learnt.items():
+            movement[name].sub_(torch.where(is_sound, weight * weight.grad, 0.0))
 
     @torch.no_grad()
     def enforce_(self) -> None:
@@ -468,10 +486,8 @@ class Controller:
         """A mask moved on rank 0; gradients that are not finite belong to a step that is skipped, and move nothing."""
         seed = derived_seed(self.seed, "growth", step)
         gradients = self.gradients if growth == "gradient" else None
-        if gradients is not None:
-            wrong = torch.stack([(~own.isfinite()).sum() for own in shards.locals_of(gradients.values())])
-            if shards.total(wrong.sum(), next(iter(gradients.values()))):
-                return self.mask
+        if gradients is not None and not _are_finite(gradients.values()):
+            return self.mask
         n_of_m = pattern(self.selector.granularity)
         return agreed(lambda: swap(self.weights, self.mask, share, gradients, seed, n_of_m and n_of_m[1]), self.mask)
 
@@ -481,7 +497,7 @@ class Controller:
             self.state.density_asked = self.selector.mean_density(self.weights, density)
         seed = self.seed * 1_000 + self.state.round  # differs by round, the same on every device
         statistics = self.calibrate() if self.calibrate is not None else None
-        evidence = Evidence(self.weights, self.mask, seed, statistics)
+        evidence = Evidence(self.weights, self.mask, seed, statistics, movement=self.movement)
         chosen = agreed(lambda: choose(evidence), self.mask)
         if density is not None and self.state.density_asked < 1.0 - 0.5 / self.mask.num_elements:
             chosen.__dict__["is_full"] = False  # known here; counting would synchronize with the device
@@ -522,6 +538,13 @@ class Controller:
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of the rows that this rank holds, in host memory."""
     return {name: shards.local(value).detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+
+def _are_finite(gradients: Iterable[Tensor]) -> Tensor:
+    """Whether all elements on all ranks are, as a bool on their device."""
+    found = list(gradients)
+    wrong = torch.stack([(~own.isfinite()).sum() for own in shards.locals_of(found)])
+    return shards.total(wrong.sum(), found[0]) == 0
 
 
 def _by_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

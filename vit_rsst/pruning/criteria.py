@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from vit_rsst.errors import InputError
 from vit_rsst.pruning.registry import Registry
 from vit_rsst.seeds import derived_seed
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from vit_rsst.pruning.masks import MaskSet
     from vit_rsst.pruning.units import UnitGroup
 
-Needs = Literal["weights", "survivors", "activations", "gradients"]
+Needs = Literal["weights", "survivors", "activations", "gradients", "movement"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Evidence:
         seed: of this selection.
         statistics: of the calibration images, for criteria that need activations or gradients.
         survivors: the mask that unstructured pruning would leave, for criteria that need it.
+        movement: per weight −Σ w · g over the training steps of the round so far; None outside of training.
     """
 
     weights: Mapping[str, Tensor]
@@ -75,6 +77,7 @@ class Evidence:
     seed: int
     statistics: Statistics | None = None
     survivors: MaskSet | None = None
+    movement: Mapping[str, Tensor] | None = None
 
 
 ElementScores = Callable[[Evidence], "dict[str, Tensor]"]
@@ -180,6 +183,20 @@ def _taylor(evidence: Evidence, group: UnitGroup) -> Tensor:
 
 
 CRITERIA.register("taylor")(Criterion(None, _taylor, needs="gradients"))
+
+
+@register_criterion("movement", needs="movement", relative="nothing")
+def movement(evidence: Evidence) -> dict[str, Tensor]:
+    """−Σ w · gradient over the steps of the round: weights that move away from zero stay (Sanh et al. 2020)."""
+    from vit_rsst.pruning.masks import MaskSet
+
+    found = evidence.movement
+    if found is None or not MaskSet({name: found[name] != 0 for name in evidence.weights}).num_alive:
+        raise InputError(
+            "pruning.criterion: movement adds up over training steps, and none precedes this selection; use saliency, "
+            "which needs calibration images alone, or magnitude."
+        )
+    return {name: found[name].float() for name in evidence.weights}
 
 
 def _drawn(evidence: Evidence, group: UnitGroup) -> Tensor:

@@ -139,6 +139,12 @@ def _granularity(recipe: Recipe) -> Iterator[Problem]:
             "activation_l2 or saliency, or a granularity of head, neuron, head+neuron or channel",
         )
     needs = CRITERIA[pruning.criterion].needs if pruning.criterion in CRITERIA else "weights"
+    if needs == "movement" and recipe.model.start_from and not pruning.method.one_round:
+        yield Problem(
+            "pruning.criterion",
+            f"{pruning.criterion} adds up over the steps of the round before a removal, and round 0 has none with "
+            "model.start_from; use saliency or magnitude, or a method of one round",
+        )
     if needs in ("activations", "gradients") and not pruning.calibration_images:
         yield Problem(
             "pruning.calibration_images", f"is 0, but {pruning.criterion} needs {needs}; set it, for example to 2048"

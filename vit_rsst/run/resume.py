@@ -98,6 +98,7 @@ def check_fits(run: Run, point: ResumePoint) -> None:
     parts = {
         "mask": {name: (-(-weight.numel() // 8),) for name, weight in run.controller.weights.items()},  # bits
         "rewind": model,
+        "movement": ticket_file.shapes(run.controller.weights),
     }
     parts["condemned"] = parts["mask"]
     parts["ema"] = {} if run.controller.ema is None else ticket_file.shapes(run.controller.ema.tensors)

@@ -69,6 +69,11 @@ class SparseEvolutionary(Method):
         return view.swap(self.drop_fraction / 2 * (1 + math.cos(math.pi * fraction)), self.growth)  # Evci 2020, sec. 3
 
     def rules(self, setting: Setting) -> Iterator[tuple[str, str]]:
+        if (criterion := setting("pruning.criterion")) == "movement":
+            yield (
+                "pruning.criterion",
+                f"{criterion} needs training steps, and the first mask is chosen before any; use random or saliency",
+            )
         granularity = setting("pruning.granularity")
         if granularity in UNIT_KINDS:
             name = setting("pruning.method.name")
