@@ -4,6 +4,7 @@ import pytest
 import torch
 from toys_of_others import vit
 
+pytestmark = pytest.mark.slow
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
 from vit_rsst.errors import InputError  # noqa: E402
