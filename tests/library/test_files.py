@@ -92,6 +92,10 @@ def test_the_analysis_counts_zeros_and_prints_a_table():
     assert "density of prunable weights" in str(found)
     with pytest.raises(InputError, match=r"^analyze\(image_size=…\): VisionTransformer does not take images of 20 px"):
         vit_rsst.analyze(model, 20)
+    words = vit_rsst.analyze(tiny_bert())
+    assert "flops" not in words
+    assert "parameters" in str(words)
+    assert "FLOPs" not in str(words)
 
 
 WRONG = [

@@ -134,6 +134,7 @@ WRONG = [
     ({"sparsity": 0.5, "granularity": "heads"}, "prune(granularity=…): unknown value 'heads'; expected element,"),
     ({"sparsity": 0.5, "granularity": "head"}, "prune(granularity=…): Sequential has no head that can be removed"),
     ({"sparsity": 0.5, "criterion": "magnitud"}, "prune(criterion=…): unknown criterion 'magnitud'"),
+    ({"sparsity": 0.5, "criterion": "movement"}, "prune(criterion=…): movement adds up over training steps, and none"),
     ({"sparsity": 0.5, "criterion": "saliency"}, "prune(calibration=…): missing; saliency needs gradients: pass a"),
     ({"sparsity": 0.5, "calibration": [1]}, "prune(calibration=…): has no effect with magnitude; omit it."),
     ({"sparsity": 0.5, "protect": ["heads.*"]}, "prune(protect=…): 'heads.*' matches no prunable weight; examples"),

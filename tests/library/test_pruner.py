@@ -386,6 +386,7 @@ WRONG = [
     ),
     ({"method": PENALIZED}, "Pruner(method.penalty.span=…): steps are not counted in epochs here; use round."),
     ({"method": "set", "rounds": None, "dense_steps": None}, "Pruner(method.interval=…): no step of the window [0.0,"),
+    ({"criterion": "movement"}, "Pruner(criterion=…): movement adds up over the steps of the round before a removal,"),
     ({"rewind": "epoch:3"}, "Pruner(rewind=…): steps are not counted in epochs here; use init, or omit it."),
     ({"method": "constant", "rounds": None, "dense_steps": None}, "Pruner(model=…): it has no zeros to keep; prune"),
     (

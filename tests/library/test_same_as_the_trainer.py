@@ -42,6 +42,7 @@ TOYS = {
     ),
     "refill": Toy(Refill(), vit, granularity="neuron", criterion="survivors", final_sparsity=0.5, round_epochs=ROUNDS),
     "gmp": Toy(Gmp((0.1, 0.9), 5), curve="cubic", round_epochs=ONCE),
+    "gmp by movement": Toy(Gmp((0.1, 0.9), 5), criterion="movement", clip=None, round_epochs=ONCE),
     "ste": Toy(StraightThrough((0.1, 0.8), 3), batchnorm_mlp, curve="cubic", round_epochs=ONCE),
     "set": Toy(SparseEvolutionary(interval=4), criterion="random", scope="erk", round_epochs=ONCE),
     "rigl": Toy(RigL(interval=4), criterion="random", scope="erk", clip=None, accumulation=2, round_epochs=ONCE),

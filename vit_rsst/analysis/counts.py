@@ -10,8 +10,11 @@ from vit_rsst.models.complexity import activation_bytes, effective_flops, flops
 from vit_rsst.models.published import Published
 
 
-def count(subject: Subject) -> dict:
+def count(subject: Subject, takes_images: bool = True) -> dict:
     """All counts, as plain data.
+
+    Args:
+        takes_images: False: leave out what takes a pass over images.
 
     Returns:
         `parameters`, `flops` (per image; two per MAC), `bytes`, `training`; by kind of layer and by layer the weights
@@ -21,12 +24,11 @@ def count(subject: Subject) -> dict:
     alive, found = mask.num_alive, mask.layers()
     in_order = [name for name, _ in net.named_parameters() if name in found]  # those of a ticket are sorted by name
     layers = {name: found[name] | {"share": found[name]["alive"] / max(alive, 1)} for name in in_order}
-    dense = flops(net, size)
     return {
         "what": subject.label,
         "kind": subject.kind,
         "architecture": subject.header["architecture"],
-        "image_size": size,
+        "image_size": size if takes_images else None,
         "parameters": {
             "total": num_parameters(net),
             "prunable": mask.num_elements,
@@ -34,17 +36,12 @@ def count(subject: Subject) -> dict:
             "density": mask.density,
             "slim": num_parameters(subject.slim.net),
         },
-        "flops": {
-            "dense": dense,
-            "effective": round(effective_flops(net, mask, subject.groups, size)),
-            "slim": flops(subject.slim.net, size),
-        },
+        **(passes(subject) if takes_images else {}),
         "bytes": {
             "file": _file_bytes(subject),
             "dense_fp32": state_bytes(net),
             "slim_fp32": state_bytes(subject.slim.net),
         },
-        "training": {"batch": subject.batch, "computed_bytes": training_bytes(subject)},
         "kinds": _by_kind(layers),
         "layers": layers,
         "units": [
@@ -68,6 +65,19 @@ def count_file(path: Path, found: Published) -> dict:
         "kinds": {},
         "layers": {},
         "units": [],
+    }
+
+
+def passes(subject: Subject) -> dict:
+    """What a pass over images tells: `flops` and `training`."""
+    net, size = subject.net, subject.image_size
+    return {
+        "flops": {
+            "dense": flops(net, size),
+            "effective": round(effective_flops(net, subject.mask, subject.groups, size)),
+            "slim": flops(subject.slim.net, size),
+        },
+        "training": {"batch": subject.batch, "computed_bytes": training_bytes(subject)},
     }
 
 

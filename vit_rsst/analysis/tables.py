@@ -18,7 +18,9 @@ def analysis_text(result: Mapping) -> str:
     items = result["items"]
     rows = [row for part in (counted_rows, latency_rows, memory_rows) for row in part(items)]
     parts = list(side_by_side([item["what"] for item in items], rows))
-    notes = ["FLOPs per image; one multiply-accumulate (MAC) is 2 FLOPs. Effective: non-zero weights only."]
+    notes = []
+    if "flops" in items[0]:
+        notes.append("FLOPs per image; one multiply-accumulate (MAC) is 2 FLOPs. Effective: non-zero weights only.")
     if "latency" in items[0]:
         notes.append(
             f"Time: median [quartiles], {result['precision']}, {result['device']}, {result['threads']} thread(s). "

@@ -149,27 +149,31 @@ class Analysis(dict):
 
 
 def analyze(model: nn.Module, image_size: int | None = None) -> Analysis:
-    """Parameters, FLOPs and zeros of an image model: dense, effective (non-zero weights only) and slim.
+    """Parameters and zeros, overall and by layer; of an image model the FLOPs too: dense, effective and slim.
 
     Args:
-        image_size: side of the images in px; default: the model's own.
+        image_size: side of the images in px; default: the model's own. A model that does not take RGB images of that
+            size is analysed without FLOPs.
 
     Returns:
         The counts of `vit-rsst analyze --json`; `str` of it is the table.
 
     Raises:
-        InputError: nothing to prune, or the model does not take images of this size.
+        InputError: nothing to prune, or a model that does not take images of the size that is given.
     """
     with in_words_of("analyze", {"model": "model"}):
         net = unwrapped(model)
         mask = MaskSet({name: weight.detach() != 0 for name, weight in prunable_weights(net).items()})
         size, kind = image_size or size_of(net), type(net).__name__
+        subject = Subject(kind, "model", {"architecture": kind}, net, mask, size)
         try:
-            return Analysis(count(Subject(kind, "model", {"architecture": kind}, net, mask, size)))
+            return Analysis(count(subject))
         except OF_A_LIBRARY as error:
-            raise InputError(
-                f"analyze(image_size=…): {kind} does not take images of {size} px ({first_line(error)}); set it."
-            ) from error
+            if image_size is not None:
+                raise InputError(
+                    f"analyze(image_size=…): {kind} does not take images of {size} px ({first_line(error)}); omit it."
+                ) from error
+            return Analysis(count(subject, takes_images=False))
 
 
 def register_models() -> None:

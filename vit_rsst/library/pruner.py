@@ -35,6 +35,7 @@ Evaluate = Callable[[], float | Mapping[str, float]]
 
 NAMES = CALIBRATION | {
     "model": "model",
+    "model.start_from": "dense_steps=0",
     "optim": "optimizer",
     "train.recovery_epochs": "recovery_steps",
     "pruning.schedule": "final_sparsity",
@@ -140,8 +141,8 @@ class Pruner:
         }  # fmt: skip
         self.optimizer = optimizers.unwrapped(optimizer)
         rest = optimizers.as_section(self.optimizer) | {"train": {"recovery_epochs": 1 if recovery_steps else 0}}
-        # What a method keeps the zeros of is the model itself.
-        pruning = pruning_section("Pruner", words, rest | {"model": {"start_from": "model"}}, NAMES)
+        rest |= {"model": {"start_from": "model"}} if dense_steps == 0 else {}
+        pruning = pruning_section("Pruner", words, rest, NAMES)
         optimizers.check_penalty(self.optimizer, pruning.method.penalty)
         if pruning.rewind.startswith("epoch:"):
             raise InputError("Pruner(rewind=…): steps are not counted in epochs here; use init, or omit it.")

@@ -49,6 +49,9 @@ def pruning_section(call: str, words: Mapping[str, Any], rest: Mapping[str, Any]
         tree = spelled_out(json.loads(json.dumps(tree)))
     except (TypeError, ValueError) as error:
         raise InputError(f"{call}: takes plain numbers, strings, lists and mappings ({error}).") from error
+    name = tree["pruning"].get("method", {}).get("name") if isinstance(tree["pruning"].get("method"), dict) else None
+    if name in METHODS and METHODS[name].keeps_start:
+        tree["model"] = {"start_from": "model"}  # whose zeros it keeps
     recipe, problems = validated(tree)
     if recipe is not None:
         problems = broken_pruning_rules(recipe)
