@@ -375,6 +375,8 @@ WRONG = [
         {"method": "gmp", "rounds": None, "dense_steps": 2},
         "Pruner(dense_steps=…): has no effect with gmp, which has one",
     ),
+    ({"method": "gmp", "dense_steps": None}, "Pruner(rounds=…): has no effect with gmp, which has one round; omit it."),
+    ({"method": "dense", "rounds": None, "final_sparsity": 0.5}, "Pruner(final_sparsity=…): has no effect with dense,"),
     ({"final_sparsity": 1.2}, "Pruner(final_sparsity=…): 1.2 is out of range; expected less than 1."),
     ({"method": "rst", "rewind": "lr"}, "Pruner(rewind=…): rst starts every round from the initial weights, not from"),
     ({"method": "rssst"}, "Pruner(method=…): unknown method 'rssst'; expected"),
@@ -416,6 +418,15 @@ def test_a_wrong_keyword_is_one_sentence_and_leaves_no_hook(words, sentence):
     assert "\n" not in str(caught.value)
     assert not optimizer._optimizer_step_pre_hooks
     vit_rsst.Pruner(model, optimizer, total_steps=20, rounds=4)
+
+
+def test_a_weight_with_two_names_is_pruned_by_one_of_them():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    model[1].weight = model[0].weight
+    words = {"total_steps": 4, "rounds": 1, "final_sparsity": 0.5}
+    with pytest.raises(InputError, match=r"^Pruner\(protect=…\): 0\.weight and 1\.weight are one weight; protect one"):
+        vit_rsst.Pruner(model, adamw(model), **words)
+    assert list(vit_rsst.Pruner(model, adamw(model), protect=["1.*"], **words).masks) == ["0.weight", "2.weight"]
 
 
 def test_models_and_optimizers_that_do_not_fit_are_one_sentence_each():

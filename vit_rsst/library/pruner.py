@@ -8,13 +8,14 @@ shrinks and removes, and moves on from round to round.
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vit_rsst.assembly.pruning import check_gradual
 from vit_rsst.errors import CheckFailed, InputError
@@ -27,7 +28,7 @@ from vit_rsst.models.complexity import evaluating
 from vit_rsst.pruning.controller import Controller, RoundResult
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Method
-from vit_rsst.recipe.calls import in_words_of, pruning_section
+from vit_rsst.recipe.calls import OF_SCHEDULE, in_words_of, pruning_section
 from vit_rsst.text import aligned
 
 Evaluate = Callable[[], float | Mapping[str, float]]
@@ -146,7 +147,11 @@ class Pruner:
         optimizers.check_penalty(self.optimizer, pruning.method.penalty)
         if pruning.rewind.startswith("epoch:"):
             raise InputError("Pruner(rewind=…): steps are not counted in epochs here; use init, or omit it.")
-        self.progress = rounds_in_steps(pruning, total_steps, dense_steps, recovery_steps)
+        if not pruning.method.prunes and (idle := [key for key in OF_SCHEDULE if words[key] is not None]):
+            raise InputError(
+                f"Pruner({idle[0]}=…): has no effect with {pruning.method_name}, which removes nothing; omit it."
+            )
+        self.progress = rounds_in_steps(pruning, total_steps, dense_steps, recovery_steps, rounds)
         with in_words_of("Pruner", NAMES):
             check_gradual(pruning.method, self.progress)
             target = Target.of(model, pruning, calibration)
@@ -174,9 +179,11 @@ class Pruner:
             calibrate=calibrate,
         )
         self._reached: dict[str, Tensor] | None = None
-        self._begin_round()
         self._called = model  # with its wrappers
-        self._handles = [*self._attach()]
+        self._handles: list[RemovableHandle] = []
+        self._watches_forward = False
+        self._begin_round()
+        self._attach()
         _attached.add(self.net)
 
     # -- what a loop may ask
@@ -301,6 +308,7 @@ class Pruner:
         self._controller.load_state_dict(state["tensors"], state["controller"])
         self.progress.load_state_dict(state["progress"])
         self.results = [RoundResult(**result) for result in state["results"]]
+        self._watch_forward()
         mask = self._controller.mask
         is_masked = self._controller.state.forward == "masked"
         for name, weight in self._controller.weights.items() if is_masked else ():
@@ -322,14 +330,18 @@ class Pruner:
 
     # -- hooks
 
-    def _attach(self) -> Iterator[Any]:
-        yield self.optimizer.register_step_pre_hook(self._before_optimizer)
-        yield self.optimizer.register_step_post_hook(self._after_optimizer)
+    def _attach(self) -> None:
+        self._handles.append(self.optimizer.register_step_pre_hook(self._before_optimizer))
+        self._handles.append(self.optimizer.register_step_post_hook(self._after_optimizer))
         for name, weight in self._controller.weights.items():
-            yield weight.register_post_accumulate_grad_hook(self._masking(name))
-        if self._controller.state.forward == "straight_through":
-            yield self._called.register_forward_pre_hook(self._before_forward)
-            yield self._called.register_forward_hook(self._after_forward, always_call=True)
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._masking(name)))
+
+    def _watch_forward(self) -> None:
+        """Straight-through: masks the weights whenever the model is called."""
+        if self._controller.state.forward == "straight_through" and not self._watches_forward:
+            self._watches_forward = True
+            self._handles.append(self._called.register_forward_pre_hook(self._before_forward))
+            self._handles.append(self._called.register_forward_hook(self._after_forward, always_call=True))
 
     def _masking(self, name: str) -> Callable[[Tensor], None]:
         """Masks a gradient as it is accumulated; factors of 0 and 1 commute with sums, scaling and averaging."""
@@ -378,7 +390,8 @@ class Pruner:
                     stacklevel=2,
                 )
             return
-        controller.after_step(progress, getattr(optimizer, "found_inf", None))
+        with in_words_of("Pruner", NAMES):
+            controller.after_step(progress, getattr(optimizer, "found_inf", None))
         progress.advance()
         if progress.round_step == progress.round_steps:
             self._end_round()
@@ -405,7 +418,9 @@ class Pruner:
 
     def _begin_round(self) -> None:
         """Plans the round that `progress` points at, and ends it at once if it has no steps."""
-        self._controller.begin_round(self.progress.round)
+        with in_words_of("Pruner", NAMES):
+            self._controller.begin_round(self.progress.round)
+        self._watch_forward()
         self._tell("round began")
         if self.progress.round_steps:
             self._turn()

@@ -10,20 +10,23 @@ Steps = int | float
 """A number of steps, or a fraction (0 ≤ x < 1) of all steps."""
 
 
-def rounds_in_steps(pruning: Pruning, total: int, dense: Steps | None, recovery: Steps | None) -> Progress:
+def rounds_in_steps(
+    pruning: Pruning, total: int, dense: Steps | None, recovery: Steps | None, rounds: int | None
+) -> Progress:
     """Position before the first step; an epoch of it is one step.
 
     Args:
         total: optimizer steps of the whole training.
         dense: steps of round 0; None: as many as of a later round.
         recovery: steps after the last round that prunes; None: 0.
+        rounds: as the caller gave it.
 
     Raises:
         InputError: the steps do not hold the rounds, or have no meaning for a method of one round.
     """
     if isinstance(total, bool) or not isinstance(total, int) or total < 1:
         raise InputError(f"Pruner(total_steps=…): {total!r} is not a whole number of at least 1.")
-    given = {"dense_steps": dense, "recovery_steps": recovery}
+    given = {"dense_steps": dense, "recovery_steps": recovery, "rounds": rounds}
     if pruning.method.one_round:
         for name in (name for name, value in given.items() if value is not None):
             raise InputError(

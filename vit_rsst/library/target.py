@@ -62,6 +62,11 @@ class Target:
         net = unwrapped(model)
         check_processes(next(net.parameters(), torch.empty(0)).device)
         weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
+        names = {id(weight): name for name, weight in weights.items()}
+        if shared := next((name for name, weight in weights.items() if names[id(weight)] != name), None):
+            raise InputError(
+                f"pruning.protect: {shared} and {names[id(weights[shared])]} are one weight; protect one of the names."
+            )
         image_size = size_of(net)
         if pruning.method.prunes:
             check_units(net, groups, image_size)
