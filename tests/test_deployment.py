@@ -13,7 +13,7 @@ from test_export import UNITS, images, last, logits, scores
 from vit_rsst import timing
 from vit_rsst.data.images import ImageData
 from vit_rsst.errors import InputError, MissingRequirement
-from vit_rsst.export import int8, onnx_file, program_file, speed
+from vit_rsst.export import int8, onnx_file, program_file, semi_structured, speed
 from vit_rsst.export.exporting import export, relative_difference
 from vit_rsst.export.work import Work
 
@@ -219,3 +219,50 @@ def test_the_section_on_speed_says_where_a_file_is_no_faster():
     alone = speed.section({"this file, fp32": [0.004, 0.1]}, "a machine")
     assert "zeros save no time" in alone.sentences[1]
     assert len(alone.rows) == 2
+
+
+# -- 2:4
+
+
+@pytest.fixture(scope="module")
+def two_of_four(tmp_path_factory) -> Path:
+    """A ticket of one round, 64 wide, so that the kernels of GPUs take it."""
+    folder = tmp_path_factory.mktemp("two")
+    recipe = tiny.RECIPE.replace("pruning:\n", "pruning:\n  granularity: '2:4'\n")
+    recipe = recipe.replace('"embed_dim": 24', '"embed_dim": 64')
+    recipe = recipe.replace('"num_heads": 3', '"num_heads": 2').replace("{rounds: 2, final_sparsity: 0.9}", "linear")
+    assert tiny.command("train", tiny.write_recipe(folder, recipe)) == 0
+    return folder / "runs" / "tiny"
+
+
+def test_a_two_of_four_ticket_says_what_it_is_good_for_and_others_do_not(run, two_of_four, tmp_path):
+    work = Work.of(two_of_four)
+    assert semi_structured.layers(work) == [f"blocks.0.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    done = export(two_of_four, "slim", tmp_path / "out")
+    for text in (done.text(), (tmp_path / "out" / "README.md").read_text(encoding="utf-8")):
+        assert "4 layers are 2:4 sparse. GPUs with sparse tensor cores" in text
+    assert semi_structured.note(Work.of(run)) == ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [([[1, 0, 2, 0], [0, 0, 0, 3]], True), ([[1, 0, 2, 3]], False), ([[1, 1, 0, 0, 0, 1]], False)],
+)
+def test_two_of_four_is_counted_in_sets_of_four_inputs(rows, expected):
+    assert semi_structured.is_two_of_four(torch.tensor(rows, dtype=torch.float32)) is expected
+
+
+def test_compression_without_a_gpu_or_without_two_of_four_is_refused_in_one_sentence(
+    run, two_of_four, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for ticket, code, message in (
+        (two_of_four, 3, "needs a GPU with sparse tensor cores (NVIDIA Ampere or newer), and torch sees none"),
+        (run, 2, "no layer of this ticket keeps two of every four inputs"),
+    ):
+        assert tiny.command("export", ticket, "--to", "torch", "--semi-structured", tmp_path / "out") == code
+        [error] = capsys.readouterr().err.splitlines()
+        assert message in error
+    assert tiny.command("export", run, "--to", "onnx", "--semi-structured", tmp_path / "out") == 2
+    assert "--semi-structured: has no effect with --to onnx, only with torch" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tiny import alone_on_cpu, events, status, write_recipe
 
 from vit_rsst import cli
+from vit_rsst.export import program_file, semi_structured
+from vit_rsst.export.exporting import export
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.contest import keep_n_of_m
@@ -202,3 +204,18 @@ def test_the_peak_of_memory_is_the_predicted_one(case: str, tmp_path: Path, reco
     record_property("predicted_mib", round(predicted / 2**20, 1))
     record_property("measured_mib", round(measured / 2**20, 1))
     assert measured == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="sparse tensor cores cannot be rehearsed")
+def test_a_two_of_four_ticket_is_exported_compressed_and_scores_as_in_float32(tmp_path: Path) -> None:
+    if torch.cuda.get_device_capability() < semi_structured.CAPABILITY:
+        pytest.skip("this GPU has no sparse tensor cores")
+    args = {"embed_dim": 128, "depth": 2, "num_heads": 4, "patch_size": 8}
+    overrides = ("pruning.granularity=2:4", "pruning.schedule=linear", f"model.args={json.dumps(args)}")
+    assert train(tmp_path, *overrides) == 0
+    done = export(tmp_path / "runs" / "tiny", "torch", tmp_path / "out", semi_structured=True)
+    assert done.difference < 1e-2
+    program = torch.export.load(tmp_path / "out" / program_file.FILE)
+    compressed = [name for name, tensor in program.state_dict.items() if "SemiStructured" in type(tensor).__name__]
+    assert len(compressed) == 8
+    assert [section.title for section in done.measured] == ["Speed"]

@@ -9,6 +9,8 @@ ratio compares two runs of one alternation, dense fp32 over contender, and its m
 bound is missed if the whole interval is below it at both batch sizes.
 
     python scripts/benchmarks/deployment.py --data FOLDER      (without --data: from the Hub)
+
+--run names a run that has been trained already, as `trained` would.
 """
 
 import argparse
@@ -54,6 +56,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     parser.add_argument("--quick", action="store_true", help="a smoke test: short training, checks no bounds")
     parser.add_argument("--data", metavar="FOLDER", help="CIFAR-10 as parquet; default: from the Hub")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="the trained run; default: train it now")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     load_before = os.getloadavg()[0]
@@ -76,7 +79,7 @@ def main() -> int:
 
 def accuracies(args: argparse.Namespace, folder: Path) -> dict[str, dict]:
     """Test top-1 and loss of the dense and the slim model, in float32 and int8."""
-    run = trained(args, folder)
+    run = args.run or trained(args, folder)
     found = {}
     for name, round in (("dense", 0), ("slim", 1)):
         ticket = ticket_path(run, round)

@@ -151,6 +151,9 @@ def add_export(parser: Parser) -> None:
         "--int8-keep", action="append", default=[], metavar="GLOB", help="int8: layers that stay in float32; repeatable"
     )
     parser.add_argument("--data", metavar="PATH", help="int8: dataset folder for calibration, if it has moved")
+    parser.add_argument(
+        "--semi-structured", action="store_true", help="torch: 2:4 layers in the compressed form of the GPU, in float16"
+    )
 
 
 def add_push(parser: Parser) -> None:

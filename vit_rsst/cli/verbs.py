@@ -90,7 +90,7 @@ def export(arguments: argparse.Namespace) -> None:
 
     a = arguments
     options = {"round_to": a.round_to, "opset": a.opset, "precision": a.precision}
-    options |= {"int8_keep": a.int8_keep, "data": a.data}
+    options |= {"int8_keep": a.int8_keep, "data": a.data, "semi_structured": a.semi_structured}
     print(exporting.export(Path(a.what), a.to, Path(a.folder), **options).text())
 
 

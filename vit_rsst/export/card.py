@@ -11,6 +11,7 @@ from torch import nn
 import vit_rsst
 from vit_rsst.data.catalog import CATALOG
 from vit_rsst.data.decoding import resized_side
+from vit_rsst.export.semi_structured import note
 from vit_rsst.export.work import Section, Work
 from vit_rsst.models.anatomy import unit_groups
 from vit_rsst.recipe import strict_yaml
@@ -53,6 +54,7 @@ class Card:
             f"of its prunable weights (sparsity {1 - mask.density:.2%}). {_scores(work)}",
             _sizes(self),
             self.compared,
+            note(work),
             *map(_section, self.measured),
             _units(work),
             _data(work),

@@ -14,6 +14,7 @@ from vit_rsst import files
 from vit_rsst.errors import OF_A_LIBRARY, InputError, MissingRequirement, RunError, first_line, unknown
 from vit_rsst.export import dense_folder, onnx_file, program_file, slim_target, timm_folder, transformers_folder
 from vit_rsst.export.card import Card
+from vit_rsst.export.semi_structured import note
 from vit_rsst.export.work import Options, Precision, Section, Target, Work
 from vit_rsst.text import aligned, size
 
@@ -39,7 +40,7 @@ class Exported:
         difference: maximum difference from the ticket's logits, relative to the largest; None: not compared.
         is_narrower: whether the slim form has fewer units than the dense model.
         is_slim: whether this is the slim form.
-        precision: of its weights.
+        note: what its sparsity pattern is good for.
         measured: sections of its card.
     """
 
@@ -49,7 +50,7 @@ class Exported:
     difference: float | None
     is_narrower: bool
     is_slim: bool
-    precision: Precision = "fp32"
+    note: str = ""
     measured: Sequence[Section] = ()
 
     def text(self) -> str:
@@ -61,6 +62,7 @@ class Exported:
             lines.append(f"compared with the ticket: logits differ by {self.difference:.1e} of the largest")
         if self.is_slim and not self.is_narrower:
             lines.append("no dead heads, neurons or channels: same widths as the dense model")
+        lines += [self.note] if self.note else []
         for section in self.measured:
             lines += ["", *([aligned(section.rows, num_left=1)] if section.rows else []), *section.sentences]
         return "\n".join(lines)
@@ -75,6 +77,7 @@ def export(
     precision: Precision | None = None,
     int8_keep: Sequence[str] = (),
     data: str | None = None,
+    semi_structured: bool = False,
 ) -> Exported:
     """Exports a ticket, the last ticket of a run, or a slim folder; see `Options`.
 
@@ -89,6 +92,7 @@ def export(
         raise InputError(f"--to: {unknown('target', to, TARGETS)}")
     target, folder = TARGETS[to], folder.absolute()
     given = {"round_to": round_to, "opset": opset, "precision": precision, "int8_keep": tuple(int8_keep), "data": data}
+    given["semi_structured"] = semi_structured
     options = Options(**{name: value for name, value in given.items() if value not in (None, ())})
     _check_options(to, target, options)
     check_vacant(folder)
@@ -110,7 +114,7 @@ def export(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(work.path, folder, sizes, found, work.slim.is_narrower, target.is_slim, options.precision, measured)
+    return Exported(work.path, folder, sizes, found, work.slim.is_narrower, target.is_slim, note(work), measured)
 
 
 def check_vacant(folder: Path) -> None:
@@ -171,7 +175,7 @@ def _compared(work: Work, target: Target, folder: Path) -> float | None:
     if found is None:
         return None
     difference = relative_difference(expected, found)
-    tolerance = LOOSER.get(precision, target.tolerance)
+    tolerance = LOOSER.get("fp16" if work.options.semi_structured else precision, target.tolerance)
     if not difference <= tolerance:  # also catches NaN
         raise RunError(
             f"{work.path}: the exported model does not match the ticket: logits differ by {difference:.1e} of the "

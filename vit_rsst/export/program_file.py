@@ -4,6 +4,7 @@ Its input is float32 `images` (batch, 3, size, size), already normalised; how to
 in the same file. Its output is `logits` (batch, classes).
 """
 
+import copy
 import json
 import logging
 import zipfile
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from vit_rsst import files
 from vit_rsst.errors import OF_A_LIBRARY, Damaged, InputError, first_line
-from vit_rsst.export import speed
-from vit_rsst.export.onnx_file import METADATA, about
+from vit_rsst.export import semi_structured, speed
+from vit_rsst.export.onnx_file import METADATA, Logits, about
 from vit_rsst.export.work import Section, Target, Work
 from vit_rsst.models.published import Published
 
@@ -46,7 +47,9 @@ print(about["classes"][int(logits.argmax())])
 
 
 def check(work: Work) -> None:
-    """Every ticket may be exported; whether torch can trace its network, `write` finds out."""
+    """Every ticket may be exported, and `write` finds out whether torch can trace its network; 2:4 needs a GPU."""
+    if work.options.semi_structured:
+        semi_structured.check(work)
 
 
 def write(work: Work, folder: Path) -> None:
@@ -67,13 +70,21 @@ def write(work: Work, folder: Path) -> None:
 
 
 def traced(work: Work) -> torch.export.ExportedProgram:
-    """The slim model as a program."""
-    shapes = ({0: torch.export.Dim("batch")},)
-    return torch.export.export(work.slim.net, (work.images(2),), dynamic_shapes=shapes)
+    """The slim model as a program, on the device that it is for."""
+    net, images = work.slim.net, work.images(2)
+    if work.options.semi_structured:
+        net, images = Logits(on_gpu(work)).eval(), images.cuda()
+        semi_structured.compress_(net.net, semi_structured.layers(work))
+    return torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def on_gpu(work: Work) -> nn.Module:
+    """A copy of the slim model on the GPU in float16, still with all its zeros."""
+    return copy.deepcopy(work.slim.net).to("cuda", torch.float16)
 
 
 class Program(nn.Module):
-    """A `.pt2` file as a module on the CPU: normalised images (batch, 3, size, size) to logits.
+    """A `.pt2` file as a module: normalised images (batch, 3, size, size) to logits, on the device of its weights.
 
     Attributes:
         about: how to prepare images; empty if the file does not say.
@@ -96,16 +107,18 @@ class Program(nn.Module):
         finally:
             log.setLevel(level)
         self._run = program.module().forward  # hidden from `eval` and `to`, which a program does not have
+        self.device = next((tensor.device for tensor in program.state_dict.values()), torch.device("cpu"))
         self.about, self.num_parameters = json.loads(more[ABOUT] or "{}"), _elements(program)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._run(images.float().cpu()).to(images.device)
+        return self._run(images.float().to(self.device)).to(images.device)
 
 
 def _elements(program: torch.export.ExportedProgram) -> tuple[int, int]:
-    """Parameters, and those that are not zero."""
+    """Parameters, and those that are not zero; a compressed one has half of its elements."""
     tensors = [program.state_dict[name] for name in program.graph_signature.parameters]
-    return sum(t.numel() for t in tensors), sum(int(torch.count_nonzero(t)) for t in tensors)
+    alive = [int(torch.count_nonzero(t)) if type(t) in (Tensor, nn.Parameter) else t.numel() // 2 for t in tensors]
+    return sum(t.numel() for t in tensors), sum(alive)
 
 
 def opened(path: Path) -> Published:
@@ -131,12 +144,23 @@ def logits(folder: Path, images: Tensor) -> Tensor:
 
 
 def measured(work: Work, folder: Path) -> Sequence[Section]:
-    """Speed beside the dense model."""
-    networks = {speed.DENSE: work.net} if work.slim.is_narrower else {}
-    networks["this file, fp32"] = Program(folder / FILE)
-    return [speed.report(networks, work.trained.data.size, f"torch {torch.__version__}")]
+    """Speed beside the dense model, on the device of the program."""
+    here, runtime = Program(folder / FILE), f"torch {torch.__version__}"
+    networks: dict[str, nn.Module] = {speed.DENSE: work.net} if work.slim.is_narrower else {}
+    networks["this file, fp32"] = here
+    if work.options.semi_structured:
+        networks = {speed.DENSE: copy.deepcopy(work.net).to(here.device), "dense, fp16": Logits(on_gpu(work))}
+        networks["this file, 2:4 in fp16"] = here
+    return [speed.report(networks, work.trained.data.size, runtime, here.device)]
 
 
 TARGET = Target(
-    "pytorch", check, write, logits, lambda work: USAGE, is_slim=True, options=("round_to",), measured=measured
+    "pytorch",
+    check,
+    write,
+    logits,
+    lambda work: USAGE,
+    is_slim=True,
+    options=("round_to", "semi_structured"),
+    measured=measured,
 )

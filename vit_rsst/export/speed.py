@@ -8,23 +8,24 @@ from torch import nn
 from vit_rsst import machine, timing
 from vit_rsst.export.work import Section
 
+CPU = torch.device("cpu")
 BATCHES = (1, 32)
 DENSE = "dense, fp32"
 FASTER = 1.05
 """Smallest ratio that is called faster: repeats of one network differ by a few percent."""
 
 
-def report(networks: Mapping[str, nn.Module], image_size: int, runtime: str) -> Section:
+def report(networks: Mapping[str, nn.Module], image_size: int, runtime: str, device: torch.device = CPU) -> Section:
     """Times the networks in turns.
 
     Args:
         networks: the exported one last; with more than one, the dense one first.
         runtime: that runs them all, with its version.
     """
-    cpu = torch.device("cpu")
-    found = {batch: timing.latency(networks, image_size, batch, cpu) for batch in BATCHES}
+    found = {batch: timing.latency(networks, image_size, batch, device) for batch in BATCHES}
     seconds = {name: [found[batch][name]["median"] for batch in BATCHES] for name in networks}
-    where = f"{runtime} on {timing.device_name(cpu)}, {machine.cores()} core(s)"
+    cores = f", {machine.cores()} core(s)" if device.type == "cpu" else ""
+    where = f"{runtime} on {timing.device_name(device)}{cores}"
     return section(seconds, where)
 
 

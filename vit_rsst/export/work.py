@@ -39,6 +39,7 @@ class Options:
         precision: of the weights.
         int8_keep: globs of layers that int8 leaves in float32.
         data: dataset folder for calibration, if it has moved.
+        semi_structured: layers that are 2:4 are stored compressed, in float16, for a GPU.
     """
 
     round_to: int = 1
@@ -46,6 +47,7 @@ class Options:
     precision: Precision = "fp32"
     int8_keep: tuple[str, ...] = ()
     data: str | None = None
+    semi_structured: bool = False
 
 
 @dataclass(frozen=True)
