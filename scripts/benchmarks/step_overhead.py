@@ -165,7 +165,8 @@ def judge(case: dict) -> tuple[list[tuple[str, ...]], list[str]]:
     rows, missed = [], []
     for name, timing in case["contenders"].items():
         ratio, bound = Interval(**timing["ratio"]), timing["bound"]
-        rows.append((f"{case['case']}: {name}", f"{timing['ms_a_step']:.2f}", str(ratio), str(bound or "")))
+        shown = f"{name} (to the trainer)" if name.startswith(PRUNER) else name
+        rows.append((f"{case['case']}: {shown}", f"{timing['ms_a_step']:.2f}", str(ratio), str(bound or "")))
         if bound is not None and ratio.exceeds(bound):
             base = "the trainer's" if name.startswith(PRUNER) else "the bare loop's"
             missed.append(f"{case['case']}: {name} takes {ratio} of {base} step, bound {bound}")
