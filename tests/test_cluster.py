@@ -15,7 +15,13 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
+from vit_rsst.assembly import planning
+from vit_rsst.errors import InputError
+from vit_rsst.recipe.loading import load
+
 pytestmark = pytest.mark.distributed
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 PLUGIN = """\
 import os, signal, time
@@ -147,12 +153,40 @@ def test_an_error_on_one_rank_is_reported_and_ends_all_ranks(tmp_path):
     assert status["reason"].startswith(sentence)
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
-def test_sharded_weights_are_refused(tmp_path, monkeypatch, capsys, variable):
-    monkeypatch.setenv(variable, "true")
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "requests DeepSpeed, which shards the weights"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "requests Megatron-LM, which shards the weights"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1, which flattens weights"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "sets fsdp_offload_params",
+        ),
+    ],
+)
+def test_sharding_that_masks_cannot_follow_is_refused(tmp_path, monkeypatch, capsys, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert tiny.command("train", tiny.write_recipe(tmp_path)) == 2
-    assert "shards the weights" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["optim.name=sgd"], "optim.name: torch has no fused sgd for sharded weights"),
+        (["optim.name=adamw", "train.compile=true"], "train.compile: is not supported with sharded weights"),
+        (["optim.name=adamw", "pruning={method: {name: set}, granularity: 2:4}"], "within windows"),
+    ],
+)
+def test_what_does_not_work_on_shards_is_refused_by_the_plan(tmp_path, monkeypatch, capsys, overrides, said):
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    recipe = load(tiny.write_recipe(tmp_path), overrides)
+    with pytest.raises(InputError, match=said):
+        planning.plan_text(recipe, 2)
 
 
 def test_no_stacks_are_written_in_normal_operation(undisturbed):

@@ -239,7 +239,7 @@ def test_every_launched_command_runs_through_its_launcher(reader, command):
 def test_accelerate_understands_every_configuration(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    assert load_config_from_file(str(path)).distributed_type in ("NO", "MULTI_GPU")
+    assert load_config_from_file(str(path)).distributed_type in ("NO", "MULTI_GPU", "FSDP")
 
 
 @pytest.mark.parametrize("program", PYTHON, ids=lambda block: block.splitlines()[0])

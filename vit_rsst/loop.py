@@ -7,7 +7,7 @@ evaluated on the test split, once.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import NoReturn
 
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit_rsst import shards
 from vit_rsst.data.loaders import Batch
 from vit_rsst.errors import Diverged, Stopped
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.agreement import check_same_weights
 from vit_rsst.pruning.controller import RoundResult
+from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.run import resume
 from vit_rsst.run.state import Run
 from vit_rsst.seeds import derived_seed
@@ -216,15 +218,18 @@ def finish_round(run: Run) -> None:
     result = run.controller.end_round()
     with run.controller.as_deployed():
         scores = run.evaluate("val")
-        run.ranks.on_main("writing the ticket", lambda: write_ticket(run, result, scores))
+        state, mask = shards.gathered(run.net.state_dict()), run.controller.mask.gathered()
+        run.ranks.on_main("writing the ticket", lambda: write_ticket(run, result, scores, state, mask))
     run.watch("round ended", run.progress, run.controller)
 
 
-def write_ticket(run: Run, result: RoundResult, scores: dict[str, float]) -> None:
-    """Writes the ticket of the current weights, its result and its row; main process only."""
+def write_ticket(
+    run: Run, result: RoundResult, scores: dict[str, float], state: Mapping[str, Tensor], mask: MaskSet
+) -> None:
+    """Writes the ticket of a state and its mask, its result and its row; main process only."""
     path = rounds.ticket_path(run.folder.path, result.round)
     header = run.header | {"round": str(result.round), "density": repr(result.density)}
-    num_bytes = ticket_file.save(path, run.net.state_dict(), run.controller.mask, header)
+    num_bytes = ticket_file.save(path, state, mask, header)
     row = rounds.RoundRow(
         round=result.round,
         density_asked=result.density_asked,

@@ -6,16 +6,34 @@ operations of torch work on shards as on whole tensors. A sum of a shard is one 
 What is marked collective communicates if the tensor is sharded: all ranks call it, in the same order.
 """
 
+from __future__ import annotations
+
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed, nn
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def is_sharded(tensor: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # importing it takes 0.5 s; without it there are no shards
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_divided_by_rows(tensor: Tensor) -> bool:
+    """Whether it is sharded in the way that this module understands: along dimension 0, over one group of ranks."""
+    return is_sharded(tensor) and tensor.device_mesh.ndim == 1 and tensor.placements[0].is_shard(0)
+
+
+def is_fsdp(module: nn.Module) -> TypeIs[FSDPModule]:
+    """Whether FSDP2 gathers the weights of a module for its forward pass."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -116,10 +134,42 @@ def same(number: Tensor, tensor: Tensor) -> Tensor:
     return number
 
 
+def in_step(
+    batches: Iterable[tuple[Tensor, Tensor]], filler: Tensor, give_up: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's batches, then `filler` without labels until every rank has seen all of its own; collective.
+
+    A forward pass through sharded weights gathers them, so either all ranks compute or none does.
+
+    Args:
+        filler: images of any one batch.
+        give_up: once it is true on one rank, batches end on all.
+    """
+    own, no_labels = iter(batches), torch.zeros(0, dtype=torch.int64, device=filler.device)
+    while True:
+        batch = next(own, None)
+        flags = torch.tensor([batch is not None, give_up()], dtype=torch.int64, device=filler.device)
+        distributed.all_reduce(flags)
+        number_left, is_over = flags.tolist()
+        if is_over or not number_left:
+            return
+        yield (filler, no_labels) if batch is None else batch
+
+
 @torch.no_grad()
 def load_(tensor: Tensor, source: Tensor) -> None:
     """Copies a whole tensor into a tensor or, of its rows, those that this rank holds."""
     local(tensor).copy_(source[rows(tensor)] if is_sharded(tensor) else source)
+
+
+def load_state_(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies whole tensors into a network; each rank the rows that it holds."""
+    own = net.state_dict()
+    if any(map(is_sharded, own.values())):
+        for name, tensor in own.items():
+            load_(tensor, state[name])
+    else:
+        net.load_state_dict(state)
 
 
 def reshard_(net: nn.Module) -> None:
@@ -128,7 +178,6 @@ def reshard_(net: nn.Module) -> None:
     FSDP2 keeps those of the outermost module for the backward pass. The next forward pass would use them again, without
     what has since been written to the shards.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in net.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
+    for module in net.modules():
+        if is_fsdp(module):
             module.reshard()

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 INTERRUPTED, CUT_SHORT = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as in a shell
 
 SHARDED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
@@ -251,7 +250,7 @@ def make_watcher(run: "Run", recipe: "Recipe") -> "Watcher | None":
 
 
 def make_accelerator(recipe: "Recipe") -> "Accelerator":
-    """The Accelerator, with the recipe's precision and the accumulation implied by its global batch.
+    """The Accelerator, with the recipe's precision, the accumulation implied by its global batch, and FSDP2 if asked.
 
     Raises:
         InputError: the launcher started a different number of processes than Accelerate sees.
@@ -259,6 +258,7 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
 
+    from vit_rsst.assembly import sharding
     from vit_rsst.data.dealing import Dealing
     from vit_rsst.training import switches
 
@@ -274,7 +274,15 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
         )
     # Without sync_with_dataloader only micro-batches are counted: an epoch is whole windows by construction.
     accumulation = GradientAccumulationPlugin(num_steps=dealing.accumulation, sync_with_dataloader=False)
-    return Accelerator(mixed_precision=recipe.train.mixed_precision, gradient_accumulation_plugin=accumulation)
+    plugin = None
+    if sharding.is_asked() and state.num_processes > 1:
+        plugin = sharding.make_plugin(recipe.train.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.mixed_precision, gradient_accumulation_plugin=accumulation, fsdp_plugin=plugin
+    )
+    if plugin is not None:
+        sharding.shard_with_(accelerator, plugin)
+    return accelerator
 
 
 def start_processes() -> "PartialState":
@@ -290,8 +298,8 @@ def start_processes() -> "PartialState":
     for variable, name in SHARDED.items():
         if parse_flag_from_env(variable):
             raise InputError(
-                f"the launcher requests {name}, which shards the weights; masks, tickets and resume points need them "
-                "whole on every process. Use a configuration with distributed_type: MULTI_GPU or 'NO', such as "
+                f"the launcher requests {name}, which shards the weights in a way that masks cannot follow. Use FSDP2, "
+                "as in accelerate_configs/gpu_8x_fsdp2.yaml, or, where the whole model fits on each GPU, DDP, as in "
                 "accelerate_configs/gpu_8x_bf16.yaml."
             )
     try:

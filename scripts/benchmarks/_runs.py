@@ -18,9 +18,12 @@ from vit_rsst.train import make_accelerator
 def begin_run(recipe: Recipe, split: Split, round: int) -> Run:
     """A run at the start of a round; an epoch has as many steps as `split` has global batches."""
     folder = RunFolder(recipe.run_folder)
-    ranks = Ranks(0, 1, Heartbeat(0, 1, 3600.0, folder.logs / "stacks-0.txt", None, print))
     with redirect_stdout(io.StringIO()):
-        run, lock = build(recipe, make_accelerator(recipe), folder, StopFlag(), ranks)
+        accelerator = make_accelerator(recipe)
+        ranks = Ranks(0, 1, Heartbeat(0, 1, 3600.0, folder.logs / "stacks-0.txt", None, print))
+        if accelerator.num_processes > 1:
+            ranks = Ranks.join(3600.0, folder.logs, print)
+        run, lock = build(recipe, accelerator, folder, StopFlag(), ranks)
         run.loader.split = split
         run.progress.steps_per_epoch = min(
             recipe.train.steps_per_epoch or len(split), len(split) // recipe.train.global_batch

@@ -90,11 +90,13 @@ def equal(masks: MaskSet, expected: MaskSet) -> bool:
 def select(rank: int, world: int, port: int, every: bool = False) -> None:
     mesh, number = joined(rank, world, port), 0
     for what, selector, density, weights, alive in selections(model(), every):
-        whole = Evidence(weights, alive, 7, statistics(weights, selector.groups))
+        moved = {name: weight.detach() * 4 for name, weight in weights.items()}
+        whole = Evidence(weights, alive, 7, statistics(weights, selector.groups), movement=moved)
         split = replace(
             whole,
             weights={name: sharded(weight, mesh) for name, weight in weights.items()},
             alive=MaskSet({name: sharded(mask, mesh) for name, mask in alive.masks.items()}),
+            movement={name: sharded(movement, mesh) for name, movement in moved.items()},
             statistics=replace(
                 whole.statistics, gradient={n: sharded(g, mesh) for n, g in whole.statistics.gradient.items()}
             ),

@@ -1,11 +1,12 @@
 """Builds a run from a recipe, ready for its first step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
 
+from vit_rsst.assembly import sharding
 from vit_rsst.assembly.calibration import make_calibrate
 from vit_rsst.assembly.data import Rows, build_loader, data_options, make_evaluate
 from vit_rsst.assembly.model import ticket_header
@@ -50,7 +51,9 @@ def build(
         data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
     sizes = Sizes.of(recipe, Rows.counted(data), accelerator.num_processes)
     parts, progress = prepare(recipe, sizes, device), sizes.progress
-    net = parts.net
+    net, notes, is_sharded = parts.net, parts.notes, sharding.is_on(accelerator)
+    if is_sharded:
+        sharding.check(recipe, net)
     optimizer = build_optimizer(net, recipe.optim)
     loader = build_loader(recipe, data, sizes.dealing, accelerator)
     loader.mixing = build_mixing(recipe, data)
@@ -83,9 +86,16 @@ def build(
     if ranks.world > 1:
         freeze_unused_(net, data.options.size, is_main)
     switches.compile_(net, train.compile)  # keeps parameter names; masking stays outside the graphs
+    if is_sharded:
+        units = sharding.Units.of(net)
+        sharding.name_blocks_(accelerator, units)
+        notes.append(units.text(accelerator.num_processes))
+        record["sharding"] = "FSDP2"
     model, optimizer = accelerator.prepare(net, optimizer)
+    if is_sharded:
+        parts = sharding.sharded(parts)
     console = Console(is_main, progress, train.global_batch)
-    console.line(summary(parts, sizes, str(device)))
+    console.line(summary(parts, sizes, str(device), notes))
     tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
     tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
     run = Run(
@@ -150,12 +160,12 @@ def freeze_unused_(net: nn.Module, image_size: int, is_main: bool) -> None:
         to_stderr(f"{', '.join(unused[:3])}{' …' if len(unused) > 3 else ''}: no gradient reaches them; frozen.")
 
 
-def summary(parts: Parts, sizes: Sizes, device: str) -> str:
-    """The run in a few lines."""
+def summary(parts: Parts, sizes: Sizes, device: str, notes: Sequence[str]) -> str:
+    """The run in a few lines, with notes, a line each."""
     recipe, progress, total, prunable = parts.recipe, sizes.progress, parts.num_parameters, parts.num_prunable
     begins = f"  initial weights: {parts.net.loaded.text()}\n" if hasattr(parts.net, "loaded") else ""
     told = "".join(f"  {line}\n" for line in sizes.rows.told)
-    begins += "".join(f"  {line}\n" for line in parts.notes)
+    begins += "".join(f"  {line}\n" for line in notes)
     return (
         f"{recipe.name}: {recipe.pruning.method_name} on {recipe.data.source} ({sizes.rows.text()})\n{told}"
         f"  {recipe.model.name}: {total:,} parameters, {prunable:,} prunable ({prunable / total:.1%}), "

@@ -2,7 +2,8 @@
 
 from accelerate import Accelerator
 
-from vit_rsst.assembly.data import channels
+from vit_rsst import shards
+from vit_rsst.assembly.data import channels, filler_images
 from vit_rsst.assembly.parts import Parts
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import evaluation_batches, placed
@@ -22,6 +23,7 @@ def make_calibrate(parts: Parts, data: ImageData, accelerator: Accelerator) -> C
         return None
     images = data.balanced("train", recipe.pruning.calibration_images, derived_seed(recipe.seed, "calibration"))
     split = placed(images, accelerator.device)
+    filler = filler_images(accelerator, data)
     mean, std = channels(recipe)
 
     def calibrate() -> Statistics:
@@ -34,6 +36,11 @@ def make_calibrate(parts: Parts, data: ImageData, accelerator: Accelerator) -> C
             mean=mean,
             std=std,
         )
-        return collect(parts.net, batches, parts.weights, parts.groups, needs == "gradients")
+        if filler is not None:
+            batches = shards.in_step(batches, filler)
+        try:
+            return collect(parts.net, batches, parts.weights, parts.groups, needs == "gradients")
+        finally:
+            shards.reshard_(parts.net)
 
     return calibrate

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from accelerate import Accelerator
-from torch import nn
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
 
-from vit_rsst import machine
+from vit_rsst import machine, shards
 from vit_rsst.data.dealing import Dealing, dealt
 from vit_rsst.data.decoding import Decoder, RandomCrop, auto_augment
 from vit_rsst.data.images import ImageData
@@ -117,6 +118,7 @@ def make_evaluate(
     mean, std = channels(recipe)
     # What fits in memory is decoded now: a corrupt image is found before the first step, not after the last.
     share = 0.4 / machine.local_processes(accelerator.num_processes)
+    filler = filler_images(accelerator, data)
     splits = {name: own_samples(data, name, accelerator, recipe.data.in_memory, share) for name in ("val", "test")}
     workers = num_workers(recipe, accelerator)
 
@@ -134,9 +136,18 @@ def make_evaluate(
             workers=workers,
             max_corrupt=recipe.data.max_corrupt,
         )
-        return score(net, batches, accelerator.device, give_up, pads=bool(recipe.train.compile))
+        scores = score(net, batches, accelerator.device, give_up, bool(recipe.train.compile), filler)
+        shards.reshard_(net)
+        return scores
 
     return evaluate
+
+
+def filler_images(accelerator: Accelerator, data: ImageData) -> Tensor | None:
+    """Images for ranks that have run out of theirs; None unless weights are sharded. See `shards.in_step`."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return None
+    return torch.zeros(1, 3, data.options.size, data.options.size, device=accelerator.device)
 
 
 def own_samples(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from vit_rsst.assembly import sharding
 from vit_rsst.assembly.data import count_rows
 from vit_rsst.assembly.needs import needs
 from vit_rsst.assembly.optim import make_lr
@@ -31,6 +32,10 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
     sizes = Sizes.of(recipe, rows, num_processes)
     parts, progress = prepare(recipe, sizes, torch.device("meta")), sizes.progress
     rounds, steps, total = parts.preview(progress), progress.steps_per_epoch, parts.num_parameters
+    notes, shards = parts.notes, num_processes if sharding.is_asked() else 1
+    if shards > 1:
+        sharding.check(recipe, parts.net)
+        notes.append(sharding.Units.of(parts.net).text(shards))
     architecture, _ = zoo.describe(recipe.model.name, recipe.model.args, rows.num_classes)
     lines = [
         f"plan of {recipe.name}: {recipe.pruning.method_name}, seed {recipe.seed}; nothing is created",
@@ -40,7 +45,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         f"model      {recipe.model.name} = {architecture}: {total:,} parameters, {parts.num_prunable:,} prunable in "
         f"{len(parts.weights)} weights ({parts.num_prunable / total:.1%})",
         *weights_lines(recipe, parts.net),
-        *(f"           {line}" for line in parts.notes),
+        *(f"           {line}" for line in notes),
         f"batch      {sizes.dealing} with {num_processes} process(es); {dealing_text(parts.net)}",
         f"epoch      {steps:,} optimizer steps, {images_text(recipe, steps * recipe.train.global_batch, rows.train)}",
         *stream_lines(recipe, sizes.dealing, rows.stream),
@@ -51,7 +56,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         "",
         *penalty_lines(recipe, progress, rounds),
         *unit_lines(parts.groups),
-        *resource_lines(parts, sizes, rounds),
+        *resource_lines(parts, sizes, rounds, shards),
         f"run folder {recipe.run_folder}",
     ]
     return "\n".join(lines)
@@ -160,14 +165,14 @@ def penalty_lines(recipe: Recipe, progress: Progress, rounds: Sequence[RoundPrev
     return [f"penalty    {shape}; gradient: leaves about {math.exp(-total):.2e} of the condemned (Σ lr·λ/(1−μ))"]
 
 
-def resource_lines(parts: Parts, sizes: Sizes, rounds: Sequence[RoundPreview]) -> list[str]:
+def resource_lines(parts: Parts, sizes: Sizes, rounds: Sequence[RoundPreview], shards: int) -> list[str]:
     """Memory per process, and disk space of the run."""
     recipe, dealing = parts.recipe, sizes.dealing
     counts = (sizes.rows.train, sizes.rows.val, sizes.rows.test)
     images = "decoded on the fly"
     if recipe.data.in_memory is not False and not recipe.data.redrawn and None not in counts:
         images = f"{size(sum(counts) * 3 * parts.image_size**2)} if kept decoded"
-    found = needs(parts, rounds, dealing.batch_per_device)
+    found = needs(parts, rounds, dealing.batch_per_device, shards)
     memory = ", ".join(
         f"{name} {'about ' if name == 'activations' else ''}{size(num_bytes)}"
         for name, num_bytes in found.device.items()

@@ -16,11 +16,16 @@ def check(arguments: argparse.Namespace) -> None:
     recipe = load(find(arguments.recipe), arguments.overrides)
     as_json, picture = output_file(arguments.json), output_file(arguments.picture, ".svg")
 
+    from vit_rsst.assembly.sharding import is_on
     from vit_rsst.checks import checking
     from vit_rsst.checks.bench import Bench
+    from vit_rsst.errors import InputError
     from vit_rsst.train import make_accelerator
 
-    bench, verdicts = Bench.of(recipe, make_accelerator(recipe)), []
+    accelerator = make_accelerator(recipe)
+    if is_on(accelerator):
+        raise InputError("check needs whole weights; start it as one process, without the configuration for FSDP.")
+    bench, verdicts = Bench.of(recipe, accelerator), []
     print("\n".join(bench.data.told), file=sys.stderr)
     try:
         for verdict in checking.check(bench):

@@ -5,7 +5,7 @@ layer is called: a forward pass may use a weight without calling its layer. Sums
 reduced over ranks before any mean is taken, so that ragged batches are weighted by size.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from vit_rsst import shards
 from vit_rsst.errors import InputError
 from vit_rsst.pruning.criteria import SiteStatistics, Statistics
 from vit_rsst.pruning.products import Products
@@ -36,7 +37,8 @@ def collect(
 
     Args:
         net: unwrapped.
-        batches: images and labels of this rank; sizes may differ, and a rank may have none.
+        batches: images and labels of this rank; sizes may differ, and a rank may have none. Images without labels are
+            computed and not counted.
         weights: prunable weights by name; without groups, their inputs and gradients are recorded.
         groups: unit groups; the inputs of their consumers are recorded.
         forward: images → logits; None: the network itself.
@@ -55,24 +57,23 @@ def collect(
     # Compiled code would hide the matrix products.
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(with_gradients):
         for images, labels in batches:
-            with Inputs({name: parameters[name] for name in watched.values()}) as inputs:
-                loss = F.cross_entropy((forward or net)(images).float(), labels, reduction="sum")  # per-image gradients
+            with Inputs(net, watched.values()) as inputs:
+                logits = (forward or net)(images)[: len(labels)].float()
+                loss = F.cross_entropy(logits, labels, reduction="sum")  # per-image gradients
             sums["images", ""] += len(labels)
             for place, name in watched.items():
-                for seen in inputs[name]:
+                for seen in inputs[name] if len(labels) else ():
                     _add_activations_(sums, place, seen.features(len(labels), seen.x.detach()))
             if with_gradients and groups:
                 seen = [(group, one) for group in groups for one in inputs[watched[group.name]]]
                 found = torch.autograd.grad(loss, [one.x for _, one in seen], allow_unused=True)
                 for (group, one), gradient in zip(seen, found, strict=True):
-                    if gradient is not None:  # None: the loss does not depend on this product
+                    if gradient is not None and len(labels):  # None: the loss does not depend on this product
                         product = one.x.detach().float() * gradient.float()
                         _add_gates_(sums, group, one.features(len(labels), product))
             elif with_gradients:
-                found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-                for name, gradient in zip(weights, found, strict=True):
-                    if gradient is not None:
-                        sums["gradient", name] += gradient
+                for name, gradient in _gradients(loss, net, weights):
+                    shards.local(sums["gradient", name]).add_(gradient)
     net.train(was_training)
     _reduce_(sums)
     if not sums["images", ""]:
@@ -106,19 +107,36 @@ class Seen:
 
 
 class Inputs(Products):
-    """Records the inputs of each weight inside the context; a mapping by name."""
+    """Records the inputs of weights, given by name, inside the context; a mapping by name."""
 
-    def __init__(self, weights: Mapping[str, Tensor]):
+    def __init__(self, net: nn.Module, names: Iterable[str]):
         super().__init__()
-        self._names = {id(weight): name for name, weight in weights.items()}
-        self._seen: dict[str, list[Seen]] = {name: [] for name in weights}
+        self._net, self._seen = net, {name: list[Seen]() for name in names}
+        self._names = {id(net.get_parameter(name)): name for name in self._seen}
+        self._is_sharded = shards.is_fsdp(net)
 
     def note(self, weight: Tensor, x: Tensor, name: str) -> None:
-        if id(weight) in self._names:
-            self._seen[self._names[id(weight)]].append(Seen(x, name != "linear"))
+        if self._is_sharded:  # FSDP2 puts a whole weight in place of its shard for the time of a forward pass
+            place = next((own for own in self._seen if self._net.get_parameter(own) is weight), None)
+        else:
+            place = self._names.get(id(weight))
+        if place is not None:
+            self._seen[place].append(Seen(x, name != "linear"))
 
     def __getitem__(self, name: str) -> list[Seen]:
         return self._seen[name]
+
+
+def _gradients(loss: Tensor, net: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Gradients of a sum over this rank's images; of sharded weights, the rows this rank holds of all ranks' sum."""
+    if not any(map(shards.is_sharded, weights.values())):
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        yield from ((name, gradient) for name, gradient in zip(weights, found, strict=True) if gradient is not None)
+        return
+    loss.backward()  # FSDP2 reduces gradients in a backward pass alone, to their mean over ranks
+    ranks = PartialState().num_processes
+    yield from ((n, shards.local(w.grad) * ranks) for n, w in weights.items() if w.grad is not None)
+    net.zero_grad(set_to_none=True)
 
 
 def _width(net: nn.Module, parameters: Mapping[str, Tensor], name: str) -> int:
@@ -168,7 +186,7 @@ def _reduce_(sums: Sums) -> None:
     if PartialState().num_processes == 1:
         return
     for dtype in (torch.float64, torch.float32):
-        mine = [tensor for tensor in sums.values() if tensor.dtype == dtype]
+        mine = [tensor for tensor in sums.values() if tensor.dtype == dtype and not shards.is_sharded(tensor)]
         if not mine:
             continue
         total = reduce(torch.cat([tensor.flatten() for tensor in mine]), "sum")
@@ -193,6 +211,8 @@ def _means(sums: Sums, weights: Mapping[str, Tensor], groups: Sequence[UnitGroup
                 gate=sums["gate", group.name] / images if with_gradients else None,
             )
         return Statistics(sites=sites)
-    gradient = {name: sums["gradient", name] / images.float() for name in weights} if with_gradients else {}
+    gradient = {}
+    for name in weights if with_gradients else ():
+        gradient[name] = shards.like(shards.local(sums["gradient", name]) / images.float(), sums["gradient", name])
     absolute, square = ({name: mean(what, name) for name in weights} for what in ("absolute", "square"))
     return Statistics(absolute, square, gradient)

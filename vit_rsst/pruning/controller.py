@@ -335,22 +335,21 @@ class Controller:
             penalty = Penalty(**{**penalty, **renamed, "window": tuple(penalty["window"])})
         self.state = RoundState(**{**numbers, "penalty": penalty})
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """The current weights and their average, on the host, for `restore_`."""
-        self._follow_()
+    def live(self) -> dict[str, Tensor]:
+        """The current weights and their average, by the names they have in a snapshot."""
         averaged = self.ema.tensors if self.ema is not None else {}
-        return {f"model/{name}": value for name, value in self._model_on_host().items()} | {
-            f"ema/{name}": value for name, value in _on_host(averaged).items()
-        }
+        model = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        return model | {f"ema/{name}": value for name, value in averaged.items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What this rank holds of the current weights and their average, on the host, for `restore_`."""
+        self._follow_()
+        return _on_host(self.live())
 
     def restore_(self, snapshot: Mapping[str, Tensor]) -> None:
         """Restores a snapshot taken under the current mask."""
-        parts = _by_part(snapshot)
-        for name, value in self.model.state_dict().items():
-            shards.local(value).copy_(parts["model"][name])
-        if self.ema is not None:
-            for name, value in self.ema.tensors.items():
-                shards.local(value).copy_(parts["ema"][name])
+        for path, value in self.live().items():
+            shards.local(value).copy_(snapshot[path])
 
     # -- in-place work on the weights
 

@@ -87,6 +87,10 @@ class MaskSet:
             for (name, mask), alive in zip(self.masks.items(), self._counts(), strict=True)
         }
 
+    def gathered(self) -> "MaskSet":
+        """Whole masks on rank 0; see `shards.gathered`."""
+        return MaskSet(shards.gathered(self.masks))
+
     def pack(self) -> dict[str, Tensor]:
         """Packed bits, row-major, most significant first: uint8 of ceil(elements / 8) bytes per weight, on the CPU."""
         return {name: pack_bits(shards.whole(mask)) for name, mask in self.masks.items()}

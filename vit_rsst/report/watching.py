@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vit_rsst import shards
 from vit_rsst.errors import first_line
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
@@ -118,8 +119,8 @@ def _is_due(progress: Progress) -> bool:
 
 
 def _is_telling(moment: str, progress: Progress, controller: Controller) -> bool:
-    """At the start and the end of a round, and while the condemned shrink."""
-    return (
+    """At the start and the end of a round, and while the condemned shrink; not if this rank lacks most weights."""
+    return not any(map(shards.is_sharded, controller.weights.values())) and (
         moment == "round began"
         or controller.condemned is not None
         or progress.epoch in (1, progress.round_epochs[progress.round])

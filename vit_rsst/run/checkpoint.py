@@ -77,8 +77,8 @@ class Checkpointer:
         self._step = point.step
         self._pending = self._pool.submit(self._write, ResumePoint(point.step, copied, point.numbers))
 
-    def offer(self, step: int, take: Callable[[], ResumePoint]) -> None:
-        """Saves what `take` gives, unless the point before is still being written; never waits for a slow disk."""
+    def has_room(self, step: int) -> bool:
+        """Whether the point before has been written; if not, warns that this step's is skipped. Never waits long."""
         if self._pending is not None:
             wait_for([self._pending], BUSY_SECONDS)
         if self.is_busy:
@@ -86,19 +86,11 @@ class Checkpointer:
                 f"the resume point of step {self._step} is still being written to {self.folder}; skipping that of step "
                 f"{step}. Where disks are slow, save less often (train.save_every_steps)."
             )
-        else:
-            self.save(take())
+        return not self.is_busy
 
-    def save_last(self, step: int, take: Callable[[], ResumePoint]) -> None:
-        """Saves what `take` gives, unless this step has been saved, and waits until it is written.
-
-        Raises:
-            MissingRequirement: it could not be written; older points are untouched.
-            Diverged: the point holds a non-finite number; older points are untouched.
-        """
-        if self._step != step or self._pending is None:
-            self.save(take())
-        self.wait()
+    def lacks(self, step: int) -> bool:
+        """Whether this step is neither saved nor being saved."""
+        return self._step != step or self._pending is None
 
     @property
     def is_busy(self) -> bool:

@@ -66,7 +66,7 @@ def drift(then: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
                 if name in described
             },
             **{f"gpu.{name}": value for name, value in (part.get("gpu") or {}).items()},
-            **{name: part.get(name) for name in ("commit", "device", "processes", "threads", "teacher")},
+            **{name: part.get(name) for name in ("commit", "device", "processes", "threads", "teacher", "sharding")},
             **{name: part[name] for name in ("layout", "nodes", "deterministic") if name in then and name in now},
         }
         for part in (then, now)
@@ -75,7 +75,18 @@ def drift(then: Mapping, now: Mapping) -> dict[str, tuple[object, object]]:
     return {key: (flat[0].get(key), flat[1].get(key)) for key in keys if flat[0].get(key) != flat[1].get(key)}
 
 
-EXACT = ("versions.", "gpu.", "device", "processes", "layout", "nodes", "threads", "deterministic", "teacher")
+EXACT = (
+    "versions.",
+    "gpu.",
+    "device",
+    "processes",
+    "layout",
+    "nodes",
+    "threads",
+    "deterministic",
+    "teacher",
+    "sharding",
+)
 """Beginnings of what must not have changed for a run to resume to the last bit."""
 
 

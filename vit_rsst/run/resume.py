@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vit_rsst import shards
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.run import environment
 from vit_rsst.run.checkpoint import ResumePoint
@@ -22,17 +24,31 @@ def save(run: Run) -> None:
 
     A point is skipped, with a warning, while the one before it is still being written.
     """
-    meter = gather_(run)
-    if run.accelerator.is_main_process:
-        run.checkpointer.offer(run.progress.global_step, lambda: taken(run, meter))
+    meter, step = gather_(run), run.progress.global_step
+    if is_wanted(run, lambda: run.checkpointer.has_room(step)):
+        point = taken(run, meter)
+        if run.accelerator.is_main_process:
+            run.checkpointer.save(point)
 
 
 def save_last(run: Run) -> None:
     """Saves the run between two steps unless this step has been saved; collective; returns once it is written."""
     meter, step = gather_(run), run.progress.global_step
-    run.ranks.on_main(
-        f"writing the resume point of step {step}", lambda: run.checkpointer.save_last(step, lambda: taken(run, meter))
-    )
+    point = taken(run, meter) if is_wanted(run, lambda: run.checkpointer.lacks(step)) else None
+
+    def write() -> None:
+        if point is not None:
+            run.checkpointer.save(point)
+        run.checkpointer.wait()
+
+    run.ranks.on_main(f"writing the resume point of step {step}", write)
+
+
+def is_wanted(run: Run, ask: Callable[[], bool]) -> bool:
+    """Whether this rank takes part in taking a point: the main process, which decides, or all of sharded weights."""
+    if run.is_sharded:
+        return run.ranks.on_main("looking for room for a resume point", ask)
+    return run.accelerator.is_main_process and ask()
 
 
 def gather_(run: Run) -> list[float]:
@@ -43,16 +59,18 @@ def gather_(run: Run) -> list[float]:
 
 
 def taken(run: Run, meter: list[float]) -> ResumePoint:
-    """The run as it stands, with the sums of its meter."""
+    """The run as it stands, with the sums of its meter; collective if weights are sharded: rank 0 gathers them."""
     masks, controller = run.controller.state_dict()
     best, best_numbers = run.best.state_dict()
+    live = run.controller.live() if best else {}
     names = {id(parameter): name for name, parameter in run.net.named_parameters()}
     tensors = {
         "model": run.net.state_dict(),
         "optimizer": optim.state_tensors(run.optimizer, names),
         "controller": masks,
-        **({"best": best} if best else {}),
+        **({"best": {path: shards.like(own, live[path]) for path, own in best.items()}} if best else {}),
     }
+    tensors = {stem: shards.gathered(of_stem) for stem, of_stem in tensors.items()}
     numbers = {
         "progress": run.progress.state_dict(),
         "controller": controller,
@@ -75,11 +93,13 @@ def restore_(run: Run, point: ResumePoint) -> None:
         Damaged: the point's tensors do not fit this model; nothing is changed.
     """
     check_fits(run, point)
-    run.net.load_state_dict(point.tensors["model"])
+    shards.load_state_(run.net, point.tensors["model"])
     optim.load_state_tensors_(run.optimizer, point.tensors["optimizer"], dict(run.net.named_parameters()))
     run.controller.load_state_dict(point.tensors["controller"], point.numbers["controller"])
     run.progress.load_state_dict(point.numbers["progress"])
-    run.best.load_state_dict(point.tensors.get("best", {}), point.numbers["best"])
+    best, live = point.tensors.get("best", {}), run.controller.live()
+    best = {path: shards.part(whole, live[path]) for path, whole in best.items()}
+    run.best.load_state_dict(best, point.numbers["best"])
     run.meter.load(point.numbers["meter"], run.accelerator.is_main_process)
     run.skipped_steps, run.seconds = point.numbers["skipped_steps"], point.numbers["seconds"]
     run.epoch_is_open = point.numbers.get("epoch_is_open", False)

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vit_rsst import shards
 from vit_rsst.data.loaders import Loader
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.controller import Controller
@@ -81,3 +82,8 @@ class Run:
     epoch_is_open: bool = False
     seconds: float = 0.0
     clock: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds some rows of the weights."""
+        return any(map(shards.is_sharded, self.controller.weights.values()))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vit_rsst import files
+from vit_rsst import files, shards
 from vit_rsst.errors import Damaged, MissingRequirement
 from vit_rsst.pruning.masks import MaskSet, pack_bits, unpack_bits
 
@@ -103,7 +103,7 @@ def load_state_(model: nn.Module, state: Mapping[str, Tensor], place: str) -> No
         Damaged: names or shapes differ; lists the first five differences and leaves the model unchanged.
     """
     check_shapes(shapes(model.state_dict()), shapes(state), place)
-    model.load_state_dict(state)
+    shards.load_state_(model, state)
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from vit_rsst.shards import in_step
+
 
 class Interrupted(Exception):
     """An evaluation was aborted."""
@@ -19,6 +21,7 @@ def score(
     device: torch.device,
     give_up: Callable[[], bool] = lambda: False,
     pads: bool = False,
+    filler: Tensor | None = None,
 ) -> dict[str, float]:
     """Top-1, top-5 (percent) and mean cross-entropy over all samples of all ranks; collective.
 
@@ -27,6 +30,7 @@ def score(
         batches: this rank's share of the samples.
         give_up: called before every batch; True aborts the evaluation.
         pads: pad a smaller batch, which would make a compiled model recompile.
+        filler: images for ranks that have run out of batches, for a model whose weights are sharded; see `in_step`.
 
     Raises:
         ValueError: no rank has any samples.
@@ -35,12 +39,12 @@ def score(
     was_training = model.training
     model.eval()
     sums, samples, gave_up, full = torch.zeros(3, dtype=torch.float64, device=device), 0, False, 0
-    for images, labels in batches:
-        if gave_up := give_up():
+    for images, labels in batches if filler is None else in_step(batches, filler, give_up):
+        if filler is None and (gave_up := give_up()):
             break
         size, full = len(labels), max(full, len(labels))
         if pads and size < full:
-            images = torch.cat([images, images[-1:].expand(full - size, *images.shape[1:])])
+            images = torch.cat([images, images[-1:].expand(full - len(images), *images.shape[1:])])
         torch.compiler.cudagraph_mark_step_begin()
         logits = model(images)[:size].float()
         rank = ranks(logits, labels)
@@ -48,6 +52,7 @@ def score(
         sums += torch.stack([(rank < 1).sum(), (rank < 5).sum(), loss]).double()
         samples += size
     model.train(was_training)
+    gave_up = gave_up or (filler is not None and give_up())
     counts = torch.tensor([samples, gave_up], dtype=torch.float64, device=device)
     top1, top5, loss, samples, gave_up = reduce(torch.cat([sums, counts]), "sum").tolist()
     if gave_up:
