@@ -178,7 +178,7 @@ def test_sharding_that_masks_cannot_follow_is_refused(tmp_path, monkeypatch, cap
     [
         (["optim.name=sgd"], "optim.name: torch has no fused sgd for sharded weights"),
         (["optim.name=adamw", "train.compile=true"], "train.compile: is not supported with sharded weights"),
-        (["optim.name=adamw", "pruning={method: {name: set}, granularity: 2:4}"], "within windows"),
+        (["optim.name=adamw", "pruning={method: {name: set, interval: 2}, granularity: 2:4}"], "within windows"),
     ],
 )
 def test_what_does_not_work_on_shards_is_refused_by_the_plan(tmp_path, monkeypatch, capsys, overrides, said):

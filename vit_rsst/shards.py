@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
-from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -30,7 +29,7 @@ def is_divided_by_rows(tensor: Tensor) -> bool:
     return is_sharded(tensor) and tensor.device_mesh.ndim == 1 and tensor.placements[0].is_shard(0)
 
 
-def is_fsdp(module: nn.Module) -> TypeIs[FSDPModule]:
+def is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
     """Whether FSDP2 gathers the weights of a module for its forward pass."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
