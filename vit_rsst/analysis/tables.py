@@ -31,7 +31,8 @@ def analysis_text(result: Mapping) -> str:
     if memory := _memory(items):
         what = "the process, including libraries" if memory["dense"]["kind"] == "rss" else "torch allocations"
         notes.append(f"Peak memory of {what}, each in its own process; above: added by the model.")
-    parts.append("\n".join(notes))
+    if notes:
+        parts.append("\n".join(notes))
     parts += [block_table(item) for item in items if item["parameters"].get("density", 1) < 1]
     return "\n\n".join(parts)
 
