@@ -278,3 +278,12 @@ def test_this_packages_architectures_are_registered_with_timm():
         with torch.device("meta"):
             net = timm.create_model(name, num_classes=7)
         assert net.get_submodule(net.pretrained_cfg["classifier"]).out_features == 7
+
+
+# -- blocks that split their hidden features
+
+
+def test_hidden_features_that_the_forward_pass_splits_at_fixed_widths_are_no_neurons():
+    net = timm.create_model("test_mambaout", num_classes=10).eval()  # fc1's output is split into (48, 32, 16)
+    assert not unit_groups(net, ("neuron",))
+    assert any(name.endswith("fc1.weight") for name in prunable_weights(net))

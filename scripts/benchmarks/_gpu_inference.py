@@ -63,14 +63,17 @@ def two_of_four(model: str, args: dict, image_size: int, batch: int, ledger: Led
         weight.mul_(keep_n_of_m(weight.abs(), torch.ones_like(weight, dtype=torch.bool), 2, 4))
     ready: dict[str, Contender] = {DENSE: masked}
     name = f"2:4, {model}, batch {batch}"
-    with ledger.guarded(f"{name}: to_sparse_semi_structured"):
-        sparse = copy.deepcopy(masked)
-        for path in layers:
-            layer = sparse.get_submodule(path)
-            layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), False)
-        with torch.inference_mode():
-            sparse(torch.zeros(batch, 3, image_size, image_size, device=device, dtype=dtype))
-        ready["to_sparse_semi_structured"] = sparse
+    if device.type == "cpu":
+        ledger.add(f"{name}: to_sparse_semi_structured (not here: needs a GPU)", {})
+    else:
+        with ledger.guarded(f"{name}: to_sparse_semi_structured"):
+            sparse = copy.deepcopy(masked)
+            for path in layers:
+                layer = sparse.get_submodule(path)
+                layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), False)
+            with torch.inference_mode():
+                sparse(torch.zeros(batch, 3, image_size, image_size, device=device, dtype=dtype))
+            ready["to_sparse_semi_structured"] = sparse
     if device.type == "cuda":
         torch.compiler.reset()
         for other, net in list(ready.items()):

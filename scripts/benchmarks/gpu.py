@@ -283,12 +283,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no new row after this time; default: depends on the part")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="rows go to FILE-a.json, FILE-a.md …")
     parser.add_argument("--rehearse", action="store_true", help="run everything in miniature, as a smoke test")
-    parser.add_argument("--data", type=Path, help="part d: a folder with the parquet files of CIFAR-100")
+    parser.add_argument("--data", type=Path, help="part d: a folder with the parquet files of CIFAR-100; not rehearsed")
     parser.add_argument("--runs", type=Path, help="part d: folder for the runs; default: next to the rows")
     parser.add_argument("--shorten", type=int, default=1, help="part d: divide all epochs by this number")
     parser.add_argument("--jobs", type=int, default=1, help="part d: concurrent runs")
     args = parser.parse_args(argv)
     args.runs = args.runs or args.json.parent / "gpu-runs"
+    if args.rehearse and args.data:
+        parser.error("--data: has no effect with --rehearse, which trains on the digits; omit it")
     return args
 
 

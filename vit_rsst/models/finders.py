@@ -239,7 +239,7 @@ def neurons(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
             between += [Member(f"{kernel}.weight", 0, columns), *_vectors(kernel, modules[kernel], columns)]
         else:
             return []
-    if _touches(module.named_parameters(recurse=False), hidden):
+    if _touches(module.named_parameters(recurse=False), hidden) or _splits(module, hidden):
         return []
     members, vectors = [], []
     for source in sources:
@@ -265,6 +265,11 @@ def _depthwise(name: str, module: nn.Module, width: int) -> str:
 def _touches(tensors: Iterable[tuple[str, torch.Tensor]], hidden: int) -> bool:
     """Whether a tensor has a dimension of the hidden features, or of twice their number."""
     return any(size in (hidden, 2 * hidden) for _, tensor in tensors for size in tensor.shape)
+
+
+def _splits(module: nn.Module, hidden: int) -> bool:
+    """Whether the forward pass splits the hidden features at fixed widths, as in MambaOut."""
+    return any(isinstance(value, tuple | list) and hidden in value for value in vars(module).values())
 
 
 def channels(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:
