@@ -36,8 +36,8 @@ MMAP = "MALLOC_MMAP_THRESHOLD_"
 """Variable of glibc; set low, freed tensors go back to the system, and resident memory is what tensors need."""
 
 RANKS, WARMUPS = 2, 2
-ALTERNATIONS, QUICK_ALTERNATIONS = 30, 3
-BATCH, STEPS, SPARSITY = 64, 2, 0.5
+ALTERNATIONS, QUICK_ALTERNATIONS = 20, 3
+BATCH, STEPS, SPARSITY = 32, 2, 0.5
 BARE = "no pruning"
 PHASES = {"inside the window": 1.0, "after the removal": 0.0}
 
