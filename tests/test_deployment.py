@@ -150,7 +150,7 @@ def test_int8_needs_onnxruntime_and_training_images(run, tmp_path, monkeypatch):
 # -- half precision
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_file_in_half_precision_has_the_logits_of_the_ticket_and_half_its_bytes(precision, run, tmp_path, capsys):
     done = export(run, "onnx", tmp_path / "out", precision=precision)
     path = tmp_path / "out" / "model.onnx"
