@@ -184,8 +184,8 @@ OTHER_MEANINGS = {"dense", "constant", "set"}
 """Also a network with all its weights, a teacher, a learning rate and the name of a folder: looked for beside the word
 `method` alone."""
 
-ALLOWED = {"recipe/schema.py": {"rsst"}}
-"""The default of `pruning.method`: a recipe that names no method must get one."""
+ALLOWED = {"recipe/schema.py": {"rsst"}, "library/functions.py": {"imp"}, "library/pruner.py": {"rsst"}}
+"""Defaults: a recipe or a call of the library that names no method must get one."""
 
 VOCABULARY = "old_names.py"
 """The words of the original's launcher, some of which are methods; it translates them and decides nothing."""
