@@ -47,7 +47,8 @@ loop.train_step = faulty
 """A plugin of the recipe: FAULT=what:rank:step, such as nan:1:5, goes wrong there."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", "vit_rsst.evaluation.evaluate"])
+IMPORTED = ["vit_rsst.cli", "vit_rsst.assembly.build", "vit_rsst.loop", "vit_rsst.evaluation.evaluate"]
+CONTEXT.set_forkserver_preload([*IMPORTED, "sklearn.datasets", "torchvision.transforms"])
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vit_rsst.run import resume
 from vit_rsst.run.state import Run
 from vit_rsst.seeds import derived_seed
 from vit_rsst.tickets import rounds, ticket_file
-from vit_rsst.training import optim
+from vit_rsst.training import optim, switches
 from vit_rsst.training.counters import Interrupted
 from vit_rsst.training.readings import Reading
 
@@ -93,7 +93,7 @@ def train_step(run: Run, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor
     run.controller.before_forward()
     for images, labels in micro_batches:
         run.ranks.heartbeat.enter("forward")
-        torch.compiler.cudagraph_mark_step_begin()
+        switches.begin_pass()
         with run.accelerator.accumulate(run.model):
             logits = run.model(images)
             loss = run.loss(logits, labels)

@@ -113,7 +113,7 @@ class Bench:
         self.settles = True  # whether runs settle DDP's buckets before the first step
         # Forking from a process that has imported everything starts in one second instead of eight.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", *IMPORTS])
+        self.context.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", "sklearn.datasets", *IMPORTS])
 
     def undisturbed(self, setting: Setting) -> dict:
         if setting not in self._undisturbed:

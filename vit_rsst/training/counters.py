@@ -8,6 +8,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from vit_rsst.shards import in_step
+from vit_rsst.training import switches
 
 
 class Interrupted(Exception):
@@ -45,7 +46,7 @@ def score(
         size, full = len(labels), max(full, len(labels))
         if pads and size < full:
             images = torch.cat([images, images[-1:].expand(full - len(images), *images.shape[1:])])
-        torch.compiler.cudagraph_mark_step_begin()
+        switches.begin_pass()
         logits = model(images)[:size].float()
         rank = ranks(logits, labels)
         loss = F.cross_entropy(logits, labels, reduction="sum")

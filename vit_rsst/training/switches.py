@@ -1,6 +1,7 @@
 """Device settings that trade speed against exactness: TF32, deterministic algorithms, compilation, memory format."""
 
 import os
+import sys
 
 import torch
 from torch import nn
@@ -41,6 +42,15 @@ def compile_(net: nn.Module, mode: bool | str) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
     for block in blocks_of(net) or [net]:
         block.compile(dynamic=False, mode=None if mode is True else mode)
+
+
+def begin_pass() -> None:
+    """Lets CUDA graphs overwrite the outputs of the last forward pass.
+
+    torch's own function imports its compiler, which takes a second, also where nothing has been compiled.
+    """
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
