@@ -113,6 +113,30 @@ def test_bert_of_transformers_is_pruned_by_element_and_by_unit(granularity, crit
             assert int(alive_units(group, found.mask).sum()) == found.units[group.name]["alive"]
 
 
+@pytest.mark.parametrize("granularity", ["element", "2:4", "head+neuron"])
+@torch.no_grad()
+def test_with_compensation_the_same_mask_changes_the_logits_less(granularity):
+    images, models, errors = torch.randn(200, 3, 8, 8), [vit().eval(), vit().eval()], []
+    loader = [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(64)]
+    dense, found = models[0](images), []
+    for model, words in zip(models, ({}, {"compensate": "least_squares", "calibration": loader}), strict=True):
+        sparsity = None if granularity == "2:4" else 0.5
+        found.append(vit_rsst.prune(model, sparsity, granularity=granularity, min_neurons=1, **words))
+        errors.append(float((model(images) - dense).square().mean()))
+        assert all(not model.get_parameter(name)[~kept].any() for name, kept in found[-1].mask.masks.items())
+    assert found[0].mask.fingerprint() == found[1].mask.fingerprint()
+    assert errors[1] < 0.7 * errors[0]
+    assert found[0].compensation is None
+    assert all(fit.error <= fit.error_masked for fit in found[1].compensation.fits.values())
+
+
+def test_one_loader_serves_the_criterion_and_the_compensation_of_bert():
+    model = tiny_bert().eval()
+    words = {"criterion": "activation_l2", "compensate": "least_squares", "protect": ["*classifier*", "*pooler*"]}
+    found = vit_rsst.prune(model, 0.5, calibration=iter([tokens(seed) for seed in range(2)]), **words)
+    assert (len(found.compensation.fits), found.compensation.left) == (12, ())
+
+
 def test_pruned_digits_are_still_told_apart():
     images, labels = digits()
     torch.manual_seed(0)
@@ -137,6 +161,9 @@ WRONG = [
     ({"sparsity": 0.5, "criterion": "movement"}, "prune(criterion=…): movement adds up over training steps, and none"),
     ({"sparsity": 0.5, "criterion": "saliency"}, "prune(calibration=…): missing; saliency needs gradients: pass a"),
     ({"sparsity": 0.5, "calibration": [1]}, "prune(calibration=…): has no effect with magnitude; omit it."),
+    ({"sparsity": 0.5, "compensate": "obs"}, "prune(compensate=…): unknown value 'obs'; expected none or"),
+    ({"sparsity": 0.5, "compensate": "least_squares"}, "prune(calibration=…): missing; least_squares needs inputs of"),
+    ({"sparsity": 0.5, "compensate": "least_squares", "calibration": []}, "prune(calibration=…): compensation needs"),
     ({"sparsity": 0.5, "protect": ["heads.*"]}, "prune(protect=…): 'heads.*' matches no prunable weight; examples"),
     ({"sparsity": 0.5, "protect": ["*"]}, "prune(protect=…): no prunable weight is left; protect fewer or include"),
     ({"sparsity": 0.5, "scope": torch.ones(1)}, "prune: takes plain numbers, strings, lists and mappings (Object of"),

@@ -48,3 +48,13 @@ def test_processes_agree_and_end_where_one_ends(tmp_path, kind, criterion):
         assert told[0]["ratio"] == pytest.approx(one["ratio"], rel=1e-3)
         for name, value in alone.items():
             assert torch.allclose(weights[name], value, atol=1e-4), name
+
+
+def test_compensated_weights_are_bit_for_bit_the_same_on_all_ranks_and_those_of_one_process(tmp_path):
+    alone, [one] = trained(tmp_path / "one", "prune", "magnitude", 1)
+    for world in (2, 3):
+        weights, told = trained(tmp_path / str(world), "prune", "magnitude", world)
+        assert all(rank == told[0] for rank in told)
+        assert (told[0]["masks"], told[0]["tokens"]) == (one["masks"], one["tokens"])
+        for name, value in alone.items():
+            assert torch.allclose(weights[name], value, atol=1e-4), name

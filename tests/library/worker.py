@@ -1,5 +1,7 @@
-"""One of several processes that train a ViT with a `Pruner`: `worker.py KIND CRITERION FOLDER`."""
+"""One of several processes that train a ViT with a `Pruner`: `worker.py KIND CRITERION FOLDER`, with the kinds
+ddp, accelerate, and prune, which prunes once."""
 
+import hashlib
 import json
 import os
 import sys
@@ -31,6 +33,9 @@ def main(kind: str, criterion: str, folder: Path) -> None:
         model = nn.parallel.DistributedDataParallel(model)
     own = IMAGES[rank::world], LABELS[rank::world]  # 72, 48 images: batches of 30 are ragged, and differ by rank
     calibration = None if criterion == "magnitude" else list(zip(*(part.split(30) for part in own), strict=True))
+    if kind == "prune":
+        pruned_once(model, folder, rank, world)
+        return
     pruner = vit_rsst.Pruner(
         model, optimizer, total_steps=STEPS, rounds=2, method=METHOD, final_sparsity=0.75, criterion=criterion,
         calibration=calibration,
@@ -61,6 +66,23 @@ def main(kind: str, criterion: str, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
     if rank == 0:
         torch.save(net.state_dict(), folder / "model.pt")
+
+
+def pruned_once(model: nn.Module, folder: Path, rank: int, world: int) -> None:
+    """Prunes with compensation; of three ranks, the last has no images."""
+    images = IMAGES[rank :: min(world, 2)] if rank < 2 else IMAGES[:0]
+    batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(30) if len(part)]
+    net = getattr(model, "module", model)
+    found = vit_rsst.prune(model, granularity="2:4", compensate="least_squares", calibration=batches)
+    told = {"masks": found.mask.fingerprint(), "weights": digest(net.state_dict())}
+    told["tokens"] = [fit.tokens for fit in found.compensation.fits.values()]
+    (folder / f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    if rank == 0:
+        torch.save(net.state_dict(), folder / "model.pt")
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
 
 
 main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

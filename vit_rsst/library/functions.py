@@ -9,7 +9,7 @@ from torch import nn
 from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject
 from vit_rsst.analysis.tables import analysis_text
-from vit_rsst.errors import OF_A_LIBRARY, InputError, first_line
+from vit_rsst.errors import OF_A_LIBRARY, InputError, first_line, unknown
 from vit_rsst.library.batches import Batches, forward_of, pairs
 from vit_rsst.library.target import CALIBRATION, Target, unwrapped
 from vit_rsst.models import zoo
@@ -17,6 +17,7 @@ from vit_rsst.models.anatomy import prunable_weights, unit_groups
 from vit_rsst.models.complexity import evaluating, size_of
 from vit_rsst.models.observation import check_units
 from vit_rsst.models.slim import SlimForm, copy_of
+from vit_rsst.pruning.compensation import COMPENSATIONS
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.oneshot import OneShot, prune_once_
 from vit_rsst.pruning.patterns import pattern
@@ -45,6 +46,7 @@ def prune(
     min_neurons: int | None = None,
     include: Sequence[str] = (),
     protect: Sequence[str] = (),
+    compensate: str = "none",
     calibration: Batches | None = None,
     seed: int = 0,
 ) -> OneShot:
@@ -60,18 +62,23 @@ def prune(
         scope, depth_ramp, layer_sparsity, max_layer_sparsity, min_neurons: as in a recipe's section `pruning`.
         include: globs of weights to prune beside those of the default.
         protect: globs of weights never to prune.
-        calibration: a loader of (inputs, labels), or a callable that returns one; for criteria that need activations
-            or gradients.
+        compensate: none, or least_squares: the weights that stay in a layer are fitted to what it computed before, on
+            the calibration inputs. All of these are in memory at one layer at a time; a few hundred images suffice.
+        calibration: a loader of (inputs, labels), or a callable that returns one; for compensation, and for criteria
+            that need activations or gradients.
         seed: of the criterion random.
 
     Returns:
-        The mask and its density, overall and by layer, and the units left.
+        The mask and its density, overall and by layer, the units left, and how well each layer was compensated.
 
     Raises:
         InputError: a keyword is wrong, nothing can be pruned, or the sparsity cannot be reached.
     """
     if sparsity is None and budget is None and pattern(granularity) is None:
         raise InputError("prune(sparsity=…): missing; set it, such as 0.5, or a budget, such as {'flops': 0.5}.")
+    if compensate not in COMPENSATIONS:
+        raise InputError(f"prune(compensate=…): {unknown('value', compensate, COMPENSATIONS)}")
+    compensates = compensate != "none"
     words: dict[str, Any] = {
         "method": "imp",
         "rounds": 1,
@@ -89,12 +96,12 @@ def prune(
     }
     pruning = pruning_section("prune", words, {}, IN_PRUNE)
     with in_words_of("prune", IN_PRUNE):
-        target = Target.of(model, pruning, calibration)
+        target = Target.of(model, pruning, calibration, compensates)
         batches = () if calibration is None else pairs(calibration, target.device)
         with evaluating(target.net):
             return prune_once_(
                 target.net, target.weights, target.selector, target.density(1.0), batches,
-                forward=forward_of(target.net), seed=seed,
+                forward=forward_of(target.net), seed=seed, compensates=compensates,
             )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class Target:
         return next(iter(self.weights.values())).device
 
     @classmethod
-    def of(cls, model: nn.Module, pruning: Pruning, calibration: Batches | None) -> "Target":
+    def of(cls, model: nn.Module, pruning: Pruning, calibration: Batches | None, compensates: bool = False) -> "Target":
         """
         Raises:
             InputError: nothing to prune, a sparsity that cannot be met, or calibration images that are missing or not
@@ -77,7 +77,11 @@ class Target:
                 f"pruning.calibration: missing; {pruning.criterion} needs {selector.criterion.needs}: pass a loader of "
                 "(inputs, labels), or use the criterion magnitude."
             )
-        if calibration is not None and not needs_images:
+        if compensates and calibration is None:
+            raise InputError(
+                "pruning.calibration: missing; least_squares needs inputs of layers: pass a loader of (inputs, labels)."
+            )
+        if calibration is not None and not needs_images and not compensates:
             raise InputError(f"pruning.calibration: has no effect with {pruning.criterion}; omit it.")
         return cls(net, weights, groups, selector, density)
 

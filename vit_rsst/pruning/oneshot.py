@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vit_rsst.pruning.agreement import agreed, fingerprints
 from vit_rsst.pruning.calibration import collect
+from vit_rsst.pruning.compensation import Compensation, compensate_
 from vit_rsst.pruning.criteria import Evidence
 from vit_rsst.pruning.granularity import units_left
 from vit_rsst.pruning.masks import MaskSet
@@ -31,11 +32,13 @@ class OneShot:
         mask: the elements that stay.
         density_asked: requested; `density` is that of the mask.
         units: per unit group: kind, units, alive units; empty without units.
+        compensation: what was fitted, and how well; None: what stays kept its values.
     """
 
     mask: MaskSet
     density_asked: float
     units: dict[str, dict[str, str | int]]
+    compensation: Compensation | None = None
 
     @property
     def density(self) -> float:
@@ -57,6 +60,7 @@ def prune_once_(
     *,
     forward: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
+    compensates: bool = False,
 ) -> OneShot:
     """Zeroes what the selector does not keep, in place. Collective.
 
@@ -67,17 +71,25 @@ def prune_once_(
         batches: calibration images and labels of this rank, if the criterion needs them.
         forward: images → logits; None: the network itself.
         seed: of the criterion `random`.
+        compensates: whether what stays is fitted to what the dense layers compute on the calibration images.
 
     Raises:
-        InputError: the criterion needs calibration images and there are none, or cannot record its inputs.
+        InputError: the criterion or the compensation needs calibration images and there are none, or cannot record its
+            inputs.
     """
     needs, full = selector.criterion.needs, MaskSet.full(weights)
-    statistics = None
+    statistics, compensation = None, None
+    if compensates:
+        batches = list(batches)  # read twice
     if needs in OF_IMAGES:
         statistics = collect(net, batches, weights, selector.groups, needs == "gradients", forward)
     evidence = Evidence(weights, full, seed * 1_000, statistics)
     mask = agreed(lambda: selector.units(evidence, density), full)
-    for name, weight in weights.items():
-        weight.masked_fill_(~mask[name], 0.0)  # +0, not −0 nor NaN · 0
     fingerprints(mask)
-    return OneShot(mask, selector.mean_density(weights, density), units_left(selector.groups, mask))
+    if compensates:
+        compensation = compensate_(net, weights, mask, batches, of_units=bool(selector.groups), forward=forward)
+    else:
+        for name, weight in weights.items():
+            weight.masked_fill_(~mask[name], 0.0)  # +0, not −0 nor NaN · 0
+    asked, units = selector.mean_density(weights, density), units_left(selector.groups, mask)
+    return OneShot(mask, asked, units, compensation)
