@@ -1,4 +1,8 @@
-"""The order of the files: the longest first, so that no process is left with one of them when the others are done."""
+"""The order of the files, the longest first, so that no process is left with one of them when the others are done; and
+what every test of a folder begins with."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +22,21 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_fresh_accelerate(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In `library/` and `pruning/`, whose tests build runs of their own: sums in one order, and neither precision nor
+    accumulation of the test before, which Accelerate keeps global."""
+    if request.path.parent == Path(__file__).parent:
+        yield
+        return
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

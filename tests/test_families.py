@@ -287,3 +287,9 @@ def test_hidden_features_that_the_forward_pass_splits_at_fixed_widths_are_no_neu
     net = timm.create_model("test_mambaout", num_classes=10).eval()  # fc1's output is split into (48, 32, 16)
     assert not unit_groups(net, ("neuron",))
     assert any(name.endswith("fc1.weight") for name in prunable_weights(net))
+
+
+def test_tensors_that_a_block_lists_do_not_hide_its_neurons():
+    net = timm.create_model("test_vit", num_classes=10)
+    net.blocks[0].mlp.seen = [torch.zeros(2, 3)]
+    assert next(group.name for group in unit_groups(net, ("neuron",))) == "blocks.0.mlp"

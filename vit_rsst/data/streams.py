@@ -20,7 +20,6 @@ from vit_rsst.data.locate import Located
 from vit_rsst.errors import InputError
 
 AHEAD_BYTES = 64 * 2**20
-"""Windows that a reader loads before they are needed."""
 
 READER_BYTES = AHEAD_BYTES + Reader.KEPT_BYTES
 """What a worker holds besides its windows in use and the block that it reads."""
@@ -33,12 +32,14 @@ class Stream:
     Attributes:
         part: from and below; the place of a row is a hash of its id.
         buffer: images that the windows of all lanes hold together; encoded, in host memory.
+        ahead_bytes: of windows that a reader, here or in a worker, loads before they are needed.
     """
 
     blocks: tuple[Block, ...] = field(repr=False)
     columns: Columns
     part: tuple[float, float]
     buffer: int
+    ahead_bytes: int = AHEAD_BYTES
 
     @property
     def count(self) -> int:
@@ -209,10 +210,9 @@ class Ahead:
 
     def _has_room(self, batch: int) -> bool:
         """Waits until a load of a batch may begin; False: it was closed."""
+        limit = self._stream.ahead_bytes
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._is_closed or batch <= self._batch or sum(self._bytes.values()) < AHEAD_BYTES
-            )
+            self._changed.wait_for(lambda: self._is_closed or batch <= self._batch or sum(self._bytes.values()) < limit)
             return not self._is_closed
 
     def _size(self, pieces: Sequence[Piece]) -> int:

@@ -103,7 +103,7 @@ def check(work: Work) -> None:
         option = "--int8" if missing[0] == "onnxruntime" else "--to onnx"
         raise MissingRequirement(f"{option}: {missing[0]} is not installed; pip install 'vit-rsst[onnx]'.")
     if is_int8:
-        work.calibration  # noqa: B018 - opens the dataset before anything is traced
+        _ = work.calibration  # opens the dataset before anything is traced
 
 
 def write(work: Work, folder: Path) -> None:

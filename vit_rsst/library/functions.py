@@ -184,5 +184,5 @@ def analyze(model: nn.Module, image_size: int | None = None) -> Analysis:
 
 
 def register_models() -> None:
-    """Registers the models of this package with `timm.create_model`; importing this module has done so."""
-    assert zoo.CATALOG
+    """Registers the models of this package with `timm.create_model`; using any other public name does so too."""
+    zoo.register_models()

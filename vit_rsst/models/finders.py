@@ -269,7 +269,8 @@ def _touches(tensors: Iterable[tuple[str, torch.Tensor]], hidden: int) -> bool:
 
 def _splits(module: nn.Module, hidden: int) -> bool:
     """Whether the forward pass splits the hidden features at fixed widths, as in MambaOut."""
-    return any(isinstance(value, tuple | list) and hidden in value for value in vars(module).values())
+    sequences = (value for value in vars(module).values() if isinstance(value, tuple | list))
+    return any(isinstance(width, int) and width == hidden for value in sequences for width in value)
 
 
 def channels(name: str, module: nn.Module, modules: Modules) -> list[UnitGroup]:

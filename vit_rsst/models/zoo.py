@@ -77,8 +77,14 @@ def _build_own(name: str, pretrained: bool, args: dict) -> nn.Module:
     return build_model_with_cfg(OWN[name], name, pretrained, pretrained_filter_fn=adapt, **args)
 
 
-for _name in CATALOG:
-    _register(_name)
+@functools.cache
+def register_models() -> None:
+    """Registers the catalogue with `timm.create_model`, once."""
+    for name in CATALOG:
+        _register(name)
+
+
+register_models()
 
 
 def describe(name: str, args: dict, num_classes: int) -> tuple[str, dict]:

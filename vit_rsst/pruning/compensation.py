@@ -30,7 +30,7 @@ COMPENSATIONS = {
 DAMPING = 0.01
 """λ relative to the mean of the Gram matrix' diagonal, as in SparseGPT."""
 TOLERANCE, MAX_ITERATIONS = 1e-7, 500
-"""Of conjugate gradients: residual of each row relative to its right-hand side."""
+"""Of conjugate gradients: residual of each row relative to its right-hand side. Rows still above it get a Cholesky."""
 PASSES_DIFFER = "pruning.compensate: the order in which layers are applied differs from batch to batch; use none."
 
 
@@ -131,6 +131,8 @@ def _change(dense: Tensor, keep: Tensor, hessian: Tensor) -> Tensor:
         residual -= step * image
         before, square = square, residual.square().sum(1, keepdim=True)
         direction = residual + torch.where(open_rows, square / before, 0.0) * direction
+    for row in (square > enough).flatten().nonzero().flatten().tolist():
+        found[row : row + 1] = _change_of_all(dense[row : row + 1], keep[row : row + 1], hessian)
     return found
 
 
