@@ -3,6 +3,7 @@
 import pytest
 import torch
 from toys_of_others import vit
+from watching import Watch
 
 pytestmark = pytest.mark.slow
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
@@ -30,6 +31,15 @@ class Classifier(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
 
 
+class Watched(PruningCallback):
+    watch = None
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        if self._words["method"] is RSST:
+            self.watch = Watch(self.pruner, 0.01, (0.0, 0.5))
+
+
 def fitted(
     folder, words: dict, max_steps: int = 12, resume=None, batch: int = 4, **options
 ) -> tuple[Classifier, PruningCallback]:
@@ -37,7 +47,7 @@ def fitted(
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(images, torch.arange(24) % 10), batch_size=batch
     )
-    module, callback = Classifier(), PruningCallback(final_sparsity=0.75, **words)
+    module, callback = Classifier(), Watched(final_sparsity=0.75, **words)
     saving = lightning.callbacks.ModelCheckpoint(folder, every_n_train_steps=7, save_top_k=-1, filename="{step}")
     trainer = lightning.Trainer(
         max_steps=max_steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -65,6 +75,9 @@ def test_lightning_ends_at_the_sparsity_that_was_asked_for_with_zeros(tmp_path, 
     for name, alive in callback.pruner.masks.items():
         assert not (module.get_parameter(name).detach() * ~alive).any()
     assert module.seen[-1] > 0.3  # evaluated with its zeros
+    if callback.watch is not None:
+        assert (callback.watch.steps, len(callback.watch.shrunk)) == (12, 2)
+        assert max(callback.watch.shrunk) < 1e-6
 
 
 @pytest.mark.parametrize("words", [{"method": RSST, "rounds": 2}, {"method": STE}], ids=["rsst", "ste"])

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from toys_of_others import resnet, tiny_bert, tokens, vit
+from watching import Watch
 
 import vit_rsst
 from vit_rsst.errors import CheckFailed, InputError
@@ -181,8 +182,9 @@ def test_accelerate_with_accumulation_and_clipping_counts_optimizer_steps(accumu
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation)
     model = mlp()
     model, optimizer = accelerator.prepare(model, adamw(model))
-    pruner = vit_rsst.Pruner(model, optimizer, total_steps=12, rounds=2, method=RSST, final_sparsity=0.8)
-    for number in range(12 * accumulation):
+    pruner = vit_rsst.Pruner(model, optimizer, total_steps=24, rounds=2, method=RSST, final_sparsity=0.8)
+    watch = Watch(pruner, 0.01, (0.25, 0.75))
+    for number in range(24 * accumulation):
         assert pruner.progress.global_step == number // accumulation
         with accelerator.accumulate(model):
             accelerator.backward(nn.functional.cross_entropy(model(IMAGES), LABELS))
@@ -190,9 +192,10 @@ def test_accelerate_with_accumulation_and_clipping_counts_optimizer_steps(accumu
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        assert dead_are_zero(model, pruner)
     pruner.finish()
     assert pruner.density == pytest.approx(0.2, abs=0.01)
+    assert (watch.steps, len(watch.shrunk)) == (24, 6)
+    assert max(watch.shrunk) < 1e-6
 
 
 def test_an_update_that_moves_masked_weights_is_undone_for_methods_without_a_penalty():

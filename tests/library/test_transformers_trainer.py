@@ -7,6 +7,7 @@ import pytest
 import torch
 from toys_of_others import tiny_bert, tokens
 from transformers import Trainer, TrainingArguments
+from watching import Watch
 
 from vit_rsst.errors import Damaged, InputError
 from vit_rsst.integrations.transformers import PruningCallback
@@ -16,10 +17,18 @@ WORDS = {"rounds": 2, "final_sparsity": 0.75, "method": RSST, "protect": ["class
 STE = {"name": "ste", "window": [0.2, 0.8], "interval": 2}
 
 
-def trainer_of(folder: Path, words: dict, **options) -> tuple[Trainer, PruningCallback]:
+class Watched(PruningCallback):
+    def on_train_begin(self, *arguments, **more):
+        super().on_train_begin(*arguments, **more)
+        self.watch = Watch(self.pruner, 0.01, (0.0, 0.5))
+
+
+def trainer_of(
+    folder: Path, words: dict, kind: type[PruningCallback] = PruningCallback, **options
+) -> tuple[Trainer, PruningCallback]:
     rows = tokens(0, count=24)
     data = [{key: value[i] for key, value in rows.items()} for i in range(24)]
-    callback = PruningCallback(**words)
+    callback = kind(**words)
     arguments = TrainingArguments(
         str(folder), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, save_steps=5, max_steps=12,
         per_device_train_batch_size=4, learning_rate=1e-2, save_total_limit=3, **options,
@@ -37,11 +46,13 @@ OPTIONS = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
 
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all"])
 def test_the_trainer_ends_at_the_sparsity_that_was_asked_for(tmp_path, options):
-    trainer, callback = trainer_of(tmp_path, WORDS, **options)
+    trainer, callback = trainer_of(tmp_path, WORDS, Watched, **options)
     trainer.train()
     assert callback.pruner.density == pytest.approx(0.25, abs=1e-3)
     assert [round(result.density, 2) for result in callback.pruner.results] == [1.0, 0.5, 0.25]
     assert zeros(trainer, callback)
+    assert (callback.watch.steps, len(callback.watch.shrunk)) == (12, 2)  # two rounds of a window of two steps
+    assert max(callback.watch.shrunk) < 1e-6
     history = [row for row in trainer.state.log_history if "loss" in row]
     assert [round(row["prune/density"], 2) for row in history] == [1.0] * 5 + [0.5] * 4 + [0.25] * 3
     saved = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text(encoding="utf-8"))
