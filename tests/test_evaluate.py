@@ -136,6 +136,26 @@ def test_two_processes_give_exactly_the_scores_of_one(run, tmp_path):
         assert one[name] == two[name], name
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("access", ["in_memory: true", "streaming: true"])
+def test_ten_thousand_images_score_the_same_on_1_2_and_3_processes(tmp_path, access):
+    data = tiny.write_images(tmp_path / "data", "cifar10", size=32, scored=10_000)  # 20 batches of 500; 3 ranks get 7, 7 and 6
+    source = f"source: cifar10, path: {data}, val_fraction: 0.1, {access}"
+    recipe = tiny.write_recipe(tmp_path, tiny.RECIPE.replace("source: digits", source))
+    assert tiny.command("train", recipe) == 0
+    one = evaluated(tmp_path / "1.json", tmp_path / "runs" / "tiny")
+    assert one["samples"] == sum(one["support"]) == 10_000
+    for ranks in (2, 3):
+        output = tmp_path / f"{ranks}.json"
+        job = faulty.command("evaluate", tmp_path / "runs" / "tiny", "--json", output, ranks=ranks)
+        assert job.codes == [0] * ranks, job.log[-3000:]
+        found = json.loads(output.read_text())
+        assert found["processes"] == ranks
+        for name in EXACT:
+            assert found[name] == one[name], name
+
+
 PROCESSORS = {
     "as transformers says by default": ({}, (32, 1.0, "squash", "bicubic"), (0.5, 0.5)),
     "not normalised": ({"do_normalize": False}, (32, 1.0, "squash", "bicubic"), (0.0, 1.0)),

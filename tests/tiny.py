@@ -43,8 +43,8 @@ def write_recipe(folder: Path, text: str = RECIPE) -> Path:
 COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label"), "imagenet1k": ("image", "label")}
 
 
-def write_images(folder: Path, source: str, rows: int = 120, size: int = 16) -> Path:
-    """Noise of three classes for training and a few images for the test, as the Hub's parquet files of a source."""
+def write_images(folder: Path, source: str, rows: int = 120, size: int = 16, scored: int = 6) -> Path:
+    """Noise of three classes for training and for the test, as the Hub's parquet files of a source."""
     import datasets
     import numpy as np
     from PIL import Image
@@ -55,7 +55,7 @@ def write_images(folder: Path, source: str, rows: int = 120, size: int = 16) -> 
     features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=["a", "b", "c"])})
     draw = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    for split, count in (("train", rows), (CATALOG[source].test_split, 6)):
+    for split, count in (("train", rows), (CATALOG[source].test_split, scored)):
         images = [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
         table = datasets.Dataset.from_dict({image: images, label: [i % 3 for i in range(count)]}, features=features)
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
