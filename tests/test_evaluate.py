@@ -140,7 +140,7 @@ def test_two_processes_give_exactly_the_scores_of_one(run, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("access", ["in_memory: true", "streaming: true"])
 def test_ten_thousand_images_score_the_same_on_1_2_and_3_processes(tmp_path, access):
-    data = tiny.write_images(tmp_path / "data", "cifar10", size=32, scored=10_000)  # 20 batches of 500; 3 ranks get 7, 7 and 6
+    data = tiny.write_images(tmp_path / "data", "cifar10", size=32, scored=10_000)  # 20 batches; 3 ranks get 7, 7 and 6
     source = f"source: cifar10, path: {data}, val_fraction: 0.1, {access}"
     recipe = tiny.write_recipe(tmp_path, tiny.RECIPE.replace("source: digits", source))
     assert tiny.command("train", recipe) == 0

@@ -21,12 +21,22 @@ def inputs(tokens: int = 400, columns: int = 24) -> Tensor:
 
 def reference(x: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
     """Row by row by QR in float64: the damping as rows √λ I below X, with the targets √λ w."""
+    return with_bias(x, weight, None, keep)[0]
+
+
+def with_bias(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a bias too: a column of ones beside X, which is not damped."""
     x, weight = x.double(), weight.double()
-    ridge = (DAMPING * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
-    tall, found = torch.cat([x, ridge]), torch.zeros_like(weight)
+    varying = x if bias is None else x - x.mean(0)
+    ridge = (DAMPING * varying.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+    tall, ones = torch.cat([x, ridge]), torch.cat([torch.ones(len(x), 1), torch.zeros(x.shape[1], 1)]).double()
+    found, shift = torch.zeros_like(weight), torch.zeros(len(weight), dtype=torch.float64)
     for row, stays in enumerate(keep):
-        found[row, stays] = torch.linalg.lstsq(tall[:, stays], tall @ weight[row]).solution
-    return found
+        unknown = tall[:, stays] if bias is None else torch.cat([tall[:, stays], ones], 1)
+        solution = torch.linalg.lstsq(unknown, tall @ weight[row]).solution
+        found[row, stays] = solution[: int(stays.sum())]
+        shift[row] = 0.0 if bias is None else solution[-1]
+    return found, shift if bias is None else shift + bias.double()
 
 
 def masks(rows: int = 16, columns: int = 24) -> dict[str, Tensor]:
@@ -95,8 +105,8 @@ def test_the_error_of_a_layer_is_that_of_its_outputs_over_all_batches(kind):
     mask = MaskSet({"0.weight": torch.rand_like(weight) > 0.6})
     with torch.no_grad():
         dense = net(x)
+        size = dense - net[0].bias.view(-1, *[1] * (x.dim() - 2 if kind != "linear" else 0))
         fit = compensate_(net, {"0.weight": weight}, mask, [(x[:2], None), (x[2:], None)]).fits["0.weight"]
-        size = (dense - net[0].bias.view(-1, *[1] * (x.dim() - 2))) if kind != "linear" else dense - net[0].bias
         error = (net(x) - dense).square().sum() / size.square().sum()
     assert fit.error == pytest.approx(float(error), rel=1e-3)
     assert fit.error < 0.9 * fit.error_masked
@@ -130,26 +140,57 @@ def test_each_layer_is_fitted_behind_the_pruned_and_fitted_layers_before_it():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 6)), torch.randn(90, 8)
     weights = {name: net.get_parameter(name) for name in ("0.weight", "2.weight")}
-    dense = {name: weight.detach().clone() for name, weight in weights.items()}
+    dense = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
     mask = MaskSet({name: torch.rand_like(weight) > 0.5 for name, weight in weights.items()})
+    mask["2.weight"][0] = False  # its bias alone is left
     compensate_(net, weights, mask, [(x[:50], None), (x[50:], None)])
-    for name, seen in (("0.weight", x), ("2.weight", net[1](net[0](x)).detach())):
-        expected = reference(seen, dense[name], mask[name])
-        assert (weights[name] - expected).norm() <= 1e-4 * expected.norm()
+    for layer, seen in (("0", x), ("2", net[1](net[0](x)).detach())):
+        weight, bias = f"{layer}.weight", f"{layer}.bias"
+        expected = with_bias(seen, dense[weight], dense[bias], mask[weight])
+        for name, value in zip((weight, bias), expected, strict=True):
+            assert (net.get_parameter(name) - value).norm() <= 1e-4 * value.norm()
+
+
+def test_inputs_far_from_zero_are_centred_before_they_are_multiplied():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(90, 8) + 300.0
+    weight, bias = net[0].weight.detach().clone(), net[0].bias.detach().clone()
+    mask = MaskSet({"0.weight": torch.rand(6, 8) > 0.5})
+    compensate_(net, {"0.weight": net[0].weight}, mask, [(x[:50], None), (x[50:], None)])
+    expected = with_bias(x, weight, bias, mask["0.weight"])
+    for found, value in zip((net[0].weight, net[0].bias), expected, strict=True):
+        assert (found - value).norm() <= 1e-4 * value.norm()
+
+
+@pytest.mark.parametrize("case", ["frozen", "shared", "none"])
+def test_a_bias_that_is_not_the_layers_own_stays_and_the_weights_are_fitted_to_it(case):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 8, bias=case != "none"), nn.Linear(8, 8)), torch.randn(90, 8) + 1.0
+    if case == "frozen":
+        net[0].bias.requires_grad_(False)
+    elif case == "shared":
+        net[1].bias = net[0].bias
+    dense = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
+    mask = MaskSet({"0.weight": torch.rand(8, 8) > 0.5})
+    compensate_(net, {"0.weight": net[0].weight}, mask, [(x, None)])
+    expected = reference(x, dense["0.weight"], mask["0.weight"])
+    assert (net[0].weight - expected).norm() <= 1e-4 * expected.norm()
+    assert all(torch.equal(net.get_parameter(name), dense[name]) for name in dense if name != "0.weight")
 
 
 def test_the_consumer_of_removed_units_makes_up_for_what_they_computed():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 6)), torch.randn(90, 8)
-    hidden, target = net[1](net[0](x)).detach(), net[2].weight.detach().clone()
-    first = net[0].weight.detach().clone()
+    hidden, dense = net[1](net[0](x)).detach(), {n: p.detach().clone() for n, p in net.named_parameters()}
     alive = torch.arange(12) % 2 == 0
     weights = {name: net.get_parameter(name) for name in ("0.weight", "2.weight")}
     mask = MaskSet({"0.weight": alive[:, None].repeat(1, 8), "2.weight": alive.repeat(6, 1)})
     compensate_(net, weights, mask, [(x, None)], of_units=True)
-    expected = reference(hidden, target, mask["2.weight"])
-    assert (weights["2.weight"] - expected).norm() <= 1e-4 * expected.norm()
-    assert torch.equal(weights["0.weight"], first * alive[:, None])
+    expected = with_bias(hidden, dense["2.weight"], dense["2.bias"], mask["2.weight"])
+    for found, value in zip((net[2].weight, net[2].bias), expected, strict=True):
+        assert (found - value).norm() <= 1e-4 * value.norm()
+    assert torch.equal(weights["0.weight"], dense["0.weight"] * alive[:, None])
+    assert torch.equal(net[0].bias, dense["0.bias"])
 
 
 class Failing(nn.Module):
@@ -173,14 +214,14 @@ class Failing(nn.Module):
         (torch.ones(1, 2, 4), RuntimeError, "expected a matrix"),
     ],
 )
-def test_after_an_error_all_weights_are_as_they_were_and_no_pass_is_left_waiting(second, error, sentence):
+def test_after_an_error_all_parameters_are_as_they_were_and_no_pass_is_left_waiting(second, error, sentence):
     net, threads = Failing(), threading.active_count()
     weights = {name: net.get_parameter(name) for name in ("a.weight", "b.weight")}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    before = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
     mask = MaskSet({name: torch.rand_like(weight) > 0.5 for name, weight in weights.items()})
     with pytest.raises(error, match=sentence):
         compensate_(net, weights, mask, [(torch.ones(2, 4), None), (second, None)])
-    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.named_parameters())
     assert threading.active_count() == threads
 
 

@@ -3,7 +3,8 @@
 Layers are fitted in the order of the forward pass: the inputs X are those of the model whose earlier layers are already
 pruned, the target is what the dense weight makes of them (Frantar & Alistarh 2023, arXiv:2301.00774). With the Gram
 matrix G = Xᵀ X and a damping λ, the row w' of a weight minimizes ‖X w' − X w‖² + λ ‖w' − w‖² and is zero outside of the
-mask, which is the exact form of the update of Optimal Brain Compression (Frantar et al. 2022, arXiv:2208.11580).
+mask, which is the exact form of the update of Optimal Brain Compression (Frantar et al. 2022, arXiv:2208.11580). A bias
+takes over the mean of what leaves: X is then centred, and b' = b + (w − w') · mean of the inputs.
 """
 
 import threading
@@ -36,12 +37,12 @@ PASSES_DIFFER = "pruning.compensate: the order in which layers are applied diffe
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a layer was fitted; errors are ‖X w' − X w‖² / ‖X w‖² over its outputs.
+    """How well a layer was fitted; errors are ‖X w' + b' − X w − b‖² / ‖X w‖² over its outputs.
 
     Attributes:
         error_masked, error: with the weights that leave set to zero, and after the fit.
         tokens: rows of X, over all ranks.
-        columns, dead_columns: of X, and those that are zero for all tokens.
+        columns, dead_columns: of X, and those that are the same for all tokens, or without a bias zero.
     """
 
     error_masked: float
@@ -52,7 +53,7 @@ class Fit:
 
     @property
     def is_singular(self) -> bool:
-        """Whether the damping alone determines the answer: fewer tokens than columns, or columns that are zero."""
+        """Whether the damping alone determines the answer: fewer tokens than columns, or constant columns."""
         return self.tokens < self.columns or self.dead_columns > 0
 
 
@@ -73,7 +74,7 @@ class Compensation:
         singular = [name for name, fit in self.fits.items() if fit.is_singular]
         lines = [f"{len(self.fits)} weights fitted by least squares"]
         if singular:
-            lines += [f"damping alone determines a part of {_listed(singular)}: too few tokens, or inputs always zero"]
+            lines += [f"damping alone determines a part of {_listed(singular)}: too few tokens, or constant inputs"]
         if self.left:
             lines += [f"masked without a fit: {_listed(self.left)}"]
         return "; ".join(lines)
@@ -168,7 +169,8 @@ def compensate_(
     losing = [name for name in weights if not bool(mask[name].all())]
     fitted = [name for name in losing if names.count(name) == 1 and _is_supported(net, name)]
     kept = {name: mask[name] | ~_any_of_row(mask[name]) if of_units else mask[name] for name in losing}
-    dense = {name: weights[name].clone() for name in losing}
+    biases = {name: bias for name in fitted if (bias := _bias(net, name)) is not None}
+    dense = [(tensor, tensor.clone()) for tensor in (*(weights[name] for name in losing), *biases.values())]
     fits: dict[str, Fit] = {}
     try:
         for name in losing:
@@ -178,10 +180,10 @@ def compensate_(
             for name in names:
                 inputs = [one.input_of(name) for one in passes]
                 if name in fitted:
-                    fits[name] = _fit_(net, name, weights[name], mask[name], kept[name], inputs)
+                    fits[name] = _fit_(net, name, weights[name], biases.get(name), mask[name], kept[name], inputs)
     except BaseException:
-        for name, weight in dense.items():
-            weights[name].copy_(weight)
+        for tensor, before in dense:
+            tensor.copy_(before)
         raise
     finally:
         for one in passes:
@@ -191,32 +193,53 @@ def compensate_(
     return Compensation(fits, tuple(name for name in losing if name not in fits))
 
 
-def _fit_(net: nn.Module, name: str, weight: Tensor, mask: Tensor, kept: Tensor, inputs: Sequence[Tensor]) -> Fit:
+def _fit_(
+    net: nn.Module, name: str, weight: Tensor, bias: Tensor | None, mask: Tensor, kept: Tensor, inputs: Sequence[Tensor]
+) -> Fit:
     """Fits a weight to the inputs of all ranks, except for its rows that are dead in `mask` and alive in `kept`."""
-    gram = weight.new_zeros(weight[0].numel(), weight[0].numel(), dtype=torch.float32)
-    tokens = weight.new_zeros(1, dtype=torch.float64)
+    layer, matrix, keep = net.get_submodule(name.rpartition(".")[0]), weight.flatten(1).float(), mask.flatten(1)
+    held = (kept.flatten(1) & ~keep).any(1)
+    total = weight.new_zeros(matrix.shape[1] + 1, dtype=torch.float64)  # of the columns, and the number of tokens
     for x in inputs:
-        rows = _rows(net.get_submodule(name.rpartition(".")[0]), x).float()
-        gram.addmm_(rows.T, rows)
-        tokens += len(rows)
+        rows = _rows(layer, x)
+        total += torch.cat([rows.sum(0, dtype=torch.float64), total.new_tensor([len(rows)])])
     if PartialState().num_processes > 1:
-        gram, tokens = reduce(gram, "sum"), reduce(tokens, "sum")
+        total = reduce(total, "sum")
+    tokens = int(total[-1])
+    mean = (total[:-1] / tokens).float() if bias is not None else torch.zeros_like(matrix[0])
+    gram = weight.new_zeros(len(mean), len(mean), dtype=torch.float32)
+    for x in inputs:
+        rows = _rows(layer, x).float() - mean
+        gram.addmm_(rows.T, rows)
+    if PartialState().num_processes > 1:
+        gram = reduce(gram, "sum")
     if not gram.isfinite().all():
         raise InputError(f"pruning.compensate: inputs of {name} are not finite on the calibration images; use none.")
-    matrix, keep = weight.flatten(1).float(), mask.flatten(1)
     found = least_squares(matrix, keep, gram)
     if PartialState().num_processes > 1:
         found = broadcast(found)  # ranks on other hardware may differ in the last bits
-    alive = keep.any(1)
+    alive = keep.any(1) if bias is None else ~held
 
-    def size(change: Tensor) -> float:
-        return float((change[alive] @ gram * change[alive]).sum())
+    def size(change: Tensor, shift: Tensor | float = 0.0) -> float:
+        change, shift = change[alive], (shift + change @ mean)[alive]
+        return float((change @ gram * change).sum() + tokens * shift.square().sum())
 
-    whole = max(size(matrix), 1e-30)
-    dead = int((gram.diagonal() == 0).sum())
-    fit = Fit(size(matrix * ~keep) / whole, size(found - matrix) / whole, int(tokens), len(gram), dead)
-    weight.copy_(torch.where(kept.flatten(1) & ~keep, matrix, found).view_as(weight))
+    whole, dead = max(size(matrix), 1e-30), int((gram.diagonal() == 0).sum())
+    shift = (matrix - found) @ mean
+    fit = Fit(size(matrix * ~keep) / whole, size(found - matrix, shift) / whole, tokens, len(gram), dead)
+    weight.copy_(torch.where(held[:, None] & ~keep, matrix, found).view_as(weight))
+    if bias is not None:
+        bias.add_(torch.where(held, 0.0, shift))
     return fit
+
+
+def _bias(net: nn.Module, name: str) -> nn.Parameter | None:
+    """The bias that is added to what a weight computes, if it is of this layer alone and trains like the weight."""
+    layer = net.get_submodule(name.rpartition(".")[0])
+    if layer.bias is None or (layer.weight.requires_grad and not layer.bias.requires_grad):
+        return None
+    users = [one for one, bias in net.named_parameters(remove_duplicate=False) if bias is layer.bias]
+    return layer.bias if len(users) == 1 else None
 
 
 def _any_of_row(mask: Tensor) -> Tensor:
