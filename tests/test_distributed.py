@@ -194,6 +194,20 @@ def test_several_processes_move_the_mask_as_one_does(tmp_path):
         assert report["layers"] == single["layers"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_fit_what_stays_as_one_does(tmp_path, processes):
+    """The last of three ranks has a part of 150 calibration images; weights are compared at the end of each epoch."""
+    text = RECIPE.replace("{name: rsst, remove_at: 0.8}", "imp\n  compensate: least_squares\n  calibration_images: 150")
+    text = text.replace("global_batch: 32", "global_batch: 48")
+    (tmp_path / "one").mkdir()
+    job = launch(tmp_path, text, processes, ACCELERATE_USE_CPU="true")
+    assert job.code == 0, job.report
+    ours, theirs = (reports(run)[1] for run in (job.run, alone(tmp_path / "one", text)))
+    assert ours["mask_fingerprints"] == theirs["mask_fingerprints"] * processes
+    assert ours["what_if_loss_gap"] == pytest.approx(theirs["what_if_loss_gap"], abs=0.01)
+
+
 def test_two_processes_take_the_steps_of_one_on_the_same_global_batches(two, one):
     ours, theirs = tiny.events(two.run), tiny.events(one)
     assert [(e["event"], e["step"]) for e in ours] == [(e["event"], e["step"]) for e in theirs]

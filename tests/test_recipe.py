@@ -481,6 +481,18 @@ RULES = {
     "a ramp of nothing": (
         ["pruning.scope=layer", "pruning.depth_ramp=[0.0, 0.0]"], "pruning.depth_ramp", "prunes nothing"),
     "constant from nothing": (["pruning.method=constant"], "pruning.method", "model.start_from"),
+    "a fit of what may come back": (
+        ["pruning.method=ste", "pruning.compensate=least_squares"], "pruning.compensate", "use imp, gmp, refill"),
+    "a fit of a mask that moves": (
+        ["pruning.method=rigl", "pruning.compensate=least_squares"], "pruning.compensate", "with rigl they may"),
+    "a fit of nothing": (
+        ["pruning.method=dense", "pruning.compensate=least_squares"], "pruning.compensate", "which removes nothing"),
+    "a fit that is rewound": (
+        ["pruning.method=imp", "pruning.rewind=init", "pruning.compensate=least_squares"], "pruning.compensate",
+        "overwrites the fitted weights"),
+    "a fit without images": (
+        ["pruning.compensate=least_squares", "pruning.calibration_images=0"], "pruning.calibration_images",
+        "least_squares needs inputs of layers"),
     "rst from trained weights": (["pruning.method=rst", "pruning.rewind=lr"], "pruning.rewind", "initial weights"),
     "refill at the last rate": (
         ["pruning.method={name: refill, feedback: post}", UNITS, "pruning.rewind=none", "optim.min_lr=1e-5"],

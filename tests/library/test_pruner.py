@@ -461,3 +461,42 @@ def test_models_and_optimizers_that_do_not_fit_are_one_sentence_each():
             vit_rsst.Pruner(given, held, **words)
         assert str(caught.value).startswith(sentence)
         assert "\n" not in str(caught.value)
+
+
+def test_a_removal_with_compensation_is_that_of_prune():
+    model, loader = mlp(), [(IMAGES[:20], LABELS[:20]), (IMAGES[20:], LABELS[20:])]
+    optimizer = adamw(model)
+    pruner = vit_rsst.Pruner(
+        model, optimizer, total_steps=8, dense_steps=4, method="imp", rounds=1, final_sparsity=0.5,
+        compensate="least_squares", calibration=loader,
+    )  # fmt: skip
+    for _ in range(3):
+        step(model, optimizer)
+    twin = copy.deepcopy(model)
+    unpruned = copy.deepcopy(optimizer.state_dict())
+    step(model, optimizer)  # the last of the dense round, after which the removal comes
+    after = adamw(twin)
+    after.load_state_dict(unpruned)
+    step(twin, after)
+    found = vit_rsst.prune(twin, 0.5, compensate="least_squares", calibration=loader)
+    assert all(torch.equal(alive, pruner.masks[name]) for name, alive in found.mask.masks.items())
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), twin.parameters(), strict=True))
+    for _ in range(4):
+        step(model, optimizer)
+        assert dead_are_zero(model, pruner)
+    pruner.finish()
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ({"method": "imp"}, "Pruner(calibration=…): missing; least_squares needs inputs of layers"),
+        ({"method": "ste", "calibration": [(IMAGES, LABELS)]}, "Pruner(compensate=…): needs weights that leave for"),
+        ({"method": "imp", "calibration": iter([(IMAGES, LABELS)])}, "Pruner(calibration=…): an iterator serves one"),
+    ],
+)
+def test_a_compensation_that_cannot_be_is_refused(words, sentence):
+    model = mlp()
+    with pytest.raises(InputError) as error:
+        vit_rsst.Pruner(model, adamw(model), total_steps=24, compensate="least_squares", **words)
+    assert str(error.value).startswith(sentence)

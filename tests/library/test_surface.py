@@ -12,7 +12,7 @@ import vit_rsst
 from vit_rsst import errors
 
 WORDS = """final_sparsity rounds rate sparsities budget schedule granularity criterion scope depth_ramp layer_sparsity
-max_layer_sparsity min_neurons rewind include protect"""
+max_layer_sparsity min_neurons compensate rewind include protect"""
 SIGNATURES = {
     "Event": "name round step density result",
     "Pruner": f"""model optimizer * total_steps dense_steps recovery_steps method {WORDS} calibration evaluate on_event

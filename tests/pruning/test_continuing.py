@@ -39,6 +39,8 @@ TOYS = {
     "rsst, averaged": Toy(RSST, network=batchnorm_mlp, round_epochs=(2, 2, 2), ema_decay=0.9),
     "rsst, mixed and erased": Toy(RSST, round_epochs=(2, 2, 2), mixes=True, erases=True),
     "imp, best averaged epoch": Toy(Imp(), round_epochs=(2, 2, 2), ema_decay=0.9, keep_best=True),
+    "imp, compensated": Toy(Imp(), network=batchnorm_mlp, round_epochs=(2, 2, 2), ema_decay=0.9, compensates=True),
+    "gmp, compensated": Toy(Gmp((0.1, 0.9), 5), curve="cubic", round_epochs=(6,), compensates=True),
     "rsst, taught": Toy(RSST, round_epochs=(2, 2, 2), teacher=functools.cache(lambda: mlp().eval())),
 }
 

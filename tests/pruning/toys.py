@@ -22,9 +22,11 @@ from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.tables import Split
 from vit_rsst.data.transforms import Augmentation, Erasing
 from vit_rsst.models.anatomy import prunable_parts
+from vit_rsst.models.complexity import evaluating
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.calibration import collect
+from vit_rsst.pruning.compensation import compensate_
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.criteria import CRITERIA, Statistics
 from vit_rsst.pruning.masks import MaskSet
@@ -104,6 +106,7 @@ class Toy:
     max_skipped_steps: int = 0
     seed: int = 0
     ema_decay: float | None = None
+    compensates: bool = False
     mixes: bool = False
     erases: bool = False
     patience: int | None = None
@@ -133,6 +136,11 @@ class Toy:
             batches = evaluation_batches(images(40, seed=3), 16, **shown)
             return collect(net, batches, weights, groups, needs == "gradients")
 
+        def compensate(mask: MaskSet) -> None:
+            batches = evaluation_batches(images(40, seed=3), 16, **shown)
+            with evaluating(net):
+                compensate_(net, weights, mask, batches, of_units=bool(groups))
+
         model, prepared = accelerator.prepare(net, optimizer)
         controller = Controller(
             model=net,
@@ -143,6 +151,7 @@ class Toy:
             density=lambda fraction: 1.0 - SPARSITY_CURVES[self.curve](fraction, self.final_sparsity),
             selector=self.selector(groups),
             calibrate=calibrate if needs in ("activations", "gradients") else None,
+            compensate=compensate if self.compensates else None,
             rewind_epoch=self.rewind_epoch,
             seed=self.seed,
             evaluate=lambda: evaluate("val"),

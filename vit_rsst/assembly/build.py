@@ -7,7 +7,7 @@ from filelock import FileLock
 from torch import nn
 
 from vit_rsst.assembly import sharding
-from vit_rsst.assembly.calibration import make_calibrate
+from vit_rsst.assembly.calibration import make_calibration
 from vit_rsst.assembly.data import Rows, build_loader, data_options, make_evaluate
 from vit_rsst.assembly.model import ticket_header
 from vit_rsst.assembly.objective import build_distillation, build_loss, build_mixing
@@ -98,6 +98,7 @@ def build(
     console.line(summary(parts, sizes, str(device), notes))
     tracker = Tracker(folder.path / "metrics.jsonl", is_main, to_stderr)
     tracker.start(recipe.tracking.trackers, recipe.tracking.project, recipe.name, recipe.tree(), folder.logs)
+    calibrate, compensate = make_calibration(parts, data, accelerator)
     run = Run(
         accelerator=accelerator,
         model=model,
@@ -122,7 +123,8 @@ def build(
             evaluate=lambda: evaluate("val"),
             mask=parts.mask,
             ema=Ema(net, train.ema_decay) if train.ema_decay else None,
-            calibrate=make_calibrate(parts, data, accelerator),
+            calibrate=calibrate,
+            compensate=compensate,
         ),
         progress=progress,
         evaluate=evaluate,

@@ -1,4 +1,6 @@
-"""Calibration: statistics of activations or gradients, for the criteria that need them."""
+"""Calibration images: statistics for the criteria that need them, and inputs of layers for compensation."""
+
+from collections.abc import Iterator
 
 from accelerate import Accelerator
 
@@ -6,28 +8,35 @@ from vit_rsst import shards
 from vit_rsst.assembly.data import channels, filler_images
 from vit_rsst.assembly.parts import Parts
 from vit_rsst.data.images import ImageData
-from vit_rsst.data.loaders import evaluation_batches, placed
+from vit_rsst.data.loaders import Batch, evaluation_batches, placed
+from vit_rsst.models.complexity import evaluating
 from vit_rsst.pruning.calibration import collect
-from vit_rsst.pruning.controller import Calibrate
+from vit_rsst.pruning.compensation import compensate_
+from vit_rsst.pruning.controller import Calibrate, Compensate
 from vit_rsst.pruning.criteria import CRITERIA, Statistics
+from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.seeds import derived_seed
 
 CALIBRATION_BATCH = 128
 
 
-def make_calibrate(parts: Parts, data: ImageData, accelerator: Accelerator) -> Calibrate | None:
-    """Collects statistics on calibration images from train, the same ones in every round; None: not needed."""
+def make_calibration(
+    parts: Parts, data: ImageData, accelerator: Accelerator
+) -> tuple[Calibrate | None, Compensate | None]:
+    """What the controller does with calibration images from train, the same ones in every round; None: not needed."""
     recipe = parts.recipe
     needs = CRITERIA[recipe.pruning.criterion].needs
-    if needs not in ("activations", "gradients") or not recipe.pruning.method.prunes:
-        return None
+    calibrates = needs in ("activations", "gradients") and recipe.pruning.method.prunes
+    compensates = recipe.pruning.compensate is not None
+    if not calibrates and not compensates:
+        return None, None
     images = data.balanced("train", recipe.pruning.calibration_images, derived_seed(recipe.seed, "calibration"))
     split = placed(images, accelerator.device)
     filler = filler_images(accelerator, data)
     mean, std = channels(recipe)
 
-    def calibrate() -> Statistics:
-        batches = evaluation_batches(
+    def batches() -> Iterator[Batch]:
+        found = evaluation_batches(
             split,
             CALIBRATION_BATCH,
             rank=accelerator.process_index,
@@ -36,11 +45,16 @@ def make_calibrate(parts: Parts, data: ImageData, accelerator: Accelerator) -> C
             mean=mean,
             std=std,
         )
-        if filler is not None:
-            batches = shards.in_step(batches, filler)
+        return found if filler is None else shards.in_step(found, filler)
+
+    def calibrate() -> Statistics:
         try:
-            return collect(parts.net, batches, parts.weights, parts.groups, needs == "gradients")
+            return collect(parts.net, batches(), parts.weights, parts.groups, needs == "gradients")
         finally:
             shards.reshard_(parts.net)
 
-    return calibrate
+    def compensate(mask: MaskSet) -> None:
+        with evaluating(parts.net):
+            compensate_(parts.net, parts.weights, mask, batches(), of_units=bool(parts.groups))
+
+    return calibrate if calibrates else None, compensate if compensates else None

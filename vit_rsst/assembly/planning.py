@@ -14,6 +14,7 @@ from vit_rsst.assembly.parts import Parts, Sizes, prepare
 from vit_rsst.data.dealing import Dealing
 from vit_rsst.data.streams import READER_BYTES, Stream
 from vit_rsst.models import zoo
+from vit_rsst.models.complexity import flops_by_module, own_flops
 from vit_rsst.models.weights import is_path
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.preview import RoundPreview
@@ -55,6 +56,7 @@ def plan_text(recipe: Recipe, num_processes: int = 1) -> str:
         aligned(round_lines(parts, progress, rounds)),
         "",
         *penalty_lines(recipe, progress, rounds),
+        *compensation_lines(parts, progress, num_processes),
         *unit_lines(parts.groups),
         *resource_lines(parts, sizes, rounds, shards),
         f"run folder {recipe.run_folder}",
@@ -163,6 +165,26 @@ def penalty_lines(recipe: Recipe, progress: Progress, rounds: Sequence[RoundPrev
         for t in window
     )
     return [f"penalty    {shape}; gradient: leaves about {math.exp(-total):.2e} of the condemned (Σ lr·λ/(1−μ))"]
+
+
+def compensation_lines(parts: Parts, progress: Progress, num_processes: int) -> list[str]:
+    """What a fit takes beside what training holds, and how many there are."""
+    pruning, net = parts.recipe.pruning, parts.net
+    if pruning.compensate is None:
+        return []
+    counted, images = own_flops(flops_by_module(net, parts.image_size)), pruning.calibration_images
+    columns = {name: weight[0].numel() for name, weight in parts.weights.items()}
+    tokens = {n: counted.get(n.removesuffix(".weight"), 0) // (2 * w.numel()) for n, w in parts.weights.items()}
+    own = -(-images // num_processes)
+    widest = 4 * own * max(tokens[name] * columns[name] for name in columns)
+    products = 2 * images * sum(tokens[name] * columns[name] ** 2 for name in columns)
+    gradual = pruning.method.gradual
+    fits = pruning.schedule.num_rounds if gradual is None else len(gradual.due(progress.total_steps))
+    average = ", and as much for the moving average" if parts.recipe.train.ema_decay else ""
+    return [
+        f"fits       {fits:,} by {pruning.compensate}: {images:,} images at once in a layer, about {size(widest)} per "
+        f"process, and matrices of {size(4 * max(columns.values()) ** 2)}; {products / 1e12:.2f} TFLOPs each{average}"
+    ]
 
 
 def resource_lines(parts: Parts, sizes: Sizes, rounds: Sequence[RoundPreview], shards: int) -> list[str]:

@@ -84,6 +84,10 @@ def check(recipe: Recipe, net: nn.Module) -> None:
         raise InputError(f"optim.name: torch has no fused sgd for sharded weights; use adamw or adam, {way_out}.")
     if recipe.train.compile:
         raise InputError(f"train.compile: is not supported with sharded weights; set it to false, {way_out}.")
+    if recipe.pruning.compensate:
+        raise InputError(
+            f"pruning.compensate: {recipe.pruning.compensate} fits whole weights, not sharded ones; omit it, {way_out}."
+        )
     if hasattr(net, "auxiliary_loss"):
         raise InputError(
             f"model.name: {recipe.model.name} computes a loss of its own outside of its forward pass, when sharded "

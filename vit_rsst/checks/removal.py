@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_rsst.analysis.counts import block_of
-from vit_rsst.assembly.calibration import make_calibrate
+from vit_rsst.assembly.calibration import make_calibration
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict
 from vit_rsst.checks.learning import FEW
 from vit_rsst.data.loaders import Batch
@@ -42,7 +42,7 @@ def removal(bench: Bench) -> Verdict:
 def final_mask(bench: Bench, net: nn.Module) -> tuple[MaskSet, float]:
     """The mask selected at the final density of the recipe, and that density."""
     parts = bench.parts(net)
-    calibrate = make_calibrate(parts, bench.data, bench.accelerator)
+    calibrate, _ = make_calibration(parts, bench.data, bench.accelerator)
     statistics = calibrate() if calibrate is not None else None
     evidence = Evidence(parts.weights, parts.mask, bench.recipe.seed, statistics)
     return parts.selector.units(evidence, parts.final_density), parts.mean_density(parts.final_density)

@@ -9,7 +9,7 @@ from torch import nn
 from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject
 from vit_rsst.analysis.tables import analysis_text
-from vit_rsst.errors import OF_A_LIBRARY, InputError, first_line, unknown
+from vit_rsst.errors import OF_A_LIBRARY, InputError, first_line
 from vit_rsst.library.batches import Batches, forward_of, pairs
 from vit_rsst.library.target import CALIBRATION, Target, unwrapped
 from vit_rsst.models import zoo
@@ -17,7 +17,6 @@ from vit_rsst.models.anatomy import prunable_weights, unit_groups
 from vit_rsst.models.complexity import evaluating, size_of
 from vit_rsst.models.observation import check_units
 from vit_rsst.models.slim import SlimForm, copy_of
-from vit_rsst.pruning.compensation import COMPENSATIONS
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.oneshot import OneShot, prune_once_
 from vit_rsst.pruning.patterns import pattern
@@ -76,9 +75,6 @@ def prune(
     """
     if sparsity is None and budget is None and pattern(granularity) is None:
         raise InputError("prune(sparsity=…): missing; set it, such as 0.5, or a budget, such as {'flops': 0.5}.")
-    if compensate not in COMPENSATIONS:
-        raise InputError(f"prune(compensate=…): {unknown('value', compensate, COMPENSATIONS)}")
-    compensates = compensate != "none"
     words: dict[str, Any] = {
         "method": "imp",
         "rounds": 1,
@@ -91,17 +87,18 @@ def prune(
         "layer_sparsity": layer_sparsity,
         "max_layer_sparsity": max_layer_sparsity,
         "min_neurons": min_neurons,
+        "compensate": compensate,
         "include": include,
         "protect": protect,
     }
     pruning = pruning_section("prune", words, {}, IN_PRUNE)
     with in_words_of("prune", IN_PRUNE):
-        target = Target.of(model, pruning, calibration, compensates)
+        target = Target.of(model, pruning, calibration)
         batches = () if calibration is None else pairs(calibration, target.device)
         with evaluating(target.net):
             return prune_once_(
                 target.net, target.weights, target.selector, target.density(1.0), batches,
-                forward=forward_of(target.net), seed=seed, compensates=compensates,
+                forward=forward_of(target.net), seed=seed, compensates=pruning.compensate is not None,
             )  # fmt: skip
 
 

@@ -100,6 +100,7 @@ class Pruner:
         layer_sparsity: Mapping[str, float] | None = None,
         max_layer_sparsity: float | None = None,
         min_neurons: int | None = None,
+        compensate: str | None = None,
         rewind: str | None = None,
         include: Sequence[str] = (),
         protect: Sequence[str] = (),
@@ -119,12 +120,12 @@ class Pruner:
             method: name, mapping with `name` and options, or a method itself; see the page on methods.
             final_sparsity, rounds, rate, sparsities, budget, schedule: as in `pruning.schedule`, whose name `schedule`
                 is.
-            granularity, criterion, scope, depth_ramp, layer_sparsity, max_layer_sparsity, min_neurons, include,
-                protect: as in `pruning`.
+            granularity, criterion, scope, depth_ramp, layer_sparsity, max_layer_sparsity, min_neurons, compensate,
+                include, protect: as in `pruning`.
             rewind: `init` starts every round from the weights that the model has now; otherwise rounds go on with the
                 trained weights. The learning rate and the optimizer's state are left to the loop.
             calibration: a loader of (inputs, labels), or a callable that returns one, for criteria that need
-                activations or gradients; every process of a distributed run may pass its own part.
+                activations or gradients, and for compensation; every process of a distributed run may pass its part.
             evaluate: scores the model just before and after a removal, for the what-if gap; None: not measured.
             on_event: called with every `Event`.
             seed: of the criterion random.
@@ -137,7 +138,8 @@ class Pruner:
             "method": method, "final_sparsity": final_sparsity, "rounds": rounds, "rate": rate,
             "sparsities": sparsities, "budget": budget, "schedule": schedule, "granularity": granularity,
             "criterion": criterion, "scope": scope, "depth_ramp": depth_ramp, "layer_sparsity": layer_sparsity,
-            "max_layer_sparsity": max_layer_sparsity, "min_neurons": min_neurons, "rewind": rewind,
+            "max_layer_sparsity": max_layer_sparsity, "min_neurons": min_neurons, "compensate": compensate,
+            "rewind": rewind,
             "include": list(include), "protect": list(protect),
         }  # fmt: skip
         self.optimizer = optimizers.unwrapped(optimizer)
@@ -159,7 +161,7 @@ class Pruner:
                 raise InputError("model.name: it has a Pruner already; call finish() or detach() of that one first.")
             optimizers.check_holds(self.optimizer, target.weights)
             mask = target.starting_mask(pruning.method)
-            calibrate = None if calibration is None else target.calibrated(calibration)
+            calibrate, make_up = target.with_images(calibration, pruning.compensate is not None)
         self.net = target.net
         self.results: list[RoundResult] = []
         self._pruning, self._on_event, self._seed = pruning, on_event, seed
@@ -177,6 +179,7 @@ class Pruner:
             evaluate=None if evaluate is None else lambda: self._scores(evaluate),
             mask=mask,
             calibrate=calibrate,
+            compensate=make_up,
         )
         self._reached: dict[str, Tensor] | None = None
         self._called = model  # with its wrappers

@@ -18,6 +18,8 @@ from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.models.complexity import evaluating, size_of
 from vit_rsst.models.observation import check_units
 from vit_rsst.pruning.calibration import collect
+from vit_rsst.pruning.compensation import compensate_
+from vit_rsst.pruning.controller import Calibrate, Compensate
 from vit_rsst.pruning.criteria import Statistics
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.oneshot import OF_IMAGES
@@ -53,7 +55,7 @@ class Target:
         return next(iter(self.weights.values())).device
 
     @classmethod
-    def of(cls, model: nn.Module, pruning: Pruning, calibration: Batches | None, compensates: bool = False) -> "Target":
+    def of(cls, model: nn.Module, pruning: Pruning, calibration: Batches | None) -> "Target":
         """
         Raises:
             InputError: nothing to prune, a sparsity that cannot be met, or calibration images that are missing or not
@@ -77,6 +79,7 @@ class Target:
                 f"pruning.calibration: missing; {pruning.criterion} needs {selector.criterion.needs}: pass a loader of "
                 "(inputs, labels), or use the criterion magnitude."
             )
+        compensates = pruning.compensate is not None
         if compensates and calibration is None:
             raise InputError(
                 "pruning.calibration: missing; least_squares needs inputs of layers: pass a loader of (inputs, labels)."
@@ -98,25 +101,37 @@ class Target:
             raise InputError("model.name: it has no zeros to keep; prune it first, or load a ticket into it.")
         return mask
 
-    def calibrated(self, calibration: Batches) -> Callable[[], Statistics]:
-        """Statistics of the calibration images, whenever they are asked for; tried on the first batch now.
+    def with_images(self, calibration: Batches | None, compensates: bool) -> tuple[Calibrate | None, Compensate | None]:
+        """What the controller does with calibration images, whenever it has to; tried on the first batch now.
 
         Raises:
             InputError: batches of another form, or weights whose inputs cannot be recorded.
         """
+        if calibration is None:
+            return None, None
         if isinstance(calibration, Iterator):
             raise InputError(
                 "pruning.calibration: an iterator serves one round; pass the loader, or a callable that returns one."
             )
-        with_gradients = self.selector.criterion.needs == "gradients"
+        needs, forward = self.selector.criterion.needs, forward_of(self.net)
 
         def calibrate(limit: int | None = None) -> Statistics:
             batches = islice(pairs(calibration, self.device), limit)
             with evaluating(self.net):
-                return collect(self.net, batches, self.weights, self.groups, with_gradients, forward_of(self.net))
+                return collect(self.net, batches, self.weights, self.groups, needs == "gradients", forward)
 
-        calibrate(limit=1)
-        return calibrate
+        def compensate(mask: MaskSet) -> None:
+            batches = pairs(calibration, self.device)
+            with evaluating(self.net):
+                compensate_(self.net, self.weights, mask, batches, of_units=bool(self.groups), forward=forward)
+
+        if needs in OF_IMAGES:
+            calibrate(limit=1)
+        else:
+            with evaluating(self.net), torch.no_grad():
+                for inputs, _ in islice(pairs(calibration, self.device), 1):
+                    forward(inputs)
+        return calibrate if needs in OF_IMAGES else None, compensate if compensates else None
 
 
 def check_processes(device: torch.device) -> None:

@@ -23,11 +23,6 @@ from vit_rsst.errors import InputError
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.products import Products
 
-COMPENSATIONS = {
-    "none": "the weights that stay keep their values",
-    "least_squares": "the weights that stay are fitted to the layer's outputs on the calibration images",
-}
-"""One-line description of every choice."""
 DAMPING = 0.01
 """λ relative to the mean of the Gram matrix' diagonal, as in SparseGPT."""
 TOLERANCE, MAX_ITERATIONS = 1e-7, 500

@@ -34,6 +34,9 @@ Evaluate = Callable[[], Mapping[str, float]]
 Calibrate = Callable[[], Statistics]
 """Statistics of the current model on the calibration images. Collective."""
 
+Compensate = Callable[[MaskSet], None]
+"""Zeroes what is outside of a mask, and fits the rest to what the layers computed before. Collective."""
+
 
 @dataclass(frozen=True)
 class RoundResult:
@@ -87,6 +90,7 @@ class Controller:
         rewind_epoch: epochs of round 0 after which the rewind point is taken; None: no rewind point.
         selector: selects masks for the method.
         calibrate: for criteria that need calibration images; None: not needed.
+        compensate: lets the weights that stay make up for those that leave; None: they keep their values.
         evaluate: scores the model before and after a removal; None: what-if gaps are not measured.
         mask: elements alive now.
         staying: elements that survive this round's removal; None: nothing is condemned.
@@ -106,6 +110,7 @@ class Controller:
     mask: MaskSet
     ema: Ema | None = None
     calibrate: Calibrate | None = None
+    compensate: Compensate | None = None
     staying: MaskSet | None = None
     rewind_point: dict[str, Tensor] | None = None
     state: RoundState = field(default_factory=RoundState)
@@ -233,7 +238,7 @@ class Controller:
             self._remove_(self.staying)
         view = self._view(progress.global_step)
         if changes_within_rounds(self.method) and (new := self.method.refresh(progress, view)) is not None:
-            self._set_mask_(new)
+            self._commit_(new)
         self.gradients = None
 
     @contextmanager
@@ -410,7 +415,7 @@ class Controller:
         """Commits `mask` and measures the cost."""
         leaving = self.mask.minus(mask)
         ratio, before = self._condemned_ratio(leaving), self._deployed_scores()
-        self._set_mask_(mask)
+        self._commit_(mask)
         self.staying = None
         after = self._deployed_scores()
         self.state = replace(self.state, condemned_ratio=ratio)
@@ -418,6 +423,16 @@ class Controller:
             more = after["loss"] - before["loss"] if "loss" in before else None
             self.state = replace(self.state, what_if_gap=before["top1"] - after["top1"], what_if_loss_gap=more)
         fingerprints(mask)
+
+    def _commit_(self, mask: MaskSet) -> None:
+        """Sets a mask from which elements leave, and lets the others make up for them, in the average too."""
+        if self.compensate is not None:
+            self._follow_()
+            self.compensate(mask)
+            if self.ema is not None:
+                with self.ema.in_place():
+                    self.compensate(mask)
+        self._set_mask_(mask)
 
     def _deployed_scores(self) -> Mapping[str, float] | None:
         if self.evaluate is None:

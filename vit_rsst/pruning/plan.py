@@ -188,6 +188,7 @@ class Method(Protocol):
             round to round.
         prunes: False: never removes anything, so schedule, criterion and calibration are unused.
         keeps_start: fine-tunes the sparse model of `model.start_from` for `train.epochs`.
+        removes_for_good: False: a removed weight may come back, so that no other can make up for it.
         reads_gradients: `refresh` calls `view.swap` with growth by gradient; without `gradual`, at any step.
         default_criterion, default_rewind, default_scope: used if the recipe sets none; the scope for element only.
         extra_rounds: rounds in addition to those of the schedule.
@@ -198,6 +199,7 @@ class Method(Protocol):
     one_round: ClassVar[bool]
     prunes: ClassVar[bool] = True
     keeps_start: ClassVar[bool] = False
+    removes_for_good: ClassVar[bool] = True
     reads_gradients: ClassVar[bool] = False
     default_criterion: ClassVar[str] = "magnitude"
     default_rewind: ClassVar[str] = "lr"

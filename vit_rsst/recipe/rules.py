@@ -145,9 +145,29 @@ def _granularity(recipe: Recipe) -> Iterator[Problem]:
             f"{pruning.criterion} adds up over the steps of the round before a removal, and round 0 has none with "
             "model.start_from; use saliency or magnitude, or a method of one round",
         )
-    if needs in ("activations", "gradients") and not pruning.calibration_images:
+    asking = pruning.criterion if needs in ("activations", "gradients") else pruning.compensate
+    if asking is not None and not pruning.calibration_images:
+        what = needs if asking == pruning.criterion else "inputs of layers"
+        yield Problem("pruning.calibration_images", f"is 0, but {asking} needs {what}; set it, for example to 2048")
+
+
+def _compensate(recipe: Recipe) -> Iterator[Problem]:
+    pruning, method, place = recipe.pruning, recipe.pruning.method, "pruning.compensate"
+    if pruning.compensate is None:
+        return
+    if not method.prunes:
+        yield Problem(place, f"has no effect with {pruning.method_name}, which removes nothing; omit it")
+    elif not method.removes_for_good:
         yield Problem(
-            "pruning.calibration_images", f"is 0, but {pruning.criterion} needs {needs}; set it, for example to 2048"
+            place,
+            f"needs weights that leave for good, and with {pruning.method_name} they may come back; use imp, gmp, "
+            "refill or rsst, or omit it",
+        )
+    elif pruning.rewind_epoch is not None and method.remove_at == 0:
+        yield Problem(
+            place,
+            f"has no effect with pruning.rewind={pruning.rewind}, which overwrites the fitted weights after every "
+            "removal; use rewind=lr or none, or omit it",
         )
 
 
@@ -392,7 +412,7 @@ def _epochs(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("pruning.rewind", "round 0 is not trained with model.start_from; use lr, init or none")
 
 
-PRUNING = (_schedule, _n_of_m, _targets, _granularity, _allocation, _method)
+PRUNING = (_schedule, _n_of_m, _targets, _granularity, _allocation, _compensate, _method)
 """Rules about the section `pruning`."""
 
 

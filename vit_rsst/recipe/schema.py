@@ -288,7 +288,10 @@ class Pruning:
         layer_sparsity: glob of layers → final sparsity of those layers.
         max_layer_sparsity: upper bound of every layer.
         min_neurons: neurons kept in every MLP.
-        calibration_images: class-balanced training images, for criteria that need activations or gradients.
+        compensate: what becomes of the weights that stay when others leave: least_squares fits them to what their
+            layer computed before, on the calibration images; default: none.
+        calibration_images: class-balanced training images, for criteria that need activations or gradients, and for
+            compensation.
         rewind: weights and learning rate that a round starts from; default: that of the method.
     """
 
@@ -300,6 +303,7 @@ class Pruning:
     layer_sparsity: dict[str, Annotated[float, Ge(0), Lt(1)]] = field(default_factory=dict)
     max_layer_sparsity: Annotated[float, Gt(0), Le(1)] = 0.99
     min_neurons: Annotated[int, Ge(1)] = 8
+    compensate: Literal["none", "least_squares"] | None = None
     calibration_images: Annotated[int, Ge(0)] = 2048
     schedule: Schedule = field(default_factory=Schedule)
     rewind: Annotated[str, Field(pattern=r"^(init|lr|none|epoch:[0-9]+)$")] | None = None
@@ -319,6 +323,7 @@ class Pruning:
             "criterion": self.criterion or self.method.default_criterion,
             "rewind": self.rewind or self.method.default_rewind,
             "scope": self.scope or (None if n_of_m else scope),
+            "compensate": None if self.compensate == "none" else self.compensate,
             "schedule": _n_of_m_schedule(schedule, *n_of_m) if n_of_m else schedule,
         }
         for key, value in derived.items():

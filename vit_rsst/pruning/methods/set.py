@@ -46,6 +46,7 @@ class SparseEvolutionary(Method):
     """
 
     one_round: ClassVar[bool] = True
+    removes_for_good: ClassVar[bool] = False
     default_criterion: ClassVar[str] = "random"
     default_scope: ClassVar[str] = "erk"
     growth: ClassVar[Growth] = "random"

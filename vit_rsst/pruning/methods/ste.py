@@ -31,6 +31,7 @@ class StraightThrough(Method):
     """
 
     one_round: ClassVar[bool] = True
+    removes_for_good: ClassVar[bool] = False
 
     window: tuple[float, float] = (0.1, 0.7)
     interval: Annotated[int, Ge(1)] = 10
