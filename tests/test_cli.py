@@ -364,7 +364,7 @@ def test_a_model_that_inspects_values_is_planned_and_trained(tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     argv = ["train", tiny.write_recipe(tmp_path), "plugins=[looking]", "model.name=looks_at_numbers", "model.args={}"]
     assert tiny.command(*argv, "--dry-run") == 0
-    assert "activations about" in capsys.readouterr().out
+    assert "activations and gradients " in capsys.readouterr().out
     assert tiny.command(*argv, *SHORT) == 0
 
 

@@ -6,7 +6,6 @@ import torch
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_parts, unit_groups
 from vit_rsst.models.complexity import (
-    activation_bytes,
     effective_flops,
     flops,
     flops_by_module,
@@ -135,12 +134,6 @@ def test_effective_flops_of_scattered_zeros_follow_the_density_of_each_weight():
     mask["blocks.0.mlp.fc1.weight"][:, ::2] = False
     spared = 2 * 65 * 192 * 384 / 2
     assert effective_flops(net, MaskSet(mask), unit_groups(net), 32) == flops(net, 32) - spared
-
-
-def test_activations_grow_with_the_batch():
-    net = build("vit_tiny", depth=2)
-    assert activation_bytes(net, 32, 16) == 2 * activation_bytes(net, 32, 8)
-    assert activation_bytes(net, 32, 8) == activation_bytes(build("vit_tiny", device="cpu", depth=2), 32, 8)
 
 
 def parameters(net: torch.nn.Module) -> int:

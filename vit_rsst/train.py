@@ -256,7 +256,7 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
         InputError: the launcher started a different number of processes than Accelerate sees.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     from vit_rsst.assembly import sharding
     from vit_rsst.data.dealing import Dealing
@@ -278,7 +278,10 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
     if sharding.is_asked() and state.num_processes > 1:
         plugin = sharding.make_plugin(recipe.train.mixed_precision)
     accelerator = Accelerator(
-        mixed_precision=recipe.train.mixed_precision, gradient_accumulation_plugin=accumulation, fsdp_plugin=plugin
+        mixed_precision=recipe.train.mixed_precision,
+        gradient_accumulation_plugin=accumulation,
+        fsdp_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients are held once
     )
     if plugin is not None:
         sharding.shard_with_(accelerator, plugin)

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from vit_rsst.analysis.subject import Subject
-from vit_rsst.models.complexity import activation_bytes, effective_flops, flops
+from vit_rsst.models import footprint
+from vit_rsst.models.complexity import effective_flops, flops
 from vit_rsst.models.published import Published
 
 
@@ -92,8 +93,8 @@ def state_bytes(net: nn.Module) -> int:
 
 def training_bytes(subject: Subject) -> int:
     """Weights, gradients, optimizer moments and activations in fp32, for the batch of one device."""
-    state = 4 * num_parameters(subject.net) * (2 + subject.moments)
-    return state + activation_bytes(subject.net, subject.image_size, subject.batch)
+    state = 4 * num_parameters(subject.net) * (1 + subject.moments)
+    return state + footprint.training_bytes(subject.net, subject.image_size, subject.batch)
 
 
 def kind_of(weight: str) -> str:

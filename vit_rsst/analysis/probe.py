@@ -15,7 +15,7 @@ from torch import nn
 
 from vit_rsst import machine
 from vit_rsst.models import zoo
-from vit_rsst.models.complexity import activation_bytes
+from vit_rsst.models.footprint import training_bytes
 from vit_rsst.timing import summary, timed
 
 STEPS, STEP_SECONDS = 3, 2.0
@@ -71,10 +71,10 @@ def fitting_batch(net: nn.Module, spec: dict, seconds: float, device: torch.devi
         seconds: of the forward pass per image; the backward pass takes about twice as long.
     """
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else machine.available_memory()
-    state = 16 * sum(parameter.numel() for parameter in net.parameters())
+    state = 12 * sum(parameter.numel() for parameter in net.parameters())
     batch = spec["train_batch"]
     while batch > 1 and (
-        3 * seconds * batch > STEP_SECONDS or state + activation_bytes(net, spec["image_size"], batch) > 2 / 3 * free
+        3 * seconds * batch > STEP_SECONDS or state + training_bytes(net, spec["image_size"], batch) > 2 / 3 * free
     ):
         batch //= 2
     return batch

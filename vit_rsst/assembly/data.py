@@ -19,10 +19,11 @@ from vit_rsst.data.tables import Rows as TableRows
 from vit_rsst.data.tables import Split, class_balanced
 from vit_rsst.data.transforms import Augmentation, Erasing
 from vit_rsst.errors import MissingRequirement
-from vit_rsst.recipe.schema import Recipe
+from vit_rsst.recipe.schema import Recipe, Train
 from vit_rsst.training.counters import score
 
 EVALUATION_BATCH = 500
+"""Most images per forward pass of an evaluation."""
 
 
 def data_options(recipe: Recipe) -> DataOptions:
@@ -107,6 +108,14 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
     )
 
 
+def evaluation_batch(train: Train) -> int:
+    """Images per forward pass of a run's evaluations, the same for any number of processes.
+
+    Four times those of a training step, which keeps the activations of all blocks; an evaluation keeps about one's.
+    """
+    return min(EVALUATION_BATCH, 4 * (train.batch_per_device or train.global_batch))
+
+
 def make_evaluate(
     net: nn.Module, data: ImageData, accelerator: Accelerator, recipe: Recipe, give_up: Callable[[], bool]
 ) -> Callable[[str], dict[str, float]]:
@@ -118,15 +127,17 @@ def make_evaluate(
     mean, std = channels(recipe)
     # What fits in memory is decoded now: a corrupt image is found before the first step, not after the last.
     share = 0.4 / machine.local_processes(accelerator.num_processes)
-    filler = filler_images(accelerator, data)
-    splits = {name: own_samples(data, name, accelerator, recipe.data.in_memory, share) for name in ("val", "test")}
+    filler, batch = filler_images(accelerator, data), evaluation_batch(recipe.train)
+    splits = {
+        name: own_samples(data, name, accelerator, recipe.data.in_memory, share, batch) for name in ("val", "test")
+    }
     workers = num_workers(recipe, accelerator)
 
     def evaluate(split: str) -> dict[str, float]:
         samples, rank, num_processes = splits[split]
         batches = evaluation_batches(
             samples,
-            EVALUATION_BATCH,
+            batch,
             rank=rank,
             num_processes=num_processes,
             device=accelerator.device,
@@ -151,7 +162,7 @@ def filler_images(accelerator: Accelerator, data: ImageData) -> Tensor | None:
 
 
 def own_samples(
-    data: ImageData, split: str, accelerator: Accelerator, in_memory: bool | None, share: float
+    data: ImageData, split: str, accelerator: Accelerator, in_memory: bool | None, share: float, batch: int
 ) -> tuple[Split | TableRows | Stream, int, int]:
     """What this rank evaluates of a split, and the rank and number of processes that it is dealt to.
 
@@ -160,7 +171,7 @@ def own_samples(
     rank, world, rows = accelerator.process_index, accelerator.num_processes, data.rows[split]
     if isinstance(rows, Stream):
         return rows, rank, world
-    rows = rows.part(dealt(rows.count, EVALUATION_BATCH, rank, world))
+    rows = rows.part(dealt(rows.count, batch, rank, world))
     if not rows.count:
         return rows, 0, 1
     samples = replace(data, rows={split: rows}).samples(split, in_memory, share)

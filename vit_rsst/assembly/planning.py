@@ -1,9 +1,10 @@
 """The plan printed by `--dry-run`: rounds, densities, steps, penalty, memory, disk. Creates nothing."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from vit_rsst.assembly import sharding
@@ -187,6 +188,17 @@ def compensation_lines(parts: Parts, progress: Progress, num_processes: int) -> 
     ]
 
 
+def runs_on_gpu(recipe: Recipe) -> bool:
+    """Whether the run is meant for one: what is planned on a login node runs elsewhere."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return False
+    return torch.cuda.is_available() or recipe.train.precision != "no"
+
+
+def uses_text(uses: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in uses.items() if num_bytes)
+
+
 def resource_lines(parts: Parts, sizes: Sizes, rounds: Sequence[RoundPreview], shards: int) -> list[str]:
     """Memory per process, and disk space of the run."""
     recipe, dealing = parts.recipe, sizes.dealing
@@ -194,19 +206,16 @@ def resource_lines(parts: Parts, sizes: Sizes, rounds: Sequence[RoundPreview], s
     images = "decoded on the fly"
     if recipe.data.in_memory is not False and not recipe.data.redrawn and None not in counts:
         images = f"{size(sum(counts) * 3 * parts.image_size**2)} if kept decoded"
-    found = needs(parts, rounds, dealing.batch_per_device, shards)
-    memory = ", ".join(
-        f"{name} {'about ' if name == 'activations' else ''}{size(num_bytes)}"
-        for name, num_bytes in found.device.items()
-        if num_bytes
-    )
-    again = ", plus one block" if recipe.train.grad_checkpointing else ""
-    best = f"; best epoch, on the host, {size(found.best)}" if found.best else ""
+    on_gpu = runs_on_gpu(recipe)
+    found = needs(parts, rounds, dealing, counts[1:], shards, on_gpu)
+    place = "a GPU" if on_gpu else "the CPU"
     prunable, others = parts.num_prunable, parts.num_parameters - parts.num_prunable
     densities = [min(one.density, parts.start_density) for one in rounds]
     ticket_bytes = sum(prunable * 4 * (density + 1 / 32) + others * 4 for density in densities)
     return [
-        f"memory     per process: {memory} at {dealing.batch_per_device} images{again}{best}; images {images}",
+        f"memory     about {size(found.peak)} per process on {place}, with {dealing.batch_per_device} images per pass: "
+        f"{uses_text(found.device)}",
+        f"           on the host: {uses_text(found.host)}; images {images}",
         f"disk       {len(densities)} tickets {size(ticket_bytes)}; {recipe.train.keep_resume_points} resume points of "
         f"{size(found.resume_point)}, plus one while writing",
     ]

@@ -17,9 +17,11 @@ def memory(bench: Bench) -> Verdict:
     """Weights, gradients, moments, masks, moving average, teacher and activations fit in free memory."""
     images = bench.dealing.batch_per_device
     parts = bench.parts(bench.make_net())
-    found = needs(parts, parts.preview(bench.progress), images)
-    needed = found.peak + (found.best if bench.device.type == "cpu" else 0)
-    free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else machine.available_memory()
+    on_gpu = bench.device.type == "cuda"
+    evaluated = [bench.data.count(split) for split in ("val", "test")]
+    found = needs(parts, parts.preview(bench.progress), bench.dealing, evaluated, on_gpu=on_gpu)
+    needed = found.peak + (0 if on_gpu else sum(found.host.values()))
+    free = torch.cuda.mem_get_info()[0] if on_gpu else machine.available_memory()
     text = f"about {size(needed)} for {images} images per device, {size(free)} free"
     details = {"needed": needed, "free": free}
     if needed > free:

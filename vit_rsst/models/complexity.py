@@ -1,4 +1,4 @@
-"""Complexity: FLOPs and memory of a forward pass, and the savings from removing one unit.
+"""Complexity: FLOPs of a forward pass, and the savings from removing one unit.
 
 One multiply-accumulate (MAC) is two FLOPs; all figures are FLOPs as counted by torch's FlopCounterMode: convolutions,
 matrix products and attention. Norms, activations and additions are ignored, as usual. Nothing is computed: the network
@@ -113,27 +113,6 @@ def effective_flops(net: nn.Module, mask: MaskSet, groups: Sequence[UnitGroup], 
         if group.kind == "head" and all(member.name in mask.masks for member in group.members):
             density[group.name] = float(alive_units(group, mask).float().mean())
     return sum(count * density.get(name, 1.0) for name, count in own.items())
-
-
-def activation_bytes(net: nn.Module, image_size: int, batch: int) -> int:
-    """Bytes of activations saved for the backward pass of one fp32 micro-batch."""
-
-    def passed(device: str) -> int:
-        shapes = shapes_of(net, device)
-        parameters = {id(shape) for shape in shapes.values()}
-        kept: dict[int, Tensor] = {}  # by id, which is not reused while the tensor is referenced
-
-        def pack(tensor: Tensor) -> Tensor:
-            base = tensor._base if tensor._base is not None else tensor
-            if id(base) not in parameters:
-                kept[id(base)] = base
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            functional_call(net, shapes, (images(batch, image_size, device),))
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
-
-    return without_numbers(passed)
 
 
 def without_numbers(passed: Callable[[str], T]) -> T:
