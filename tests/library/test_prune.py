@@ -166,7 +166,7 @@ WRONG = [
     ({"sparsity": 0.5, "compensate": "least_squares", "calibration": []}, "prune(calibration=…): compensation needs"),
     ({"sparsity": 0.5, "protect": ["heads.*"]}, "prune(protect=…): 'heads.*' matches no prunable weight; examples"),
     ({"sparsity": 0.5, "protect": ["*"]}, "prune(protect=…): no prunable weight is left; protect fewer or include"),
-    ({"sparsity": 0.5, "scope": torch.ones(1)}, "prune: takes plain numbers, strings, lists and mappings (Object of"),
+    ({"sparsity": 0.5, "scope": torch.ones(1)}, "prune: takes plain numbers, strings, lists and mappings (not"),
     ({"sparsity": 0.5, "criterion": "saliency", "calibration": []}, "prune(calibration=…): the criterion needs"),
     ({"sparsity": 0.5, "criterion": "saliency", "calibration": [1]}, "prune(calibration=…): a batch of type int;"),
 ]  # fmt: skip

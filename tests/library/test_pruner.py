@@ -2,8 +2,10 @@
 
 import copy
 import math
+import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,6 +15,7 @@ from watching import Watch
 
 import vit_rsst
 from vit_rsst.errors import CheckFailed, InputError
+from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
 
@@ -304,8 +307,10 @@ def test_a_moving_average_of_the_model_gets_the_zeros_too():
         optimizer.zero_grad()
         average.update_parameters(model)
     assert not dead_are_zero(average.module, pruner)
-    pruner.apply_(average.module)
+    pruner.apply_(average)
     assert dead_are_zero(average.module, pruner)
+    with pytest.raises(InputError, match=r"^Pruner\.apply_: Sequential has no parameter blocks\.\S+ of shape"):
+        pruner.apply_(mlp())
 
 
 def test_steps_after_the_end_hold_the_masks_and_are_said_once():
@@ -339,6 +344,108 @@ def test_finish_refuses_before_the_last_removal_and_finds_what_others_changed():
     assert len(pruner.results) == 2
 
 
+def test_finish_finds_a_layer_that_was_replaced():
+    model = mlp()
+    optimizer = adamw(model)
+    pruner = vit_rsst.Pruner(model, optimizer, total_steps=4, rounds=1, method="imp", final_sparsity=0.5)
+    model[2] = nn.Linear(16, 4)
+    for _ in range(4):
+        step(model, optimizer)
+    with pytest.raises(
+        CheckFailed, match=r"^Pruner\.finish: 2\.weight is another tensor than when the Pruner was made"
+    ):
+        pruner.finish()
+
+
+def test_an_exception_in_a_callback_does_not_stop_the_rounds():
+    def on_event(event: vit_rsst.Event) -> None:
+        events.append((event.name, event.round))
+        if event.name == "round ended":
+            raise KeyError(event.round)
+
+    model, events = mlp(), []
+    optimizer = adamw(model)
+    words = {"total_steps": 12, "rounds": 2, "method": RSST, "final_sparsity": 0.8, "seed": 1}
+    pruner = vit_rsst.Pruner(model, optimizer, on_event=on_event, **words)
+    for number in range(1, 13):
+        if number in (4, 8, 12):
+            with pytest.raises(KeyError):
+                step(model, optimizer)
+            optimizer.zero_grad()
+        else:
+            step(model, optimizer)
+    names = ["round began", "round ended"]
+    assert events == [(name, round) for round in range(3) for name in names] + [("training ended", 2)]
+    pruner.finish()
+    assert pruner.density == pytest.approx(0.2, abs=0.01)
+    twin = mlp()
+    with pytest.raises(ZeroDivisionError):
+        vit_rsst.Pruner(twin, adamw(twin), method=STE, total_steps=4, final_sparsity=0.5, on_event=lambda event: 1 / 0)
+    assert not twin._forward_pre_hooks
+
+
+def test_a_selection_that_was_interrupted_is_made_before_the_next_step():
+    def calibration() -> list:
+        served.append(0)
+        if len(served) == 3:  # the first is a trial, the second of round 1
+            raise KeyboardInterrupt
+        return [(IMAGES, LABELS)]
+
+    model, served = mlp(), []
+    optimizer = adamw(model)
+    words = {"total_steps": 12, "rounds": 2, "method": "imp", "final_sparsity": 0.8, "criterion": "activation_l2"}
+    pruner = vit_rsst.Pruner(model, optimizer, calibration=calibration, **words)
+    for number in range(1, 13):
+        if number == 8:
+            with pytest.raises(KeyboardInterrupt):
+                step(model, optimizer)
+            optimizer.zero_grad()
+            densities = [pruner.density]
+        else:
+            step(model, optimizer)
+    pruner.finish()
+    assert [*densities, pruner.density] == pytest.approx([0.2**0.5, 0.2], abs=0.01)
+
+
+def test_a_step_without_gradients_of_the_pruned_weights_is_a_step():
+    model = mlp()
+    optimizer = adamw(model)
+    pruner = vit_rsst.Pruner(model, optimizer, total_steps=4, rounds=1, method="imp", final_sparsity=0.5, dense_steps=0)
+    optimizer.step()
+    for _ in range(3):
+        step(model, optimizer)
+    pruner.finish()
+    assert dead_are_zero(model, pruner)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = mlp()
+    words = {"total_steps": np.int64(12), "rounds": np.int64(2), "final_sparsity": np.float32(0.5)}
+    assert vit_rsst.Pruner(model, adamw(model), **words).progress.round_epochs == (4, 4, 4)
+
+
+def test_a_model_that_moves_after_its_pruner_is_named():
+    model = mlp()
+    optimizer = adamw(model)
+    pruner = vit_rsst.Pruner(model, optimizer, total_steps=4, rounds=1, method="imp", final_sparsity=0.5, dense_steps=0)
+    pruner._controller.mask = MaskSet(
+        {name: mask.to("meta") for name, mask in pruner.masks.items()}
+    )  # no second device
+    with pytest.raises(InputError, match=r"^Pruner\(model=…\): it was on meta and is on cpu; make the Pruner after"):
+        step(model, optimizer)
+
+
+@pytest.mark.parametrize("method", [RSST, STE])
+def test_pickling_a_pruner_is_refused(method):
+    model = mlp()
+    pruner = vit_rsst.Pruner(model, adamw(model), total_steps=24, method=method, final_sparsity=0.5)
+    for what in (pruner, model) if method is STE else (pruner,):
+        with pytest.raises(InputError, match=r"^Pruner: it cannot be pickled"):
+            pickle.dumps(what)
+    pruner.detach()
+    assert isinstance(pickle.loads(pickle.dumps(model)), nn.Module)
+
+
 def test_after_finish_no_hook_is_left():
     model = mlp()
     optimizer = adamw(model)
@@ -362,7 +469,11 @@ def test_a_state_is_refused_with_other_keywords_and_before_the_weights_are_loade
     fresh = vit_rsst.Pruner(other, adamw(other), **words)
     with pytest.raises(InputError, match=r"^Pruner\.load_state_dict: 0\.weight is not zero where this state has"):
         fresh.load_state_dict(state)
+    with pytest.raises(InputError, match=r"^Pruner\.load_state_dict: controller is missing; expected what"):
+        fresh.load_state_dict({"tensors": {}})
     fresh.detach()
+    with pytest.raises(InputError, match=r"^Pruner\.load_state_dict: this one is finished or detached; make a new"):
+        fresh.load_state_dict(state)
     other = vit_rsst.Pruner(other, adamw(other), **(words | {"total_steps": 5}))
     with pytest.raises(InputError, match=r"^Pruner\.load_state_dict: rounds was \[1, 3\] and is \[1, 4\]; pass the"):
         other.load_state_dict(state)

@@ -45,6 +45,9 @@ NAMES = CALIBRATION | {
 }
 """Recipe field → keyword of `Pruner`, where they differ."""
 
+STATE = ("tensors", "controller", "progress", "results", "settings")
+"""Keys of `Pruner.state_dict`."""
+
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models with a `Pruner`."""
 
@@ -185,8 +188,12 @@ class Pruner:
         self._called = model  # with its wrappers
         self._handles: list[RemovableHandle] = []
         self._watches_forward = False
-        self._begin_round()
-        self._attach()
+        try:
+            self._begin_round()
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
         _attached.add(self.net)
 
     # -- what a loop may ask
@@ -229,10 +236,24 @@ class Pruner:
 
     @torch.no_grad()
     def apply_(self, module: nn.Module) -> None:
-        """Zeroes the masked weights of another module of the same names, such as a moving average of the model."""
-        for name, alive in self._controller.mask.masks.items():
-            weight = module.get_parameter(name)
-            weight.masked_fill_(~alive.to(weight.device), 0.0)
+        """Zeroes the masked weights of another module of the same names, such as a moving average of the model.
+
+        Wrappers are looked through, such as torch's `AveragedModel` and timm's `ModelEmaV3`.
+
+        Raises:
+            InputError: it has no weights of these names and shapes.
+        """
+        masks, weights = self._controller.mask.masks, dict(module.named_parameters())
+        while not masks.keys() <= weights.keys() and isinstance(inner := getattr(module, "module", None), nn.Module):
+            module, weights = inner, dict(inner.named_parameters())
+        for name, alive in masks.items():
+            if name not in weights or weights[name].shape != alive.shape:
+                raise InputError(
+                    f"Pruner.apply_: {type(module).__name__} has no parameter {name} of shape {tuple(alive.shape)}; "
+                    "pass a copy of the model, or a moving average of it."
+                )
+        for name, alive in masks.items():
+            weights[name].masked_fill_(~alive.to(weights[name].device), 0.0)
 
     def mask_forward_(self) -> None:
         """Straight-through: the model holds w · M until the next step or `unmask_forward_`; others: nothing.
@@ -255,11 +276,12 @@ class Pruner:
 
         Raises:
             InputError: a removal is still ahead.
-            CheckFailed: a masked weight is not zero.
+            CheckFailed: a masked weight is not zero, or is not in the model any more.
         """
         progress, controller = self.progress, self._controller
+        self._check_weights()
         is_last = progress.round + 1 == len(progress.round_epochs)
-        if not self.is_over and not (is_last and controller.is_settled(progress)):
+        if not self.is_over and not (is_last and self._has_begun and controller.is_settled(progress)):
             raise InputError(
                 f"Pruner.finish: after step {progress.global_step} of total_steps={progress.total_steps}, before the "
                 f"last removal, with a density of {self.density:.4f}; train the remaining steps, or call detach()."
@@ -280,6 +302,7 @@ class Pruner:
         self.unmask_forward_()
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         _attached.discard(self.net)
 
     # -- resume
@@ -299,8 +322,15 @@ class Pruner:
         """Continues where `state_dict` was taken; load the states of model and optimizer first.
 
         Raises:
-            InputError: the state is of other keywords, another model, or other weights than the model has.
+            InputError: the state is of other keywords, another model, or other weights than the model has; or this
+                pruner is finished or detached.
         """
+        if not self._handles:
+            raise InputError("Pruner.load_state_dict: this one is finished or detached; make a new Pruner first.")
+        if missing := [key for key in STATE if key not in state]:
+            raise InputError(
+                f"Pruner.load_state_dict: {missing[0]} is missing; expected what Pruner.state_dict() returned."
+            )
         ours = self._settings()
         for key in ours:
             if state["settings"].get(key) != ours[key]:
@@ -351,11 +381,14 @@ class Pruner:
 
         def hook(weight: Tensor) -> None:
             if self._reached is not None and weight.grad is not None:
+                self._check_device()
                 weight.grad.mul_(self._reached[name])
 
         return hook
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple | None:
+        if not self._has_begun:  # an exception in the loop's own code came between
+            self._begin_round()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._before_step()
@@ -371,6 +404,7 @@ class Pruner:
     @torch.no_grad()
     def _before_step(self) -> None:
         controller = self._controller
+        self._check_device()
         scale = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:  # a fused optimizer under GradScaler: the penalty needs gradients in their own size
             parameters = (p for group in self.optimizer.param_groups for p in group["params"])
@@ -401,6 +435,12 @@ class Pruner:
         else:
             self._turn()
 
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "Pruner: it cannot be pickled, nor can the model while method ste masks it; save the state_dict() of both, "
+            "or call finish() first."
+        )
+
     def __deepcopy__(self, memo: dict) -> "Pruner":
         """Not copied: a moving average of the model copies its hooks, which then know that it is not the model."""
         return self
@@ -417,28 +457,60 @@ class Pruner:
         if self._is_masked_here and not torch.is_grad_enabled():
             self.unmask_forward_()
 
+    def _check_device(self) -> None:
+        """
+        Raises:
+            InputError: the model has moved.
+        """
+        name, weight = next(iter(self._controller.weights.items()))
+        if (device := self._controller.mask[name].device) != weight.device:
+            raise InputError(
+                f"Pruner(model=…): it was on {device} and is on {weight.device}; make the Pruner after the model is on "
+                "its device, with Accelerate after accelerator.prepare."
+            )
+
+    def _check_weights(self) -> None:
+        """
+        Raises:
+            CheckFailed: a prunable weight is not in the model any more.
+        """
+        names = {id(parameter): name for name, parameter in self.net.named_parameters()}
+        if gone := [name for name, weight in self._controller.weights.items() if id(weight) not in names]:
+            raise CheckFailed(
+                f"Pruner.finish: {gone[0]} is another tensor than when the Pruner was made, and is not pruned; "
+                "replace layers, and load states with assign=True, before you make optimizer and Pruner."
+            )
+
     # -- rounds
+
+    @property
+    def _has_begun(self) -> bool:
+        return self._controller.state.round == self.progress.round
 
     def _begin_round(self) -> None:
         """Plans the round that `progress` points at, and ends it at once if it has no steps."""
         with in_words_of("Pruner", NAMES):
             self._controller.begin_round(self.progress.round)
         self._watch_forward()
-        self._tell("round began")
-        if self.progress.round_steps:
-            self._turn()
-        else:
-            self._end_round()
+        try:
+            self._tell("round began")
+        finally:
+            if self.progress.round_steps:
+                self._turn()
+            else:
+                self._end_round()
 
     def _end_round(self) -> None:
         self.results.append(self._controller.end_round())
-        self._tell("round ended", self.results[-1])
-        if self.progress.round + 1 < len(self.progress.round_epochs):
-            self.progress.round, self.progress.epoch = self.progress.round + 1, 0
-            self._begin_round()
-        else:
-            self._turn()
-            self._tell("training ended")
+        try:
+            self._tell("round ended", self.results[-1])
+        finally:  # an exception of `on_event` does not stop the rounds
+            if self.progress.round + 1 < len(self.progress.round_epochs):
+                self.progress.round, self.progress.epoch = self.progress.round + 1, 0
+                self._begin_round()
+            else:
+                self._turn()
+                self._tell("training ended")
 
     def _turn(self) -> None:
         """Notes which gradients the next step takes."""

@@ -1,6 +1,7 @@
 """Rounds of a training that is counted in optimizer steps: a dense part, equal parts that each prune, a recovery."""
 
 from itertools import pairwise
+from numbers import Integral
 
 from vit_rsst.errors import InputError
 from vit_rsst.progress import Progress, at_fraction
@@ -24,8 +25,9 @@ def rounds_in_steps(
     Raises:
         InputError: the steps do not hold the rounds, or have no meaning for a method of one round.
     """
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+    if isinstance(total, bool) or not isinstance(total, Integral) or total < 1:
         raise InputError(f"Pruner(total_steps=…): {total!r} is not a whole number of at least 1.")
+    total = int(total)
     given = {"dense_steps": dense, "recovery_steps": recovery, "rounds": rounds}
     if pruning.method.one_round:
         for name in (name for name, value in given.items() if value is not None):

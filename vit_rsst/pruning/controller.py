@@ -125,6 +125,15 @@ class Controller:
         """Plans the round and prepares the weights. False if the round was already under way before a resume."""
         if self.state.round == round:
             return False
+        before = self.state
+        try:
+            self._begin_round(round)
+        except BaseException:  # such as an interrupt while calibration images are read: the round has not begun
+            self.state = before
+            raise
+        return True
+
+    def _begin_round(self, round: int) -> None:
         if self.rewind_epoch == 0 and round == 0:
             self.rewind_point = self._model_on_host()
         self.state = RoundState(round, density_asked=self.state.density_asked)
@@ -145,7 +154,6 @@ class Controller:
             self.ema.restart_()
         if self.selector.criterion.needs == "movement":
             self.movement = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        return True
 
     @property
     def condemned(self) -> MaskSet | None:
@@ -180,7 +188,8 @@ class Controller:
             optim.clear_moments_(self.optimizer, self.weights, leaving)
         made = self._factors(reached)
         pairs = [(w.grad, f) for w, f in zip(self.weights.values(), made, strict=True) if w.grad is not None]
-        torch._foreach_mul_(shards.locals_of(grad for grad, _ in pairs), [f for _, f in pairs])
+        if pairs:
+            torch._foreach_mul_(shards.locals_of(grad for grad, _ in pairs), [f for _, f in pairs])
 
     def reached_by_gradient(self, progress: Progress) -> MaskSet | None:
         """The elements that the loss's gradient reaches in this step; None: all."""

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+import numpy as np
+
 from vit_rsst.errors import InputError
 from vit_rsst.pruning.methods import METHODS
 from vit_rsst.recipe.loading import spelled_out, validated
@@ -46,7 +48,7 @@ def pruning_section(call: str, words: Mapping[str, Any], rest: Mapping[str, Any]
         given["method"] = {"name": classes[type(method)], **asdict(method)}
     tree = {"name": call, **rest, "pruning": {**given, **({"schedule": schedule} if schedule else {})}}
     try:
-        tree = spelled_out(json.loads(json.dumps(tree)))
+        tree = spelled_out(json.loads(json.dumps(tree, default=_plain)))
     except (TypeError, ValueError) as error:
         raise InputError(f"{call}: takes plain numbers, strings, lists and mappings ({error}).") from error
     name = tree["pruning"].get("method", {}).get("name") if isinstance(tree["pruning"].get("method"), dict) else None
@@ -58,6 +60,13 @@ def pruning_section(call: str, words: Mapping[str, Any], rest: Mapping[str, Any]
     if recipe is None or problems:
         raise InputError("\n".join(_sentence(call, problem, names) for problem in problems))
     return recipe.pruning
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as one of Python; `json` asks for what it does not know."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"not a {type(value).__name__}")
 
 
 @contextmanager
