@@ -23,3 +23,10 @@ def test_no_step_waits_for_its_device_and_pruning_adds_few_kernels():
     done = tiny.python(tiny.SCRIPTS / "benchmarks" / "launches.py", timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rsst in its window, ema" in done.stdout
+
+
+def test_the_command_that_is_recorded_has_all_arguments_and_no_absolute_path():
+    argv = ["/a/b/data.py", "--quick", "--cifar", "/c/cifar 10", "--json", "r/x.json"]
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); import _common; print(_common.command({argv}))"
+    done = tiny.python("-c", code, tiny.SCRIPTS / "benchmarks")
+    assert done.stdout == "python scripts/benchmarks/data.py --quick --cifar 'cifar 10' --json r/x.json\n", done.stderr

@@ -3,24 +3,8 @@
 import numpy as np
 import pytest
 
-from vit_rsst.data.lanes import Epoch, Lanes, cut
+from vit_rsst.data.lanes import Epoch, cut
 from vit_rsst.errors import InputError
-
-
-def order(lanes: Lanes, seed: int, global_batch: int) -> np.ndarray:
-    """The rows of an epoch's global batches, (steps, global_batch): block after block, numbered through."""
-    starts = np.concatenate([[0], np.cumsum(lanes.counts)])
-    epoch, rows = Epoch(lanes, seed), np.empty((lanes.lanes, lanes.length), dtype=np.int64)
-    for lane in range(lanes.lanes):
-        for track in range(lanes.tracks):
-            found = []
-            for window in epoch.windows(lane, track):
-                here = np.concatenate([np.arange(p.first, p.last) + starts[p.block] for p in window.pieces])
-                found.append(here[epoch.shuffled(lane, track, window)])
-            rows[lane, track :: lanes.tracks] = np.concatenate(found)
-    size = global_batch // lanes.lanes
-    steps = lanes.length // size
-    return rows[:, : steps * size].reshape(lanes.lanes, steps, size).transpose(1, 0, 2).reshape(steps, global_batch)
 
 
 def entropy(batches: np.ndarray, labels: np.ndarray) -> float:
@@ -54,14 +38,14 @@ def one_class_shards() -> list[int]:
 @pytest.mark.parametrize("global_batch", [8, 24, 250])
 def test_an_epoch_has_every_row_once_less_a_tail_below_one_batch(counts, global_batch):
     lanes = cut(np.asarray(counts), 1000, global_batch, 128)
-    rows = order(lanes, 0, global_batch).ravel()
+    rows = lanes.order(0, global_batch).ravel()
     assert len(rows) == 1000 // global_batch * global_batch
     assert len(set(rows.tolist())) == len(rows)
 
 
 def test_no_row_is_always_in_the_tail():
     lanes = cut(np.asarray([1000]), 1000, 64, 128)
-    seen = {row for seed in range(40) for row in order(lanes, seed, 64).ravel().tolist()}
+    seen = {row for seed in range(40) for row in lanes.order(seed, 64).ravel().tolist()}
     assert len(seen) == 1000
 
 
@@ -71,7 +55,7 @@ def test_shards_of_one_class_are_shuffled_as_well_as_in_memory(shards, rows_of_a
     counts = [min(rows_of_a_block, shard - row) for shard in shards for row in range(0, shard, rows_of_a_block)]
     labels, full = np.repeat(np.arange(10), 5000), np.random.default_rng(0).permutation(50_000)[: 195 * 256]
     lanes = cut(np.asarray(counts), 100_000, 256, 4096)
-    epochs = [order(lanes, seed, 256) for seed in range(5)]
+    epochs = [lanes.order(seed, 256) for seed in range(5)]
     for found in epochs:
         assert entropy(found, labels) >= 0.97 * entropy(full.reshape(195, 256), labels)
     pairs = [(a, b) for i, a in enumerate(epochs) for b in epochs[:i]]

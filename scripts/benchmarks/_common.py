@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -94,8 +95,8 @@ def show_progress(text: str) -> None:
         print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
 
 
-def environment(device: torch.device, quick: bool) -> dict:
-    """Where the numbers were measured: device, versions, command, threads; no paths or host names."""
+def environment(device: torch.device) -> dict:
+    """Where the numbers were measured: device, versions, command, threads; no absolute paths or host names."""
     return {
         "device": f"{device.type}: {device_name(device)}",
         "threads": torch.get_num_threads(),
@@ -103,8 +104,14 @@ def environment(device: torch.device, quick: bool) -> dict:
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python scripts/benchmarks/{Path(sys.argv[0]).name}" + (" --quick" if quick else ""),
+        "command": command(sys.argv),
     }
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command line of a benchmark; of absolute paths only the last part, as the others are of one machine."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in argv[1:]]
+    return shlex.join(["python", f"scripts/benchmarks/{Path(argv[0]).name}", *words])
 
 
 def report(args: argparse.Namespace, result: dict, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> int:

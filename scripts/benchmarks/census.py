@@ -289,7 +289,7 @@ def main() -> int:
     least = LEAST_CUT if len(chosen) == len(families()) else 0
     cut = sum(row.is_cut for row in rows)
     result = {
-        "environment": environment(torch.device("cpu"), args.quick),
+        "environment": environment(torch.device("cpu")),
         "families": [vars(row) for row in rows],
         "cut": cut,
         "missed": missed(rows, least),

@@ -244,7 +244,7 @@ def main() -> int:
     _, with_workers = first_and_last(args.cifar, 2)
     theirs = plain_gives_up(args.cifar)
     result = {
-        "environment": environment(torch.device("cpu"), args.quick), "at_32": small, "at_224": large,
+        "environment": environment(torch.device("cpu")), "at_32": small, "at_224": large,
         "first_batch_s": first, "given_up_s": max(given_up, with_workers), "datasets_given_up_s": theirs,
         "missed": missed(small, large, first, max(given_up, with_workers)),
     }  # fmt: skip

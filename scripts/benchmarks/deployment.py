@@ -65,7 +65,7 @@ def main() -> int:
         speed = speeds(args, Path(folder))
     missed = [] if args.quick else [*lost_accuracy(accuracy), *slow(speed)]
     result = {
-        "environment": environment(torch.device("cpu"), args.quick) | {"onnxruntime": onnxruntime.__version__},
+        "environment": environment(torch.device("cpu")) | {"onnxruntime": onnxruntime.__version__},
         "load": {"before": load_before, "after": os.getloadavg()[0]},
         "accuracy": accuracy,
         "speed": speed,

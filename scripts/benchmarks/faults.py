@@ -100,7 +100,7 @@ def main() -> int:
         if not any(outcome == "passed" for _, outcome, _ in cases) or any(o == "failed" for _, o, _ in cases)
     ]
     result = {
-        "environment": environment(torch.device("cpu"), args.quick),
+        "environment": environment(torch.device("cpu")),
         "survived": len(tried) - len(lost),
         "tried": len(tried),
         "missed": lost,

@@ -57,7 +57,7 @@ def main() -> int:
     is_missed = share > SHARE_BOUND and not args.quick
     missed = [f"figures and report add {share:.1%}, bound {SHARE_BOUND:.0%}"] if is_missed else []
     result = {
-        "environment": environment(torch.device("cpu"), args.quick),
+        "environment": environment(torch.device("cpu")),
         "seconds": {"all": round(total, 2)} | {part: round(value, 2) for part, value in Timed.seconds.items()},
         "share": round(share, 4),
         "missed": missed,

@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_part(args: argparse.Namespace) -> int:
     part, device = BY_LETTER[args.part], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = args.json.with_name(f"{args.json.stem}-{args.part}.json")
-    ledger = Ledger(path, part.headers, environment(device, args.rehearse))
+    ledger = Ledger(path, part.headers, environment(device))
     end = time.monotonic() + 60 * (args.minutes if args.minutes is not None else MINUTES[args.part])
     with ledger.guarded(f"part {args.part}"):
         part.measure(ledger, lambda: (end - time.monotonic()) / 60, args)

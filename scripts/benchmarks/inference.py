@@ -258,7 +258,7 @@ def main() -> int:
         share = by_network[SLIM] / by_network[DENSE]
         notes.append(f"{image_size} px: slim has {share:.3f} of the FLOPs, so the ideal speed-up is {1 / share:.2f}")
     result = {
-        "environment": environment(torch.device("cpu"), args.quick),
+        "environment": environment(torch.device("cpu")),
         "load": {"before": load_before, "after": os.getloadavg()[0]},
         "flops": counted,
         "notes": notes,

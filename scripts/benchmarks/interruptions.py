@@ -294,7 +294,7 @@ def main() -> int:
     from _common import environment, parse_args, report, show_progress
 
     args = parse_args(__doc__)
-    result = {"environment": environment(torch.device("cpu"), args.quick), "cells": {}, "missed": []}
+    result = {"environment": environment(torch.device("cpu")), "cells": {}, "missed": []}
     canary: dict[str, bool] = {}
     unsettled = Cell(Setting("two buckets", 3, 0), "mid-epoch", "TERM")
     with tempfile.TemporaryDirectory() as folder:

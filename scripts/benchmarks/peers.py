@@ -212,7 +212,7 @@ def main() -> int:
             cells.append(f"{np.median(values):.1f} ({min(values):.1f}–{max(values):.1f})")
         rows.append((name, *cells))
     result = {
-        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.quick),
+        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "ratio": asdict(ratio),
         "faster_peer": faster,
         "missed": missed,

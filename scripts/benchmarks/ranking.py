@@ -64,7 +64,7 @@ def main() -> int:
         for kind, name in summary
         if not args.quick and name in CRITERIA_TRIED and summary[kind, name] >= RANDOM_BOUND * summary[kind, "random"]
     ]
-    result = {"environment": environment(torch.device("cpu"), args.quick), "removals": found, "missed": missed}
+    result = {"environment": environment(torch.device("cpu")), "removals": found, "missed": missed}
     return report(args, result, ("removed", "mean loss", "losses by seed", "mean top-1"), list(rows(found, summary)))
 
 

@@ -136,7 +136,7 @@ def main() -> int:
     if copies > MEMORY_BOUND:
         missed.append(f"a save takes {copies:.2f} times the size of the resume point, bound {MEMORY_BOUND}")
     result = {
-        "environment": environment(torch.device("cpu"), args.quick),
+        "environment": environment(torch.device("cpu")),
         "bytes": num_bytes,
         "alternations": len(records),
         "seconds": {key: round(float(np.median(values)), 4) for key, values in series.items()},

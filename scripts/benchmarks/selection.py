@@ -113,7 +113,7 @@ def main() -> int:
         name: {"seconds": float(interval(seconds[name]).median), "copies": copies[name]} for name in CONTENDERS
     }
     result = {
-        "environment": environment(cpu, args.quick),
+        "environment": environment(cpu),
         "weights": number,
         "density": DENSITY,
         "ratio": vars(ratio),

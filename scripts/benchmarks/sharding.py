@@ -147,7 +147,7 @@ def main() -> int:
         if bound is not None and Interval(**asdict(ratio)).exceeds(bound):
             missed.append(f"{name}: a step takes {ratio} of one without pruning, bound {bound}")
     result = {
-        "environment": environment(torch.device("cpu"), args.quick),
+        "environment": environment(torch.device("cpu")),
         "load": os.getloadavg()[0],
         "alternations": num_alternations,
         "missed": missed,

@@ -187,7 +187,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 cases.append(measure(case, num_alternations, device, Path(folder)))
     result = {
-        "environment": environment(device, args.quick),
+        "environment": environment(device),
         "load": {"before": load_before, "after": os.getloadavg()[0]},
         "alternations": num_alternations,
         "missed": [sentence for case in cases for sentence in judge(case)[1]],

@@ -27,7 +27,7 @@ from PIL import Image
 from vit_rsst.data.dealing import Dealing
 from vit_rsst.data.decoding import Decoder
 from vit_rsst.data.feeds import Course, Tracks
-from vit_rsst.data.lanes import Epoch, Lanes, cut
+from vit_rsst.data.lanes import cut
 from vit_rsst.data.options import DataOptions
 from vit_rsst.data.sources import open_data
 from vit_rsst.data.streams import Stream
@@ -159,22 +159,6 @@ def resuming(folder: Path) -> tuple[float, int, int, int]:
     return took, read, lanes.lanes * lanes.tracks * window, stream.count
 
 
-def order(lanes: Lanes, seed: int) -> np.ndarray:
-    """Row indices of the global batches of an epoch, (steps, GLOBAL_BATCH)."""
-    starts, epoch = np.concatenate([[0], np.cumsum(lanes.counts)]), Epoch(lanes, seed)
-    rows = np.empty((lanes.lanes, lanes.length), dtype=np.int64)
-    for lane in range(lanes.lanes):
-        for track in range(lanes.tracks):
-            found = []
-            for window in epoch.windows(lane, track):
-                here = np.concatenate([np.arange(p.first, p.last) + starts[p.block] for p in window.pieces])
-                found.append(here[epoch.shuffled(lane, track, window)])
-            rows[lane, track :: lanes.tracks] = np.concatenate(found)
-    size = GLOBAL_BATCH // lanes.lanes
-    steps = lanes.length // size
-    return rows[:, : steps * size].reshape(lanes.lanes, steps, size).transpose(1, 0, 2).reshape(steps, -1)
-
-
 def entropy(batches: np.ndarray, labels: np.ndarray) -> float:
     counts = np.stack([np.bincount(labels[batch], minlength=10) for batch in batches]) / batches.shape[1]
     return float(-(counts * np.log(np.where(counts > 0, counts, 1.0))).sum(1).mean())
@@ -195,7 +179,9 @@ def shuffling(epochs: int) -> dict[str, dict[str, float]]:
     for name, shards in (("8 sorted shards", [6250] * 8), ("64 shards of one class", of_one_class)):
         for group in (100, 6250):
             counts = [min(group, shard - row) for shard in shards for row in range(0, shard, group)]
-            orders = [order(cut(np.asarray(counts), 10**5, GLOBAL_BATCH, 4096), seed) for seed in range(epochs)]
+            orders = [
+                cut(np.asarray(counts), 10**5, GLOBAL_BATCH, 4096).order(seed, GLOBAL_BATCH) for seed in range(epochs)
+            ]
             pairs = [neighbours(a, b) for i, a in enumerate(orders) for b in orders[:i]]
             found[f"{name}, row groups of {group}"] = {
                 "entropy_ratio": min(entropy(o, labels) for o in orders) / base,
@@ -245,7 +231,7 @@ def main() -> int:
         took, read, bound, rows = resuming(large)
         rates, ratio = worker_rate(stream, decoder, 3 if args.quick else 12)
         result = {
-            "environment": environment(torch.device("cpu"), args.quick),
+            "environment": environment(torch.device("cpu")),
             "reading": shares(counted),
             "training_thread_us": training_thread(stream, decoder, 2, 3 if args.quick else 20),
             "images_per_s": rates,

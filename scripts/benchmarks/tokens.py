@@ -80,7 +80,7 @@ def main() -> int:
     if steps["lightweight_vit"] > GROWTH_BOUND:
         missed.append(f"lightweight_vit costs {steps['lightweight_vit']:.3f} times the FLOPs, bound {GROWTH_BOUND}")
     result = {
-        "environment": environment(cpu, args.quick),
+        "environment": environment(cpu),
         "batch": len(images),
         "seconds": {name: float(interval(values).median) for name, values in seconds.items()},
         "ratios": {name: vars(ratio) for name, ratio in ratios.items()},

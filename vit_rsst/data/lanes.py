@@ -61,6 +61,24 @@ class Lanes:
         longest = -(-self.length // self.tracks)
         return int(min(self.counts.max(initial=0) + self.window - 1, longest))
 
+    def order(self, seed: int, global_batch: int) -> np.ndarray:
+        """Rows of an epoch's global batches, int64 (steps, global_batch), numbered through in the order of the blocks.
+
+        What a stream delivers, worked out without reading: for measuring how well it is shuffled.
+        """
+        starts = np.concatenate([[0], np.cumsum(self.counts)])
+        epoch, rows = Epoch(self, seed), np.empty((self.lanes, self.length), dtype=np.int64)
+        for lane in range(self.lanes):
+            for track in range(self.tracks):
+                found = []
+                for window in epoch.windows(lane, track):
+                    here = np.concatenate([np.arange(p.first, p.last) + starts[p.block] for p in window.pieces])
+                    found.append(here[epoch.shuffled(lane, track, window)])
+                rows[lane, track :: self.tracks] = np.concatenate(found)
+        size = global_batch // self.lanes
+        steps = self.length // size
+        return rows[:, : steps * size].reshape(self.lanes, steps, size).transpose(1, 0, 2).reshape(steps, global_batch)
+
     def record(self) -> dict[str, int]:
         """What the order follows from besides seed and data, for the record of a run."""
         return {"lanes": self.lanes, "tracks": self.tracks, "window": self.window}
