@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import vit_rsst.export
+import vit_rsst
 from vit_rsst.data.transforms import normalize
 from vit_rsst.errors import Damaged, InputError, MissingRequirement, RunError
 from vit_rsst.export import exporting, onnx_file, push, transformers_folder
@@ -149,7 +149,7 @@ def test_the_card_reports_what_was_measured(runs, tmp_path):
     assert f"Test top-1: {row['test_top1']:.2f} %" in text
     ticket = ticket_file.load(last(runs["units"]))
     assert f"{ticket.mask.density:.2%}" in text
-    small = vit_rsst.export.load(tmp_path / "out")
+    small = vit_rsst.load(tmp_path / "out")
     assert f"{sum(p.numel() for p in small.parameters()):,}" in text
     heads, neurons = small.blocks[0].attn.num_heads, small.blocks[0].mlp.fc1.out_features
     assert f"| 0 | {heads} of 3 | {neurons} of 24 |" in text
@@ -306,7 +306,7 @@ def test_a_model_without_a_counterpart_is_rejected_in_one_sentence(name, args, t
 
 def test_a_slim_folder_has_fewer_parameters_and_the_scores_of_its_ticket(runs, tmp_path):
     export(runs["units"], "slim", tmp_path / "out")
-    small, full = vit_rsst.export.load(str(tmp_path / "out")), Work.of(runs["units"]).net
+    small, full = vit_rsst.load(str(tmp_path / "out")), Work.of(runs["units"]).net
     assert not small.training
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in full.parameters())
     scores = []
@@ -319,7 +319,7 @@ def test_a_slim_folder_has_fewer_parameters_and_the_scores_of_its_ticket(runs, t
 
 def test_widths_of_neurons_are_rounded_on_demand(runs, tmp_path):
     assert tiny.command("export", runs["units"], "--to", "slim", tmp_path / "out", "--round-to", "8") == 0
-    small = vit_rsst.export.load(tmp_path / "out")
+    small = vit_rsst.load(tmp_path / "out")
     assert small.blocks[0].mlp.fc1.out_features % 8 == 0
     ticket = ticket_file.load(last(runs["units"]))
     exact = slim.widths(slim.kept_units(Work.of(runs["units"]).net, ticket.mask))
@@ -343,7 +343,7 @@ def test_a_slim_folder_is_trained_further_and_its_tickets_know_their_widths(prun
     run = tmp_path / "runs" / "tiny"
     path, ticket = open_ticket(run)
     widths = json.loads(ticket.metadata["widths"])
-    before = vit_rsst.export.load(tmp_path / "slim")
+    before = vit_rsst.load(tmp_path / "slim")
     assert ticket.state["blocks.0.mlp.fc1.weight"].shape == before.blocks[0].mlp.fc1.weight.shape
     assert widths.get("blocks.0.mlp", 24) == before.blocks[0].mlp.fc1.out_features
     assert any(not torch.equal(ticket.state[n], t) for n, t in before.state_dict().items())
@@ -351,7 +351,7 @@ def test_a_slim_folder_is_trained_further_and_its_tickets_know_their_widths(prun
     for to in ("slim", "dense"):
         assert tiny.command("export", path, "--to", to, tmp_path / to / "again") == 0
     if "neuron" in pruning:
-        smaller = vit_rsst.export.load(tmp_path / "slim" / "again")
+        smaller = vit_rsst.load(tmp_path / "slim" / "again")
         assert smaller.blocks[0].mlp.fc1.out_features < before.blocks[0].mlp.fc1.out_features
     capsys.readouterr()
     assert tiny.command("export", run, "--to", "timm", tmp_path / "no") == 2
@@ -490,7 +490,7 @@ def test_a_damaged_slim_folder_is_rejected(fault, runs, tmp_path, capsys):
     else:
         config.write_text(re.sub(r'"blocks.0.mlp": \d+', '"blocks.0.mlp": 10000', text))
     with pytest.raises(Damaged):
-        vit_rsst.export.load(folder)
+        vit_rsst.load(folder)
     assert tiny.command("evaluate", folder) == 5
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import vit_rsst
 from vit_rsst.export.work import Target, Work
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.tickets import slim_folder
@@ -15,10 +16,10 @@ import json
 
 import numpy as np
 import torch
-import vit_rsst.export
+import vit_rsst
 from PIL import Image, ImageOps
 
-model = vit_rsst.export.load(".")  # "." is this folder
+model = vit_rsst.load(".")  # "." is this folder
 data = json.load(open("config.json"))["data"]
 size, kernel = data["image_size"], Image.Resampling[data["interpolation"].upper()]
 image = Image.open("image.png").convert("RGB")
@@ -45,7 +46,7 @@ def write(work: Work, folder: Path) -> None:
 @torch.no_grad()
 def logits(folder: Path, images: Tensor) -> Tensor:
     """Logits of the folder, loaded as a user would."""
-    return slim_folder.load(folder)(images)
+    return vit_rsst.load(folder)(images)
 
 
 TARGET = Target("vit_rsst", check, write, logits, lambda work: USAGE, is_slim=True, options=("round_to",))

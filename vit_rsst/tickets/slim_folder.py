@@ -10,11 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from vit_rsst import files
 from vit_rsst.errors import Damaged
-from vit_rsst.models import zoo
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.tickets import ticket_file
 from vit_rsst.tickets.ticket_file import Ticket
@@ -54,18 +52,6 @@ def read(folder: Path) -> Ticket:
         raise Damaged(f"{folder}: the content does not match the hash in {CONFIG}; copy or export it again.")
     mask = MaskSet({name: tensors[name] != 0 for name in config["prunable"]})
     return Ticket(tensors, mask, {key: value for key, value in header.items() if key not in ("format", "prunable")})
-
-
-def load(folder: str | Path) -> nn.Module:
-    """The model of a slim or dense folder, in evaluation mode: normalised images (batch, 3, size, size) to logits.
-
-    Raises:
-        Damaged: neither kind, another format, truncated, or a hash mismatch.
-    """
-    ticket = read(Path(folder))
-    net = zoo.described(ticket.metadata, str(folder))
-    ticket_file.load_into_(net, ticket, str(folder))
-    return net.eval()
 
 
 def as_config(header: dict[str, str]) -> dict:
