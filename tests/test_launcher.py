@@ -19,7 +19,8 @@ import pytest
 import tiny
 
 from vit_rsst.cli import launcher
-from vit_rsst.cli.old_names import CHOICES, FIELDS, LABELS, OTHERS, Arguments, translate_
+from vit_rsst.cli.old_names import ALGORITHMS, CHOICES, FIELDS, LABELS, OF_ONE_ROUND, OTHERS, Arguments, translate_
+from vit_rsst.pruning.methods import METHODS
 from vit_rsst.recipe.loading import find, load
 from vit_rsst.recipe.schema import Recipe
 
@@ -306,6 +307,8 @@ WRONG = {
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --": "--: unknown option",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst -y": "-y: unknown option",
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y imp --RST_schedule x": "--RST_schedule: has no effect with",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y gmp --prune_type lt": "--prune_type: has no effect with the other arguments",
+    "cifar10 vit_tiny 80 1.0 4 false 0.2 y dense --rewind_epoch 8": "--rewind_epoch: has no effect with the other",
     "cifar10 vit_tiny 80 1.0 4 0.2 y rsst": "PRETRAINED: unknown value '0.2'",
     "cifar10 vit_tiny 1.0 4 false 0.2 y rsst": "EPOCHS: '1.0' is not a whole number",
     "imagenet vit_large_imagenet 9 1.0 4 false 0.2 y rsst": "PRETRAINED: vit_large_imagenet needs weights",
@@ -313,6 +316,10 @@ WRONG = {
     "cifar10 vit_tiny 80 1.0 4 false 0.2 y rsst --criteria l3": "criteria: unknown value 'l3'; expected one of: remain",
     "": "DATASET: missing",
 }
+
+
+def test_methods_of_one_round_are_those_of_the_package():
+    assert {name for name in ALGORITHMS if METHODS[name].one_round} == set(OF_ONE_ROUND)
 
 
 @pytest.mark.parametrize("words", WRONG)

@@ -48,6 +48,7 @@ MODELS = {
     "imagenet": ("vit_small_imagenet", "vit_base_imagenet", "vit_large_imagenet"),
 }  # fmt: skip
 ALGORITHMS = ("rsst", "refill", "dense", "imp", "rst", "gmp", "constant")
+OF_ONE_ROUND = ("dense", "gmp", "constant")
 BOOLEANS = ("true", "false")
 LIMITS = {
     **dict.fromkeys(("REG", "reg_upper_limit"), (lambda x: 0 < x <= 1000, "above 0, at most 1000")),
@@ -289,11 +290,13 @@ def translate_schedule_(old: Arguments, size: str, granularity: str) -> None:
 
 
 def translate_pruning_(old: Arguments, model: str) -> None:
-    if "rewind_epoch" in old:
-        old.setdefault("prune_type", "rewind_lt")
-    elif old.get("prune_type") == "rewind_lt":
-        old["rewind_epoch"] = "24"
-    old.rename("criteria", "pick_pruned", "sorting_mode", "prune_type")
+    old.rename("criteria", "pick_pruned", "sorting_mode")
+    if old["ALGORITHM"] not in OF_ONE_ROUND:  # the others have nothing to rewind between rounds
+        if "rewind_epoch" in old:
+            old.setdefault("prune_type", "rewind_lt")
+        elif old.get("prune_type") == "rewind_lt":
+            old["rewind_epoch"] = "24"
+        old.rename("prune_type")
     if old.get("criteria") in ("l1", "l2", "saliency"):
         old.warn(f"{old['criteria']} uses trained weights and 2,048 images; it used rewound weights and one batch.")
     layers = ("conv1", "fc") if model == "resnet20" else ("patch_embed", "head")
