@@ -24,6 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
+@pytest.fixture(scope="session")
+def units_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the digits whose last ticket lacks half of its heads and neurons; to be read only."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("units")
+    assert tiny.command("train", tiny.write_recipe(folder, tiny.UNITS)) == 0
+    return folder / "runs" / "units"
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_a_fresh_accelerate(request: pytest.FixtureRequest) -> Iterator[None]:
     """In `library/` and `pruning/`, whose tests build runs of their own: sums in one order, and neither precision nor

@@ -19,21 +19,12 @@ from vit_rsst.models import zoo
 from vit_rsst.models.complexity import flops, size_of
 from vit_rsst.tickets import ticket_file
 
-UNITS = tiny.RECIPE.replace("pruning:\n", "pruning:\n  granularity: head+neuron\n").replace("0.9", "0.5")
 SMALL = ("--batch", "1", "2")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A run on the digits whose last ticket lacks half of its heads and neurons."""
-    folder = tmp_path_factory.mktemp("analyze")
-    assert tiny.command("train", tiny.write_recipe(folder, UNITS)) == 0
-    return folder / "runs" / "tiny"
-
-
-@pytest.fixture(scope="module")
-def slim_folder(run, tmp_path_factory) -> Path:
-    return export(run, "slim", tmp_path_factory.mktemp("slim") / "small", None, None).folder
+def slim_folder(units_run, tmp_path_factory) -> Path:
+    return export(units_run, "slim", tmp_path_factory.mktemp("slim") / "small", None, None).folder
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +32,9 @@ def short(monkeypatch):
     monkeypatch.setattr(timing, "BUDGET", 0.01)
 
 
-def test_counts_of_a_ticket_match_its_mask_and_slim_folder(run, slim_folder):
-    ticket = ticket_file.load(run / "tickets" / "round_02.safetensors")
-    [found, small] = analyze([str(run), str(slim_folder)], is_measured=False)["items"]
+def test_counts_of_a_ticket_match_its_mask_and_slim_folder(units_run, slim_folder):
+    ticket = ticket_file.load(units_run / "tickets" / "round_02.safetensors")
+    [found, small] = analyze([str(units_run), str(slim_folder)], is_measured=False)["items"]
     assert found["parameters"]["prunable"] == tiny.NUM_PRUNABLE
     assert found["parameters"]["alive"] == ticket.mask.num_alive
     nonzero = sum(int((tensor != 0).sum()) for name, tensor in ticket.state.items() if name in ticket.mask.masks)
@@ -52,12 +43,12 @@ def test_counts_of_a_ticket_match_its_mask_and_slim_folder(run, slim_folder):
     assert small["flops"]["dense"] == found["flops"]["slim"] < found["flops"]["dense"]
     assert small["parameters"]["alive"] == found["parameters"]["alive"]
     assert found["flops"]["effective"] == pytest.approx(found["flops"]["slim"], rel=1e-6)
-    assert found["bytes"]["file"] == (run / "tickets" / "round_02.safetensors").stat().st_size
+    assert found["bytes"]["file"] == (units_run / "tickets" / "round_02.safetensors").stat().st_size
     assert found["bytes"]["slim_fp32"] == small["bytes"]["dense_fp32"]
 
 
-def test_shares_of_layers_and_kinds_add_up_to_one(run):
-    item = count(open_subject(str(run)))
+def test_shares_of_layers_and_kinds_add_up_to_one(units_run):
+    item = count(open_subject(str(units_run)))
     for rows in (item["layers"], item["kinds"]):
         assert sum(row["alive"] for row in rows.values()) == item["parameters"]["alive"]
         assert sum(row["share"] for row in rows.values()) == pytest.approx(1.0)
@@ -89,10 +80,10 @@ def test_training_memory_is_state_and_activations():
     assert activations > 256 * 16 * 32 * 32 * 4  # at least the first layer's output for every image
 
 
-def test_what_cannot_be_analysed_is_a_one_line_error(run, tmp_path, capsys):
+def test_what_cannot_be_analysed_is_a_one_line_error(units_run, tmp_path, capsys):
     assert tiny.command("analyze", "vit_tini", "--no-latency") == 2
     assert "Did you mean" in capsys.readouterr().err
-    assert tiny.command("analyze", run, "--no-latency", "--image-size", 40) == 2
+    assert tiny.command("analyze", units_run, "--no-latency", "--image-size", 40) == 2
     error = capsys.readouterr().err
     assert "does not accept images of 40 px" in error
     assert error.count("\n") == 1
@@ -101,9 +92,9 @@ def test_what_cannot_be_analysed_is_a_one_line_error(run, tmp_path, capsys):
         analyze(["resnet20"], batches=(0,))
 
 
-def test_the_command_measures_dense_beside_slim_and_writes_json_and_csv(run, tmp_path, capsys):
+def test_the_command_measures_dense_beside_slim_and_writes_json_and_csv(units_run, tmp_path, capsys):
     files = (tmp_path / "out.json", tmp_path / "out.csv")
-    assert tiny.command("analyze", run, *SMALL, "--json", files[0], "--csv", files[1]) == 0
+    assert tiny.command("analyze", units_run, *SMALL, "--json", files[0], "--csv", files[1]) == 0
     shown = capsys.readouterr().out
     result = json.loads(files[0].read_text(encoding="utf-8"))
     [item] = result["items"]

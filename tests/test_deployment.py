@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_export import UNITS, images, last, logits, scores
+from test_export import images, last, logits, scores
 
 from vit_rsst import timing
 from vit_rsst.data.images import ImageData
@@ -28,20 +28,12 @@ def few_repeats(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """Half of the heads and neurons are gone."""
-    folder = tmp_path_factory.mktemp("run")
-    assert tiny.command("train", tiny.write_recipe(folder, UNITS)) == 0
-    return folder / "runs" / "units"
-
-
-@pytest.fixture(scope="module")
-def quantised(run, tmp_path_factory) -> Path:
+def quantised(units_run, tmp_path_factory) -> Path:
     """The int8 file, with a layer left out."""
     folder = tmp_path_factory.mktemp("int8") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "BUDGET", 0.0)
-        export(run, "onnx", folder, precision="int8", int8_keep=["head"])
+        export(units_run, "onnx", folder, precision="int8", int8_keep=["head"])
     return folder
 
 
@@ -52,8 +44,8 @@ def initializers(path: Path) -> dict[str, np.ndarray]:
 # -- int8
 
 
-def test_scales_are_those_of_the_largest_weight_of_a_channel_and_the_range_of_training_images(run, quantised):
-    stored, work = initializers(quantised / "model.onnx"), Work.of(run)
+def test_scales_are_those_of_the_largest_weight_of_a_channel_and_the_range_of_training_images(units_run, quantised):
+    stored, work = initializers(quantised / "model.onnx"), Work.of(units_run)
     weight = work.slim.net.patch_embed.proj.weight.detach().double().numpy()
     scale = np.abs(weight).max((1, 2, 3)) / 127
     assert stored["net.patch_embed.proj.weight_scale"] == pytest.approx(scale, rel=1e-6)
@@ -65,10 +57,10 @@ def test_scales_are_those_of_the_largest_weight_of_a_channel_and_the_range_of_tr
     assert float(stored["images_scale"]) == pytest.approx(float(pixels.max() - pixels.min()) / 255, rel=1e-5)
 
 
-def test_an_int8_file_takes_any_batch_and_scores_nearly_as_its_ticket(run, quantised, tmp_path):
+def test_an_int8_file_takes_any_batch_and_scores_nearly_as_its_ticket(units_run, quantised, tmp_path):
     session = onnx_file.Session(quantised / "model.onnx")
     assert [session(images(batch)).shape for batch in (1, 7)] == [(1, 10), (7, 10)]
-    found, expected = scores(tmp_path, quantised, "--source", "digits"), scores(tmp_path, run)
+    found, expected = scores(tmp_path, quantised, "--source", "digits"), scores(tmp_path, units_run)
     assert found["loss"] == pytest.approx(expected["loss"], rel=0.01)
     assert found["top1"] == pytest.approx(expected["top1"], abs=2)
 
@@ -87,8 +79,8 @@ def test_the_card_reports_accuracy_layers_and_speed(quantised):
         assert part in card
 
 
-def test_the_error_of_a_layer_is_that_of_rounding_its_input_and_its_weight(run, quantised):
-    work, model = Work.of(run), onnx.load(quantised / "model.onnx")
+def test_the_error_of_a_layer_is_that_of_rounding_its_input_and_its_weight(units_run, quantised):
+    work, model = Work.of(units_run), onnx.load(quantised / "model.onnx")
     pixels = work.calibration[:4]
     errors = int8.layer_errors(work.slim.net, model, pixels)
     assert list(errors) == LAYERS[:-1]
@@ -129,21 +121,23 @@ def test_masked_weights_stay_zero_in_int8(tmp_path):
         (("--fp16", "--int8"), 2, "--int8: not allowed with argument --fp16"),
     ],
 )
-def test_a_quantisation_that_makes_no_sense_is_refused_in_one_sentence(options, code, message, run, tmp_path, capsys):
-    assert tiny.command("export", run, "--to", "onnx", tmp_path / "out", *options) == code
+def test_a_quantisation_that_makes_no_sense_is_refused_in_one_sentence(
+    options, code, message, units_run, tmp_path, capsys
+):
+    assert tiny.command("export", units_run, "--to", "onnx", tmp_path / "out", *options) == code
     [error] = capsys.readouterr().err.splitlines()
     assert message in error
     assert not any(tmp_path.iterdir())
 
 
-def test_int8_needs_onnxruntime_and_training_images(run, tmp_path, monkeypatch):
-    split = Work.of(run).dataset.balanced("train", 3, 0)
+def test_int8_needs_onnxruntime_and_training_images(units_run, tmp_path, monkeypatch):
+    split = Work.of(units_run).dataset.balanced("train", 3, 0)
     monkeypatch.setattr(ImageData, "balanced", lambda *_: replace(split, images=split.images[:0]))
     with pytest.raises(InputError, match=r"^--int8: no training images to calibrate on; .* --data\.$"):
-        export(run, "onnx", tmp_path / "out", precision="int8")
+        export(units_run, "onnx", tmp_path / "out", precision="int8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(MissingRequirement, match=r"^--int8: onnxruntime is not installed; pip install"):
-        export(run, "onnx", tmp_path / "out", precision="int8")
+        export(units_run, "onnx", tmp_path / "out", precision="int8")
     assert not any(tmp_path.iterdir())
 
 
@@ -151,8 +145,10 @@ def test_int8_needs_onnxruntime_and_training_images(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_a_file_in_half_precision_has_the_logits_of_the_ticket_and_half_its_bytes(precision, run, tmp_path, capsys):
-    done = export(run, "onnx", tmp_path / "out", precision=precision)
+def test_a_file_in_half_precision_has_the_logits_of_the_ticket_and_half_its_bytes(
+    precision, units_run, tmp_path, capsys
+):
+    done = export(units_run, "onnx", tmp_path / "out", precision=precision)
     path = tmp_path / "out" / "model.onnx"
     assert done.difference < {"fp16": 2e-3, "bf16": 2e-2}[precision]
     big = [tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2]
@@ -160,7 +156,7 @@ def test_a_file_in_half_precision_has_the_logits_of_the_ticket_and_half_its_byte
     assert {tensor.data_type for tensor in big} == {kind}
     if precision == "fp16":
         found = onnx_file.Session(path)(images())
-        assert relative_difference(logits(last(run), images()), found) < 2e-3
+        assert relative_difference(logits(last(units_run), images()), found) < 2e-3
         assert [section.title for section in done.measured] == ["Speed"]
     else:  # onnxruntime has no such kernels on the CPU
         assert done.measured == ()
@@ -171,19 +167,19 @@ def test_a_file_in_half_precision_has_the_logits_of_the_ticket_and_half_its_byte
 # -- torch.export
 
 
-def test_a_program_scores_as_its_ticket_and_names_no_file_of_this_machine(run, tmp_path):
-    done = export(run, "torch", tmp_path / "out")
+def test_a_program_scores_as_its_ticket_and_names_no_file_of_this_machine(units_run, tmp_path):
+    done = export(units_run, "torch", tmp_path / "out")
     path = tmp_path / "out" / "model.pt2"
     assert done.difference < 1e-5
     assert b"site-packages" not in path.read_bytes()
     assert b".py" not in path.read_bytes()
-    found, expected = scores(tmp_path, path, "--source", "digits"), scores(tmp_path, run)
+    found, expected = scores(tmp_path, path, "--source", "digits"), scores(tmp_path, units_run)
     assert found["confusion"] == expected["confusion"]
     program = program_file.Program(path)
-    assert program.num_parameters[0] == sum(p.numel() for p in Work.of(run).slim.net.parameters())
+    assert program.num_parameters[0] == sum(p.numel() for p in Work.of(units_run).slim.net.parameters())
 
 
-def test_a_damaged_or_foreign_program_is_refused(run, tmp_path, capsys):
+def test_a_damaged_or_foreign_program_is_refused(units_run, tmp_path, capsys):
     (tmp_path / "bad.pt2").write_bytes(b"PK nonsense")
     assert tiny.command("evaluate", tmp_path / "bad.pt2", "--source", "digits") == 5
     [error] = capsys.readouterr().err.splitlines()
@@ -197,8 +193,8 @@ def test_a_damaged_or_foreign_program_is_refused(run, tmp_path, capsys):
 # -- analysis and speed
 
 
-def test_analyze_takes_files_beside_tickets(run, quantised, tmp_path, capsys):
-    argv = ("analyze", quantised, run, "--no-latency", "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv")
+def test_analyze_takes_files_beside_tickets(units_run, quantised, tmp_path, capsys):
+    argv = ("analyze", quantised, units_run, "--no-latency", "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv")
     assert tiny.command(*argv) == 0
     file, ticket = json.loads((tmp_path / "a.json").read_text())["items"]
     assert file["parameters"]["total"] == pytest.approx(ticket["parameters"]["slim"], abs=5)
@@ -235,13 +231,13 @@ def two_of_four(tmp_path_factory) -> Path:
     return folder / "runs" / "tiny"
 
 
-def test_a_two_of_four_ticket_says_what_it_is_good_for_and_others_do_not(run, two_of_four, tmp_path):
+def test_a_two_of_four_ticket_says_what_it_is_good_for_and_others_do_not(units_run, two_of_four, tmp_path):
     work = Work.of(two_of_four)
     assert semi_structured.layers(work) == [f"blocks.0.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
     done = export(two_of_four, "slim", tmp_path / "out")
     for text in (done.text(), (tmp_path / "out" / "README.md").read_text(encoding="utf-8")):
         assert "4 layers are 2:4 sparse. GPUs with sparse tensor cores" in text
-    assert semi_structured.note(Work.of(run)) == ""
+    assert semi_structured.note(Work.of(units_run)) == ""
 
 
 @pytest.mark.parametrize(
@@ -253,16 +249,16 @@ def test_two_of_four_is_counted_in_sets_of_four_inputs(rows, expected):
 
 
 def test_compression_without_a_gpu_or_without_two_of_four_is_refused_in_one_sentence(
-    run, two_of_four, tmp_path, monkeypatch, capsys
+    units_run, two_of_four, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for ticket, code, message in (
         (two_of_four, 3, "needs a GPU with sparse tensor cores (NVIDIA Ampere or newer), and torch sees none"),
-        (run, 2, "no layer of this ticket keeps two of every four inputs"),
+        (units_run, 2, "no layer of this ticket keeps two of every four inputs"),
     ):
         assert tiny.command("export", ticket, "--to", "torch", "--semi-structured", tmp_path / "out") == code
         [error] = capsys.readouterr().err.splitlines()
         assert message in error
-    assert tiny.command("export", run, "--to", "onnx", "--semi-structured", tmp_path / "out") == 2
+    assert tiny.command("export", units_run, "--to", "onnx", "--semi-structured", tmp_path / "out") == 2
     assert "--semi-structured: has no effect with --to onnx, only with torch" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

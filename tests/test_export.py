@@ -29,9 +29,6 @@ from vit_rsst.pruning.patterns import UNIT_KINDS
 from vit_rsst.tickets import ticket_file
 from vit_rsst.tickets.opening import open_ticket
 
-UNITS = tiny.RECIPE.replace("name: tiny", "name: units").replace(
-    "pruning:\n", "pruning:\n  granularity: head+neuron\n"
-).replace("final_sparsity: 0.9", "final_sparsity: 0.5")  # fmt: skip
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 HF_VIT = {
     "image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -50,12 +47,11 @@ def without_speed(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
+def runs(units_run, tmp_path_factory) -> dict[str, Path]:
     """Two trained runs on the digits: pruned by elements, and by heads and neurons."""
     folder = tmp_path_factory.mktemp("runs")
-    for text in (tiny.RECIPE, UNITS):
-        assert tiny.command("train", tiny.write_recipe(folder, text)) == 0
-    return {"elements": folder / "runs" / "tiny", "units": folder / "runs" / "units"}
+    assert tiny.command("train", tiny.write_recipe(folder)) == 0
+    return {"elements": folder / "runs" / "tiny", "units": units_run}
 
 
 def make_ticket(path: Path, name: str, args: dict, kind: str | None = None) -> Path:

@@ -32,6 +32,10 @@ pruning:
 tracking: {{figures: false}}
 """
 
+UNITS = RECIPE.replace("name: tiny", "name: units").replace("0.9", "0.5").replace(
+    "pruning:\n", "pruning:\n  granularity: head+neuron\n"
+)  # fmt: skip
+
 
 def write_recipe(folder: Path, text: str = RECIPE) -> Path:
     """A recipe file whose runs go to `folder`/runs."""
