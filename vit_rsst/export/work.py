@@ -1,4 +1,4 @@
-"""What is exported, and to what: a trained network on its way out, and the form that a target gives it."""
+"""The two sides of an export: the trained network (`Work`) and the format it is written to (`Target`)."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from vit_rsst.tickets import rounds
 from vit_rsst.tickets.trained import Trained, open_trained
 
 TOLERANCE = 1e-5
-"""Largest difference of logits in float32, as a share of the largest logit, where that is more than 1."""
+"""Largest allowed difference of float32 logits, relative to the largest logit, or absolute if that is below 1."""
 
 CALIBRATION_IMAGES = 256
 
@@ -31,15 +31,15 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the command line; those left out have the value of the class.
+    """Options of the command line, with their defaults.
 
     Attributes:
-        round_to: widths of a slim model are rounded up to a multiple of it.
-        opset: of ONNX; None: the exporter's own.
+        round_to: round widths of a slim model up to a multiple of this.
+        opset: ONNX opset; None: the exporter's default.
         precision: of the weights.
-        int8_keep: globs of layers that int8 leaves in float32.
+        int8_keep: globs of layers to keep in float32 under int8.
         data: dataset folder for calibration, if it has moved.
-        semi_structured: layers that are 2:4 are stored compressed, in float16, for a GPU.
+        semi_structured: store 2:4 layers compressed, in float16, for GPUs.
     """
 
     round_to: int = 1
@@ -52,10 +52,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Work:
-    """A ticket or slim folder on its way out.
+    """A ticket or slim folder to export.
 
     Attributes:
-        trained: its network with all zeros, and what its header says.
+        trained: the network, pruned weights as zeros, and the ticket's header.
     """
 
     trained: Trained
@@ -76,7 +76,7 @@ class Work:
 
     @property
     def header(self) -> dict[str, str]:
-        """As the run wrote it, less where data and weights lie on this machine: what is exported goes to others."""
+        """The ticket's header without local paths of data and weights, since exports are shared."""
         header = self.trained.header
         args = {k: v for k, v in self.model_args.items() if k != hub.PLACE or not Path(v).is_absolute()}
         data = json.loads(header["data"]) | {"path": None}
@@ -97,7 +97,7 @@ class Work:
 
     @property
     def lacks_stock(self) -> str:
-        """What of it neither timm nor transformers can build; empty when they can."""
+        """Why neither timm nor transformers can build the network; empty if one can."""
         if "widths" in self.header:
             return "a slim shape"
         return "" if stock(self.architecture).is_stock else repr(self.architecture)
@@ -107,13 +107,13 @@ class Work:
         return SlimForm(self.net, self.trained.mask, self.options.round_to)
 
     def images(self, count: int = 5) -> Tensor:
-        """Random images as the model takes them: normalised float32, (count, 3, size, size)."""
+        """Random input: normalised float32, (count, 3, size, size)."""
         size = self.trained.data.size
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
     @cached_property
     def dataset(self) -> ImageData:
-        """The dataset of the run, for calibration.
+        """The dataset that the run trained on, for calibration.
 
         Raises:
             RunError: it cannot be opened.
@@ -124,7 +124,7 @@ class Work:
 
     @cached_property
     def calibration(self) -> Tensor:
-        """Training images, balanced over classes, as the model takes them.
+        """Normalised training images, balanced over classes.
 
         Raises:
             InputError: there are none.
@@ -132,11 +132,11 @@ class Work:
         seed = derived_seed(self.trained.seed, "calibration")
         images = self.dataset.balanced("train", CALIBRATION_IMAGES, seed).images
         if not len(images):
-            raise InputError("--int8: no training images to calibrate on; name a dataset that has some with --data.")
+            raise InputError("--int8: no training images to calibrate on; pass a dataset that has some as --data.")
         return normalize(images, self.trained.mean, self.trained.std)
 
     def measured(self) -> dict[str, float]:
-        """Scores of the ticket's round, where it lies in a run folder and has met the test split."""
+        """Test scores from the ticket's run folder; empty if the ticket lies elsewhere or was not tested."""
         result = self.path.with_suffix(".json")
         if not (self.path.is_file() and result.is_file()):
             return {}
@@ -148,11 +148,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the model card that reports a measurement.
+    """A section of the model card that reports a measurement.
 
     Attributes:
-        rows: of a table, its head first; may be empty.
-        sentences: below it.
+        rows: table rows, the header first; may be empty.
+        sentences: text below the table.
     """
 
     title: str
@@ -162,18 +162,18 @@ class Section:
 
 @dataclass(frozen=True)
 class Target:
-    """A form that a ticket is exported to.
+    """A format that tickets are exported to.
 
     Attributes:
-        library: who loads it, as the Hub names it.
-        check: raises InputError when the ticket has no such form, MissingRequirement when a package is missing.
-        write: puts all files but the card into an empty folder.
-        logits: of images, from the folder as its reader loads it; None when that cannot be had here.
-        usage: python code that does so, for the card; it runs inside the folder, beside an `image.png`.
-        is_slim: whether units that are gone are cut out.
-        tolerance: largest difference of logits from the ticket's, as a share of the largest logit (at least 1).
-        options: of the command line, that have an effect.
-        measured: sections for the card, measured on the finished files.
+        library: the library that loads it, by its name on the Hub.
+        check: raises InputError if the ticket cannot be exported to it, MissingRequirement if a package is missing.
+        write: writes all files except the card into an empty folder.
+        logits: logits of images, from the folder as its library loads it; None if this machine cannot run it.
+        usage: Python code for the card that does the same; runs inside the folder, next to an `image.png`.
+        is_slim: whether dead units are cut out.
+        tolerance: largest allowed difference from the ticket's logits, relative to the largest logit (at least 1).
+        options: command-line options that have an effect.
+        measured: sections of the card, measured on the finished files.
     """
 
     library: str
