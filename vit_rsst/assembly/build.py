@@ -14,6 +14,7 @@ from vit_rsst.assembly.objective import build_distillation, build_loss, build_mi
 from vit_rsst.assembly.optim import build_optimizer, make_lr
 from vit_rsst.assembly.parts import Parts, Sizes, prepare
 from vit_rsst.data.sources import open_data
+from vit_rsst.models.observation import freeze_
 from vit_rsst.pruning.controller import Controller
 from vit_rsst.pruning.plan import Density
 from vit_rsst.recipe.schema import Recipe
@@ -22,7 +23,7 @@ from vit_rsst.run.console import Console
 from vit_rsst.run.environment import environment
 from vit_rsst.run.folder import RunFolder
 from vit_rsst.run.ranks import Ranks, once_a_node
-from vit_rsst.run.rehearsal import parameters_without_gradient
+from vit_rsst.run.rehearsal import unreached
 from vit_rsst.run.signals import StopFlag
 from vit_rsst.run.state import Run
 from vit_rsst.run.tracking import Tracker, to_stderr
@@ -83,7 +84,7 @@ def build(
         if restart and (old := folder.set_aside()):
             print(f"kept the earlier run as {old}")
         lock = folder.open()
-    if ranks.world > 1:
+    if ranks.world > 1 and net.observed.applied is None:
         freeze_unused_(net, data.options.size, is_main)
     switches.compile_(net, train.compile)  # keeps parameter names; masking stays outside the graphs
     if is_sharded:
@@ -153,11 +154,11 @@ def build(
 def freeze_unused_(net: nn.Module, image_size: int, is_main: bool) -> None:
     """Freezes parameters that no gradient reaches, such as DINOv2's `mask_token`: DDP waits for them in vain.
 
-    Nothing else changes: an optimizer leaves a parameter without a gradient as it is.
+    `build_model` has done so unless the forward pass depends on values, which only a pass with numbers shows. Nothing
+    else changes: an optimizer leaves a parameter without a gradient as it is.
     """
-    unused = parameters_without_gradient(net, image_size)
-    for name in unused:
-        net.get_parameter(name).requires_grad_(False)
+    unused = unreached(net, image_size)
+    freeze_(net, unused)
     if unused and is_main:
         to_stderr(f"{', '.join(unused[:3])}{' …' if len(unused) > 3 else ''}: no gradient reaches them; frozen.")
 

@@ -46,16 +46,11 @@ class _Pass(nn.Module):
 
     def forward(self, images: Tensor) -> Observed:
         names = {id(parameter): name for name, parameter in self.net.named_parameters()}
-        learnt = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         with torch.enable_grad(), _Applied(names) as applied:
             loss = self.net(images).float().square().sum()
         if (own := getattr(self.net, "auxiliary_loss", None)) is not None:
             loss = loss + own()
-        if not loss.requires_grad:
-            return Observed(frozenset(applied.found))
-        gradients = torch.autograd.grad(loss, list(learnt.values()), allow_unused=True)
-        unreached = tuple(name for name, found in zip(learnt, gradients, strict=True) if found is None)
-        return Observed(frozenset(applied.found), unreached)
+        return Observed(frozenset(applied.found), unreached_by(loss, self.net))
 
 
 class _Applied(Products):
@@ -90,6 +85,15 @@ def observe(net: nn.Module, image_size: int) -> Observed:
             return complexity.without_numbers(passed)
     except OF_A_LIBRARY:
         return Observed()
+
+
+def unreached_by(loss: Tensor, net: nn.Module) -> tuple[str, ...]:
+    """Names of the trainable parameters that a loss has no gradient for; empty if it has no gradient at all."""
+    learnt = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    if not loss.requires_grad:
+        return ()
+    gradients = torch.autograd.grad(loss, list(learnt.values()), allow_unused=True)
+    return tuple(name for name, found in zip(learnt, gradients, strict=True) if found is None)
 
 
 def freeze_(net: nn.Module, names: Iterable[str]) -> None:

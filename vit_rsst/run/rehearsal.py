@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vit_rsst.models.observation import unreached_by
+
 
 @contextmanager
 def without_trace(net: nn.Module) -> Iterator[None]:
@@ -25,12 +27,10 @@ def without_trace(net: nn.Module) -> Iterator[None]:
                 buffer.copy_(buffers[name])
 
 
-def backward(model: nn.Module, shape: tuple[int, ...], auxiliary_loss: Callable[[], Tensor] | None) -> None:
-    """One forward and backward pass on zeros of a micro-batch's shape."""
+def loss_of(model: nn.Module, shape: tuple[int, ...], auxiliary_loss: Callable[[], Tensor] | None) -> Tensor:
+    """A loss of zeros of a micro-batch's shape, with a gradient as in training."""
     loss = model(torch.zeros(shape, device=next(model.parameters()).device)).float().mean()
-    if auxiliary_loss is not None:
-        loss = loss + auxiliary_loss()
-    loss.backward()
+    return loss if auxiliary_loss is None else loss + auxiliary_loss()
 
 
 def settle_buckets(
@@ -51,12 +51,11 @@ def settle_buckets(
         return
     with without_trace(net):
         for _ in range(2):  # the second forward pass rebuilds, its backward pass is the first of the new buckets
-            backward(model, shape, auxiliary_loss)
+            loss_of(model, shape, auxiliary_loss).backward()
 
 
-def parameters_without_gradient(net: nn.Module, image_size: int) -> list[str]:
-    """Names of the trainable parameters that a backward pass does not reach; DDP would wait for them in vain."""
+def unreached(net: nn.Module, image_size: int) -> tuple[str, ...]:
+    """Names of the trainable parameters without a gradient, of a net that a pass on shapes alone does not show."""
     with without_trace(net):
-        net.zero_grad(set_to_none=True)
-        backward(net, (2, 3, image_size, image_size), getattr(net, "auxiliary_loss", None))
-        return [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+        loss = loss_of(net, (2, 3, image_size, image_size), getattr(net, "auxiliary_loss", None))
+        return unreached_by(loss, net)
