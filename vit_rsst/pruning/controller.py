@@ -512,7 +512,9 @@ class Controller:
         if gradients is not None and not _are_finite(gradients.values()):
             return self.mask
         n_of_m = pattern(self.selector.granularity)
-        return agreed(lambda: swap(self.weights, self.mask, share, gradients, seed, n_of_m and n_of_m[1]), self.mask)
+        moved = agreed(lambda: swap(self.weights, self.mask, share, gradients, seed, n_of_m and n_of_m[1]), self.mask)
+        moved.__dict__["is_full"] = self.mask.is_full  # as many are alive as before; counting would synchronize
+        return moved
 
     def _selected(self, density: Density | None, choose: Callable[[Evidence], MaskSet]) -> MaskSet:
         """A mask selected on rank 0 from the evidence of all ranks."""

@@ -34,26 +34,25 @@ def swap(
         window: M of N:M, in which elements are dropped and grow within the same M consecutive inputs, at most one at a
             time; None: anywhere in the weight.
     """
-    moved = {}
+    moved, layers = {}, alive.layers()  # counted at once: a GPU is waited for once
     for name, weight in weights.items():
         growth = _drawn(weight, derived_seed(seed, name)) if gradients is None else gradients[name].abs().float()
-        size, mask = weight.detach().abs().float(), alive[name]
+        size, mask, number = weight.detach().abs().float(), alive[name], int(layers[name]["alive"])
         if window is None:
-            moved[name] = _anywhere(size, growth, mask, share)
+            moved[name] = _anywhere(size, growth, mask, number, share)
         else:
-            moved[name] = _within_windows(size, growth, mask, share, window)
+            moved[name] = _within_windows(size, growth, mask, number, share, window)
     return MaskSet(moved)
 
 
-def _anywhere(size: Tensor, growth: Tensor, alive: Tensor, share: float) -> Tensor:
-    number = MaskSet({"": alive}).num_alive
+def _anywhere(size: Tensor, growth: Tensor, alive: Tensor, number: int, share: float) -> Tensor:
     count = min(round(share * number), alive.numel() - number)
     [kept] = contest([Entry("kept", "", size, alive)], number - count)
     [grown] = contest([Entry("grown", "", growth, ~alive)], count)
     return kept | grown
 
 
-def _within_windows(size: Tensor, growth: Tensor, alive: Tensor, share: float, m: int) -> Tensor:
+def _within_windows(size: Tensor, growth: Tensor, alive: Tensor, number: int, share: float, m: int) -> Tensor:
     """Swaps one element of each of the windows whose smallest alive element is smallest."""
     assert not shards.is_sharded(size), "windows of shards"
     places = alive.movedim(1, -1).shape  # (out, …, in)
@@ -61,7 +60,7 @@ def _within_windows(size: Tensor, growth: Tensor, alive: Tensor, share: float, m
     smallest, dropped = size.movedim(1, -1).reshape(-1, m).masked_fill(~mask, torch.inf).min(1)
     grown = growth.movedim(1, -1).reshape(-1, m).masked_fill(mask, -torch.inf).argmax(1)
     can_swap = mask.any(1) & ~mask.all(1)
-    [chosen] = contest([Entry("windows", "", -smallest, can_swap)], round(share * int(mask.sum())))
+    [chosen] = contest([Entry("windows", "", -smallest, can_swap)], round(share * number))
     rows = chosen.nonzero().flatten()
     mask[rows, dropped[rows]] = False
     mask[rows, grown[rows]] = True
