@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import Interval, environment, interval, parse_args, report
+from torch import nn
 
 EPOCHS, IMAGES, BATCH, ALTERNATIONS = 3, 10_000, 64, 5
 QUICK_IMAGES, QUICK_ALTERNATIONS = 256, 1
 BOUND = 1.0
-MODEL = {"patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
+MODEL = {"patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3, "mlp_ratio": 4.0}
 LR, DECAY = 1e-3, 0.05
 ROLE, DATA, SIZE = "PEERS_ROLE", "PEERS_DATA", "PEERS_IMAGES"
 """Environment variables that make this script a peer: its role, the CIFAR-10 folder, the number of images."""
@@ -46,9 +47,37 @@ def said(moment: str) -> None:
     print(json.dumps({"moment": moment, "time": time.time()}), flush=True)
 
 
+def timm_net() -> nn.Module:
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, **MODEL)
+
+
+def trainer_net() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, image_size=32,
+        patch_size=4, num_labels=10,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def our_net() -> nn.Module:
+    from vit_rsst.models import zoo
+
+    return zoo.create(*zoo.describe("vit_tiny", MODEL, 10))
+
+
+def num_parameters() -> dict[str, int]:
+    """Of each contender's network; the comparison is fair only if they are equal."""
+    with torch.device("meta"):
+        nets = {OURS: our_net(), "timm": timm_net(), "Trainer": trainer_net()}
+    return {name: sum(parameter.numel() for parameter in net.parameters()) for name, net in nets.items()}
+
+
 def by_timm() -> None:
     """What a timm user would write: its model, optimizer, scheduler, clipping and meters, torch's DataLoader."""
-    import timm
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
     from timm.utils import AverageMeter, accuracy, dispatch_clip_grad
@@ -70,7 +99,7 @@ def by_timm() -> None:
             return self.transform(self.pixels[i]), int(self.labels[i])
 
     torch.manual_seed(0)
-    net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, **MODEL)
+    net = timm_net()
     optimizer = create_optimizer_v2(net, "adamw", lr=LR, weight_decay=DECAY)
     train = DataLoader(Images(train_images, train_labels, augment), BATCH, shuffle=True, drop_last=True)
     val = DataLoader(Images(val_images, val_labels, v2.Compose(to_float)), 500)
@@ -100,7 +129,7 @@ def by_trainer() -> None:
     """What a transformers user would write: its ViT, its Trainer, its default collator."""
     from torch.utils.data import Dataset
     from torchvision.transforms import v2
-    from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     train_images, train_labels, val_images, val_labels = images()
     to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))]
@@ -120,10 +149,6 @@ def by_trainer() -> None:
         def on_train_begin(self, *_: object, **__: object) -> None:
             said("training")
 
-    config = ViTConfig(
-        hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, image_size=32,
-        patch_size=4, num_labels=10,
-    )  # fmt: skip
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -133,7 +158,7 @@ def by_trainer() -> None:
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         trainer = Trainer(
-            ViTForImageClassification(config), arguments, train_dataset=Images(train_images, train_labels, augment),
+            trainer_net(), arguments, train_dataset=Images(train_images, train_labels, augment),
             eval_dataset=Images(val_images, val_labels, v2.Compose(to_float)), callbacks=[Moments()],
             compute_metrics=lambda found: {"top1": float((found.predictions.argmax(1) == found.label_ids).mean())},
         )  # fmt: skip
@@ -203,7 +228,9 @@ def main() -> int:
     everything = {name: np.array([times["everything"] for times in runs]) for name, runs in found.items()}
     faster = min(ROLES, key=lambda name: float(np.median(everything[name])))
     ratio: Interval = interval(everything[OURS] / everything[faster])
-    missed = [f"{OURS} takes {ratio} of {faster}'s time, bound {BOUND}"] if ratio.exceeds(BOUND) else []
+    parameters = num_parameters()
+    missed = [f"the networks differ: {parameters}"] if len(set(parameters.values())) > 1 else []
+    missed += [f"{OURS} takes {ratio} of {faster}'s time, bound {BOUND}"] if ratio.exceeds(BOUND) else []
     rows = []
     for name, runs in found.items():
         cells = []
@@ -213,6 +240,7 @@ def main() -> int:
         rows.append((name, *cells))
     result = {
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "parameters": parameters,
         "ratio": asdict(ratio),
         "faster_peer": faster,
         "missed": missed,
