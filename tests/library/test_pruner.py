@@ -339,7 +339,7 @@ def test_finish_refuses_before_the_last_removal_and_finds_what_others_changed():
         step(model, optimizer)
     with torch.no_grad():
         model[0].weight.add_(1.0)
-    with pytest.raises(CheckFailed, match=r"^Pruner\.finish: \d+ masked elements of 0\.weight are not zero"):
+    with pytest.raises(CheckFailed, match=r"^Pruner: \d+ masked elements of 0\.weight are not zero"):
         pruner.finish()
     assert len(pruner.results) == 2
 
@@ -435,13 +435,49 @@ def test_a_model_that_moves_after_its_pruner_is_named():
         step(model, optimizer)
 
 
+def test_a_training_that_has_diverged_is_named_at_the_end_of_the_round():
+    model = mlp()
+    optimizer = adamw(model)
+    pruner = vit_rsst.Pruner(model, optimizer, total_steps=4, rounds=1, method="imp", final_sparsity=0.8)
+    optimizer.param_groups[0]["lr"] = math.inf
+    step(model, optimizer)
+    with pytest.raises(CheckFailed, match=r"^Pruner: 0\.weight is not finite: training has diverged"):
+        step(model, optimizer)
+    assert not pruner.results
+
+
+def test_straight_through_forgets_an_interrupted_step_when_a_state_is_loaded():
+    def trained(steps: int) -> tuple:
+        model = mlp()
+        optimizer = adamw(model)
+        pruner = vit_rsst.Pruner(model, optimizer, total_steps=20, method=STE, final_sparsity=0.8)
+        for _ in range(steps):
+            step(model, optimizer)
+        return model, optimizer, pruner
+
+    expected, *_ = trained(20)
+    states = [copy.deepcopy(part.state_dict()) for part in trained(12)]
+    parts = trained(15)
+    parts[0](IMAGES).sum().backward()  # and then an interrupt
+    parts[1].zero_grad()
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict(state)
+    for _ in range(8):
+        step(*parts[:2])
+    assert all(torch.equal(*pair) for pair in zip(parts[0].parameters(), expected.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("method", [RSST, STE])
-def test_pickling_a_pruner_is_refused(method):
+def test_pickling_or_copying_a_pruner_is_refused(method):
     model = mlp()
     pruner = vit_rsst.Pruner(model, adamw(model), total_steps=24, method=method, final_sparsity=0.5)
     for what in (pruner, model) if method is STE else (pruner,):
         with pytest.raises(InputError, match=r"^Pruner: it cannot be pickled"):
             pickle.dumps(what)
+    for copied in (copy.copy, copy.deepcopy):
+        with pytest.raises(InputError, match=r"^Pruner: it cannot be (pickled|copied)"):
+            copied(pruner)
+    assert isinstance(copy.deepcopy(model), nn.Module)
     pruner.detach()
     assert isinstance(pickle.loads(pickle.dumps(model)), nn.Module)
 

@@ -286,12 +286,7 @@ class Pruner:
                 f"Pruner.finish: after step {progress.global_step} of total_steps={progress.total_steps}, before the "
                 f"last removal, with a density of {self.density:.4f}; train the remaining steps, or call detach()."
             )
-        for name, weight in controller.weights.items() if controller.state.forward == "masked" else ():
-            if wrong := int((weight.detach() * ~controller.mask[name]).count_nonzero()):
-                raise CheckFailed(
-                    f"Pruner.finish: {wrong} masked elements of {name} are not zero; something has changed the weights "
-                    "after the optimizer's step."
-                )
+        self._check_values()
         if not self.is_over:
             progress.end_round()
             self._end_round()
@@ -338,6 +333,7 @@ class Pruner:
                     f"Pruner.load_state_dict: {key} was {state['settings'].get(key)} and is {ours[key]}; pass the same "
                     "keywords, or start over without this state."
                 )
+        self._controller.dense = None  # of a step that was interrupted: the model has been loaded since
         self._controller.load_state_dict(state["tensors"], state["controller"])
         self.progress.load_state_dict(state["progress"])
         self.results = [RoundResult(**result) for result in state["results"]]
@@ -442,7 +438,12 @@ class Pruner:
         )
 
     def __deepcopy__(self, memo: dict) -> "Pruner":
-        """Not copied: a moving average of the model copies its hooks, which then know that it is not the model."""
+        """Not copied with the model: a moving average copies its hooks, which then know that it is not the model."""
+        if id(self._called) not in memo:
+            raise InputError(
+                "Pruner: it cannot be copied; make one for a copy of model and optimizer, and load the state_dict() of "
+                "this one into it."
+            )
         return self
 
     @torch.compiler.disable
@@ -468,6 +469,24 @@ class Pruner:
                 f"Pruner(model=…): it was on {device} and is on {weight.device}; make the Pruner after the model is on "
                 "its device, with Accelerate after accelerator.prepare."
             )
+
+    def _check_values(self) -> None:
+        """
+        Raises:
+            CheckFailed: a weight is not finite, or a masked one is not zero.
+        """
+        controller = self._controller
+        for name, weight in controller.weights.items():
+            if not weight.detach().isfinite().all():
+                raise CheckFailed(
+                    f"Pruner: {name} is not finite: training has diverged; lower the learning rate, or clip gradients."
+                )
+            dead = weight.detach().masked_fill(controller.mask[name], 0.0)
+            if controller.state.forward == "masked" and (wrong := int(dead.count_nonzero())):
+                raise CheckFailed(
+                    f"Pruner: {wrong} masked elements of {name} are not zero; something has changed the weights after "
+                    "the optimizer's step, such as a second optimizer."
+                )
 
     def _check_weights(self) -> None:
         """
@@ -501,6 +520,7 @@ class Pruner:
                 self._end_round()
 
     def _end_round(self) -> None:
+        self._check_values()
         self.results.append(self._controller.end_round())
         try:
             self._tell("round ended", self.results[-1])
