@@ -25,6 +25,7 @@ from vit_rsst.models.dynamic_vit import DynamicVit
 from vit_rsst.progress import Progress
 from vit_rsst.tickets import rounds
 from vit_rsst.tickets.ticket_file import load
+from vit_rsst.training import switches
 from vit_rsst.training.best import Best
 from vit_rsst.training.counters import RunningLoss
 from vit_rsst.training.distill import Distillation, divergence
@@ -384,12 +385,14 @@ def test_the_teacher_of_the_later_rounds_is_the_model_of_round_0(tmp_path, monke
     asked = []
     plain = Distillation.__call__
     monkeypatch.setattr(Distillation, "__call__", lambda s, *a: asked.append(s.teacher()) or plain(s, *a))
+    monkeypatch.setattr(switches, "memory_format", lambda net, device: torch.channels_last)  # as of CNNs on a GPU
     assert tiny.command("train", tiny.write_recipe(tmp_path), "train.distill.teacher=dense") == 0
     [run] = (tmp_path / "runs").iterdir()
     assert asked[0] is None
     dense = load(rounds.ticket_path(run, 0)).state
     assert all(torch.equal(value, dense[name]) for name, value in asked[-1].state_dict().items())
     assert not asked[-1].training
+    assert asked[-1].patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
     other = ("name=other", f"train.distill.teacher={run}", "pruning.method=dense")
     assert tiny.command("train", tiny.write_recipe(tmp_path), *other, "--dry-run") == 0
     assert tiny.command("train", tiny.write_recipe(tmp_path), *other) == 0

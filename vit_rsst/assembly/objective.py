@@ -58,7 +58,8 @@ def build_distillation(
         with torch.random.fork_rng(devices=[]), at_field("train.distill.teacher"):
             found = open_trained(path)
         check_teacher(path, found, recipe, data)
-        net = found.net.to(accelerator.device).eval().requires_grad_(False)
+        device = accelerator.device
+        net = found.net.to(device, memory_format=switches.memory_format(found.net, device)).eval().requires_grad_(False)
         switches.compile_(net, recipe.train.compile)
         return net
 
