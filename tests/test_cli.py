@@ -37,6 +37,7 @@ VERBS = [
     "predict",
     "analyze",
     "export",
+    "prune",
     "push",
     "study",
     "search",

@@ -92,6 +92,8 @@ def product(command: str) -> str | None:
     words = shlex.split(command)
     if "export" in words:
         return words[-1]
+    if "prune" in words:
+        return words[3]
     if not any(word == "train" or word.endswith(".train") for word in words) or "--dry-run" in words:
         return None
     named = [word.removeprefix("name=") for word in words if word.startswith("name=")]

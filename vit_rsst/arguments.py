@@ -62,6 +62,30 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return parse
 
 
+def share(text: str) -> float:
+    """A `type` of argparse: a number above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if 0.0 < value < 1.0:  # NaN is neither
+        return value
+    raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, such as 0.5, not {text!r}")
+
+
+def shares(text: str) -> list[float]:
+    """A `type` of argparse: such numbers, with commas between them."""
+    return [share(part.strip()) for part in text.split(",")]
+
+
+def share_or_by_kind(text: str) -> float | dict[str, float]:
+    """A `type` of argparse: one such number, or one for each kind of unit, as in `head=0.3,neuron=0.5`."""
+    if "=" not in text:
+        return share(text)
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {kind.strip(): share(value.strip()) for kind, _, value in pairs}
+
+
 def one_of(what: str, choices: Collection[str]) -> Callable[[str], str]:
     """A `type` of argparse: one of `choices`, with the nearest suggested."""
 

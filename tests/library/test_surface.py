@@ -30,7 +30,7 @@ SIGNATURES = {
     "analyze": "model image_size",
     "load": "path model",
     "prune": """model sparsity * budget granularity criterion scope depth_ramp layer_sparsity max_layer_sparsity
-    min_neurons include protect compensate calibration seed""",
+    min_neurons include protect compensate calibration masks seed""",
     "register_models": "",
     "save": "model path * name args data masks seed",
     "slim": "model",

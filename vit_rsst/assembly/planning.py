@@ -9,13 +9,13 @@ from torch import nn
 
 from vit_rsst.assembly import sharding
 from vit_rsst.assembly.data import count_rows
+from vit_rsst.assembly.fitting import fit_needs
 from vit_rsst.assembly.needs import needs
 from vit_rsst.assembly.optim import make_lr
 from vit_rsst.assembly.parts import Parts, Sizes, prepare
 from vit_rsst.data.dealing import Dealing
 from vit_rsst.data.streams import READER_BYTES, Stream
 from vit_rsst.models import zoo
-from vit_rsst.models.complexity import flops_by_module, own_flops
 from vit_rsst.models.weights import is_path
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.preview import RoundPreview
@@ -173,18 +173,14 @@ def compensation_lines(parts: Parts, progress: Progress, num_processes: int) -> 
     pruning, net = parts.recipe.pruning, parts.net
     if pruning.compensate is None:
         return []
-    counted, images = own_flops(flops_by_module(net, parts.image_size)), pruning.calibration_images
-    columns = {name: weight[0].numel() for name, weight in parts.weights.items()}
-    tokens = {n: counted.get(n.removesuffix(".weight"), 0) // (2 * w.numel()) for n, w in parts.weights.items()}
-    own = -(-images // num_processes)
-    widest = 4 * own * max(tokens[name] * columns[name] for name in columns)
-    products = 2 * images * sum(tokens[name] * columns[name] ** 2 for name in columns)
+    images = pruning.calibration_images
+    needed = fit_needs(net, parts.weights, parts.image_size, images, num_processes)
     gradual = pruning.method.gradual
     fits = pruning.schedule.num_rounds if gradual is None else len(gradual.due(progress.total_steps))
     average = ", and as much for the moving average" if parts.recipe.train.ema_decay else ""
     return [
-        f"fits       {fits:,} by {pruning.compensate}: {images:,} images at once in a layer, about {size(widest)} per "
-        f"process, and matrices of {size(4 * max(columns.values()) ** 2)}; {products / 1e12:.2f} TFLOPs each{average}"
+        f"fits       {fits:,} by {pruning.compensate}: {images:,} images at once, per process {needed.text()} "
+        f"each{average}"
     ]
 
 

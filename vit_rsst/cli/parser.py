@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 
 from vit_rsst import __version__
-from vit_rsst.arguments import Parser, at_least, one_of
+from vit_rsst.arguments import Parser, at_least, one_of, share, share_or_by_kind, shares
 from vit_rsst.cli import verbs
 from vit_rsst.errors import unknown
 from vit_rsst.train import add_arguments, guarded, train
@@ -19,6 +19,7 @@ PRECISIONS = {
     "bf16": "onnx: weights and activations in bfloat16",
     "int8": "onnx: weights and inputs of layers in int8, calibrated on training images",
 }
+MEASURES = ("sparsity", "flops", "parameters")
 METRICS = ("val/top1", "val/top5", "val/loss")
 
 
@@ -68,6 +69,7 @@ def make_parser() -> tuple[Parser, Collection[str]]:
     add_predict(verb("predict", verbs.predict, "classify image files with a ticket or a run's last ticket"))
     add_analyze(verb("analyze", verbs.analyze, "count and measure models, recipes and tickets side by side"))
     add_export(verb("export", verbs.export, "export a ticket, or a run's last ticket, for other libraries"))
+    add_prune(verb("prune", verbs.prune, "prune a trained model once, without training, and score it before and after"))
     add_push(verb("push", verbs.push, "upload an export, or a ticket with a model card, to the Hub"))
     add_study(verb("study", verbs.study, "train a grid of recipes from a study file and compare its arms"))
     add_search(verb("search", verbs.search, "tune recipe fields on a validation metric, trial by trial"))
@@ -154,6 +156,71 @@ def add_export(parser: Parser) -> None:
     parser.add_argument(
         "--semi-structured", action="store_true", help="torch: 2:4 layers in the compressed form of the GPU, in float16"
     )
+
+
+def add_prune(parser: Parser) -> None:
+    parser.add_argument(
+        "what",
+        metavar="MODEL|TICKET|RUN",
+        help="ticket, run folder, exported folder, or timm model with published weights",
+    )
+    parser.add_argument("folder", metavar="DIR", help="new or empty folder for ticket, slim model and results")
+    how_much = parser.add_mutually_exclusive_group()
+    how_much.add_argument(
+        "--sparsity",
+        type=share_or_by_kind,
+        metavar="S",
+        help="share of the prunable weights to remove, or head=S,neuron=S",
+    )
+    how_much.add_argument("--flops", type=share, metavar="F", help="share of the FLOPs to leave, by removing units")
+    how_much.add_argument("--parameters", type=share, metavar="P", help="share of the parameters to leave, likewise")
+    how_much.add_argument(
+        "--sweep",
+        type=shares,
+        metavar="A,B,…",
+        help="several of them, mildest first: a ticket each, a table and a figure",
+    )
+    parser.known_options += ["--sparsity", "--flops", "--parameters", "--sweep"]
+    parser.add_argument(
+        "--sweep-by", type=one_of("measure", MEASURES), default="sparsity", metavar="WHAT",
+        help=f"what the numbers of --sweep are: {_listed(MEASURES)} (default sparsity)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--granularity", default="element", metavar="UNIT",
+        help="element (default), head, neuron, head+neuron, channel, or N:M, such as 2:4, which says how much leaves",
+    )  # fmt: skip
+    parser.add_argument("--criterion", metavar="NAME", help="how they are ranked (default magnitude); see methods")
+    parser.add_argument("--scope", metavar="NAME", help="which compete: global, layer, isomorphic or erk")
+    parser.add_argument("--min-neurons", type=at_least(1), metavar="N", help="kept in every MLP (default 8)")
+    parser.add_argument("--max-layer-sparsity", type=share, metavar="S", help="of every layer (default 0.99)")
+    parser.add_argument(
+        "--compensate", default="none", metavar="HOW",
+        help="none (default), or least_squares: what stays in a layer is fitted to what the layer computed before",
+    )  # fmt: skip
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="GLOB", help="weights to prune as well; repeatable"
+    )
+    parser.add_argument(
+        "--protect", action="append", default=[], metavar="GLOB", help="weights to leave whole; repeatable"
+    )
+    parser.add_argument(
+        "--calibration-images", type=at_least(1), metavar="N",
+        help="training images, for compensation and criteria that need them (default 512)",
+    )  # fmt: skip
+    parser.add_argument("--source", metavar="NAME", help="data source, if the model does not name one; see methods")
+    parser.add_argument("--data", metavar="PATH", help="dataset folder, if it has moved")
+    parser.add_argument(
+        "--classes-by", type=one_of("way", ("name", "position")), default="name",
+        help="how the classes of the dataset are matched with the model's: name (default) or position",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", type=one_of("split", SPLITS), default="test", help="scored: test (default), val or train"
+    )
+    parser.add_argument("--no-evaluate", action="store_true", help="do not score the model before and after")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be done and the memory for it, and exit"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every number to FILE")
 
 
 def add_push(parser: Parser) -> None:

@@ -42,11 +42,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from vit_rsst import files
-    from vit_rsst.data.catalog import CATALOG
-    from vit_rsst.errors import InputError, unknown
 
-    if arguments.source not in (None, *CATALOG):
-        raise InputError(f"--source: {unknown('source', arguments.source, CATALOG)}")
+    _check_source(arguments.source)
     as_json, as_csv = output_file(arguments.json), output_file(arguments.csv)
 
     from vit_rsst.evaluation import evaluate as evaluation
@@ -97,6 +94,55 @@ def export(arguments: argparse.Namespace) -> None:
     options = {"round_to": a.round_to, "opset": a.opset, "precision": a.precision}
     options |= {"int8_keep": a.int8_keep, "data": a.data, "semi_structured": a.semi_structured}
     print(exporting.export(Path(a.what), a.to, Path(a.folder), **options).text())
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from vit_rsst import files
+    from vit_rsst.errors import InputError
+    from vit_rsst.library import after_training, after_training_text
+    from vit_rsst.library.after_training import Asked, Goal
+    from vit_rsst.pruning.patterns import pattern
+    from vit_rsst.train import start_processes
+
+    a, as_json = arguments, output_file(arguments.json)
+    _check_source(a.source)
+    named = [(of, getattr(a, of)) for of in ("sparsity", "flops", "parameters") if getattr(a, of) is not None]
+    goals = [Goal(a.sweep_by, value) for value in a.sweep or ()] or [Goal(*given) for given in named]
+    if a.sweep_by != "sparsity" and not a.sweep:
+        raise InputError("--sweep-by: has no effect without --sweep; omit it.")
+    if a.sweep and a.sweep != sorted(set(a.sweep), reverse=a.sweep_by != "sparsity"):
+        way = "rise" if a.sweep_by == "sparsity" else "fall"
+        raise InputError(f"--sweep: {', '.join(map(str, a.sweep))} of {a.sweep_by} does not {way} from point to point.")
+    if not goals and pattern(a.granularity) is None:
+        raise InputError(
+            "prune: how much is to leave? Set --sparsity, --flops, --parameters or --sweep, or a --granularity of N:M."
+        )
+    words = {name: getattr(a, name) for name in ("granularity", "criterion", "scope", "compensate")}
+    words |= {name: getattr(a, name) for name in ("min_neurons", "max_layer_sparsity", "include", "protect")}
+    asked = Asked(
+        a.what, Path(a.folder).expanduser(), goals or [Goal()], words, a.calibration_images,
+        None if a.no_evaluate else a.split, a.source, a.data, a.classes_by == "position", bool(a.sweep),
+    )  # fmt: skip
+    state = start_processes()
+    if state.num_processes > 1:
+        raise InputError("prune: takes one process; start it without accelerate launch.")
+    prepared = after_training.prepare(asked, state.device)
+    if a.dry_run:
+        print(after_training_text.plan_text(prepared))
+        return
+    result = after_training.run(prepared)
+    write_result(as_json, files.write_json, result)
+    print(after_training_text.result_text(prepared, result))
+
+
+def _check_source(source: str | None) -> None:
+    from vit_rsst.data.catalog import CATALOG
+    from vit_rsst.errors import InputError, unknown
+
+    if source not in (None, *CATALOG):
+        raise InputError(f"--source: {unknown('source', source, CATALOG)}")
 
 
 def push(arguments: argparse.Namespace) -> None:

@@ -119,6 +119,11 @@ def open_for(trained: Trained, split: str, is_named: bool, by_position: bool) ->
         data = open_scored(trained.data, trained.seed, split, content.get("train"))
     else:
         data = open_data(trained.data, trained.seed)
+    return labelled(trained, data, split, by_position)
+
+
+def labelled(trained: Trained, data: ImageData, split: str, by_position: bool) -> tuple[ImageData, list[str]]:
+    """The data with the labels of a split as the model has them, and the names of the classes; see `open_for`."""
     if trained.classes and not by_position:
         try:
             data = match_classes(data, split, trained.classes)

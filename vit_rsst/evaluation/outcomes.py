@@ -56,6 +56,15 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def top(self, number: int) -> float:
+        """Images whose true class is among the first `number`, in percent."""
+        return float(100.0 * np.count_nonzero(self.ranks < number) / len(self))
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return float(np.mean(self.losses, dtype=np.float64))
+
 
 @torch.no_grad()
 def outcomes(

@@ -71,9 +71,9 @@ def scores(found: Outcomes, num_classes: int) -> dict:
     """Every reported score as plain data: top1 and top5 in percent, loss in nats, calibration, report by class."""
     report = ClassificationReport(keep_in_memory=True)  # `evaluate.load` would copy this file into a cache
     return {
-        "top1": float(100.0 * np.count_nonzero(found.ranks < 1) / len(found)),
-        "top5": float(100.0 * np.count_nonzero(found.ranks < 5) / len(found)),
-        "loss": float(np.mean(found.losses, dtype=np.float64)),
+        "top1": found.top(1),
+        "top5": found.top(5),
+        "loss": found.loss,
         **calibration(found.confidences, found.predictions == found.labels),
         **report.compute(predictions=found.predictions, references=found.labels, num_classes=num_classes),
     }

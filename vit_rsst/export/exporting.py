@@ -98,7 +98,7 @@ def export(
     check_vacant(folder)
     work = Work.of(what, options)
     target.check(work)
-    temporary = _beside(folder)
+    temporary = beside(folder)
     try:
         temporary.mkdir()
         target.write(work, temporary)
@@ -147,7 +147,7 @@ def _given(options: Options) -> Iterator[tuple[str, str]]:
             yield one.name, f"--{value if one.name == 'precision' else one.name.replace('_', '-')}"
 
 
-def _beside(folder: Path) -> Path:
+def beside(folder: Path) -> Path:
     """A temporary name on the same file system, in the closest existing parent folder."""
     parent = folder.absolute().parent
     while not parent.is_dir():

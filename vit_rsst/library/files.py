@@ -58,7 +58,7 @@ def save(
         net = unwrapped(model)
         if path.suffix != ".safetensors" or not path.parent.is_dir():
             raise InputError(f"save(path=…): {path}: expected NAME.safetensors in an existing folder.")
-        header = _described(net, name, dict(args or {})) | {"seed": str(seed), "precision": "no"}
+        header = described(net, name, args) | {"seed": str(seed), "precision": "no"}
         if data is not None:
             header["data"] = json.dumps(_data(net, data))
     if masks is None:
@@ -88,8 +88,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return net.eval()
 
 
-def _described(net: nn.Module, name: str | None, args: dict) -> dict[str, str]:
+def described(net: nn.Module, name: str | None = None, args: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Header entries that rebuild the network; none if it is not known how."""
+    args = dict(args or {})
     if name is not None:
         architecture, complete = zoo.describe(name, args, _num_classes(net, args))
         return _header(net, name, architecture, complete)

@@ -4,23 +4,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject
 from vit_rsst.analysis.tables import analysis_text
 from vit_rsst.errors import OF_A_LIBRARY, InputError, first_line
-from vit_rsst.library.batches import Batches, forward_of, pairs
-from vit_rsst.library.target import CALIBRATION, Target, unwrapped
+from vit_rsst.library.batches import Batches
+from vit_rsst.library.removals import Removals, removal_section
+from vit_rsst.library.target import CALIBRATION, unwrapped
 from vit_rsst.models import zoo
 from vit_rsst.models.anatomy import prunable_weights, unit_groups
-from vit_rsst.models.complexity import evaluating, size_of
+from vit_rsst.models.complexity import size_of
 from vit_rsst.models.observation import check_units
 from vit_rsst.models.slim import SlimForm, copy_of
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.oneshot import OneShot, prune_once_
+from vit_rsst.pruning.oneshot import OneShot
 from vit_rsst.pruning.patterns import pattern
-from vit_rsst.recipe.calls import in_words_of, pruning_section
+from vit_rsst.recipe.calls import in_words_of
 
 IN_PRUNE = CALIBRATION | {
     "pruning.schedule": "sparsity",
@@ -47,6 +48,7 @@ def prune(
     protect: Sequence[str] = (),
     compensate: str = "none",
     calibration: Batches | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> OneShot:
     """Prunes a trained model once, in place: what scores lowest becomes zero.
@@ -65,6 +67,7 @@ def prune(
             the calibration inputs. All of these are in memory at one layer at a time; a few hundred images suffice.
         calibration: a loader of (inputs, labels), or a callable that returns one; for compensation, and for criteria
             that need activations or gradients.
+        masks: of a model that is sparse already, weight name → bool, True is alive; the dead stay dead.
         seed: of the criterion random.
 
     Returns:
@@ -76,8 +79,6 @@ def prune(
     if sparsity is None and budget is None and pattern(granularity) is None:
         raise InputError("prune(sparsity=…): missing; set it, such as 0.5, or a budget, such as {'flops': 0.5}.")
     words: dict[str, Any] = {
-        "method": "imp",
-        "rounds": 1,
         "final_sparsity": sparsity,
         "budget": budget,
         "granularity": granularity,
@@ -91,15 +92,11 @@ def prune(
         "include": include,
         "protect": protect,
     }
-    pruning = pruning_section("prune", words, {}, IN_PRUNE)
+    section = removal_section("prune", words, IN_PRUNE)
     with in_words_of("prune", IN_PRUNE):
-        target = Target.of(model, pruning, calibration)
-        batches = () if calibration is None else pairs(calibration, target.device)
-        with evaluating(target.net):
-            return prune_once_(
-                target.net, target.weights, target.selector, target.density(1.0), batches,
-                forward=forward_of(target.net), seed=seed, compensates=pruning.compensate is not None,
-            )  # fmt: skip
+        alive = None if masks is None else MaskSet(masks)
+        [found] = Removals.of(model, [section], calibration, alive).each_(calibration, seed)
+    return found
 
 
 @dataclass(frozen=True)

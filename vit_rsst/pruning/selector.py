@@ -102,6 +102,13 @@ class Selector:
             return density
         return mean_density(density, self._all_alive(weights))
 
+    def alive_cost(self, weights: Mapping[str, Tensor], alive: MaskSet, kind: str = "") -> tuple[float, float]:
+        """Cost of the units that are alive, and of all; of one kind if it is named."""
+        groups = [group for group in self.groups if kind in ("", group.kind)]
+        costs = [self.costs.get(group.name, unit_size(group, weights)) for group in groups]
+        there = sum(c * int(alive_units(g, alive).sum()) for c, g in zip(costs, groups, strict=True))
+        return there, sum(c * g.units for c, g in zip(costs, groups, strict=True))
+
     # -- entries of contests
 
     def _unit_entries(self, evidence: Evidence, density: Density) -> list[Entry]:

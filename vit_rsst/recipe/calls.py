@@ -28,7 +28,7 @@ def pruning_section(call: str, words: Mapping[str, Any], rest: Mapping[str, Any]
     """Checks keywords as a recipe's section is checked.
 
     Args:
-        call: what the user called, such as `Pruner`.
+        call: what the user called, such as `Pruner`; empty for the command line, whose options need none.
         words: keywords of the section; None is not given. `method` is a name, a mapping with `name` and options, or a
             method itself; `schedule` a name or a mapping.
         rest: other sections that the rules look at, such as `optim`.
@@ -46,7 +46,7 @@ def pruning_section(call: str, words: Mapping[str, Any], rest: Mapping[str, Any]
     method = given.get("method")
     if is_dataclass(method) and type(method) in (classes := {METHODS[name]: name for name in METHODS}):
         given["method"] = {"name": classes[type(method)], **asdict(method)}
-    tree = {"name": call, **rest, "pruning": {**given, **({"schedule": schedule} if schedule else {})}}
+    tree = {"name": call or "options", **rest, "pruning": {**given, **({"schedule": schedule} if schedule else {})}}
     try:
         tree = spelled_out(json.loads(json.dumps(tree, default=_plain)))
     except (TypeError, ValueError) as error:
@@ -90,4 +90,6 @@ def _sentence(call: str, problem: Problem, names: Mapping[str, str]) -> str:
     for path, name in names.items():
         leaf = path.rpartition(".")[2]
         text = re.sub(rf"\b{leaf}\b", name, text) if "_" in leaf else text
-    return f"{call}({keyword(problem.path)}=…): {text.rstrip('.')}."
+    name = keyword(problem.path)
+    place = f"{call}({name}=…)" if call else name
+    return f"{place}: {text.rstrip('.')}."

@@ -74,6 +74,24 @@ def curves(groups: Sequence[Group]) -> "Figure | None":
     return figure
 
 
+def tradeoff(points: Sequence[Point], labels: Sequence[str], cost: str) -> "Figure":
+    """Top-1 against a cost, along one path of tickets; the first point is the dense model.
+
+    Args:
+        labels: beside the points.
+        cost: label of the axis.
+    """
+    figure = canvas.figure()
+    axes = figure.subplots()
+    axes.plot([p.x for p in points], [p.y for p in points], color=canvas.GREY, linewidth=1, zorder=1)
+    axes.scatter([p.x for p in points], [p.y for p in points], s=22, c=[look(p.group)[0] for p in points], zorder=2)
+    for point, label in zip(points, labels, strict=True):
+        axes.annotate(label, (point.x, point.y), xytext=(4, -11), textcoords="offset points", fontsize=9)
+    axes.margins(0.12)
+    axes.set(xlabel=cost, ylabel="top-1, %")
+    return figure
+
+
 def _label(group: Group) -> str:
     """Clipped to the width of the figure."""
     return clipped(group.label, 56)
