@@ -156,7 +156,7 @@ def test_the_ranks_agree_on_every_mask(two, one):
     ]
 
 
-@pytest.mark.parametrize("criterion", ["saliency", "activation_l2"])
+@pytest.mark.parametrize("criterion", ["saliency", "activation_l2", "obs"])
 @pytest.mark.slow
 def test_statistics_of_ragged_batches_choose_the_units_that_one_process_chooses(one, tmp_path, criterion):
     pruning = (

@@ -227,6 +227,14 @@ def test_of_a_tiny_batch_the_update_is_the_peak(tmp_path):
     assert gpu["activations and gradients"] > cpu["activations and gradients"]
 
 
+def test_matrices_of_the_inputs_are_counted_where_they_are_the_peak(tmp_path):
+    wide = ("pruning.method=imp", "model.args={embed_dim: 384, depth: 2, num_heads: 6, patch_size: 16}")
+    wide += ("train.global_batch=2", "pruning.calibration_images=8", "pruning.criterion=obs")
+    for granularity, widths in {"element": 2 * (3 * [384] + [768]), "neuron": 2 * [768]}.items():
+        found = of(tmp_path, *wide, f"pruning.granularity={granularity}").device
+        assert found["activations and gradients"] >= 8 * (sum(n * n for n in widths) + 3 * 768**2)
+
+
 def test_sharded_weights_leave_their_gradients_and_copies(tmp_path):
     overrides = ("train.precision=bf16", "train.batch_per_device=16", "pruning.method=imp")
     whole, shard = (of(tmp_path, *overrides, processes=2, shards=shards) for shards in (1, 2))

@@ -21,8 +21,8 @@ from _common import environment, report
 from torch import nn
 
 from vit_rsst import cli
+from vit_rsst.assembly.calibration import CALIBRATION_BATCH
 from vit_rsst.assembly.data import EVALUATION_BATCH
-from vit_rsst.assembly.pruning import CALIBRATION_BATCH
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.sources import open_data
 from vit_rsst.models.anatomy import prunable_parts
@@ -95,7 +95,7 @@ def measure(path: Path, seed: int, data_path: str | None) -> list[dict]:
     for kind, density in REMOVALS.items():
         weights, groups = prunable_parts(net, kind)
         batches = evaluation_batches(split, CALIBRATION_BATCH, **shown)
-        evidence_of_images = collect(net, batches, weights, groups, with_gradients=True)
+        evidence_of_images = collect(net, batches, weights, groups, "gradients")
         selector = Selector(CRITERIA["random"], kind, groups, Allocation("layer"), Floors(min_neurons=1))
         for name, draw in [*((name, 0) for name in CRITERIA_TRIED), *(("random", i) for i in range(RANDOM_DRAWS))]:
             evidence = Evidence(weights, MaskSet.full(weights), seed * 100 + draw, evidence_of_images)

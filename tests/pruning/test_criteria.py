@@ -104,7 +104,7 @@ NETS = {
 def test_scores_of_units_are_those_of_one_image_at_a_time(kind, criterion):
     net = network(NETS[kind])
     weights, groups, mask = parts(net, kind.split()[0])
-    statistics = collect(net, batches(4, 3), weights, groups, with_gradients=True)
+    statistics = collect(net, batches(4, 3), weights, groups, "gradients")
     for group in groups:
         found = CRITERIA[criterion].units(Evidence(weights, mask, 0, statistics), group)
         torch.testing.assert_close(found.double(), slow_unit_scores(net, group, criterion), rtol=2e-4, atol=1e-9)
@@ -115,7 +115,7 @@ def test_scores_of_units_are_those_of_one_image_at_a_time(kind, criterion):
 def test_scores_of_elements_are_weights_times_inputs_or_gradients(make, criterion):
     net = network(make)
     weights, _, mask = parts(net, "element")
-    statistics = collect(net, batches(5, 2), weights, [], with_gradients=True)
+    statistics = collect(net, batches(5, 2), weights, [], "gradients")
     scores = CRITERIA[criterion].elements(Evidence(weights, mask, 0, statistics))
     exact = copy.deepcopy(net).double().eval()
     losses = [F.cross_entropy(exact(i[None].double()), y[None]) for i, y in zip(*data(), strict=True)]
@@ -154,7 +154,7 @@ def test_inputs_are_scored_by_group_and_where_a_weight_is_used(criterion):
     net = Grouped()
     weights, _, mask = parts(net, "element")
     assert list(weights) == ["grouped.weight", "depthwise.weight", "uncalled.weight"]
-    statistics = collect(net, batches(5, 2), weights, [], with_gradients=True)
+    statistics = collect(net, batches(5, 2), weights, [], "gradients")
     scores = CRITERIA[criterion].elements(Evidence(weights, mask, 0, statistics))
     assert {name: scores[name].shape for name in weights} == {name: weight.shape for name, weight in weights.items()}
     if criterion == "saliency":
@@ -175,7 +175,7 @@ def test_inputs_are_scored_by_group_and_where_a_weight_is_used(criterion):
 def test_statistics_do_not_depend_on_the_batch_size():
     net = network()
     weights, groups, _ = parts(net, "head+neuron")
-    one, many = (collect(net, batches(*sizes), weights, groups, True) for sizes in ((7,), (1, 3, 2, 1)))
+    one, many = (collect(net, batches(*sizes), weights, groups, "gradients") for sizes in ((7,), (1, 3, 2, 1)))
     for group in groups:
         for key in ("absolute", "square", "saliency", "gate"):
             a, b = (getattr(s.sites[group.name], key) for s in (one, many))
@@ -187,7 +187,7 @@ def test_calibration_leaves_the_model_as_it_was():
     net.blocks[0].mlp.drop1.p = 0.5
     weights, groups, _ = parts(net, "head+neuron")
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    first, again = (collect(net, batches(4, 3), weights, groups, True) for _ in range(2))
+    first, again = (collect(net, batches(4, 3), weights, groups, "gradients") for _ in range(2))
     assert torch.equal(first.sites["blocks.0.mlp"].gate, again.sites["blocks.0.mlp"].gate)  # no dropout
     assert net.training
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -199,7 +199,7 @@ def test_calibration_without_images_is_an_error():
     net = network()
     weights, groups, _ = parts(net, "head")
     with pytest.raises(InputError, match=r"pruning\.calibration_images: the criterion needs calibration images"):
-        collect(net, [], weights, groups, False)
+        collect(net, [], weights, groups, "activations")
 
 
 def test_units_with_large_weights_outrank_units_with_small_ones():

@@ -28,7 +28,7 @@ from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.calibration import collect
 from vit_rsst.pruning.compensation import compensate_
 from vit_rsst.pruning.controller import Controller
-from vit_rsst.pruning.criteria import CRITERIA, Statistics
+from vit_rsst.pruning.criteria import CRITERIA, OF_IMAGES, Statistics
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Method
 from vit_rsst.pruning.selector import Floors, Selector
@@ -134,7 +134,7 @@ class Toy:
 
         def calibrate() -> Statistics:
             batches = evaluation_batches(images(40, seed=3), 16, **shown)
-            return collect(net, batches, weights, groups, needs == "gradients")
+            return collect(net, batches, weights, groups, needs)
 
         def compensate(mask: MaskSet) -> None:
             batches = evaluation_batches(images(40, seed=3), 16, **shown)
@@ -150,7 +150,7 @@ class Toy:
             rounds=max(len(self.round_epochs) - 1, 1),
             density=lambda fraction: 1.0 - SPARSITY_CURVES[self.curve](fraction, self.final_sparsity),
             selector=self.selector(groups),
-            calibrate=calibrate if needs in ("activations", "gradients") else None,
+            calibrate=calibrate if needs in OF_IMAGES else None,
             compensate=compensate if self.compensates else None,
             rewind_epoch=self.rewind_epoch,
             seed=self.seed,

@@ -13,7 +13,7 @@ from vit_rsst.models.complexity import evaluating
 from vit_rsst.pruning.calibration import collect
 from vit_rsst.pruning.compensation import compensate_
 from vit_rsst.pruning.controller import Calibrate, Compensate
-from vit_rsst.pruning.criteria import CRITERIA, Statistics
+from vit_rsst.pruning.criteria import CRITERIA, OF_IMAGES, Statistics
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.seeds import derived_seed
 
@@ -26,7 +26,7 @@ def make_calibration(
     """What the controller does with calibration images from train, the same ones in every round; None: not needed."""
     recipe = parts.recipe
     needs = CRITERIA[recipe.pruning.criterion].needs
-    calibrates = needs in ("activations", "gradients") and recipe.pruning.method.prunes
+    calibrates = needs in OF_IMAGES and recipe.pruning.method.prunes
     compensates = recipe.pruning.compensate is not None
     if not calibrates and not compensates:
         return None, None
@@ -49,7 +49,7 @@ def make_calibration(
 
     def calibrate() -> Statistics:
         try:
-            return collect(parts.net, batches(), parts.weights, parts.groups, needs == "gradients")
+            return collect(parts.net, batches(), parts.weights, parts.groups, needs)
         finally:
             shards.reshard_(parts.net)
 

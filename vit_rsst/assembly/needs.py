@@ -12,6 +12,7 @@ from vit_rsst.assembly.sharding import Units
 from vit_rsst.data.dealing import Dealing
 from vit_rsst.errors import at_field
 from vit_rsst.models.footprint import evaluation_bytes, training_bytes
+from vit_rsst.pruning.calibration import moments_bytes
 from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.preview import RoundPreview
 from vit_rsst.tickets.trained import open_trained
@@ -109,6 +110,8 @@ def _update_bytes(parts: Parts, rounds: Sequence[RoundPreview], gradients: int, 
     read = 4 * prunable if method.reads_gradients else 0
     shrinks = any(round.penalty is not None for round in rounds)
     scores = 8 * prunable  # two copies; `scripts/benchmarks/selection.py`
+    if CRITERIA[parts.recipe.pruning.criterion].needs == "moments":
+        scores += moments_bytes(parts.net, parts.weights, parts.groups)
     return max(gradients + factors + read, 3 * factors if shrinks else 0, scores)
 
 

@@ -15,7 +15,7 @@ from vit_rsst.errors import InputError
 from vit_rsst.models import observation
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.progress import Progress
-from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.criteria import CRITERIA, OF_IMAGES
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Density
 from vit_rsst.pruning.preview import RoundPreview, preview
@@ -118,7 +118,7 @@ def parts_of(recipe: Recipe, net: nn.Module, start_mask: MaskSet | None, image_s
     weights, groups = prunable_parts(net, pruning.granularity, pruning.include, pruning.protect)
     if pruning.method.prunes:
         observation.check_units(net, groups, image_size)
-        if CRITERIA[pruning.criterion].needs in ("activations", "gradients"):
+        if CRITERIA[pruning.criterion].needs in OF_IMAGES:
             observation.check_inputs(net.observed, weights, groups)
     selector, density = build_selection(pruning, net, weights, groups, image_size)
     mask, start = starting_mask(weights, start_mask, pruning.method), starting_density(weights, start_mask)

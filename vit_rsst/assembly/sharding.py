@@ -11,6 +11,7 @@ from torch import nn
 from vit_rsst import shards
 from vit_rsst.assembly.parts import Parts
 from vit_rsst.errors import InputError
+from vit_rsst.pruning.criteria import CRITERIA
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.patterns import pattern
 from vit_rsst.recipe.schema import Recipe
@@ -87,6 +88,11 @@ def check(recipe: Recipe, net: nn.Module) -> None:
     if recipe.pruning.compensate:
         raise InputError(
             f"pruning.compensate: {recipe.pruning.compensate} fits whole weights, not sharded ones; omit it, {way_out}."
+        )
+    if CRITERIA[recipe.pruning.criterion].needs == "moments" and method.prunes:
+        raise InputError(
+            f"pruning.criterion: {recipe.pruning.criterion} scores whole weights, not sharded ones; use activation_l2, "
+            f"{way_out}."
         )
     if hasattr(net, "auxiliary_loss"):
         raise InputError(

@@ -32,9 +32,9 @@ from vit_rsst.export import deployed
 from vit_rsst.export.exporting import beside, check_vacant, export
 from vit_rsst.library.files import described
 from vit_rsst.library.removals import Removals, removal_section
-from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.criteria import CRITERIA, OF_IMAGES
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.oneshot import OF_IMAGES, OneShot
+from vit_rsst.pruning.oneshot import OneShot
 from vit_rsst.pruning.patterns import pattern
 from vit_rsst.recipe.calls import in_words_of
 from vit_rsst.recipe.schema import Pruning

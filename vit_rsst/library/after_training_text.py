@@ -2,7 +2,7 @@
 
 from vit_rsst.assembly.fitting import fit_needs
 from vit_rsst.library.after_training import FIGURE, RESULT, TICKET, Prepared
-from vit_rsst.pruning.oneshot import OF_IMAGES
+from vit_rsst.pruning.criteria import OF_IMAGES
 from vit_rsst.text import aligned, size
 
 

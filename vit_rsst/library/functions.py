@@ -59,7 +59,7 @@ def prune(
             `{"head": 0.5, "neuron": 0.7}`. An N:M granularity implies it.
         budget: instead of a sparsity, the share of FLOPs or parameters left in the slim model, `{"flops": 0.5}`.
         granularity: element, head, neuron, head+neuron, channel or N:M such as 2:4.
-        criterion: magnitude, activation_l1, activation_l2, saliency, survivors, taylor or random.
+        criterion: magnitude, activation_l1, activation_l2, saliency, obs, survivors, taylor or random.
         scope, depth_ramp, layer_sparsity, max_layer_sparsity, min_neurons: as in a recipe's section `pruning`.
         include: globs of weights to prune beside those of the default.
         protect: globs of weights never to prune.

@@ -12,8 +12,9 @@ from vit_rsst.errors import InputError
 from vit_rsst.library.batches import Batches, forward_of, pairs
 from vit_rsst.library.target import Target
 from vit_rsst.models.complexity import evaluating, size_of
+from vit_rsst.pruning.criteria import OF_IMAGES
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.oneshot import OF_IMAGES, OneShot, evidence_of, remove_
+from vit_rsst.pruning.oneshot import OneShot, evidence_of, remove_
 from vit_rsst.pruning.plan import Density
 from vit_rsst.pruning.selector import Selector
 from vit_rsst.recipe.calls import pruning_section

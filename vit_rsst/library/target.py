@@ -20,9 +20,8 @@ from vit_rsst.models.observation import check_units
 from vit_rsst.pruning.calibration import collect
 from vit_rsst.pruning.compensation import compensate_
 from vit_rsst.pruning.controller import Calibrate, Compensate
-from vit_rsst.pruning.criteria import Statistics
+from vit_rsst.pruning.criteria import OF_IMAGES, Statistics
 from vit_rsst.pruning.masks import MaskSet
-from vit_rsst.pruning.oneshot import OF_IMAGES
 from vit_rsst.pruning.plan import Density, Method
 from vit_rsst.pruning.selector import Selector
 from vit_rsst.pruning.units import UnitGroup
@@ -118,7 +117,7 @@ class Target:
         def calibrate(limit: int | None = None) -> Statistics:
             batches = islice(pairs(calibration, self.device), limit)
             with evaluating(self.net):
-                return collect(self.net, batches, self.weights, self.groups, needs == "gradients", forward)
+                return collect(self.net, batches, self.weights, self.groups, needs, forward)
 
         def compensate(mask: MaskSet) -> None:
             batches = pairs(calibration, self.device)

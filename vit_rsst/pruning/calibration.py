@@ -1,4 +1,4 @@
-"""Calibration: activation and gradient statistics on calibration images, summed over images, tokens and ranks.
+"""Calibration: statistics of activations and gradients on calibration images, summed over images, tokens and ranks.
 
 The network runs unmodified, in evaluation mode. Inputs are recorded where they are multiplied by a weight, not where a
 layer is called: a forward pass may use a weight without calling its layer. Sums and counts are kept in float64 and
@@ -6,7 +6,7 @@ reduced over ranks before any mean is taken, so that ragged batches are weighted
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vit_rsst import shards
 from vit_rsst.errors import InputError
-from vit_rsst.pruning.criteria import SiteStatistics, Statistics
+from vit_rsst.pruning.compensation import bias_of, is_supported, rows_of
+from vit_rsst.pruning.criteria import Needs, SiteStatistics, Statistics
 from vit_rsst.pruning.products import Products
 from vit_rsst.pruning.units import UnitGroup
 
@@ -30,7 +31,7 @@ def collect(
     batches: Iterable[tuple[Any, Tensor]],
     weights: Mapping[str, Tensor],
     groups: Sequence[UnitGroup],
-    with_gradients: bool,
+    needs: Needs,
     forward: Callable[[Any], Tensor] | None = None,
 ) -> Statistics:
     """Statistics over the batches of all ranks. Collective.
@@ -41,17 +42,21 @@ def collect(
             computed and not counted.
         weights: prunable weights by name; without groups, their inputs and gradients are recorded.
         groups: unit groups; the inputs of their consumers are recorded.
+        needs: of the criterion: activations, gradients too, or moments, which are the Gram matrices of inputs.
         forward: images → logits; None: the network itself.
 
     Raises:
-        InputError: there are no images.
+        InputError: there are no images, or moments of a layer that has none.
     """
+    with_gradients, with_moments = needs == "gradients", needs == "moments"
     watched = {group.name: f"{group.site.module}.weight" for group in groups}
     if not groups:
         watched = {name: name for name in weights}
     parameters = dict(net.named_parameters())
     widths = {place: _width(net, parameters, name) for place, name in watched.items()}
     sums = _zeros(widths, weights, groups, with_gradients)
+    if with_moments:
+        sums |= _no_moments(net, watched)
     was_training = net.training
     net.eval()
     # Compiled code would hide the matrix products.
@@ -64,6 +69,8 @@ def collect(
             for place, name in watched.items():
                 for seen in inputs[name] if len(labels) else ():
                     _add_activations_(sums, place, seen.features(len(labels), seen.x.detach()))
+                    if with_moments:
+                        _add_moments_(sums, place, rows_of(net.get_submodule(name.rpartition(".")[0]), seen.x))
             if with_gradients and groups:
                 seen = [(group, one) for group in groups for one in inputs[watched[group.name]]]
                 found = torch.autograd.grad(loss, [one.x for _, one in seen], allow_unused=True)
@@ -84,7 +91,8 @@ def collect(
             f"pruning.criterion: no input of {unseen[0]} was recorded ({len(unseen)} such weights): the forward pass "
             "does not multiply by it directly; protect it with pruning.protect, or use the criterion magnitude."
         )
-    return _means(sums, weights, groups, with_gradients)
+    found = _means(sums, weights, groups, with_gradients)
+    return _with_moments(found, sums, net, watched, groups) if with_moments else found
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,74 @@ def _add_gates_(sums: Sums, group: UnitGroup, product: Tensor) -> None:
     sums["saliency", group.name] += saliency[index].sum(1)  # (units,)
     gates = product.sum(1, dtype=torch.float64)[:, index].sum(2)  # (images, units)
     sums["gate", group.name] += gates.abs().sum(0)
+
+
+def _no_moments(net: nn.Module, watched: Mapping[str, str]) -> Sums:
+    """
+    Raises:
+        InputError: a weight multiplies something that is no matrix of rows.
+    """
+    sums: Sums = {}
+    for place, name in watched.items():
+        if not is_supported(net, name):
+            raise InputError(
+                f"pruning.criterion: obs scores linear layers and ungrouped two-dimensional convolutions, and {name} "
+                "belongs to another; protect it with pruning.protect, or use activation_l2 or magnitude."
+            )
+        weight = net.get_parameter(name)
+        width = weight[0].numel()
+        sums["gram", place] = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+        sums["rows", place] = torch.zeros(width + 1, dtype=torch.float64, device=weight.device)  # sums, and how many
+    return sums
+
+
+def moments_bytes(net: nn.Module, weights: Mapping[str, Tensor], groups: Sequence[UnitGroup]) -> int:
+    """What the criterion `obs` holds at once: a matrix for each layer, and what inverting the largest takes."""
+    watched = [f"{group.site.module}.weight" for group in groups] or list(weights)
+    squares = [net.get_parameter(name)[0].numel() ** 2 for name in watched]
+    return 8 * (sum(squares) + 3 * max(squares, default=0))
+
+
+def _add_moments_(sums: Sums, place: str, rows: Tensor) -> None:
+    """Adds (tokens, in). Rows are centred before they are multiplied, or float32 would lose small deviations from a
+    large mean."""
+    mean = rows.mean(0, dtype=torch.float64)
+    varying = rows.float() - mean.float()
+    sums["gram", place] += (varying.T @ varying).double() + len(rows) * mean.outer(mean)
+    sums["rows", place] += len(rows) * torch.cat([mean, mean.new_ones(1)])
+
+
+def _with_moments(
+    found: Statistics, sums: Sums, net: nn.Module, watched: Mapping[str, str], groups: Sequence[UnitGroup]
+) -> Statistics:
+    """Adds Gram matrices, centred where a bias takes over the mean.
+
+    Raises:
+        InputError: inputs are not finite.
+    """
+    grams = {}
+    for place, name in watched.items():
+        total, gram = sums["rows", place], sums["gram", place]
+        if not gram.isfinite().all():
+            raise InputError(
+                f"pruning.criterion: inputs of {name} are not finite on the calibration images; use magnitude."
+            )
+        if bias_of(net, name) is not None:
+            gram -= total[:-1].outer(total[:-1]) / total[-1]
+        grams[place] = gram
+    if not groups:
+        return replace(found, gram=grams)
+    sites = {}
+    for group in groups:
+        weight, index = net.get_parameter(watched[group.name]).detach(), group.site.index
+        taps = torch.arange(weight[0, 0].numel())  # a column of the matrix for each of a kernel
+        sites[group.name] = replace(
+            found.sites[group.name],
+            gram=grams[group.name],
+            consumer=weight.flatten(1),
+            index=(index[:, :, None] * len(taps) + taps).flatten(1).to(weight.device),
+        )
+    return replace(found, sites=sites)
 
 
 def _reduce_(sums: Sums) -> None:

@@ -162,9 +162,9 @@ def compensate_(
     passes = [_Pass(forward or net, inputs, weights) for inputs, _ in batches]
     names = _order(passes)
     losing = [name for name in weights if not bool(mask[name].all())]
-    fitted = [name for name in losing if names.count(name) == 1 and _is_supported(net, name)]
+    fitted = [name for name in losing if names.count(name) == 1 and is_supported(net, name)]
     kept = {name: mask[name] | ~_any_of_row(mask[name]) if of_units else mask[name] for name in losing}
-    biases = {name: bias for name in fitted if (bias := _bias(net, name)) is not None}
+    biases = {name: bias for name in fitted if (bias := bias_of(net, name)) is not None}
     dense = [(tensor, tensor.clone()) for tensor in (*(weights[name] for name in losing), *biases.values())]
     fits: dict[str, Fit] = {}
     try:
@@ -196,7 +196,7 @@ def _fit_(
     held = (kept.flatten(1) & ~keep).any(1)
     total = weight.new_zeros(matrix.shape[1] + 1, dtype=torch.float64)  # of the columns, and the number of tokens
     for x in inputs:
-        rows = _rows(layer, x)
+        rows = rows_of(layer, x)
         total += torch.cat([rows.sum(0, dtype=torch.float64), total.new_tensor([len(rows)])])
     if PartialState().num_processes > 1:
         total = reduce(total, "sum")
@@ -204,7 +204,7 @@ def _fit_(
     mean = (total[:-1] / tokens).float() if bias is not None else torch.zeros_like(matrix[0])
     gram = weight.new_zeros(len(mean), len(mean), dtype=torch.float32)
     for x in inputs:
-        rows = _rows(layer, x).float() - mean
+        rows = rows_of(layer, x).float() - mean
         gram.addmm_(rows.T, rows)
     if PartialState().num_processes > 1:
         gram = reduce(gram, "sum")
@@ -228,7 +228,7 @@ def _fit_(
     return fit
 
 
-def _bias(net: nn.Module, name: str) -> nn.Parameter | None:
+def bias_of(net: nn.Module, name: str) -> nn.Parameter | None:
     """The bias that is added to what a weight computes, if it is of this layer alone and trains like the weight."""
     layer = net.get_submodule(name.rpartition(".")[0])
     if layer.bias is None or (layer.weight.requires_grad and not layer.bias.requires_grad):
@@ -242,14 +242,14 @@ def _any_of_row(mask: Tensor) -> Tensor:
     return mask.flatten(1).any(1).view(-1, *[1] * (mask.dim() - 1))
 
 
-def _is_supported(net: nn.Module, name: str) -> bool:
-    """Whether `_rows` knows what the layer multiplies by its weight."""
+def is_supported(net: nn.Module, name: str) -> bool:
+    """Whether `rows_of` knows what the layer multiplies by its weight."""
     layer = net.get_submodule(name.rpartition(".")[0])
     is_conv = isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward
     return isinstance(layer, nn.Linear) or (is_conv and layer.groups == 1 and not isinstance(layer.padding, str))
 
 
-def _rows(layer: nn.Module, x: Tensor) -> Tensor:
+def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
     """The input of a layer as rows that its weight is multiplied by: (tokens, in), or of a convolution its patches."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])

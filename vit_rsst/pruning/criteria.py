@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from vit_rsst.pruning.masks import MaskSet
     from vit_rsst.pruning.units import UnitGroup
 
-Needs = Literal["weights", "survivors", "activations", "gradients", "movement"]
+Needs = Literal["weights", "survivors", "activations", "gradients", "moments", "movement"]
+OF_IMAGES = ("activations", "gradients", "moments")
+"""What takes calibration images."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,18 @@ class SiteStatistics:
         square: E A², likewise.
         saliency: E|A · ∂L/∂A|, likewise; None without gradients.
         gate: mean over images of |Σ A · ∂L/∂A|, summed over tokens and a unit's features, which is |∂L/∂gate|.
+        gram: Aᵀ A of all the consumer's input features, as in `Statistics`; None unless moments are needed.
+        consumer: its weight, (out, in); likewise.
+        index: columns of that weight, flattened, which read a unit: (units, span); likewise.
     """
 
     absolute: Tensor
     square: Tensor
     saliency: Tensor | None = None
     gate: Tensor | None = None
+    gram: Tensor | None = None
+    consumer: Tensor | None = None
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,14 @@ class Statistics:
         absolute: per weight E|X| of its layer's input features; (in,).
         square: per weight E X², likewise.
         gradient: per weight the mean gradient of the loss of one image; shaped like the weight.
+        gram: per weight the Gram matrix of the rows that it multiplies, centred if the layer has a bias; (in, in).
         sites: by unit group.
     """
 
     absolute: Mapping[str, Tensor] = field(default_factory=dict)
     square: Mapping[str, Tensor] = field(default_factory=dict)
     gradient: Mapping[str, Tensor] = field(default_factory=dict)
+    gram: Mapping[str, Tensor] = field(default_factory=dict)
     sites: Mapping[str, SiteStatistics] = field(default_factory=dict)
 
 
@@ -183,6 +193,23 @@ def _taylor(evidence: Evidence, group: UnitGroup) -> Tensor:
 
 
 CRITERIA.register("taylor")(Criterion(None, _taylor, needs="gradients"))
+
+
+def _obs_units(evidence: Evidence, group: UnitGroup) -> Tensor:
+    from vit_rsst.pruning.second_order import inverse, unit_losses
+
+    site = evidence.statistics.sites[group.name]
+    return unit_losses(site.consumer, inverse(site.gram), site.index)
+
+
+@register_criterion("obs", _obs_units, needs="moments", relative="all")
+def obs(evidence: Evidence) -> dict[str, Tensor]:
+    """What the layer's outputs lose, to second order, when the rest is fitted again (Frantar et al. 2022)."""
+    from vit_rsst.pruning.second_order import element_losses, inverse
+
+    grams = evidence.statistics.gram
+    losses = {n: element_losses(w.detach().flatten(1), inverse(grams[n])) for n, w in evidence.weights.items()}
+    return {name: losses[name].view_as(weight) for name, weight in evidence.weights.items()}
 
 
 @register_criterion("movement", needs="movement", relative="nothing")

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from vit_rsst.pruning.agreement import agreed, fingerprints
 from vit_rsst.pruning.calibration import collect
 from vit_rsst.pruning.compensation import Compensation, compensate_
-from vit_rsst.pruning.criteria import Evidence
+from vit_rsst.pruning.criteria import OF_IMAGES, Evidence
 from vit_rsst.pruning.granularity import units_left
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Density
 from vit_rsst.pruning.selector import Selector
-
-OF_IMAGES = ("activations", "gradients")
-"""What a criterion may need that takes calibration images."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def evidence_of(
     """
     needs, statistics = selector.criterion.needs, None
     if needs in OF_IMAGES:
-        statistics = collect(net, batches, weights, selector.groups, needs == "gradients", forward)
+        statistics = collect(net, batches, weights, selector.groups, needs, forward)
     return Evidence(weights, MaskSet.full(weights) if alive is None else alive, seed * 1_000, statistics)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vit_rsst.errors import unknown
 from vit_rsst.models.catalog import CATALOG as MODELS
-from vit_rsst.pruning.criteria import CRITERIA
+from vit_rsst.pruning.criteria import CRITERIA, OF_IMAGES
 from vit_rsst.pruning.patterns import UNIT_KINDS, pattern
 from vit_rsst.pruning.plan import Penalty
 from vit_rsst.recipe.schema import Recipe, StepDecay
@@ -145,7 +145,7 @@ def _granularity(recipe: Recipe) -> Iterator[Problem]:
             f"{pruning.criterion} adds up over the steps of the round before a removal, and round 0 has none with "
             "model.start_from; use saliency or magnitude, or a method of one round",
         )
-    asking = pruning.criterion if needs in ("activations", "gradients") else pruning.compensate
+    asking = pruning.criterion if needs in OF_IMAGES else pruning.compensate
     if asking is not None and not pruning.calibration_images:
         what = needs if asking == pruning.criterion else "inputs of layers"
         yield Problem("pruning.calibration_images", f"is 0, but {asking} needs {what}; set it, for example to 2048")
