@@ -158,15 +158,16 @@ def test_attention_with_dropout_or_a_mask_is_counted_too():
 
 
 @pytest.mark.parametrize("name", ["vit_tiny", "vit_base", "resnet20", "dynamic_vit", "lightweight_vit"])
-def test_an_evaluation_takes_less_than_a_step(name):
+def test_an_evaluation_takes_less_than_a_step_or_of_a_resnet_twice_as_much(name):
     """Where activations are what fills the memory: at few images the weights' copies in bf16 do."""
     net, train = build(name), Train(global_batch=64)
     images = evaluation_batch(train)
-    assert images == 256
-    assert evaluation_batch(replace(train, batch_per_device=16)) == 64
+    assert images == 500
+    assert evaluation_batch(replace(train, batch_per_device=16)) == 128
     assert evaluation_batch(replace(train, global_batch=4096)) == 500
     for bf16 in (False, True):
-        assert evaluation_bytes(net, 32, images, bf16) < 1.05 * training_bytes(net, 32, 64, bf16)
+        most = 2.1 if name == "resnet20" else 1.05  # the first of its stages holds most of its activations
+        assert evaluation_bytes(net, 32, images, bf16) < most * training_bytes(net, 32, 64, bf16)
 
 
 class Looking(nn.Module):
@@ -207,7 +208,7 @@ def test_every_part_of_a_run_is_counted(tmp_path):
         found = of(tmp_path, "pruning.method=dense", *overrides, **more)
         assert found.device["gradients"] == weights
     assert of(tmp_path, "pruning.method=dense", "train.ema_decay=0.9").device["moving average"] == weights
-    deep = ("pruning.method=imp", "model.args={depth: 6, embed_dim: 24, patch_size: 8, num_heads: 3}")
+    deep = ("pruning.method=imp", "model.args={depth: 16, embed_dim: 24, patch_size: 8, num_heads: 3}")
     imp, taught = of(tmp_path, *deep), of(tmp_path, *deep, "train.distill.teacher=dense")
     assert taught.device["teacher"] == imp.device["weights and moments"] // 3
     assert taught.device["activations and gradients"] > imp.device["activations and gradients"]

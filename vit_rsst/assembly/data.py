@@ -111,9 +111,9 @@ def build_loader(recipe: Recipe, data: ImageData, dealing: Dealing, accelerator:
 def evaluation_batch(train: Train) -> int:
     """Images per forward pass of a run's evaluations, the same for any number of processes.
 
-    Four times those of a training step, which keeps the activations of all blocks; an evaluation keeps about one's.
+    Eight times those of a training step, which keeps the activations of all blocks; an evaluation keeps about one's.
     """
-    return min(EVALUATION_BATCH, 4 * (train.batch_per_device or train.global_batch))
+    return min(EVALUATION_BATCH, 8 * (train.batch_per_device or train.global_batch))
 
 
 def make_evaluate(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vit_rsst
 from vit_rsst.export.work import Target, Work
@@ -43,10 +43,15 @@ def write(work: Work, folder: Path) -> None:
     slim_folder.write(folder, Ticket(state, mask, header))
 
 
+def load(folder: str | Path) -> nn.Module:
+    """`vit_rsst.load`, under the name that model cards written by 0.1 use."""
+    return vit_rsst.load(folder)
+
+
 @torch.no_grad()
 def logits(folder: Path, images: Tensor) -> Tensor:
     """Logits of the folder, loaded as a user would."""
-    return vit_rsst.load(folder)(images)
+    return load(folder)(images)
 
 
 TARGET = Target("vit_rsst", check, write, logits, lambda work: USAGE, is_slim=True, options=("round_to",))
