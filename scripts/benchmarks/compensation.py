@@ -4,7 +4,8 @@ Dense models of several seeds are trained on part of CIFAR-10 (the recipe cifar1
 2:4 patterns, half of the neurons of all MLPs or a third of the heads are removed at once by each criterion, without
 further training; with compensation, what stays is fitted by least squares on the same 512 training images that the
 criteria see. Top-1 is over all 10,000 test images. `activation_l2` is Wanda's rule for elements; `taylor` scores units
-only, and for elements `saliency` takes its place. Then the recipe cifar10/cpu_imp runs with and without compensation.
+only, and for elements `saliency` takes its place. Then imp of the study
+sparse_from_start_cifar10_cpu runs with and without compensation.
 
     python scripts/benchmarks/compensation.py --data FOLDER [--models FOLDER]      (without --data: from the Hub)
 """
@@ -53,6 +54,7 @@ REMOVALS: dict[str, dict] = {
 BOUNDED = ("elements, 0.7", "2:4")
 CRITERIA = ("magnitude", "activation_l2", "taylor", "obs")
 WAYS = ("none", "least_squares")
+IMP = ("pruning.method=imp", "data.train_samples=4000", "train.epochs=12", "train.round_epochs=4")
 
 
 def main() -> int:
@@ -70,8 +72,8 @@ def main() -> int:
             removals = BOUNDED if args.quick else tuple(REMOVALS)
             found += list(measure(ticket / "tickets" / "round_00.safetensors", removals, seed, args.data))
             for way in WAYS:
-                more = [f"pruning.compensate={way}", f"pruning.calibration_images={IMAGES}"]
-                run = trained(f"imp-{way}-{seed}", "cpu_imp", seed, args, folder, more)
+                more = [*IMP, f"pruning.compensate={way}", f"pruning.calibration_images={IMAGES}"]
+                run = trained(f"imp-{way}-{seed}", "study", seed, args, folder, more)
                 gaps += list(gaps_of(run, way, seed))
     missed = [] if args.quick else list(misses(found, gaps))
     result = {"environment": environment(torch.device("cpu")), "removals": found, "gaps": gaps}
@@ -90,7 +92,7 @@ def trained(name: str, recipe: str, seed: int, args: argparse.Namespace, folder:
         *([f"data.path={args.data}"] if args.data else []),
     ]
     argv += ["train.epochs=2", "optim.warmup_epochs=0", "train.steps_per_epoch=20"] if args.quick else []
-    argv += ["train.round_epochs=1"] if args.quick and recipe == "cpu_imp" else []
+    argv += ["train.round_epochs=1"] if args.quick and recipe == "study" else []
     if code := subprocess.run(argv, stdout=subprocess.DEVNULL).returncode:
         sys.exit(code)
     return folder / name
