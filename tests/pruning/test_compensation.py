@@ -61,12 +61,23 @@ def test_the_weights_that_stay_are_those_of_lstsq_and_the_others_zero(kind):
     assert not found[~keep].any()
 
 
-def test_rows_that_do_not_converge_are_solved_directly(monkeypatch):
-    monkeypatch.setattr(compensation, "MAX_ITERATIONS", 1)
+@pytest.mark.parametrize("iterations", [1, 500])
+def test_on_a_gpu_rows_that_do_not_converge_together_are_solved_one_by_one(monkeypatch, iterations):
+    monkeypatch.setattr(compensation, "MAX_ITERATIONS", iterations)
+    monkeypatch.setattr(compensation, "_change_by_row", compensation._change)  # what a GPU does
     x, keep, weight = inputs(), masks()["elements"], torch.randn(16, 24)
     found, expected = least_squares(weight, keep, x.T @ x), reference(x, weight, keep)
     assert (found - expected).norm() <= 1e-4 * expected.norm()
     assert not found[~keep].any()
+
+
+def test_the_upper_half_of_the_gram_matrix_is_whole_when_it_is_computed_in_blocks(monkeypatch):
+    x = inputs()
+    monkeypatch.setattr(compensation, "BLOCK", 10)  # 24 columns: two blocks and a part
+    gram = torch.zeros(24, 24)
+    for part in x.split(150):
+        compensation._add_gram_(gram, part)
+    torch.testing.assert_close(gram.triu(), (x.double().T @ x.double()).triu().float(), rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["elements", "columns"])
