@@ -1,7 +1,10 @@
 """What `vit-rsst prune` prints: the plan of `--dry-run`, and the table of what was done."""
 
+from vit_rsst.assembly.data import EVALUATION_BATCH
 from vit_rsst.assembly.fitting import fit_needs
 from vit_rsst.library.after_training import FIGURE, RESULT, TICKET, Prepared
+from vit_rsst.models.footprint import evaluation_bytes
+from vit_rsst.pruning.calibration import moments_bytes
 from vit_rsst.pruning.criteria import OF_IMAGES
 from vit_rsst.text import aligned, size
 
@@ -21,20 +24,25 @@ def plan_text(prepared: Prepared) -> str:
         f"removes    {section.granularity} by {section.criterion}, to a density of the prunable weights of about "
         f"{', '.join(f'{density:.4f}' for density in densities)}",
     ]
-    memory = {"weights": 4 * total * (3 if len(densities) > 1 or removals.compensates else 1)}
+    memory = {"weights": 4 * total * (1 + removals.compensates + (len(densities) > 1))}
+    needs, num_fits = removals.goals[0][0].criterion.needs, len(densities) * removals.compensates
     if images:
-        gradients = removals.goals[0][0].criterion.needs in OF_IMAGES
-        uses = ["statistics"] * gradients + [f"{len(densities)} fits by least squares"] * removals.compensates
+        fits = f"{num_fits} fits by least squares" if num_fits > 1 else "a fit by least squares"
+        uses = ["statistics"] * (needs in OF_IMAGES) + [fits] * bool(num_fits)
         lines.append(f"calibrates {images:,} training images, balanced over classes, for {' and '.join(uses)}")
         memory["images"] = images * 3 * trained.data.size**2
+    if needs == "moments":
+        memory["second moments"] = moments_bytes(net, weights, removals.target.groups)
     if removals.compensates:
         needed = fit_needs(net, weights, trained.data.size, images)
         lines.append(f"fits       {images:,} images at once, {needed.text()} each")
         memory |= {"inputs": needed.inputs, "activations": needed.activations, "Gram matrix": needed.matrix}
     held = ", ".join(f"{name} {size(number)}" for name, number in memory.items())
-    lines.append(f"memory     about {size(sum(memory.values()))}: {held}")
+    lines.append(f"memory     about {size(sum(memory.values()))} beside the program: {held}")
     if asked.split:
-        lines.append(f"scores     top-1 on {asked.split}, before and after")
+        batch = min(EVALUATION_BATCH, prepared.scored.count(asked.split) or EVALUATION_BATCH)
+        taken = size(evaluation_bytes(net, trained.data.size, batch))
+        lines.append(f"scores     top-1 on {asked.split}, before and after; a batch of {batch} takes {taken}")
     kinds = [TICKET, *["slim/"] * prepared.has_units]
     places = [asked.folder / goal.name for goal in asked.goals] if asked.is_sweep else [asked.folder]
     lines += [f"writes     {place}: {', '.join(kinds)}" for place in places]
