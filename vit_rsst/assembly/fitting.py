@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vit_rsst.models.complexity import flops_by_module, own_flops
+from vit_rsst.pruning.compensation import BLOCK
 from vit_rsst.text import size
 
 
@@ -41,5 +42,5 @@ def fit_needs(
         inputs=4 * own * 3 * image_size**2,
         activations=4 * own * max(tokens[name] * columns[name] for name in columns),
         matrix=4 * max(columns.values()) ** 2,
-        operations=2 * images * sum(tokens[name] * columns[name] ** 2 for name in columns),
+        operations=images * sum(tokens[name] * n * (n + min(n, BLOCK)) for name, n in columns.items()),
     )
