@@ -159,7 +159,7 @@ def test_a_node_that_fails_requeues_the_job_which_resumes(slurm, undisturbed, tm
     lost = real_slurm.NODES[1]
     slurm.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
     time.sleep(2)
-    slurm.run("scontrol", "update", f"nodename={lost}", "state=resume")
+    slurm.run("scontrol", "update", f"nodename={lost}", "state=resume", check=False)  # it may have returned by itself
     check_finished(slurm, job, recipe, undisturbed[2], restarts=1)
     assert "resumed at round" in slurm.log(job)
 
@@ -171,7 +171,8 @@ def test_a_step_daemon_that_is_killed_ends_the_job_and_the_same_command_resumes(
     steps = [p for p in psutil.process_iter(["cmdline"]) if f"[{job}.0]" in " ".join(p.info["cmdline"] or ())]
     assert steps, "slurmstepd shows the step in its title"
     steps[-1].send_signal(signal.SIGKILL)
-    if slurm.wait(job, *ENDS, "PENDING")["JobState"] == "PENDING":
+    found = slurm.wait(job, *ENDS, "PENDING", seconds=480)  # srun waits five minutes for the node without a daemon
+    if found["JobState"] == "PENDING":
         return check_finished(slurm, job, recipe, undisturbed[2], restarts=1)
     again = submit(slurm, recipe, 2)
     return check_finished(slurm, again, recipe, undisturbed[2], restarts=0)

@@ -41,7 +41,8 @@ fi
 
 before=$(read_status)
 code=0
-srun --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=1 bash -c "$task" task "${launcher[@]}" -m vit_rsst.train "$@" ||
+# A node whose step daemon is lost never reports its end: the others' end counts after five minutes.
+srun --nodes="$nodes" --ntasks="$nodes" --kill-on-bad-exit=1 --wait=300 bash -c "$task" task "${launcher[@]}" -m vit_rsst.train "$@" ||
     code=$?
 after=$(read_status)
 if [[ $after != "$before" ]]; then # an unchanged status is from an earlier job

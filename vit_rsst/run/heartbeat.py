@@ -158,6 +158,7 @@ class Heartbeat:
             self._is_armed = True
             with suppress(OSError):
                 self._file = self.stacks.open("w", encoding="utf-8")
+            self._rearm()  # the thread that does so from now on may be late
 
     @contextmanager
     def long_work(self, doing: str) -> Iterator[None]:
