@@ -298,6 +298,8 @@ def start_processes() -> "PartialState":
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    from vit_rsst.run.ranks import meeting_place
+
     for variable, name in SHARDED.items():
         if parse_flag_from_env(variable):
             raise InputError(
@@ -306,7 +308,8 @@ def start_processes() -> "PartialState":
                 "accelerate_configs/gpu_8x_bf16.yaml."
             )
     try:
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PREPARATION)
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+        state = PartialState(cpu=cpu, timeout=PREPARATION, **meeting_place(PREPARATION))
     except NotImplementedError as error:  # RTX 40xx with a driver before 550
         raise MissingRequirement(
             "these GPUs need peer-to-peer and InfiniBand transfers turned off with this driver: set "

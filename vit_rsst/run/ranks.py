@@ -114,6 +114,19 @@ def connection(limit: float) -> "distributed.Store":
     return distributed.PrefixStore(f"vit_rsst/{attempt}", store)
 
 
+def meeting_place(limit: datetime.timedelta) -> dict:
+    """Arguments of `init_process_group` for a job that its launcher has started again.
+
+    The launcher's store outlives an attempt, and torch looks in it for the addresses of the other ranks: without keys
+    of its own, an attempt may find those of the one before.
+    """
+    is_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not is_again or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = distributed.PrefixStore("group", connection(limit.total_seconds()))
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+
+
 @contextmanager
 def once_a_node(state: PartialState) -> Iterator[None]:
     """Rank 0 enters first, then the first rank of each node, then the others: caches may be shared or not."""
