@@ -184,7 +184,7 @@ OTHER_MEANINGS = {"dense", "constant", "set"}
 """Also a network with all its weights, a teacher, a learning rate and the name of a folder: looked for beside the word
 `method` alone."""
 
-ALLOWED = {"recipe/schema.py": {"rsst"}, "library/functions.py": {"imp"}, "library/pruner.py": {"rsst"}}
+ALLOWED = {"recipe/schema.py": {"rsst"}, "library/removals.py": {"imp"}, "library/pruner.py": {"rsst"}}
 """Defaults: a recipe or a call of the library that names no method must get one."""
 
 VOCABULARY = "old_names.py"

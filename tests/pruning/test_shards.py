@@ -64,6 +64,7 @@ def selections(net: nn.Module, every: bool) -> Iterator[tuple[str, Selector, flo
         weights, groups = prunable_parts(net, granularity, ["head.weight"])
         alive = MaskSet({name: weight.detach() != 0.25 for name, weight in weights.items()})
         criteria = [CRITERIA[name] for name in CRITERIA if groups or CRITERIA[name].elements is not None]
+        criteria = [one for one in criteria if one.needs != "moments"]  # refused: they need whole weights
         for rule, scope in itertools.product(criteria, SCOPES if every else [None]):
             scope = scope or next(scope_of)
             if (groups and scope == "erk") or (granularity == "2:4" and scope != "global" and every):

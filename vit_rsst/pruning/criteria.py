@@ -58,15 +58,15 @@ class Statistics:
         absolute: per weight E|X| of its layer's input features; (in,).
         square: per weight E X², likewise.
         gradient: per weight the mean gradient of the loss of one image; shaped like the weight.
-        gram: per weight the Gram matrix of the rows that it multiplies, centred if the layer has a bias; (in, in).
         sites: by unit group.
+        gram: per weight the Gram matrix of the rows that it multiplies, centred if the layer has a bias; (in, in).
     """
 
     absolute: Mapping[str, Tensor] = field(default_factory=dict)
     square: Mapping[str, Tensor] = field(default_factory=dict)
     gradient: Mapping[str, Tensor] = field(default_factory=dict)
-    gram: Mapping[str, Tensor] = field(default_factory=dict)
     sites: Mapping[str, SiteStatistics] = field(default_factory=dict)
+    gram: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
