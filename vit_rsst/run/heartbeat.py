@@ -34,6 +34,8 @@ GRACE = 5.0
 """Seconds for the main thread's own error, which may know more, once another rank has ended."""
 LEAVING = 5.0
 """Seconds to record the reason before the process ends; the disk may be what hangs."""
+MEETINGS = 50
+"""Times that a rank looks for the first beats of the others, ten in an interval."""
 VERDICT = "verdict"
 
 WAITING_FILE = os.path.join("torch", "distributed", "distributed_c10d.py")
@@ -127,7 +129,7 @@ class Heartbeat:
         self._moved = self._answered = time.monotonic()
         self._is_armed, self._may_take_long = False, 0
         self._ended: tuple[str, int | None] = ("", None)
-        self._closing = threading.Event()
+        self._closing, self._has_met = threading.Event(), threading.Event()
         self._watched: Sequence[int] = range(world) if rank == 0 else [0]
         # A rank that never beats is as lost as one that stops.
         unheard = (Beat(number, "a machine not heard of", 0, count=-1) for number in self._watched)
@@ -139,6 +141,8 @@ class Heartbeat:
     def start(self) -> "Heartbeat":
         for thread in self._threads:
             thread.start()
+        if self._world > 1:
+            self._has_met.wait(MEETINGS * self._interval / 10)
         return self
 
     # -- the main thread says where it is
@@ -212,6 +216,7 @@ class Heartbeat:
             return
         try:
             store, is_last = self._connect(), False
+            self._meet(store)
             while not is_last:
                 is_last = self._closing.wait(self._interval)
                 self._rearm()
@@ -224,6 +229,19 @@ class Heartbeat:
                 self._answered = time.monotonic()
         except (distributed.DistError, RuntimeError) as error:
             self._broken = str(error).strip().splitlines()[0]
+        finally:
+            self._has_met.set()
+
+    def _meet(self, store: "distributed.Store") -> None:
+        """Hears of every watched rank before training begins: whoever dies soon is named with its host."""
+        for _ in range(MEETINGS):
+            self._write(store)
+            self._read(store)
+            if all(self._heard[rank][0].count >= 0 for rank in self._watched):
+                break
+            self._closing.wait(self._interval / 10)
+        self._answered = time.monotonic()
+        self._has_met.set()
 
     def _write(self, store: "distributed.Store") -> None:
         self._beat = Beat(
