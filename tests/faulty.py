@@ -46,7 +46,7 @@ loop.train_step = faulty
 """
 """A plugin of the recipe: FAULT=what:rank:step, such as nan:1:5, goes wrong there."""
 
-CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("spawn" if tiny.ON_GPUS else "forkserver")  # CUDA does not survive a fork
 IMPORTED = ["vit_rsst.cli", "vit_rsst.assembly.build", "vit_rsst.loop", "vit_rsst.evaluation.evaluate"]
 CONTEXT.set_forkserver_preload([*IMPORTED, "sklearn.datasets", "torchvision.transforms"])
 

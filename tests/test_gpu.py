@@ -6,15 +6,18 @@ With VIT_RSST_REHEARSE=1 they run on the CPU, so that none meets a GPU untried.
 import gc
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import alone_on_cpu, events, status, write_recipe
+from tiny import REPOSITORY, alone_on_cpu, events, status, write_recipe
 
-from vit_rsst import cli
+from vit_rsst import cli, loop
+from vit_rsst.data.loaders import placed
+from vit_rsst.data.tables import Split
 from vit_rsst.export import program_file, semi_structured
 from vit_rsst.export.exporting import export
 from vit_rsst.models import zoo
@@ -24,6 +27,12 @@ from vit_rsst.pruning.criteria import CRITERIA, Evidence
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.selector import Selector
 from vit_rsst.tickets import ticket_file
+from vit_rsst.training import optim
+from vit_rsst.training.readings import Reading
+
+sys.path.insert(0, str(REPOSITORY / "scripts" / "benchmarks"))
+import _gpu_steps
+from _runs import begin_run
 
 IS_REHEARSED = os.environ.get("VIT_RSST_REHEARSE") == "1"
 HAS_GPU = torch.cuda.is_available()
@@ -84,6 +93,49 @@ def test_a_ticket_is_the_same_file_from_every_device(tmp_path: Path) -> None:
         found.append(load_file(path))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_step_never_waits_for_the_gpu_and_pruning_adds_few_kernels(tmp_path: Path, record_property: Callable) -> None:
+    """As `launches.py` counts it on a stand-in; here by CUDA's own check, and by the profiler."""
+    case = _gpu_steps.Case("vit_tiny", 32, 64, 20, {"embed_dim": 96, "depth": 3, "num_heads": 3})
+    images = torch.randint(0, 256, (64 * 20, 3, 32, 32), dtype=torch.uint8)
+    split = placed(Split(images, torch.arange(len(images)) % 10), DEVICE)
+    kernels = []
+    for is_in_window in (False, True):
+        with alone_on_cpu():
+            if HAS_GPU:
+                os.environ.pop("ACCELERATE_USE_CPU")
+            recipe = _gpu_steps.recipe_of(case, tmp_path, False, is_in_window, 2, rehearse=not HAS_GPU)
+            run = begin_run(recipe, split, int(is_in_window))
+            batches = iter(run.loader.steps(run.progress))
+            for _ in range(3):  # the first allocate
+                step(run, batches)
+            if HAS_GPU:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(3):
+                    step(run, batches)
+            finally:
+                torch.cuda.set_sync_debug_mode("default") if HAS_GPU else None
+            with torch.profiler.profile() as profile:
+                step(run, batches)
+                torch.cuda.synchronize() if HAS_GPU else None
+        found = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        kernels.append(sum(not name.startswith(("Memcpy", "Memset")) for name in found))
+    record_property("kernels_dense", kernels[0])
+    record_property("kernels_in_the_window", kernels[1])
+    assert kernels[1] - kernels[0] <= 6
+    assert kernels[0] > 100 or not HAS_GPU
+
+
+def step(run: loop.Run, batches: Iterator) -> None:
+    """A step of `loop.train_epoch` that logs nothing."""
+    micro_batches = next(batches)
+    loop.seed_step(run)
+    optim.set_lr_(run.optimizer, 1e-3)
+    loss, norm = loop.train_step(run, micro_batches)
+    run.progress.advance()
+    run.readings.note(Reading(run.progress.global_step, {}, None), loss, norm)
 
 
 @pytest.mark.parametrize("method", ["rsst", "imp", "gmp", "ste", "refill"])

@@ -101,6 +101,11 @@ FAULTS = [
     ("stop", 0, "writing"), ("kill", 0, "writing"),
 ]  # fmt: skip
 ALWAYS = [("block", 1, "evaluation")]
+ON_GPUS = [case for case in FAULTS if case[2] in ("step 4", "evaluation") and case[0] != "hold"]
+
+
+def marks(case: tuple) -> list:
+    return [*([] if case in ALWAYS else [pytest.mark.slow]), *([pytest.mark.nccl] if case in ON_GPUS else [])]
 
 
 @pytest.mark.distributed
@@ -108,7 +113,7 @@ ALWAYS = [("block", 1, "evaluation")]
 @pytest.mark.fault("F21")
 @pytest.mark.parametrize(
     ("what", "target", "place"),
-    [pytest.param(*case, marks=[] if case in ALWAYS else pytest.mark.slow) for case in FAULTS],
+    [pytest.param(*case, marks=marks(case)) for case in FAULTS],
 )
 def test_a_rank_that_is_lost_is_named_and_everyone_ends(tmp_path, record_property, what, target, place):
     processes, log = start(tmp_path, f"{what}:{target}:{place}", ranks=3)

@@ -37,8 +37,13 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("interruptions"))
 
 
+def marks(cell: Cell) -> list:
+    on_gpus = cell.setting == Setting("two buckets", 3, 0)
+    return [*([pytest.mark.slow] if cell in SLOW else []), *([pytest.mark.nccl] if on_gpus else [])]
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("cell", [*CELLS, *(pytest.param(cell, marks=pytest.mark.slow) for cell in SLOW)], ids=str)
+@pytest.mark.parametrize("cell", [pytest.param(cell, marks=marks(cell), id=str(cell)) for cell in (*CELLS, *SLOW)])
 def test_an_interrupted_run_ends_as_the_undisturbed_one(bench, cell):
     survived, why = bench.survives(cell)
     assert survived, why

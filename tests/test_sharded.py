@@ -119,6 +119,7 @@ METHODS = {
 }
 
 
+@pytest.mark.nccl
 def test_a_sharded_run_is_that_of_one_process(tmp_path):
     overrides = METHODS["rsst"]
     assert_alike(trained(tmp_path / "2", 2, *overrides), trained(tmp_path / "1", 1, *overrides, is_sharded=False))
@@ -143,6 +144,7 @@ def test_bf16_learns_as_under_ddp(tmp_path):
     assert [t.mask.num_alive for t in found.tickets] == [t.mask.num_alive for t in expected.tickets]
 
 
+@pytest.mark.nccl
 @pytest.mark.slow
 def test_a_sharded_run_resumes_to_the_bit_and_with_any_processes(tmp_path):
     """Stopped within the dense round, within a penalty, and after a removal; then resumed with 3 ranks, and by DDP."""
@@ -152,7 +154,8 @@ def test_a_sharded_run_resumes_to_the_bit_and_with_any_processes(tmp_path):
         stopped = command(tmp_path / "stopped", 2, *overrides, STOP_AT=step)
         assert set(stopped.codes) == {75}, stopped.log
     resumed = trained(tmp_path / "stopped", 2, *overrides)
-    assert "bit-exact" in resumed.log
+    resumes = [event for event in tiny.events(resumed.run) if event["event"] == "resume"]
+    assert [event["bit_exact"] for event in resumes] == [True] * 3, resumes
     assert resumed.bytes == undisturbed.bytes
     for ranks, is_sharded, why in (
         (3, True, "processes 2 → 3"),

@@ -17,6 +17,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "vit_rsst"
 SCRIPTS = REPOSITORY / "scripts"
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+ON_GPUS = os.environ.get("VIT_RSST_RANKS") == "cuda"
+"""Processes of their own train on GPUs, over NCCL; from NCCL 2.30 on, several of them may share one."""
+
 MODEL_ARGS = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "mlp_ratio": 1.0}
 NUM_PRUNABLE = 24 * 72 + 24 * 24 + 24 * 24 + 24 * 24  # qkv, proj, fc1, fc2
 
@@ -40,6 +44,8 @@ UNITS = RECIPE.replace("name: tiny", "name: units").replace("0.9", "0.5").replac
 def write_recipe(folder: Path, text: str = RECIPE) -> Path:
     """A recipe file whose runs go to `folder`/runs."""
     path = folder / "tiny.yaml"
+    if ON_GPUS:
+        text = text.replace("train: {", "train: {deterministic: true, ")
     path.write_text(f"{text}output_dir: {folder / 'runs'}\n", encoding="utf-8")
     return path
 
@@ -129,12 +135,21 @@ def alone_on_cpu() -> Iterator[None]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Environment of a subprocess: this package, one thread, no network, no GPU, nothing of a launcher."""
+    """Environment of a subprocess: this package, one thread, no network, nothing of a launcher, and no GPU, unless
+    `ON_GPUS`."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("ACCELERATE_")}
     path = os.pathsep.join(filter(None, (str(REPOSITORY), kept.get("PYTHONPATH"))))
     offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return kept | offline | {"PYTHONPATH": path} | more
+    found = kept | offline | {"PYTHONPATH": path} | more
+    return gpus(found) if ON_GPUS else found
+
+
+def gpus(variables: dict[str, str]) -> dict[str, str]:
+    """The same environment with the GPUs of this process."""
+    kept = {name: value for name, value in variables.items() if name not in ("ACCELERATE_USE_CPU", VISIBLE)}
+    visible = {VISIBLE: os.environ[VISIBLE]} if VISIBLE in os.environ else {}
+    return kept | visible | {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 
 
 def python(*argv: object, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess:

@@ -35,7 +35,7 @@ def send() -> None:
 
 def noted(s: loop.Run, micro_batches: Sequence) -> tuple[float, float]:
     micro_batches = list(micro_batches)  # an iterator
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for batch in micro_batches for t in batch)).hexdigest()
+    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for batch in micro_batches for t in batch)).hexdigest()
     with log.open("a") as file:
         file.write(json.dumps([s.progress.global_step, digest]) + "\n")
     return train_step(s, micro_batches)

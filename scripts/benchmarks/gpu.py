@@ -1,12 +1,14 @@
 """The project on a GPU: correctness, training speed, inference speed, and complete runs.
 
-Four independent parts, of a few minutes each:
+Five independent parts, of a few minutes each:
 
 a  the tests marked `gpu` (tests/test_gpu.py), one row per test;
 b  training steps of six ViTs in bf16: this project eager, in a penalty window, compiled and with CUDA graphs, against a
    bare PyTorch loop and one like timm's train.py, alternating in one process, with model FLOPs utilisation;
 c  inference: slim against dense, 2:4 sparse against dense;
-d  recipes/cifar100/vit_tiny_rsst_short.yaml and its controls, within a time limit.
+d  recipes/cifar100/vit_tiny_rsst_short.yaml and its controls, within a time limit;
+e  the tests marked `nccl`, with two and three ranks over NCCL: lost ranks, interrupted runs, sharded weights. From
+   NCCL 2.30 on the ranks may share one GPU.
 
 Every row is written as soon as it is measured: `--json gpu.json` writes gpu-a.json and gpu-a.md, gpu-b.json and so on.
 Running the same command again skips finished rows and measures the rest. An error becomes a row and does not stop other
@@ -28,8 +30,8 @@ from pathlib import Path
 import torch
 from _common import environment
 
-PARTS = "abcd"
-MINUTES = {"a": 2.0, "b": 4.0, "c": 1.0, "d": 9.0}
+PARTS = "abcde"
+MINUTES = {"a": 2.0, "b": 4.0, "c": 1.0, "d": 9.0, "e": 4.0}
 """Part → time limit for starting new rows."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -121,13 +123,18 @@ class Watching:
 
 
 def tests(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
-    import pytest
-
     if args.rehearse:
         os.environ["VIT_RSST_REHEARSE"] = "1"
+    run_tests(["tests/test_gpu.py"], ledger, time_left, ["-m", "gpu", "-p", "no:xdist"])
+
+
+def run_tests(files: Sequence[str], ledger: Ledger, time_left: Callable[[], float], options: Sequence[str]) -> None:
+    """Runs the tests of these files that have no row yet."""
+    import pytest
+
     os.chdir(REPOSITORY)
-    options = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "--tb=short", "tests/test_gpu.py"]
-    options += [f"--deselect=tests/test_gpu.py::{name}" for name in ledger.rows]
+    options = [*options, "-p", "no:cacheprovider", "-q", "--tb=short", *files]
+    options += [f"--deselect={file}::{name}" for file in files for name in ledger.rows]
     code = pytest.main(options, plugins=[Watching(ledger, time_left)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED, 2):
         raise RuntimeError(f"pytest exited with {int(code)}")
@@ -241,6 +248,19 @@ def read_run(folder: Path, code: int) -> Row:
     }
 
 
+# -- e
+
+RANKED = ("tests/test_heartbeat.py", "tests/test_interruptions.py", "tests/test_sharded.py")
+
+
+def ranks(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
+    """Each test starts two or three processes; as many tests run at a time as there are groups of three cores."""
+    if not args.rehearse:
+        os.environ["VIT_RSST_RANKS"] = "cuda"
+    together = max((os.cpu_count() or 1) // 3, 1)
+    run_tests(RANKED, ledger, time_left, ["-m", "nccl", "-n", str(together), "--dist", "load"])
+
+
 @dataclass(frozen=True)
 class Part:
     measure: Callable[[Ledger, Callable[[], float], argparse.Namespace], None]
@@ -274,12 +294,13 @@ BY_LETTER = {
             "test_top1": "test top-1",
         },
     ),
+    "e": Part(ranks, {"outcome": "outcome", "seconds": "s", "numbers": "what happened"}),
 }
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=list(PARTS), help="run only this part; default: all four, one process each")
+    parser.add_argument("--part", choices=list(PARTS), help="run only this part; default: all five, one process each")
     parser.add_argument("--minutes", type=float, help="start no new row after this time; default: depends on the part")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="rows go to FILE-a.json, FILE-a.md …")
     parser.add_argument("--rehearse", action="store_true", help="run everything in miniature, as a smoke test")

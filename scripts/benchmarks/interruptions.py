@@ -33,6 +33,9 @@ REQUIRED_SHARE = 1.0  # of the cells survive
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 240
+ON_GPUS = os.environ.get("VIT_RSST_RANKS") == "cuda"
+"""Ranks train on GPUs, over NCCL, with deterministic kernels; from NCCL 2.30 on, several of them may share one."""
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 STEPS = 4  # per epoch; round 0 has 2 epochs, rounds 1 and 2 have 3 each
 MOMENTS = {
     "mid-epoch": ("step", 6),
@@ -112,7 +115,7 @@ class Bench:
         self._undisturbed: dict[Setting, dict] = {}
         self.settles = True  # whether runs settle DDP's buckets before the first step
         # Forking from a process that has imported everything starts in one second instead of eight.
-        self.context = multiprocessing.get_context("forkserver")
+        self.context = multiprocessing.get_context("spawn" if ON_GPUS else "forkserver")  # CUDA does not survive a fork
         self.context.set_forkserver_preload(["vit_rsst.assembly.build", "vit_rsst.loop", "sklearn.datasets", *IMPORTS])
 
     def undisturbed(self, setting: Setting) -> dict:
@@ -146,7 +149,7 @@ class Bench:
         folder.mkdir(exist_ok=True)
         access = ACCESS[setting.kind].format(workers=setting.workers)
         recipe = folder / "recipe.yaml"
-        more = TECHNIQUES if setting.kind == "techniques" else ""
+        more = (TECHNIQUES if setting.kind == "techniques" else "") + (", deterministic: true" if ON_GPUS else "")
         # The first of DDP's buckets holds 1 MiB; 24 images are 8 × 3 ranks and 3 × 4 ranks × 2.
         width, batch, share = (
             (288, 24, 24 // setting.ranks // (setting.ranks - 2)) if setting.ranks > 2 else (24, 32, 8)
@@ -188,8 +191,8 @@ class Bench:
 
 def train_here(recipe: str, variables: dict[str, str], log: str) -> None:
     """Body of a training process, like `python -m vit_rsst.train`."""
-    os.environ.update(variables | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    placed = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"} if ON_GPUS else ON_CPU
+    os.environ.update(variables | placed | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
