@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -147,6 +148,8 @@ def steps(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespa
     import _gpu_steps
 
     for case in _gpu_steps.cases(args.rehearse):
+        if not any(fnmatch(str(case), pattern) for pattern in args.only):
+            continue
         if time_left() <= 0:
             return
         if not any(name.startswith(f"{case}: ") for name in ledger.rows):
@@ -254,10 +257,10 @@ RANKED = ("tests/test_heartbeat.py", "tests/test_interruptions.py", "tests/test_
 
 
 def ranks(ledger: Ledger, time_left: Callable[[], float], args: argparse.Namespace) -> None:
-    """Each test starts two or three processes; as many tests run at a time as there are groups of three cores."""
+    """Each test starts two or three processes; as many tests run at a time as there are pairs of cores."""
     if not args.rehearse:
         os.environ["VIT_RSST_RANKS"] = "cuda"
-    together = max((os.cpu_count() or 1) // 3, 1)
+    together = max((os.cpu_count() or 1) // 2, 1)
     run_tests(RANKED, ledger, time_left, ["-m", "nccl", "-n", str(together), "--dist", "load"])
 
 
@@ -304,6 +307,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no new row after this time; default: depends on the part")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="rows go to FILE-a.json, FILE-a.md …")
     parser.add_argument("--rehearse", action="store_true", help="run everything in miniature, as a smoke test")
+    parser.add_argument("--only", nargs="+", default=["*"], help="part b: only matching cases, such as 'vit_base*'")
     parser.add_argument("--data", type=Path, help="part d: a folder with the parquet files of CIFAR-100; not rehearsed")
     parser.add_argument("--runs", type=Path, help="part d: folder for the runs; default: next to the rows")
     parser.add_argument("--shorten", type=int, default=1, help="part d: divide all epochs by this number")
