@@ -94,7 +94,8 @@ def start(
     launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks}
     processes = []
     for rank in range(ranks):
-        ranked = launch | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks} if ranks > 1 else {}
+        place = {"RANK": rank, "LOCAL_RANK": tiny.local_rank(rank), "LOCAL_WORLD_SIZE": ranks}
+        ranked = launch | place if ranks > 1 else {}
         environment = tiny.environment(
             ACCELERATE_USE_CPU="true", **{k: str(v) for k, v in (ranked | variables).items()}
         )

@@ -145,6 +145,13 @@ def environment(**more: str) -> dict[str, str]:
     return gpus(found) if ON_GPUS else found
 
 
+def local_rank(rank: int) -> int:
+    """Of a rank on this machine; those that share a GPU share a number, since Accelerate takes it for the GPU's."""
+    import torch
+
+    return rank % torch.cuda.device_count() if ON_GPUS else rank
+
+
 def gpus(variables: dict[str, str]) -> dict[str, str]:
     """The same environment with the GPUs of this process."""
     kept = {name: value for name, value in variables.items() if name not in ("ACCELERATE_USE_CPU", VISIBLE)}

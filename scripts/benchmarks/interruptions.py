@@ -162,7 +162,8 @@ class Bench:
         processes = []
         port = free_port()
         for rank in range(setting.ranks):
-            ranked = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": setting.ranks, "LOCAL_WORLD_SIZE": setting.ranks}
+            local = rank % num_gpus() if ON_GPUS else rank  # Accelerate takes it for the number of a GPU
+            ranked = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": setting.ranks, "LOCAL_WORLD_SIZE": setting.ranks}
             launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | (ranked if setting.ranks > 1 else {})
             variables = common | {name: str(value) for name, value in launched.items()}
             arguments = (str(recipe), variables, str(folder / f"log-{rank}"))
@@ -203,6 +204,12 @@ def train_here(recipe: str, variables: dict[str, str], log: str) -> None:
 
     torch.set_num_threads(1)
     sys.exit(train.main([recipe]))
+
+
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def end_together(processes: list) -> None:
