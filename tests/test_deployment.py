@@ -248,6 +248,53 @@ def test_two_of_four_is_counted_in_sets_of_four_inputs(rows, expected):
     assert semi_structured.is_two_of_four(torch.tensor(rows, dtype=torch.float32)) is expected
 
 
+def compress(weight: torch.Tensor) -> torch.Tensor:
+    """Stands in for cuSPARSELt's: (out, in * 9/16), as it stores them: kept values, then where they lie."""
+    kept = weight.reshape(len(weight), -1, 4)
+    places = (kept == 0).to(torch.int8).argsort(2, stable=True)[:, :, :2].sort(2).values
+    values = kept.gather(2, places).flatten(1)
+    packed = torch.zeros(len(weight), weight.shape[1] * 9 // 16, dtype=weight.dtype)
+    packed[:, : values.shape[1]] = values
+    bits = (places.flatten(1).reshape(len(weight), -1, 8) << torch.arange(0, 16, 2)).sum(2).to(torch.int16)
+    packed[:, values.shape[1] :] = bits.view(weight.dtype)
+    return packed
+
+
+def multiply(packed: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Stands in for cuSPARSELt's product of a compressed weight and a dense matrix (in, rows)."""
+    assert dense.shape[1] % 8 == 0
+    num_inputs = packed.shape[1] * 16 // 9
+    values, bits = packed[:, : num_inputs // 2], packed[:, num_inputs // 2 :].contiguous().view(torch.int16)
+    places = (bits.to(torch.int32)[:, :, None] >> torch.arange(0, 16, 2)) & 3
+    weight = torch.zeros(len(packed), num_inputs // 4, 4, dtype=packed.dtype)
+    weight.scatter_(2, places.reshape(len(packed), -1, 2).long(), values.reshape(len(packed), -1, 2))
+    product = weight.flatten(1).float() @ dense.float()
+    return (product if bias is None else product + bias.float()[:, None]).to(dense.dtype)
+
+
+def test_a_compressed_layer_multiplies_as_the_dense_one_and_is_stored_by_torch_export(tmp_path, monkeypatch):
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_cslt_sparse_mm", lambda packed, dense, bias=None, *_, **__: multiply(packed, dense, bias), "CPU")
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 10)).half()
+    weight = net[0].weight.data.view(96, 16, 4)
+    weight.scatter_(2, weight.abs().argsort(2)[:, :, :2], 0.0)
+    inputs = torch.randn(3, 5, 64).half()  # 15 rows are no multiple
+    expected = net(inputs)
+    semi_structured.compress_(net, ["0", "2"])
+    assert [type(layer).__name__ for layer in net] == ["TwoOfFour", "GELU", "Linear"], "10 outputs stay dense"
+    assert torch.allclose(net(inputs), expected, atol=2e-3)
+    with torch.no_grad():
+        program = torch.export.export(net, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    loaded = torch.export.load(tmp_path / "net.pt2")
+    for batch in (1, 3, 16):
+        more = torch.randn(batch, 5, 64).half()
+        assert torch.equal(loaded.module()(more), net(more))
+    assert program_file._elements(loaded) == (64 * 96 + 96 + 96 * 10 + 10, 64 * 96 // 2 + 96 + 96 * 10 + 10)
+
+
 def test_compression_without_a_gpu_or_without_two_of_four_is_refused_in_one_sentence(
     units_run, two_of_four, tmp_path, monkeypatch, capsys
 ):
