@@ -11,13 +11,15 @@ import faulty
 import pytest
 import tiny
 
+from vit_rsst.run.folder import RunFolder
 from vit_rsst.run.heartbeat import Beat, Heartbeat, is_waiting, verdict
+from vit_rsst.train import record_loss
 
 LIMIT = 4
 PLUGIN = """\
 import ctypes, os, signal, time
 from vit_rsst import loop
-from vit_rsst.assembly import data
+from vit_rsst.assembly import data, parts
 from vit_rsst.pruning import controller
 from vit_rsst.run import checkpoint, resume
 
@@ -59,6 +61,7 @@ def batches(*samples, **options):
         yield batch
 
 data.evaluation_batches = batches
+before(parts, "build_model", "building")
 before(loop, "train_step", lambda run, _: f"step {run.progress.global_step}")
 before(controller, "agreed", "selection")
 before(resume, "gather_", "save")
@@ -79,7 +82,8 @@ def start(folder: Path, fault: str, ranks: int, limit: float = LIMIT) -> tuple[l
 def end_after_strike(folder: Path, processes: list, target: int, log: Path) -> float:
     """Seconds from the strike until all other ranks have ended; then ends the target."""
     while not (folder / "struck").exists():
-        assert any(process.is_alive() for process in processes), log.read_text()
+        if not any(process.is_alive() for process in processes) and not (folder / "struck").exists():
+            pytest.fail(f"all ended before it: {[process.exitcode for process in processes]}\n{log.read_text()}")
         time.sleep(0.02)
     began = time.monotonic()
     for rank, process in enumerate(processes):
@@ -136,6 +140,36 @@ def test_a_rank_that_is_lost_is_named_and_everyone_ends(tmp_path, record_propert
     (tmp_path / "struck").unlink()
     again, log = start(tmp_path, "none:0:none", ranks=3)
     assert faulty.ended(again, log).codes == [0, 0, 0], log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.fault("F21")
+def test_a_rank_that_is_lost_before_there_is_a_run_folder_is_named_too(tmp_path, record_property):
+    processes, log = start(tmp_path, "stop:1:building", ranks=3)
+    victim = processes[1].pid
+    seconds = end_after_strike(tmp_path, processes, 1, log)
+    told = log.read_text()
+    assert seconds < LIMIT + 10, told
+    assert [process.exitcode for process in processes] == [3, -signal.SIGKILL, 3], told
+    assert f"error: rank 1 on {os.uname().nodename} (process {victim})" in told
+    assert not (tmp_path / "runs").exists()
+    record_property("happened", f"rank 1 of 3, stop before there is a folder: named, all ended within {seconds:.0f} s")
+
+
+def test_a_loss_is_said_by_every_rank_until_one_has_recorded_it(tmp_path, capsys):
+    folder = RunFolder(tmp_path / "run")
+    for _ in range(2):
+        record_loss("rank 1 is gone", folder, "2026-01-01T00:00:00+00:00")
+        assert capsys.readouterr().err == "error: rank 1 is gone\n"
+    assert not folder.path.exists(), "a run that has not begun leaves none"
+    folder.path.mkdir()
+    for said in ("error: rank 1 is gone\n", ""):
+        record_loss("rank 1 is gone", folder, "2026-01-01T00:00:00+00:00")
+        assert capsys.readouterr().err == said
+    assert folder.status()["exit_code"] == 3
+    record_loss("rank 2 is gone", folder, "2999-01-01T00:00:00+00:00")
+    assert "rank 2" in capsys.readouterr().err, "what an earlier attempt recorded is not of this loss"
 
 
 @pytest.mark.slow

@@ -157,16 +157,21 @@ def join_ranks(recipe: "Recipe", folder: "RunFolder") -> "Ranks":
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
     def on_loss(found: str) -> None:
-        text, is_over = str(lost_rank(found, folder)), ("failed", "stopped")
         time.sleep(0.2 * min(ranks.rank, 10))  # rank 0 records it; if that is the one that is lost, the next one does
-        status = folder.status()
-        is_recorded = status.get("state") in is_over and status.get("updated", "") >= began
-        if folder.path.is_dir() and not is_recorded:
-            print(f"error: {text}", file=sys.stderr, flush=True)
-            folder.write_status("failed", MissingRequirement.exit_code, text)
+        record_loss(str(lost_rank(found, folder)), folder, began)
 
     ranks = Ranks.join(recipe.train.rank_timeout, folder.logs, on_loss)
     return ranks
+
+
+def record_loss(text: str, folder: "RunFolder", began: str) -> None:
+    """Says who is lost, unless another rank has recorded it since this one began; before there is a folder, all do."""
+    status, is_over = folder.status(), ("failed", "stopped")
+    if status.get("state") in is_over and status.get("updated", "") >= began:
+        return
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    if folder.path.is_dir():
+        folder.write_status("failed", MissingRequirement.exit_code, text)
 
 
 def is_finished(folder: "RunFolder", recipe: "Recipe", restart: bool, attempt: int) -> bool:
