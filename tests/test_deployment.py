@@ -251,7 +251,7 @@ def test_two_of_four_is_counted_in_sets_of_four_inputs(rows, expected):
 def compress(weight: torch.Tensor) -> torch.Tensor:
     """Stands in for cuSPARSELt's: (out, in * 9/16), as it stores them: kept values, then where they lie."""
     kept = weight.reshape(len(weight), -1, 4)
-    places = (kept == 0).to(torch.int8).argsort(2, stable=True)[:, :, :2].sort(2).values
+    places = (kept == 0).to(torch.int8).argsort(dim=2, stable=True)[:, :, :2].sort(2).values
     values = kept.gather(2, places).flatten(1)
     packed = torch.zeros(len(weight), weight.shape[1] * 9 // 16, dtype=weight.dtype)
     packed[:, : values.shape[1]] = values

@@ -146,15 +146,15 @@ def test_a_rank_that_is_lost_is_named_and_everyone_ends(tmp_path, record_propert
 @pytest.mark.distributed
 @pytest.mark.fault("F21")
 def test_a_rank_that_is_lost_before_there_is_a_run_folder_is_named_too(tmp_path, record_property):
-    processes, log = start(tmp_path, "stop:1:building", ranks=3)
-    victim = processes[1].pid
-    seconds = end_after_strike(tmp_path, processes, 1, log)
+    processes, log = start(tmp_path, "stop:0:building", ranks=3)
+    victim = processes[0].pid
+    seconds = end_after_strike(tmp_path, processes, 0, log)
     told = log.read_text()
     assert seconds < LIMIT + 10, told
-    assert [process.exitcode for process in processes] == [3, -signal.SIGKILL, 3], told
-    assert f"error: rank 1 on {os.uname().nodename} (process {victim})" in told
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 3, 3], told
+    assert f"error: rank 0 on {os.uname().nodename} (process {victim})" in told
     assert not (tmp_path / "runs").exists()
-    record_property("happened", f"rank 1 of 3, stop before there is a folder: named, all ended within {seconds:.0f} s")
+    record_property("happened", f"rank 0 of 3, stop before there is a folder: named, all ended within {seconds:.0f} s")
 
 
 def test_a_loss_is_said_by_every_rank_until_one_has_recorded_it(tmp_path, capsys):

@@ -92,7 +92,8 @@ class TwoOfFour(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        padded = nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BATCH))
+        more = BATCH - rows.shape[0] % BATCH  # at least one, so that torch.export needs no case of none
+        padded = nn.functional.pad(rows, (0, 0, 0, more))
         product = torch._cslt_sparse_mm(self.packed, padded.t(), bias=self.bias).t()[: rows.shape[0]]
         return product.reshape(*inputs.shape[:-1], product.shape[1])
 
