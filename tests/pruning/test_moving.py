@@ -65,6 +65,21 @@ def test_a_swap_within_windows_keeps_n_of_m_and_takes_the_windows_with_the_small
     assert both.int().tolist() == [[1, 0, 1, 0, 1, 0, 1, 0]]  # no more than one per window
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_swap_within_windows_of_a_convolution_is_that_of_a_loop_over_windows(share):
+    weight, gradient = drawn(6, 8, 3, 1, seed=1), drawn(6, 8, 3, 1, seed=2)
+    alive = drawn(6, 8, 3, 1, seed=3) < 0  # windows of 0 to 4 alive; of none and of all, nothing is swapped
+    found = swap({"w": weight * alive}, MaskSet({"w": alive}), share, {"w": gradient}, 0, window=4)["w"]
+    size, growth, mask = ((t.movedim(1, -1).reshape(-1, 4).numpy()) for t in (weight.abs(), gradient.abs(), alive))
+    swaps = [i for i, window in enumerate(mask) if window.any() and not window.all()]
+    swaps.sort(key=lambda i: size[i][mask[i]].min())
+    expected = mask.copy()
+    for i in swaps[: round(share * int(alive.sum()))]:
+        expected[i, np.where(mask[i], size[i], np.inf).argmin()] = False
+        expected[i, np.where(mask[i], -np.inf, growth[i]).argmax()] = True
+    assert np.array_equal(found.movedim(1, -1).reshape(-1, 4).numpy(), expected)
+
+
 def test_growth_at_random_is_uniform_over_the_dead_and_differs_by_weight_and_seed():
     weights = {name: torch.ones(100, 100) for name in "ab"}
     alive = MaskSet({name: torch.arange(10_000).view(100, 100) < 5000 for name in weights})

@@ -61,9 +61,8 @@ def _within_windows(size: Tensor, growth: Tensor, alive: Tensor, number: int, sh
     grown = growth.movedim(1, -1).reshape(-1, m).masked_fill(mask, -torch.inf).argmax(1)
     can_swap = mask.any(1) & ~mask.all(1)
     [chosen] = contest([Entry("windows", "", -smallest, can_swap)], round(share * number))
-    rows = chosen.nonzero().flatten()
-    mask[rows, dropped[rows]] = False
-    mask[rows, grown[rows]] = True
+    for place in (dropped, grown):  # alive and dead, so that both change
+        mask ^= torch.zeros_like(mask).scatter_(1, place[:, None], chosen[:, None])
     return mask.view(places).movedim(-1, 1).contiguous()
 
 
