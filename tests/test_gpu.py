@@ -25,6 +25,7 @@ from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.contest import keep_n_of_m
 from vit_rsst.pruning.criteria import CRITERIA, Evidence
 from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.movement import Movement
 from vit_rsst.pruning.selector import Selector
 from vit_rsst.tickets import ticket_file
 from vit_rsst.training import optim
@@ -77,6 +78,24 @@ def test_ties_break_by_index_on_every_device() -> None:
     alive = torch.ones_like(scores, dtype=torch.bool)
     ours = keep_n_of_m(scores.to(DEVICE), alive.to(DEVICE), 2, 4).cpu()
     assert torch.equal(ours, keep_n_of_m(scores, alive, 2, 4))
+
+
+def test_movement_adds_up_as_on_the_cpu_and_a_skipped_step_adds_nothing() -> None:
+    found, draw = [], torch.Generator().manual_seed(0)
+    moves = [(torch.randn(4, 8, 3, 3, generator=draw), torch.randn(4, 8, 3, 3, generator=draw)) for _ in range(4)]
+    moves[2][1][0, 0] = torch.nan
+    for device in (torch.device("cpu"), DEVICE):
+        weight = torch.nn.Parameter(torch.zeros(4, 8, 3, 3, device=device).to(memory_format=torch.channels_last))
+        weight.grad = torch.zeros_like(weight)
+        movement = Movement.zeros({"w": weight})
+        for number, (value, gradient) in enumerate(moves):
+            weight.data.copy_(value)
+            weight.grad.copy_(gradient)
+            movement.note({"w": weight})
+            movement.add_(torch.tensor(float(number == 2), device=device))
+        found.append(movement.scores["w"].cpu())
+    assert torch.equal(*found)
+    assert torch.equal(found[0], -moves[0][0] * moves[0][1] - moves[1][0] * moves[1][1] - moves[3][0] * moves[3][1])
 
 
 def test_a_ticket_is_the_same_file_from_every_device(tmp_path: Path) -> None:

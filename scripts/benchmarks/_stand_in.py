@@ -24,6 +24,7 @@ from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.tables import Split
 from vit_rsst.pruning.controller import Controller, RoundState
 from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.movement import Movement
 from vit_rsst.recipe.schema import Recipe
 from vit_rsst.run.heartbeat import Heartbeat
 from vit_rsst.run.ranks import Ranks
@@ -161,6 +162,8 @@ def begin_phase(run: Run, phase: str) -> None:
     controller.mask.__dict__["is_full"], sparse.__dict__["is_full"] = True, False
     controller.state = RoundState(round=1)
     run.progress.round = min(1, len(run.progress.round_epochs) - 1)
+    if controller.selector.criterion.needs == "movement":
+        controller.movement = Movement.zeros(controller.weights)
     if phase == "window":
         controller.staying = sparse
         controller.state = RoundState(round=1, penalty=method.penalty, remove_at=1.0)

@@ -57,6 +57,8 @@ class Case:
     teacher: bool = False
     logs: bool = False
     optimizer: str = "adamw"
+    criterion: str = "magnitude"
+    granularity: str = "element"
     is_due: bool = False
 
     @property
@@ -71,7 +73,12 @@ class Case:
             model=Model(args={"depth": 3, "embed_dim": 48, "num_heads": 3}),
             optim=Optim(name=self.optimizer),
             train=Train(epochs=2, global_batch=64, batch_per_device=64 // self.accumulation, ema_decay=self.ema),
-            pruning=Pruning(method=self.method, schedule=Schedule(rounds=1, final_sparsity=0.5)),
+            pruning=Pruning(
+                method=self.method,
+                schedule=Schedule(rounds=1, final_sparsity=0.5),
+                criterion=self.criterion,
+                granularity=self.granularity,
+            ),
         )
 
 
@@ -91,6 +98,7 @@ CASES = {
     "rsst in its window, distillation": Case(WHOLE, "window", "dense, distillation", teacher=True),
     "rsst after its window": Case(WHOLE, "masked"),
     "imp": Case(Imp(), "masked"),
+    "imp by movement": Case(Imp(), "masked", criterion="movement"),
     "gmp": Case(Gmp(interval=10**6), "masked"),
     "ste": Case(StraightThrough(interval=10**6), "ste"),
     "gmp, a step that removes": Case(Gmp((0.0, 1.0), 1), "masked", is_due=True),
@@ -100,6 +108,8 @@ CASES = {
     "rsst coupled to the gradient, sgd": Case(COUPLED, "window", "dense, sgd", optimizer="sgd"),
     "set, a step that moves": Case(SparseEvolutionary((0.0, 1.0), 1), "masked", is_due=True),
     "rigl, a step that moves": Case(RigL((0.0, 1.0), 1), "masked", is_due=True),
+    "set of 2:4, a step that moves": Case(SparseEvolutionary((0.0, 1.0), 1), "masked", granularity="2:4", is_due=True),
+    "rigl of 2:4, a step that moves": Case(RigL((0.0, 1.0), 1), "masked", granularity="2:4", is_due=True),
     "ste, ema": Case(StraightThrough(interval=10**6), "ste", "dense, ema", ema=0.99),
 }
 

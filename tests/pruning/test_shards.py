@@ -20,6 +20,7 @@ from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.criteria import CRITERIA, Evidence, SiteStatistics, Statistics
 from vit_rsst.pruning.masks import MaskSet
+from vit_rsst.pruning.movement import Movement
 from vit_rsst.pruning.selector import Floors, Selector
 from vit_rsst.pruning.swapping import swap
 from vit_rsst.training.ema import Ema
@@ -118,6 +119,24 @@ def select_with_every_combination(rank: int, world: int, port: int) -> None:
     select(rank, world, port, every=True)
 
 
+def check_movement(weights: dict[str, nn.Parameter], split: dict[str, nn.Parameter], mesh: object) -> None:
+    both = [Movement.zeros(of) for of in (weights, split)]
+    for skipped in (0.0, 1.0, 0.0):
+        for name, weight in weights.items():
+            gradient = (weight.detach() * 3 + 0.5) * (torch.nan if skipped else 1.0)
+            weight.grad, split[name].grad = gradient, sharded(gradient, mesh)
+        for movement, of in zip(both, (weights, split), strict=True):
+            movement.note(of)
+            movement.add_(torch.tensor(skipped))
+    whole, of_shards = both
+    assert all(torch.equal(shards.whole(of_shards.scores[name]), score) for name, score in whole.scores.items())
+    again = Movement.zeros(split)
+    again.load_(whole.scores)
+    assert all(torch.equal(shards.whole(again.scores[name]), score) for name, score in whole.scores.items())
+    for weight in weights.values():
+        weight.grad = None
+
+
 def edit_shards(rank: int, world: int, port: int) -> None:
     mesh, net = joined(rank, world, port), model()
     weights, _ = prunable_parts(net, "element")
@@ -140,6 +159,7 @@ def edit_shards(rank: int, world: int, port: int) -> None:
     for gradients in (None, {name: (weight.detach() * 3).round() for name, weight in weights.items()}):
         shared = gradients and {name: sharded(gradient, mesh) for name, gradient in gradients.items()}
         assert equal(swap(split, mask, 0.3, shared, 5), swap(weights, alive, 0.3, gradients, 5))
+    check_movement(weights, {name: nn.Parameter(sharded(weight, mesh)) for name, weight in weights.items()}, mesh)
     broken = {**split, "gate.weight": one * torch.nan}
     with pytest.raises(ValueError, match="not a number"):  # on every rank, though one holds it
         Selector(CRITERIA["magnitude"]).units(Evidence(broken, mask, 0), 0.2)

@@ -108,11 +108,12 @@ def _update_bytes(parts: Parts, rounds: Sequence[RoundPreview], gradients: int, 
         return gradients
     factors = 4 * prunable if on_gpu else 0  # on the CPU they are the masks themselves
     read = 4 * prunable if method.reads_gradients else 0
+    noted = 4 * prunable if CRITERIA[parts.recipe.pruning.criterion].needs == "movement" else 0
     shrinks = any(round.penalty is not None for round in rounds)
     scores = 8 * prunable  # two copies; `scripts/benchmarks/selection.py`
     if CRITERIA[parts.recipe.pruning.criterion].needs == "moments":
         scores += moments_bytes(parts.net, parts.weights, parts.groups)
-    return max(gradients + factors + read, 3 * factors if shrinks else 0, scores)
+    return max(gradients + factors + read + noted, 3 * factors + noted if shrinks else 0, scores)
 
 
 def _teacher(parts: Parts) -> nn.Module | None:

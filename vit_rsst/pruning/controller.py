@@ -20,6 +20,7 @@ from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
 from vit_rsst.pruning.granularity import units_left
 from vit_rsst.pruning.masks import MaskSet, factors
+from vit_rsst.pruning.movement import Movement
 from vit_rsst.pruning.patterns import pattern
 from vit_rsst.pruning.plan import RAMPS_OF_0_1, Density, Growth, Method, Penalty, PruningView, changes_within_rounds
 from vit_rsst.pruning.selector import Selector
@@ -115,7 +116,7 @@ class Controller:
     rewind_point: dict[str, Tensor] | None = None
     state: RoundState = field(default_factory=RoundState)
     dense: list[Tensor] | None = None  # straight-through: the dense weights, while the model holds w · M
-    movement: dict[str, Tensor] | None = None  # −Σ w · g over the steps of this round, for criteria that need it
+    movement: Movement | None = None  # over the steps of this round, for criteria that need it
     gradients: dict[str, Tensor] | None = None  # of all elements, before they are masked, until the end of the step
     _made: tuple[MaskSet, list[Tensor]] | None = field(default=None, repr=False)  # cached factors of a mask
 
@@ -153,7 +154,7 @@ class Controller:
         if self.ema is not None:
             self.ema.restart_()
         if self.selector.criterion.needs == "movement":
-            self.movement = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+            self.movement = Movement.zeros(self.weights)
 
     @property
     def condemned(self) -> MaskSet | None:
@@ -177,7 +178,7 @@ class Controller:
             self.restore_dense_()
             return
         if self.movement is not None:
-            self._add_movement_(self.movement)
+            self.movement.note(self.weights)
         if self.reads_gradients(progress):  # averaged over ranks and micro-batches already
             read = {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in self.weights.items()}
             self.gradients = read
@@ -232,6 +233,8 @@ class Controller:
         Args:
             skipped: 1.0 on the weights' device if the optimizer skipped the step, else 0.0; None: not skipped.
         """
+        if self.movement is not None:
+            self.movement.add_(skipped)
         penalty = self._penalty(progress)
         if penalty is not None and penalty.coupling == "decoupled":
             # Masked gradients and zero moments keep dead weights at zero here, which saves a pass over the weights.
@@ -326,7 +329,7 @@ class Controller:
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.ema.tensors.items()}
         if self.movement is not None:
-            tensors |= {f"movement/{name}": value for name, value in self.movement.items()}
+            tensors |= {f"movement/{name}": value for name, value in self.movement.scores.items()}
         numbers = {key: value for key, value in vars(self.state).items() if key != "penalty"}
         numbers["penalty"] = vars(self.state.penalty) if self.state.penalty else None
         return tensors, numbers if self.ema is None else numbers | {"ema_steps": self.ema.steps}
@@ -340,9 +343,9 @@ class Controller:
         condemned = MaskSet.unpack(parts["condemned"], self.weights) if parts["condemned"] else None
         self.staying = None if condemned is None else self.mask.minus(condemned)
         self.rewind_point = self._own_rows(parts["rewind"]) or None
-        moved = parts["movement"]
-        self.movement = {name: shards.placed(moved[name], weight) for name, weight in self.weights.items() if moved}
-        self.movement = self.movement or None
+        self.movement = Movement.zeros(self.weights) if parts["movement"] else None
+        if self.movement is not None:
+            self.movement.load_(parts["movement"])
         penalty = numbers["penalty"]
         if penalty is not None:
             renamed = RAMPS_OF_0_1.get(penalty["ramp"], {})
@@ -380,14 +383,6 @@ class Controller:
         if self._made is None or self._made[0] is not mask:
             self._made = (mask, factors(shards.locals_of(mask.tensors()), self._weights()))
         return self._made[1]
-
-    @torch.no_grad()
-    def _add_movement_(self, movement: Mapping[str, Tensor]) -> None:
-        """Subtracts w · g, whose g is averaged over ranks and micro-batches, unless the step will be skipped."""
-        learnt = {name: weight for name, weight in self.weights.items() if weight.grad is not None}
-        is_sound = _are_finite(weight.grad for weight in learnt.values())
-        for name, weight in learnt.items():
-            movement[name].sub_(torch.where(is_sound, weight * weight.grad, 0.0))
 
     @torch.no_grad()
     def enforce_(self) -> None:
@@ -522,7 +517,8 @@ class Controller:
             self.state.density_asked = self.selector.mean_density(self.weights, density)
         seed = self.seed * 1_000 + self.state.round  # differs by round, the same on every device
         statistics = self.calibrate() if self.calibrate is not None else None
-        evidence = Evidence(self.weights, self.mask, seed, statistics, movement=self.movement)
+        moved = self.movement.scores if self.movement is not None else None
+        evidence = Evidence(self.weights, self.mask, seed, statistics, movement=moved)
         chosen = agreed(lambda: choose(evidence), self.mask)
         if density is not None and self.state.density_asked < 1.0 - 0.5 / self.mask.num_elements:
             chosen.__dict__["is_full"] = False  # known here; counting would synchronize with the device
