@@ -10,7 +10,10 @@ from pathlib import Path
 import faulty
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
+from vit_rsst.run.checkpoint import Checkpointer
 from vit_rsst.run.folder import RunFolder
 from vit_rsst.run.heartbeat import Beat, Heartbeat, is_waiting, verdict
 from vit_rsst.train import record_loss
@@ -186,13 +189,22 @@ def test_a_disk_three_times_slower_than_the_limit_loses_neither_rank_nor_point(t
     assert ended.codes == [75 if stops else 0] * 3, ended.log
     steps = [int(path.name.removeprefix("step-")) for path in sorted((run / "checkpoints").glob("step-*"))]
     assert all((run / "logs" / f"stacks-{rank}.txt").read_text() == "" for rank in range(3))
+    assert Checkpointer(run / "checkpoints").load().step == steps[-1], "the newest is complete"
+    paths = sorted((run / "tickets").glob("*.safetensors"))
+    tickets = [load_file(path) for path in paths]
     if stops:
         assert steps[-1] == tiny.status(run)["step"], "the last save is waited for"
-        again, log = start(tmp_path, "none:0:none", ranks=3)
-        assert faulty.ended(again, log).codes == [0, 0, 0], log.read_text()
     else:
         assert "is still being written" in ended.log
-        assert steps
+        assert len(paths) == 3
+        paths[-1].unlink()
+        RunFolder(run).write_status("running")  # as if it had been lost after its last save
+    again, log = start(tmp_path, "none:0:none", ranks=3)
+    assert faulty.ended(again, log).codes == [0, 0, 0], log.read_text()
+    assert "resumed at round" in log.read_text()
+    assert tiny.status(run)["state"] == "finished"
+    for path, ticket in zip(paths, tickets, strict=True):
+        assert all(torch.equal(value, ticket[name]) for name, value in load_file(path).items())
 
 
 # -- who is lost

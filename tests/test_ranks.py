@@ -5,20 +5,21 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import faulty
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from vit_rsst import train
 from vit_rsst.errors import InputError, MissingRequirement
 from vit_rsst.pruning import agreement
 from vit_rsst.run.environment import drift, environment, inexact_because
 from vit_rsst.run.heartbeat import Heartbeat
-from vit_rsst.run.ranks import Ranks
+from vit_rsst.run.ranks import Ranks, meeting_place
 from vit_rsst.run.rehearsal import settle_buckets, unreached, without_trace
 from vit_rsst.run.signals import next_agreement
 
@@ -181,6 +182,28 @@ def test_an_error_of_rank_0_is_raised_on_every_rank(ranks):
 def test_calls_are_told_apart_by_their_order(ranks):
     assert [ranks[0].on_main("x", lambda n=n: n) for n in range(3)] == [0, 1, 2]
     assert [ranks[1].on_main("x", lambda: None) for _ in range(3)] == [0, 1, 2]
+
+
+def test_an_attempt_does_not_meet_the_one_before(monkeypatch):
+    served = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(served.port), "RANK": "1", "WORLD_SIZE": "3"}
+    for name, value in place.items() | {("TORCHELASTIC_USE_AGENT_STORE", "True")}:
+        monkeypatch.setenv(name, value)
+    limit, stores = timedelta(seconds=10), []
+    for attempt in "012":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        found = meeting_place(limit)
+        if attempt == "0":
+            assert found == {}, "the first meets where torch does"
+            continue
+        assert (found["rank"], found["world_size"]) == (1, 3)
+        assert not found["store"].check(["address"])
+        found["store"].set("address", attempt)
+        stores.append(found["store"])
+    assert [store.get("address") for store in stores] == [b"1", b"2"]
+    assert not served.check(["address"])
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    assert meeting_place(limit) == {}, "a launcher without a store of its own: rank 0 serves a new one"
 
 
 # -- rehearsals leave no trace

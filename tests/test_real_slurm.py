@@ -173,6 +173,8 @@ def test_a_step_daemon_that_is_killed_ends_the_job_and_the_same_command_resumes(
     steps[-1].send_signal(signal.SIGKILL)
     found = slurm.wait(job, *ENDS, "PENDING", seconds=480)  # srun waits five minutes for the node without a daemon
     if found["JobState"] == "PENDING":
-        return check_finished(slurm, job, recipe, undisturbed[2], restarts=1)
-    again = submit(slurm, recipe, 2)
-    return check_finished(slurm, again, recipe, undisturbed[2], restarts=0)
+        check_finished(slurm, job, recipe, undisturbed[2], restarts=1)
+    else:
+        job = submit(slurm, recipe, 2)
+        check_finished(slurm, job, recipe, undisturbed[2], restarts=0)
+    assert "resumed at round" in slurm.log(job)
