@@ -1,6 +1,8 @@
 """`vit-rsst prune`: the library's removal from the command line, with scores, tickets, slim models and sweeps."""
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -226,6 +228,46 @@ def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(ticket_file, "save", full)
     assert tiny.command("prune", folder / "dense.safetensors", tmp_path / "a" / "out", "--sparsity", 0.5) == 3
     assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["full", "terminated"])
+def test_an_interrupted_sweep_keeps_its_finished_points_and_nothing_half_written(folder, tmp_path, monkeypatch, end):
+    before, save = signal.getsignal(signal.SIGTERM), ticket_file.save
+
+    def interrupted(path: Path, *arguments: object) -> int:
+        if "sparsity_0.8" not in str(path):
+            return save(path, *arguments)
+        path.write_bytes(b"half")
+        if end == "full":
+            raise OSError(28, "No space left on device")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return pytest.fail("the process goes on")
+
+    monkeypatch.setattr(ticket_file, "save", interrupted)
+    argv = ("prune", folder / "dense.safetensors", tmp_path / "out", "--sweep", "0.3,0.8,0.9")
+    if end == "full":
+        assert tiny.command(*argv) == 3
+    else:
+        with pytest.raises(SystemExit) as ended:
+            tiny.command(*argv)
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "out", "result.json", "sparsity_0.3", "ticket.json", "ticket.safetensors",
+    ]  # fmt: skip
+    result = result_of(tmp_path / "out")
+    [point] = result["points"]
+    assert [goal["final_sparsity"] for goal in result["asked"]] == [0.3, 0.8, 0.9]
+    monkeypatch.undo()
+    alone = pruned(folder / "dense.safetensors", tmp_path / "alone", "--sparsity", 0.3)
+    assert same(alone / "ticket.safetensors", Path(point["ticket"]))
+    assert result_of(alone)["points"][0]["top1"] == point["top1"]
+
+
+def test_a_sweep_that_ends_before_its_first_point_leaves_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ticket_file, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert tiny.command("prune", folder / "dense.safetensors", tmp_path / "out", "--sweep", "0.3,0.8") == 3
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,9 +6,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vit_rsst.errors import InputError, MissingRequirement
@@ -80,6 +83,41 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     write_text(path, buffer.getvalue())
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to on the same file system, which takes the place of `folder` once everything is written.
+
+    An exception or SIGTERM removes it; `folder` is new or empty, and its parents are made at the end.
+    """
+    parent = folder.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    temporary = parent / f".{folder.name}.{os.getpid()}.tmp"
+    with _unwound_by_sigterm():
+        try:
+            temporary.mkdir()
+            yield temporary
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """SIGTERM, where it would end the process at once, ends it by an exception, with the exit code of the signal."""
+    try:
+        is_ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if is_ours else None
+    except ValueError:  # not in the main thread
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def settle(path: Path) -> None:

@@ -1,7 +1,5 @@
 """Exports a ticket: writes to a temporary folder, reads it back, compares it with the ticket, then renames it."""
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -98,22 +96,17 @@ def export(
     check_vacant(folder)
     work = Work.of(what, options)
     target.check(work)
-    temporary = beside(folder)
     try:
-        temporary.mkdir()
-        target.write(work, temporary)
-        found, measured = _compared(work, target, temporary), target.measured(work, temporary)
-        card = _card(work, target, temporary, folder.name, found, measured)
-        files.write_text(temporary / "README.md", card.text())
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, folder)
+        with files.whole_folder(folder) as temporary:
+            target.write(work, temporary)
+            found, measured = _compared(work, target, temporary), target.measured(work, temporary)
+            card = _card(work, target, temporary, folder.name, found, measured)
+            files.write_text(temporary / "README.md", card.text())
+            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     except (OSError, SafetensorError) as error:
         raise MissingRequirement(
             f"{folder}: cannot be written ({error}); free some space, or choose another folder."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Exported(work.path, folder, sizes, found, work.slim.is_narrower, target.is_slim, note(work), measured)
 
 
@@ -145,14 +138,6 @@ def _given(options: Options) -> Iterator[tuple[str, str]]:
         value = getattr(options, one.name)
         if value != one.default:
             yield one.name, f"--{value if one.name == 'precision' else one.name.replace('_', '-')}"
-
-
-def beside(folder: Path) -> Path:
-    """A temporary name on the same file system, in the closest existing parent folder."""
-    parent = folder.absolute().parent
-    while not parent.is_dir():
-        parent = parent.parent
-    return parent / f".{folder.name}.{os.getpid()}.tmp"
 
 
 @torch.no_grad()

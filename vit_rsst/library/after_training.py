@@ -4,11 +4,10 @@
 """
 
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,7 @@ from vit_rsst.data.tables import Split
 from vit_rsst.errors import Damaged, InputError, MissingRequirement
 from vit_rsst.evaluation.evaluate import labelled, open_model, outcomes_of
 from vit_rsst.export import deployed
-from vit_rsst.export.exporting import beside, check_vacant, export
+from vit_rsst.export.exporting import check_vacant, export
 from vit_rsst.library.files import described
 from vit_rsst.library.removals import Removals, removal_section
 from vit_rsst.pruning.criteria import CRITERIA, OF_IMAGES
@@ -237,7 +236,7 @@ def _header(trained: Trained, section: Pruning, classes: Sequence[str]) -> dict[
 
 
 def run(prepared: Prepared) -> dict:
-    """Removes, scores and writes; the folder appears whole, or not at all.
+    """Removes, scores and writes; the folder appears whole, or not at all. That of a sweep grows point by point.
 
     Returns:
         What the files hold and what the table shows, as plain data.
@@ -247,25 +246,54 @@ def run(prepared: Prepared) -> dict:
         Damaged: the logits of the model are not finite.
         MissingRequirement: the folder cannot be written.
     """
-    asked, start = prepared.asked, time.perf_counter()
-    temporary = beside(asked.folder)
     try:
-        temporary.mkdir()
-        result = _worked(prepared, temporary)
-        result["seconds"]["total"] = time.perf_counter() - start
-        files.write_json(temporary / RESULT, result)
-        asked.folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, asked.folder)
+        with _place(prepared.asked) as place:
+            return _worked(prepared, place)
     except OSError as error:
         raise MissingRequirement(
-            f"{asked.folder}: cannot be written ({error}); free some space, or choose another folder."
+            f"{prepared.asked.folder}: cannot be written ({error}); free some space, or choose another folder."
         ) from error
+
+
+@contextmanager
+def _place(asked: Asked) -> Iterator[Path]:
+    """Where to write."""
+    if not asked.is_sweep:
+        with files.whole_folder(asked.folder) as temporary:
+            yield temporary
+        return
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield asked.folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            asked.folder.rmdir()  # empty: not a point was finished
+
+
+def _worked(prepared: Prepared, place: Path) -> dict:
+    asked, start = prepared.asked, time.perf_counter()
+    result, batches = _before(prepared), prepared.batches if prepared.calibration else None
+    for goal, found in zip(asked.goals, prepared.removals.each_(batches), strict=True):
+        inside = goal.name if asked.is_sweep else ""
+        with files.whole_folder(place / inside) if inside else nullcontext(place) as folder:
+            point = _written(prepared, goal, found, folder)
+        for name in ("ticket", "slim"):
+            if name in point:
+                point[name] = str(asked.folder / inside / point[name])
+        result["points"].append(point)
+        result["seconds"] |= {"calibration": found.seconds["calibration"], "total": time.perf_counter() - start}
+        files.write_json(place / RESULT, result)
+        scored = f"  top1 {point['top1']:.2f}" if asked.split else ""
+        _tell(f"{inside or 'pruned'}  density {point['density']:.4f}{scored}  {duration(found.seconds['removal'])}")
+    if asked.is_sweep and asked.split:
+        _draw(prepared, result, place / FIGURE)
+    result["seconds"]["total"] = time.perf_counter() - start
+    files.write_json(place / RESULT, result)
     return result
 
 
-def _worked(prepared: Prepared, folder: Path) -> dict:
+def _before(prepared: Prepared) -> dict:
+    """The result without its points."""
     asked, section, start = prepared.asked, prepared.section, time.perf_counter()
     if prepared.calibration:
         _tell(f"calibration on {len(prepared.images):,} training images")
@@ -273,8 +301,9 @@ def _worked(prepared: Prepared, folder: Path) -> dict:
     dense = _state(prepared, _with_others(prepared, prepared.removals.alive))
     if not np.isfinite(dense.get("loss", 0.0)):
         raise Damaged(f"{prepared.trained.path}: its logits are not finite (the weights diverged); use another model.")
-    result = {
+    return {
         "model": asked.what,
+        "asked": [goal.words for goal in asked.goals],
         "pruned": {name: getattr(section, name) for name in ("granularity", "criterion", "scope", "compensate")},
         "calibration_images": len(prepared.images) if prepared.calibration else 0,
         "split": asked.split,
@@ -283,21 +312,6 @@ def _worked(prepared: Prepared, folder: Path) -> dict:
         "points": [],
         "seconds": {"images": decoded, "calibration": 0.0},
     }
-    batches = prepared.batches if prepared.calibration else None
-    for goal, found in zip(asked.goals, prepared.removals.each_(batches), strict=True):
-        inside = goal.name if asked.is_sweep else ""
-        (folder / inside).mkdir(exist_ok=True)
-        point = _written(prepared, goal, found, folder / inside)
-        for name in ("ticket", "slim"):
-            if name in point:
-                point[name] = str(asked.folder / inside / point[name])
-        result["points"].append(point)
-        result["seconds"]["calibration"] = found.seconds["calibration"]
-        scored = f"  top1 {point['top1']:.2f}" if asked.split else ""
-        _tell(f"{inside or 'pruned'}  density {point['density']:.4f}{scored}  {duration(found.seconds['removal'])}")
-    if asked.is_sweep and asked.split:
-        _draw(prepared, result, folder / FIGURE)
-    return result
 
 
 def _written(prepared: Prepared, goal: Goal, found: OneShot, folder: Path) -> dict:
