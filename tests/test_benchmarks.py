@@ -25,6 +25,14 @@ def test_no_step_waits_for_its_device_and_pruning_adds_few_kernels():
     assert "rsst in its window, ema" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_peers_are_compared_on_a_few_images(tmp_path):
+    done = tiny.python(tiny.SCRIPTS / "benchmarks" / "peers.py", "--quick", "--json", tmp_path / "p.json", timeout=240)
+    found = json.loads((tmp_path / "p.json").read_text())  # times of so few images may miss the bound
+    assert found["seconds"].keys() == {"vit-rsst", "timm", "Trainer"}, done.stdout + done.stderr
+    assert len(set(found["parameters"].values())) == 1
+
+
 def test_the_command_that_is_recorded_has_all_arguments_and_no_absolute_path():
     argv = ["/a/b/data.py", "--quick", "--cifar", "/c/cifar 10", "--json", "r/x.json"]
     code = f"import sys; sys.path.insert(0, sys.argv[1]); import _common; print(_common.command({argv}))"
