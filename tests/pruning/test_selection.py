@@ -1,9 +1,11 @@
 """Selection against a slow second implementation: Python's stable sort over every element."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from vit_rsst.pruning import contest
 from vit_rsst.pruning.allocation import Allocation
 from vit_rsst.pruning.criteria import CRITERIA, Criterion, Evidence
 from vit_rsst.pruning.masks import MaskSet
@@ -138,6 +140,43 @@ def test_selection_by_layer_equals_sorting_each_weight(seed):
     for name in alive:
         expected |= by_sorting({name: scores[name]}, MaskSet({name: alive[name]}), density)
     assert_same(keep_top(scores, alive, density, "layer"), expected)
+
+
+def some_entries(seed: int) -> list[contest.Entry]:
+    """15,002 scores of three weights, in every second case with ties; a tenth of them alive, most or all."""
+    draw, entries = np.random.default_rng(seed), []
+    for size in (9000, 1, 6001):
+        scores = draw.normal(size=size).astype(np.float32)
+        scores = scores.round(1) + 0.0 if seed % 2 else scores
+        scores[draw.random(size) < 0.01] = np.inf if seed % 4 < 2 else -np.inf
+        alive = torch.from_numpy(draw.random(size) < (0.1, 0.9, 1.0)[seed % 3])
+        entries.append(contest.Entry("w", "", torch.from_numpy(scores), alive))
+    return entries
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_threshold_bracketed_by_a_sample_is_that_of_sorting(monkeypatch, seed):
+    monkeypatch.setattr(contest, "SAMPLE", 512)
+    entries = some_entries(seed)
+    alive = torch.cat([entry.scores[entry.alive] for entry in entries]).sort(descending=True)[0]
+    for k in (1, 2, len(alive) // 7, len(alive) // 2, len(alive) - 1, len(alive)):
+        assert contest._kth_largest(entries, k) == alive[k - 1]
+
+
+def test_a_sample_brackets_a_part_of_the_scores_and_one_that_is_unlike_the_rest_changes_nothing(monkeypatch):
+    monkeypatch.setattr(contest, "SAMPLE", 512)
+    scores, alive = np.random.default_rng(0).normal(size=20_000).astype(np.float32), np.ones(20_000, dtype=bool)
+    low, high = contest._bracket([scores], [alive], 5000)
+    assert 500 < ((scores >= low) & (scores <= high)).sum() < 10_000
+    assert low < np.sort(scores)[-5000] < high
+    scores[:: 20_000 // 512 | 1] = np.linspace(8, 9, len(scores[:: 20_000 // 512 | 1]))  # those that are drawn
+    low, high = contest._bracket([scores], [alive], 5000)
+    expected = np.sort(scores)[-5000]
+    assert not low <= expected <= high
+    entry = contest.Entry("w", "", torch.from_numpy(scores), torch.from_numpy(alive))
+    assert contest._kth_largest([entry], 5000) == expected
+    few = np.arange(20_000) == 1  # not drawn
+    assert contest._kth_largest([contest.Entry("w", "", entry.scores, torch.from_numpy(few))], 1) == scores[1]
 
 
 def test_the_random_cases_contain_ties_and_dead_elements():

@@ -10,6 +10,8 @@ from torch import Tensor
 from vit_rsst import shards
 from vit_rsst.pruning.device_contest import keep_best
 
+SAMPLE = 1 << 17
+"""Scores that are sorted to bracket a threshold."""
 NOT_A_NUMBER = "pruning.criterion: a score is not a number; the weights or the statistics have diverged."
 
 
@@ -64,9 +66,10 @@ def contest(entries: Sequence[Entry], budget: float, never_above: bool = False) 
     kept: dict[int, Tensor] = {}
     while True:
         open = [i for i in range(len(entries)) if i not in kept]
-        left = budget - sum(entries[i].cost * int(kept[i].sum()) for i in kept)
+        left = budget - sum(entries[i].cost * int(kept[i].count_nonzero()) for i in kept)
         found = dict(zip(open, _best([entries[i] for i in open], left, never_above), strict=True))
-        short = [i for i in open if int(found[i].sum()) < min(entries[i].least, int(entries[i].alive.sum()))]
+        living = {i: int(entries[i].alive.count_nonzero()) for i in open}
+        short = [i for i in open if int(found[i].count_nonzero()) < min(entries[i].least, living[i])]
         if not short:
             return [kept[i] if i in kept else found[i] for i in range(len(entries))]
         for i in short:  # keep its best, and let the others share the rest
@@ -125,12 +128,12 @@ def _best(entries: Sequence[Entry], budget: float, never_above: bool) -> list[Te
 
 def _keep_k(entries: Sequence[Entry], k: int) -> list[Tensor]:
     """Keeps the k largest scores; ties at the k-th largest are kept in index order."""
-    k = min(k, sum(int(entry.alive.sum()) for entry in entries))
+    k = min(k, sum(int(entry.alive.count_nonzero()) for entry in entries))
     if k <= 0:
         return [torch.zeros_like(entry.alive) for entry in entries]
     threshold = _kth_largest(entries, k)
     kept = [((entry.scores > threshold) & entry.alive).contiguous() for entry in entries]
-    missing = k - sum(int(mask.sum()) for mask in kept)
+    missing = k - sum(int(mask.count_nonzero()) for mask in kept)
     for entry, mask in zip(entries, kept, strict=True):
         if missing == 0:
             break
@@ -141,39 +144,37 @@ def _keep_k(entries: Sequence[Entry], k: int) -> list[Tensor]:
 
 
 def _kth_largest(entries: Sequence[Entry], k: int) -> float:
-    """The k-th largest score among alive elements, by a radix select in two passes of 16 bits.
+    """The k-th largest score among alive elements.
 
-    It copies one entry at a time: for 85 M scores it takes a third of the time of a partition.
+    A sample brackets it, so that one pass over the entries leaves a few per cent of the scores to be partitioned.
     """
-    counts = np.zeros(1 << 16, dtype=np.int64)
-    for entry in entries:
-        counts += np.bincount(_ordered_bits(entry) >> 16, minlength=1 << 16)
-    upper, above = _bin_of(counts, k)
-    counts = np.zeros(1 << 16, dtype=np.int64)
-    for entry in entries:
-        bits = _ordered_bits(entry)
-        counts += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=1 << 16)
-    lower, _ = _bin_of(counts, k - above)
-    bits = np.uint32(upper << 16 | lower)
-    sign = np.uint32(0x80000000) if bits >> 31 else np.uint32(0xFFFFFFFF)
-    return float((bits ^ sign).view(np.float32))
+    scores = [entry.scores.detach().cpu().numpy().reshape(-1) for entry in entries]
+    alive = [entry.alive.cpu().numpy().reshape(-1) for entry in entries]
+    low, high = _bracket(scores, alive, k)
+    while True:
+        above, between = 0, []
+        for values, living in zip(scores, alive, strict=True):
+            if np.isnan(values).any() and np.isnan(values[living]).any():
+                raise ValueError(NOT_A_NUMBER)
+            is_above = values > high
+            above += np.count_nonzero(is_above & living)
+            between.append(values[(values >= low) & ~is_above & living])
+        left = np.concatenate(between)
+        if above < k <= above + left.size:
+            place = left.size - (k - above)
+            left.partition(place)
+            return float(left[place])
+        low, high = -np.inf, np.inf  # the sample was not like the rest
 
 
-def _ordered_bits(entry: Entry) -> np.ndarray:
-    """Scores of alive elements as unsigned integers in the same order: the sign bit of positive floats is set, negative
-    ones are inverted."""
-    scores = entry.scores.detach().cpu().numpy().reshape(-1)[entry.alive.cpu().numpy().reshape(-1)]
-    if np.isnan(scores).any():
-        raise ValueError(NOT_A_NUMBER)
-    bits = scores.view(np.uint32)
-    return bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
-
-
-def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest, and the count above that bin."""
-    from_top = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(from_top, k))
-    return len(counts) - 1 - place, int(from_top[place] - counts[::-1][place])
+def _bracket(scores: Sequence[np.ndarray], alive: Sequence[np.ndarray], k: int) -> tuple[float, float]:
+    """Scores that very likely lie on both sides of the k-th largest, from a sample of all entries."""
+    step = sum(map(len, scores)) // SAMPLE | 1  # odd: rows are of even length
+    sample = np.sort(np.concatenate([v[::step][living[::step]] for v, living in zip(scores, alive, strict=True)]))
+    place = len(sample) * (1 - k / sum(map(np.count_nonzero, alive)))
+    below, above = place - 4 * len(sample) ** 0.5, place + 4 * len(sample) ** 0.5  # 8 standard deviations at least
+    low = sample[int(below)] if below > 0 else -np.inf
+    return low, sample[int(above)] if above < len(sample) else np.inf
 
 
 def _keep_affordable(entries: Sequence[Entry], budget: float, never_above: bool) -> list[Tensor]:
