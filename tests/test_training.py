@@ -15,6 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import nn
 
 from vit_rsst import files
+from vit_rsst.assembly import data
 from vit_rsst.data.dealing import Dealing
 from vit_rsst.data.loaders import InMemoryLoader
 from vit_rsst.data.mixing import Mixing
@@ -341,6 +342,22 @@ def test_a_round_ends_with_its_best_epoch_and_early_if_patience_runs_out(tmp_pat
         assert row.epochs == len(of_round)
         assert row.val_top1 == pytest.approx(max(of_round))
     assert min(row.epochs for row in rows) < 6
+
+
+def test_a_round_is_scored_by_its_last_epoch(tmp_path, monkeypatch):
+    """Three rounds of two epochs, the accuracy before and after two removals, three tickets on the test split."""
+    counted, evaluation_batches = Counter(), data.evaluation_batches
+
+    def counting(samples, *args, **options):
+        counted[len(samples)] += 1
+        return evaluation_batches(samples, *args, **options)
+
+    monkeypatch.setattr(data, "evaluation_batches", counting)
+    assert tiny.command("train", tiny.write_recipe(tmp_path)) == 0
+    assert counted == {144: 3 * 2 + 2 * 2, 360: 3}
+    run = tmp_path / "runs" / "tiny"
+    epochs = [event["val/loss"] for event in tiny.events(run) if event["event"] == "epoch"]
+    assert [event["val_loss"] for event in tiny.events(run) if event["event"] == "round"] == epochs[1::2]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def train_rounds(run: Run) -> None:
         if run.controller.begin_round(round):  # False when resuming inside this round
             optim.reset_state_(run.optimizer)
             run.best.restart()
-            run.seconds, run.clock = 0.0, time.monotonic()
+            run.seconds, run.clock, run.scores = 0.0, time.monotonic(), None
             run.watch("round began", run.progress, run.controller)
         if run.epoch_is_open:  # resumed between the last step of an epoch and its evaluation
             finish_epoch(run)
@@ -174,7 +174,7 @@ def finish_epoch(run: Run) -> None:
     try:
         check_same_weights(run.net)
         with run.controller.as_deployed():
-            scores = run.evaluate("val")
+            run.scores = scores = run.evaluate("val")
     except Interrupted:
         stop_run(run, saves=True)
     train, run.epoch_is_open = run.meter.compute_and_reset(), False
@@ -215,9 +215,10 @@ def finish_round(run: Run) -> None:
     """Writes the round's ticket, result and row."""
     if run.best.weights is not None:
         run.controller.restore_(run.best.weights)
+        run.scores = None
     result = run.controller.end_round()
     with run.controller.as_deployed():
-        scores = run.evaluate("val")
+        scores = run.scores or run.evaluate("val")  # nothing has changed since the last epoch was evaluated
         state, mask = shards.gathered(run.net.state_dict()), run.controller.mask.gathered()
         run.ranks.on_main("writing the ticket", lambda: write_ticket(run, result, scores, state, mask))
     run.watch("round ended", run.progress, run.controller)

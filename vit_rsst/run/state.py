@@ -44,6 +44,7 @@ class Run:
         environment: versions, data and machine, as recorded in the run folder.
         watch: called with (moment, progress, controller) at `round began`, `epoch ended` and `round ended`.
         epoch_is_open: an epoch has been trained but not yet evaluated.
+        scores: of the last epoch on the validation split; None: none in this round since the start or a resume.
         seconds: time spent in the current round, over all sittings.
     """
 
@@ -80,6 +81,7 @@ class Run:
     readings: Readings = field(default_factory=Readings)
     skipped_steps: int = 0
     epoch_is_open: bool = False
+    scores: dict[str, float] | None = None
     seconds: float = 0.0
     clock: float = field(default_factory=time.monotonic)
 
