@@ -41,8 +41,8 @@ def is_whole(found: ResumePoint) -> bool:
     return (
         found.numbers == expected.numbers
         and found.tensors.keys() == expected.tensors.keys()
-        and torch.equal(found.tensors["model"]["w"], expected.tensors["model"]["w"])
-        and torch.equal(found.tensors["model"]["n"], expected.tensors["model"]["n"])
+        and torch.equal(found.tensors["model"]["w"][:], expected.tensors["model"]["w"])
+        and torch.equal(found.tensors["model"]["n"][:], expected.tensors["model"]["n"])
     )
 
 
@@ -90,7 +90,7 @@ def test_a_resume_point_round_trips(tmp_path):
     for stem in tensors:
         assert found.tensors[stem].keys() == tensors[stem].keys()
         for name, tensor in tensors[stem].items():
-            back = found.tensors[stem][name]
+            back = found.tensors[stem][name][:]
             assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
             assert back.contiguous().flatten().view(torch.uint8).tolist() == (
                 tensor.contiguous().flatten().view(torch.uint8).tolist()
@@ -144,7 +144,7 @@ def test_a_save_holds_the_tensors_of_its_moment(tmp_path, monkeypatch):
     assert visible(tmp_path / "c") == []
     gate.set()
     checkpointer.wait()
-    assert Checkpointer(tmp_path / "c").load().tensors["model"]["w"].tolist() == [1, 1, 1]
+    assert Checkpointer(tmp_path / "c").load().tensors["model"]["w"][:].tolist() == [1, 1, 1]
 
 
 def test_the_modes_of_all_files_follow_the_umask(tmp_path):

@@ -257,7 +257,8 @@ def score_tickets(run: Run) -> None:
     for row in run.ranks.on_main("reading rounds.csv", lambda: list(map(asdict, rounds.load_rows(run.folder.path)))):
         row = rounds.RoundRow(**row)
         path = rounds.ticket_path(run.folder.path, row.round)
-        ticket_file.load_into_(run.net, ticket_file.load(path), str(path))
+        run.ranks.on_main("checking a ticket", lambda path=path: ticket_file.check(path))
+        ticket_file.read_into_(run.net, path)
         scores = run.evaluate("test")
         if run.accelerator.is_main_process:
             pruning = rounds.load_result(path.with_suffix(".json"))["pruning"]

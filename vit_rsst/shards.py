@@ -10,13 +10,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+
+
+class Source(Protocol):
+    """A whole tensor whose rows can be taken: in memory, or in a file, of which only those are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -75,12 +87,18 @@ def like(own: Tensor, tensor: Tensor) -> Tensor:
     return type(tensor.data).from_local(own, **spread, run_check=False, shape=shape, stride=stride)
 
 
-def part(whole: Tensor, tensor: Tensor) -> Tensor:
-    """A copy of the rows of a whole tensor that this rank holds of `tensor`."""
-    return whole[rows(tensor)].clone() if is_sharded(tensor) else whole
+def part(whole: Source, tensor: Tensor) -> Tensor:
+    """The rows of a whole tensor that this rank holds of `tensor`; a copy, unless that is all of one in memory."""
+    taken = _taken(whole, tensor)
+    return taken.clone() if isinstance(whole, Tensor) and is_sharded(tensor) else taken
 
 
-def placed(whole: Tensor, tensor: Tensor) -> Tensor:
+def _taken(whole: Source, tensor: Tensor) -> Tensor:
+    """As `part`; a view of what is in memory."""
+    return whole if isinstance(whole, Tensor) and not is_sharded(tensor) else whole[rows(tensor)]
+
+
+def placed(whole: Source, tensor: Tensor) -> Tensor:
     """A whole tensor on the device of `tensor`, sharded like it."""
     return like(part(whole, tensor).to(tensor.device), tensor)
 
@@ -155,20 +173,21 @@ def in_step(
         yield (filler, no_labels) if batch is None else batch
 
 
+def in_memory(whole: Source) -> Tensor:
+    """All of a whole tensor."""
+    return whole if isinstance(whole, Tensor) else whole[:]
+
+
 @torch.no_grad()
-def load_(tensor: Tensor, source: Tensor) -> None:
+def load_(tensor: Tensor, source: Source) -> None:
     """Copies a whole tensor into a tensor or, of its rows, those that this rank holds."""
-    local(tensor).copy_(source[rows(tensor)] if is_sharded(tensor) else source)
+    local(tensor).copy_(_taken(source, tensor))
 
 
-def load_state_(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies whole tensors into a network; each rank the rows that it holds."""
-    own = net.state_dict()
-    if any(map(is_sharded, own.values())):
-        for name, tensor in own.items():
-            load_(tensor, state[name])
-    else:
-        net.load_state_dict(state)
+def load_state_(net: nn.Module, state: Mapping[str, Source]) -> None:
+    """Copies whole tensors into a network, one at a time; each rank the rows that it holds."""
+    for name, tensor in net.state_dict().items():
+        load_(tensor, state[name])
 
 
 def reshard_(net: nn.Module) -> None:

@@ -78,14 +78,17 @@ def needs(
     }
     device = {use: -(-num_bytes // shards) for use, num_bytes in device.items()}
     in_bf16, image_size = train.precision == "bf16", parts.image_size
-    gathered = Units.of(parts.net).num_bytes(2 if in_bf16 else 4) if shards > 1 else 0
+    gathered, width = 0, 2 if in_bf16 else 4
+    if shards > 1:
+        gathered += Units.of(parts.net).num_bytes(width)
+        gathered += 0 if teacher is None else Units.of(teacher).num_bytes(width, learns=False)
     batch, keeps_copies = dealing.batch_per_device, shards == 1
     passes = training_bytes(parts.net, image_size, batch, in_bf16, teacher, are_fresh, keeps_copies)
     update = _update_bytes(parts, rounds, total if are_fresh else 0, on_gpu)
     largest = evaluation_batch(train) if None in evaluated else min(evaluation_batch(train), max(evaluated))
     scoring = evaluation_bytes(parts.net, image_size, largest, in_bf16, keeps_copies)
     device |= {
-        "teacher": 0 if teacher is None else sum(4 * parameter.numel() for parameter in teacher.parameters()),
+        "teacher": 0 if teacher is None else -(-sum(4 * p.numel() for p in teacher.parameters()) // shards),
         "cuBLAS": WORKSPACES if on_gpu else 0,
         "gathered weights and gradients": gathered,
         "activations and gradients" if are_fresh else "activations": max(passes, -(-update // shards), scoring),

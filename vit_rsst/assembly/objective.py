@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from vit_rsst import files
+from vit_rsst.assembly import sharding
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.errors import InputError, at_field
@@ -58,10 +59,11 @@ def build_distillation(
         with torch.random.fork_rng(devices=[]), at_field("train.distill.teacher"):
             found = open_trained(path)
         check_teacher(path, found, recipe, data)
-        device = accelerator.device
-        net = found.net.to(device, memory_format=switches.memory_format(found.net, device)).eval().requires_grad_(False)
+        net, device = found.net.eval().requires_grad_(False), accelerator.device
         switches.compile_(net, recipe.train.compile)
-        return net
+        if sharding.is_on(accelerator):
+            return sharding.shard_(accelerator, net)
+        return net.to(device, memory_format=switches.memory_format(net, device))
 
     def teacher() -> nn.Module | None:
         if options.teacher != "dense":

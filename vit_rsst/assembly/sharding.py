@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model, parse_flag_from_env
 from torch import nn
 
 from vit_rsst import shards
@@ -83,8 +83,11 @@ def check(recipe: Recipe, net: nn.Module) -> None:
     method, way_out = recipe.pruning.method, "or use DDP, such as accelerate_configs/gpu_8x_bf16.yaml"
     if recipe.optim.name == "sgd":
         raise InputError(f"optim.name: torch has no fused sgd for sharded weights; use adamw or adam, {way_out}.")
-    if recipe.train.compile:
-        raise InputError(f"train.compile: is not supported with sharded weights; set it to false, {way_out}.")
+    if isinstance(recipe.train.compile, str):
+        raise InputError(
+            f"train.compile: {recipe.train.compile} records CUDA graphs, whose weights must not move, and sharded ones "
+            f"are gathered anew in each pass; use default, {way_out}."
+        )
     if recipe.pruning.compensate:
         raise InputError(
             f"pruning.compensate: {recipe.pruning.compensate} fits whole weights, not sharded ones; omit it, {way_out}."
@@ -129,20 +132,30 @@ class Units:
             f"({share:.1%}) together"
         )
 
-    def num_bytes(self, width: int) -> int:
+    def num_bytes(self, width: int, learns: bool = True) -> int:
         """Gathered at once: the rest, a block and the next one, and the gradients of the rest and of a block, which are
         reduced in fp32.
 
         Args:
             width: bytes of a number in a forward pass.
+            learns: False: there is no backward pass, and no gradient.
         """
         largest = max(self.blocks, default=0)
-        return width * (2 * self.rest + 3 * largest) + 4 * max(largest, self.rest)
+        return width * (2 * self.rest + 3 * largest) + (4 * max(largest, self.rest) if learns else 0)
 
 
 def name_blocks_(accelerator: Accelerator, units: Units) -> None:
     """Tells FSDP2 the model's blocks."""
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(units.names)
+
+
+def shard_(accelerator: Accelerator, net: nn.Module) -> nn.Module:
+    """Shards a network without an optimizer, such as a teacher, as Accelerate shards the model of a run.
+
+    Its parts move to the device one at a time, as they are divided.
+    """
+    name_blocks_(accelerator, Units.of(net))
+    return fsdp2_prepare_model(accelerator, net)
 
 
 def sharded(parts: Parts) -> Parts:

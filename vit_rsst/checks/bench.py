@@ -1,14 +1,17 @@
 """The bench that checks run on (model, data, batches and optimizer of the recipe) and their verdicts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from vit_rsst import shards
+from vit_rsst.assembly import sharding
 from vit_rsst.assembly.data import Rows, build_loader, channels, data_options
 from vit_rsst.assembly.model import build_model
 from vit_rsst.assembly.optim import build_optimizer
@@ -21,6 +24,7 @@ from vit_rsst.data.transforms import normalize
 from vit_rsst.progress import Progress
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.recipe.schema import Recipe
+from vit_rsst.run.ranks import once_a_node
 from vit_rsst.seeds import derived_seed
 
 LIMIT = 300.0
@@ -51,8 +55,13 @@ class Verdict:
 class Bench:
     """Everything that a check may use; each network is freshly built, so a check may modify it.
 
+    Of several processes, all run the checks, on batches of their own. If the launcher asks for sharded weights, so are
+    those of every network, whose passes are then collective: what decides whether a check goes on is a `mean`.
+
     Attributes:
-        make_net: builds the network of the recipe, seeded, on the device.
+        parts_on_meta: of the network, from shapes alone.
+        build_net: builds the network of the recipe, seeded, on the CPU.
+        make_net: the same on the device, and sharded if that is asked.
         start_mask: of `model.start_from`, if set.
         draw: (split, number, seed) → class-balanced images and labels, normalised, without augmentation.
         loader: training batches of the recipe.
@@ -65,6 +74,8 @@ class Bench:
     accelerator: Accelerator
     dealing: Dealing
     progress: Progress
+    parts_on_meta: Parts
+    build_net: Callable[[], nn.Module]
     make_net: Callable[[], nn.Module]
     start_mask: MaskSet | None
     draw: Callable[[str, int, int], Batch]
@@ -79,16 +90,26 @@ class Bench:
         Raises:
             RunError: whatever would stop a run of the recipe before its first step.
         """
-        data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
+        with once_a_node(accelerator):
+            data = open_data(data_options(recipe), recipe.seed, recipe.data.shuffle_buffer)
         sizes = Sizes.of(recipe, Rows.counted(data), accelerator.num_processes)
         num_classes = sizes.rows.num_classes
         net, start_mask = build_model(recipe, num_classes, sizes.rows.classes, is_real=False)
-        parts_of(recipe, net, start_mask, sizes.image_size)  # rejects what a run rejects
+        on_meta = parts_of(recipe, net, start_mask, sizes.image_size)  # rejects what a run rejects
+        if sharding.is_on(accelerator):
+            sharding.check(recipe, net)
         mean, std = channels(recipe)
 
         def draw(split: str, number: int, seed: int) -> Batch:
             found = data.balanced(split, number, derived_seed(recipe.seed, "check", seed))
             return normalize(found.images.to(accelerator.device), mean, std), found.labels.to(accelerator.device)
+
+        def build_net() -> nn.Module:
+            return build_model(recipe, num_classes, sizes.rows.classes)[0]
+
+        def make_net() -> nn.Module:
+            net = build_net()
+            return sharding.shard_(accelerator, net) if sharding.is_on(accelerator) else net.to(accelerator.device)
 
         return cls(
             recipe=recipe,
@@ -96,7 +117,9 @@ class Bench:
             accelerator=accelerator,
             dealing=sizes.dealing,
             progress=sizes.progress,
-            make_net=lambda: build_model(recipe, num_classes, sizes.rows.classes)[0].to(accelerator.device),
+            parts_on_meta=on_meta,
+            build_net=build_net,
+            make_net=make_net,
             start_mask=start_mask,
             draw=draw,
             loader=build_loader(recipe, data, sizes.dealing, accelerator),
@@ -104,7 +127,42 @@ class Bench:
 
     def parts(self, net: nn.Module) -> Parts:
         """Of a network that `make_net` built."""
-        return parts_of(self.recipe, net, self.start_mask, self.data.options.size)
+        if not self.is_sharded:
+            return parts_of(self.recipe, net, self.start_mask, self.data.options.size)
+        start = self.start_mask.masks if self.start_mask is not None else {}
+        shapes = {name: weight.shape for name, weight in self.parts_on_meta.weights.items()}
+        mask = {name: start.get(name, torch.ones(shape, dtype=torch.bool)) for name, shape in shapes.items()}
+        return sharding.sharded(replace(self.parts_on_meta, net=net, mask=MaskSet(mask)))
+
+    def whole(self, net: nn.Module) -> nn.Module | None:
+        """A network that `make_net` built; if it is sharded, a whole copy in the host memory of rank 0, None elsewhere.
+
+        Collective.
+        """
+        if not self.is_sharded:
+            return net
+        state = shards.gathered(net.state_dict())
+        if not self.accelerator.is_main_process:
+            return None
+        copy = self.build_net()
+        copy.load_state_dict(state)
+        return copy
+
+    def mean(self, number: float) -> float:
+        """Mean over all ranks of a number that may differ between them; collective."""
+        if self.accelerator.num_processes == 1:
+            return number
+        return float(reduce(torch.tensor(number, dtype=torch.float64, device=self.device), "mean"))
+
+    @property
+    def is_sharded(self) -> bool:
+        return sharding.is_on(self.accelerator)
+
+    @property
+    def told(self) -> list[str]:
+        """What was found out about the data, and how the weights are sharded."""
+        units = sharding.Units.of(self.parts_on_meta.net).text(self.accelerator.num_processes)
+        return [*self.data.told, units] if self.is_sharded else list(self.data.told)
 
     @property
     def device(self) -> torch.device:

@@ -15,14 +15,15 @@ from vit_rsst.training import optim
 
 def memory(bench: Bench) -> Verdict:
     """Weights, gradients, moments, masks, moving average, teacher and activations fit in free memory."""
-    images = bench.dealing.batch_per_device
-    parts = bench.parts(bench.make_net())
-    on_gpu = bench.device.type == "cuda"
+    images, parts, world = bench.dealing.batch_per_device, bench.parts_on_meta, bench.accelerator.num_processes
+    on_gpu, num_shards = bench.device.type == "cuda", world if bench.is_sharded else 1
     evaluated = [bench.data.count(split) for split in ("val", "test")]
-    found = needs(parts, parts.preview(bench.progress), bench.dealing, evaluated, on_gpu=on_gpu)
+    found = needs(parts, parts.preview(bench.progress), bench.dealing, evaluated, num_shards, on_gpu)
     needed = found.peak + (0 if on_gpu else sum(found.host.values()))
-    free = torch.cuda.mem_get_info()[0] if on_gpu else machine.available_memory()
-    text = f"about {size(needed)} for {images} images per device, {size(free)} free"
+    available = machine.available_memory() // machine.local_processes(world)
+    free = torch.cuda.mem_get_info()[0] if on_gpu else available
+    sharded = f" with weights sharded over {world} processes" if bench.is_sharded else ""
+    text = f"about {size(needed)} for {images} images per device{sharded}, {size(free)} free"
     details = {"needed": needed, "free": free}
     if needed > free:
         return Verdict(
@@ -46,7 +47,7 @@ def speed(bench: Bench) -> Verdict:
         optimizer.step()
 
     step()
-    seconds = sorted(timed(step, bench.device)[1] for _ in range(3))[1]
+    seconds = bench.mean(sorted(timed(step, bench.device)[1] for _ in range(3))[1])
     bench.step_seconds = seconds
     model, loader = images / seconds, _loader_speed(bench)
     details = {"loader": loader, "model": model}

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from vit_rsst import shards
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict
 from vit_rsst.errors import OF_A_LIBRARY, first_line
 from vit_rsst.text import duration
@@ -74,7 +75,8 @@ def first_loss(bench: Bench) -> Verdict:
     net = bench.make_net()
     with torch.no_grad():
         loss, seconds = timed(lambda: float(bench.loss(net, bench.batch)), bench.device)
-    bench.step_seconds = 3 * seconds  # a backward pass costs about two forward passes
+    loss = bench.mean(loss)
+    bench.step_seconds = bench.mean(3 * seconds)  # a backward pass costs about two forward passes
     expected = math.log(bench.num_classes)
     text, details = f"{loss:.3f} before the first step; ln {bench.num_classes} is {expected:.3f}", {"loss": loss}
     if not math.isfinite(loss):
@@ -102,17 +104,27 @@ def gradients(bench: Bench) -> Verdict:
         return Verdict("gradients", "skipped", f"would take about {duration(seconds)} on this machine")
     net = bench.make_net().train()
     most = {name: 0.0 for name, _ in net.named_parameters()}
-    if not bench.loss(net, bench.batch).requires_grad:
-        return replace(_gradient_verdict(net, most), blocks=NOTHING_LEARNS)
-    optimizer = bench.optimizer(net)
-    optim.set_lr_(optimizer, min(bench.recipe.optim.lr, 1e-3))
+    optimizer = None
+
+    def backward() -> bool:
+        loss = bench.loss(net, bench.batch)
+        if loss.requires_grad:  # FSDP2 must not see a forward pass that no backward pass follows
+            loss.backward()
+        return loss.requires_grad
+
     for _ in range(3):  # below a zero-initialised head, gradients start at the second step
-        optimizer.zero_grad()
-        _, bench.step_seconds = timed(lambda: bench.loss(net, bench.batch).backward(), bench.device)
+        learns, seconds = timed(backward, bench.device)
+        if not learns:
+            return replace(_gradient_verdict(net, most), blocks=NOTHING_LEARNS)
+        bench.step_seconds = bench.mean(seconds)
         for name, parameter in net.named_parameters():
-            norm = 0.0 if parameter.grad is None else float(parameter.grad.norm())
+            norm = 0.0 if parameter.grad is None else float(shards.whole(parameter.grad.norm()))
             most[name] = norm if math.isnan(norm) else max(norm, most[name])
+        if optimizer is None:
+            optimizer = bench.optimizer(net)
+            optim.set_lr_(optimizer, min(bench.recipe.optim.lr, 1e-3))
         optimizer.step()
+        optimizer.zero_grad()
     return _gradient_verdict(net, most)
 
 
@@ -180,7 +192,8 @@ def _learn_by_heart(
         with bench.accelerator.autocast():
             logits = net(batch[0])
         loss = nn.functional.cross_entropy(logits.float(), batch[1])
-        trail.append((float(loss.detach()), float((logits.argmax(1) == batch[1]).float().mean())))
+        share = float((logits.argmax(1) == batch[1]).float().mean())
+        trail.append((bench.mean(float(loss.detach())), bench.mean(share)))
         if trail[-1][1] == 1.0 or not (loss.requires_grad and math.isfinite(trail[-1][0])):
             break
         optimizer.zero_grad()
@@ -229,7 +242,7 @@ def sweep(bench: Bench) -> tuple[list[float], list[float]]:
     for i, batch in enumerate(bench.batches(SWEEP)):
         optim.set_lr_(optimizer, low * (high / low) ** (i / (SWEEP - 1)))
         loss = bench.loss(net, batch)
-        value = float(loss.detach())
+        value = bench.mean(float(loss.detach()))
         if not math.isfinite(value) or (losses and value > 5 * max(losses[0], 1.0)) or not loss.requires_grad:
             break
         rates.append(optimizer.param_groups[0]["lr"])

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from vit_rsst import shards
 from vit_rsst.analysis.counts import block_of
 from vit_rsst.assembly.calibration import make_calibration
 from vit_rsst.checks.bench import LIMIT, Bench, Verdict
@@ -31,12 +32,15 @@ def removal(bench: Bench) -> Verdict:
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if name in mask.masks:
-                weight.masked_fill_(~mask[name], 0.0)
+                shards.local(weight).masked_fill_(~shards.local(mask[name]), 0.0)
     text = f"density {mask.density:.3f} (target {asked:.3f}), {mask.num_alive:,} of {mask.num_elements:,} weights left"
     if bench.toy is not None:
         left = accuracy(net, images)
         text += f"; accuracy on {len(images[1])} memorised images: {known:.0%} before, {left:.0%} after the removal"
-    return _judged(net, mask, bench.batch[0][:2], asked, text)
+    complete, mask = bench.whole(net), mask.gathered()
+    if complete is None:
+        return Verdict("removal", "skipped", "rank 0 has the weights")
+    return _judged(complete, mask, bench.batch[0][:2].to(next(complete.parameters()).device), asked, text)
 
 
 def final_mask(bench: Bench, net: nn.Module) -> tuple[MaskSet, float]:
@@ -54,6 +58,7 @@ def accuracy(net: nn.Module, batch: Batch) -> float:
     images, labels = batch
     was_training = net.training
     logits = net.eval()(images)
+    shards.reshard_(net)
     net.train(was_training)
     return float((logits.argmax(1) == labels).float().mean())
 

@@ -16,25 +16,29 @@ def check(arguments: argparse.Namespace) -> None:
     recipe = load(find(arguments.recipe), arguments.overrides)
     as_json, picture = output_file(arguments.json), output_file(arguments.picture, ".svg")
 
-    from vit_rsst.assembly.sharding import is_on
     from vit_rsst.checks import checking
     from vit_rsst.checks.bench import Bench
-    from vit_rsst.errors import InputError
     from vit_rsst.train import make_accelerator
 
     accelerator = make_accelerator(recipe)
-    if is_on(accelerator):
-        raise InputError("check needs whole weights; start it as one process, without the configuration for FSDP.")
+    is_main = accelerator.is_main_process
     bench, verdicts = Bench.of(recipe, accelerator), []
-    print("\n".join(bench.data.told), file=sys.stderr)
+    if is_main:
+        print("\n".join(bench.told), file=sys.stderr)
     try:
         for verdict in checking.check(bench):
             verdicts.append(verdict)
-            print(checking.line(verdict), flush=True)
+            if is_main:
+                print(checking.line(verdict), flush=True)
     finally:  # keep the verdicts so far
-        write_result(
-            as_json, files.write_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]}
-        )
+        if is_main:
+            write_result(
+                as_json, files.write_json, {"recipe": recipe.name, "checks": [asdict(verdict) for verdict in verdicts]}
+            )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if not is_main:
+        return
     if picture and checking.draw_range_test(verdicts, recipe.optim.lr, picture):
         print(f"range test: {picture}")
     print(checking.conclude(verdicts))

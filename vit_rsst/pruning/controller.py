@@ -334,8 +334,8 @@ class Controller:
         numbers["penalty"] = vars(self.state.penalty) if self.state.penalty else None
         return tensors, numbers if self.ema is None else numbers | {"ema_steps": self.ema.steps}
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping) -> None:
-        """Inverse of `state_dict`."""
+    def load_state_dict(self, tensors: Mapping[str, shards.Source], numbers: Mapping) -> None:
+        """Inverse of `state_dict`, from whole tensors."""
         parts, numbers = _by_part(tensors), dict(numbers)
         if self.ema is not None:
             self.ema.load_(parts["ema"], numbers.pop("ema_steps"))
@@ -479,8 +479,8 @@ class Controller:
         """Rows that this rank holds of the model's state, as shards of the whole."""
         return {name: shards.like(own[name], value) for name, value in self.model.state_dict().items() if name in own}
 
-    def _own_rows(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inverse of `_as_shards` for whole tensors in host memory."""
+    def _own_rows(self, whole: Mapping[str, shards.Source]) -> dict[str, Tensor]:
+        """Inverse of `_as_shards` for whole tensors."""
         return {name: shards.part(whole[name], v) for name, v in self.model.state_dict().items() if name in whole}
 
     # -- queries
@@ -568,9 +568,9 @@ def _are_finite(gradients: Iterable[Tensor]) -> Tensor:
     return shards.total(wrong.sum(), found[0]) == 0
 
 
-def _by_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _by_part(tensors: Mapping[str, shards.Source]) -> dict[str, dict[str, shards.Source]]:
     """`part/name` → part → name."""
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    parts: dict[str, dict[str, shards.Source]] = defaultdict(dict)
     for path, value in tensors.items():
         part, name = path.split("/", 1)
         parts[part][name] = value

@@ -1,6 +1,7 @@
 """MaskSet: which elements of which weights are alive. Mask sets are immutable; every operation returns a new one."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,9 +97,10 @@ class MaskSet:
         return {name: pack_bits(shards.whole(mask)) for name, mask in self.masks.items()}
 
     @classmethod
-    def unpack(cls, packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> "MaskSet":
-        """Inverse of `pack`, with the shapes, shards and devices of `like`."""
-        return cls({name: shards.placed(unpack_bits(packed[name], w.shape), w) for name, w in like.items()})
+    def unpack(cls, packed: Mapping[str, shards.Source], like: Mapping[str, Tensor]) -> "MaskSet":
+        """Inverse of `pack`, with the shapes, shards and devices of `like`; a rank unpacks the rows that it holds."""
+        own = {name: unpack_bits(packed[name], w.shape, shards.rows(w)) for name, w in like.items()}
+        return cls({name: shards.like(own[name].to(w.device), w) for name, w in like.items()})
 
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the sha256 over names and bits; equal masks have equal fingerprints."""
@@ -127,8 +129,13 @@ def pack_bits(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
 
 
-def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Inverse of `pack_bits` for a tensor of `shape`."""
-    count = int(np.prod(shape, dtype=np.int64))
-    assert bits.numel() == -(-count // 8), "bits of another shape"
-    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)).reshape(shape)
+def unpack_bits(bits: shards.Source, shape: tuple[int, ...], rows: slice = slice(None)) -> Tensor:
+    """Inverse of `pack_bits` for rows of a tensor of `shape`, which has a dimension; reads the bytes that hold them."""
+    assert bits.shape[0] == -(-math.prod(shape) // 8), "bits of another shape"
+    start, stop, _ = rows.indices(shape[0])
+    width = math.prod(shape[1:])
+    first, last = start * width, stop * width
+    skipped = first % 8
+    read = bits[first // 8 : -(-last // 8)].cpu().numpy()
+    own = np.unpackbits(read, count=skipped + last - first)[skipped:]
+    return torch.from_numpy(own.astype(bool)).reshape(stop - start, *shape[1:])

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vit_rsst import files
 from vit_rsst.errors import Damaged, Diverged, MissingRequirement
+from vit_rsst.tickets.stored import Stored, stored
 
 FORMAT = "vit_rsst.resume/1"
 PATIENCE = 3
@@ -38,13 +39,13 @@ class ResumePoint:
 
     Attributes:
         step: global optimizer step.
-        tensors: file stem → tensors by name.
+        tensors: file stem → tensors by name; read when they are used, if the point comes from a folder.
         numbers: plain JSON: progress, controller, meters, recipe fingerprint.
         name: of its folder, once it has been read from there.
     """
 
     step: int
-    tensors: Mapping[str, Mapping[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor | Stored]]
     numbers: Mapping
     name: str = ""
 
@@ -270,5 +271,6 @@ def _read_as_listed(path: Path, is_verified: bool) -> ResumePoint:
         ):
             raise Damaged(f"the resume point {path.name} is damaged: {name} does not match its manifest")
     numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = {Path(n).stem: load_file(path / Path(n).name) for n in manifest["files"] if n.endswith(".safetensors")}
+    files_of_tensors = [path / Path(name).name for name in manifest["files"] if name.endswith(".safetensors")]
+    tensors = {file.stem: stored(file)[0] for file in files_of_tensors}
     return ResumePoint(numbers.pop("step"), tensors, numbers, path.name)

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vit_rsst import files, shards
 from vit_rsst.errors import Damaged, MissingRequirement
 from vit_rsst.pruning.masks import MaskSet, pack_bits, unpack_bits
+from vit_rsst.shards import Source
+from vit_rsst.tickets.stored import Packed, Stored, stored
 
 FORMAT = "vit_rsst.ticket/1"
 PARTS = ("values", "mask", "shape")
@@ -72,12 +74,39 @@ def load(path: Path) -> Ticket:
     Raises:
         Damaged: no such file, not a ticket, another format, truncated, or a hash mismatch.
     """
+    found, metadata = _opened(path)
+    tensors = {name: shards.in_memory(tensor) for name, tensor in found.items()}
+    metadata = _checked(path, tensors, metadata)
+    state = _state(tensors)
+    masks = {n: unpack_bits(packed.bits, packed.shape) for n, packed in state.items() if isinstance(packed, Packed)}
+    return Ticket({name: shards.in_memory(source) for name, source in state.items()}, MaskSet(masks), metadata)
+
+
+def check(path: Path) -> None:
+    """Reads a ticket, a tensor at a time.
+
+    Raises:
+        Damaged: see `load`.
+    """
+    _checked(path, *_opened(path))
+
+
+def read_into_(model: nn.Module, path: Path) -> None:
+    """Copies a ticket that has been checked into a model, a tensor at a time; of sharded weights, each rank reads the
+    rows that it holds.
+
+    Raises:
+        Damaged: as `load_state_`; or it cannot be read.
+    """
+    load_state_(model, _state(_opened(path)[0]), str(path))
+
+
+def _opened(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and the header of a ticket."""
     if not path.is_file():
         raise Damaged(f"{path}: no such ticket; check the path, or train its run first.")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        found, metadata = stored(path)
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{path}: not a readable safetensors file ({error}); copy or train the ticket again.") from error
     if metadata.get("format") != FORMAT:
@@ -85,10 +114,15 @@ def load(path: Path) -> Ticket:
             f"{path}: the format is {metadata.get('format', 'not given')!r}, not {FORMAT!r}; expected a ticket written "
             "by a run of this version (for an export, give the folder)."
         )
-    expected = metadata.pop("sha256", None)
-    if digest(tensors, metadata) != expected:
+    return found, metadata
+
+
+def _checked(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The header without the hash, which the tensors match."""
+    header = {key: value for key, value in metadata.items() if key != "sha256"}
+    if digest(tensors, header) != metadata.get("sha256"):
         raise Damaged(f"{path}: the content does not match the hash in its header; copy or train the ticket again.")
-    return _unpack(tensors, metadata)
+    return header
 
 
 def load_into_(model: nn.Module, ticket: Ticket, place: str) -> None:
@@ -96,7 +130,7 @@ def load_into_(model: nn.Module, ticket: Ticket, place: str) -> None:
     load_state_(model, ticket.state, place)
 
 
-def load_state_(model: nn.Module, state: Mapping[str, Tensor], place: str) -> None:
+def load_state_(model: nn.Module, state: Mapping[str, Source], place: str) -> None:
     """Copies a state dict into a model, all or nothing.
 
     Raises:
@@ -106,7 +140,7 @@ def load_state_(model: nn.Module, state: Mapping[str, Tensor], place: str) -> No
     shards.load_state_(model, state)
 
 
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes(tensors: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -139,26 +173,24 @@ def _pack(state: Mapping[str, Tensor], mask: MaskSet) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Ticket:
+def _state(tensors: Mapping[str, Source]) -> dict[str, Source]:
+    """The state dict that tensors of a ticket hold, pruned weights first."""
     names = [
         name.removesuffix(".mask") for name in tensors if name.endswith(".mask") and f"{name[:-5]}.values" in tensors
     ]
-    state, masks = {}, {}
+    state: dict[str, Source] = {}
     for name in names:
-        shape = tuple(tensors[f"{name}.shape"].tolist())
-        masks[name] = unpack_bits(tensors[f"{name}.mask"], shape)
-        values = tensors[f"{name}.values"]
-        state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(masks[name], values)
+        values, bits, shape = (tensors[f"{name}.{part}"] for part in PARTS)
+        state[name] = Packed(values, bits, tuple(shards.in_memory(shape).tolist()))
     packed = {f"{name}.{part}" for name in names for part in PARTS}
-    state |= {name: tensor for name, tensor in tensors.items() if name not in packed}
-    return Ticket(state, MaskSet(masks), metadata)
+    return state | {name: tensor for name, tensor in tensors.items() if name not in packed}
 
 
-def digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+def digest(tensors: Mapping[str, Source], header: Mapping[str, str]) -> str:
     """Hexadecimal sha256 of the header and of the names, dtypes, shapes and bytes of the tensors."""
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = shards.in_memory(tensors[name]).contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

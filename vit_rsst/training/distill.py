@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_rsst import shards
+
 
 @dataclass(frozen=True)
 class Distillation:
     """Adds a teacher's loss to that of the labels.
 
     Attributes:
-        teacher: returns the teacher, in evaluation mode on the device; None: no teacher in this round.
+        teacher: returns the teacher, in evaluation mode on the device, maybe sharded; None: none in this round.
         weight: α, the weight of the teacher's loss.
         temperature: T.
         autocast: the teacher's precision.
@@ -34,6 +36,7 @@ class Distillation:
             return loss
         with torch.no_grad(), self.autocast():
             teacher_logits = net(images).float()
+        shards.reshard_(net)
         return (1.0 - self.weight) * loss + self.weight * divergence(logits, teacher_logits, self.temperature)
 
 

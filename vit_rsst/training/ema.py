@@ -75,7 +75,7 @@ class Ema:
             value.copy_(average)
             average.copy_(kept)
 
-    def load_(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+    def load_(self, tensors: Mapping[str, shards.Source], steps: int) -> None:
         """Restores an earlier state, from whole tensors."""
         self.steps = steps
         for name, value in self.tensors.items():

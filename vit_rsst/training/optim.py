@@ -128,16 +128,17 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) ->
 
 
 def load_state_tensors_(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, shards.Source], parameters: Mapping[str, Tensor]
 ) -> None:
     """Inverse of `state_tensors`, given whole tensors: replaces all state. Raises KeyError for an unknown parameter."""
     optimizer.state.clear()
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
-        if value.shape == parameter.shape:
+        if tuple(value.shape) == tuple(parameter.shape):
             # In the weight's memory format: a fused step requires channels-last moments for channels-last weights.
-            moment = torch.empty_like(parameter, dtype=value.dtype)
-            shards.load_(moment, value)
-            value = moment
-        optimizer.state[parameter][key] = value.to(parameter.device)  # fused optimizers keep the step count there too
+            entry = torch.empty_like(parameter, dtype=value.dtype)
+            shards.load_(entry, value)
+        else:
+            entry = shards.in_memory(value).to(parameter.device)  # fused optimizers keep the step count there too
+        optimizer.state[parameter][key] = entry
