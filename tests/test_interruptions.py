@@ -13,6 +13,7 @@ CELLS = [
     Cell(Setting("in memory", 2, 0), "after removal", "KILL"),
     Cell(Setting("stream", 2, 0), "mid-epoch", "TERM"),
     Cell(Setting("two buckets", 3, 0), "mid-epoch", "TERM"),
+    Cell(Setting("sharded", 2, 0), "gathering of a save", "KILL"),
 ]
 SLOW = [
     Cell(Setting("in memory", 1, 0), "evaluation", "TERM"),
@@ -29,6 +30,8 @@ SLOW = [
         Cell(Setting("two buckets", 3, 0), moment, name)
         for moment, name in (("penalty window", "KILL"), ("evaluation", "TERM"))
     ),
+    *(cell for cell in interruptions.CELLS if cell.setting == Setting("sharded", 3, 0) and cell.signal == "KILL"),
+    *(cell for cell in interruptions.CELLS if cell.setting == Setting("sharded", 2, 0) and cell.signal == "TERM"),
 ]
 
 
@@ -50,7 +53,7 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(bench, cell):
 
 
 def test_every_cell_is_one_that_means_something():
-    assert len(interruptions.CELLS) == 13 * 6 * 2
+    assert len(interruptions.CELLS) == 13 * 6 * 2 + 2 * 12 * 2
     assert len({str(cell) for cell in interruptions.CELLS}) == len(interruptions.CELLS)
 
 

@@ -43,13 +43,17 @@ class Interval:
         return self.low > bound
 
 
-def parse_args(doc: str, families: bool = False) -> argparse.Namespace:
-    """Parses `--json FILE` and `--quick`; the first line of the benchmark's docstring is the description."""
+def parse_args(doc: str, names: str = "") -> argparse.Namespace:
+    """Parses `--json FILE` and `--quick`; the first line of the benchmark's docstring is the description.
+
+    Args:
+        names: what the benchmark can be limited to by naming some, such as FAMILY; empty: nothing.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     parser.add_argument("--quick", action="store_true", help="few alternations: a smoke test, numbers are meaningless")
-    if families:
-        parser.add_argument("families", nargs="*", metavar="FAMILY", help="families to test; default: all")
+    if names:
+        parser.add_argument("names", nargs="*", metavar=names, help="test only these; default: all")
     return parser.parse_args()
 
 

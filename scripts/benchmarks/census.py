@@ -279,9 +279,9 @@ def missed(rows: list[Row], least: int) -> list[str]:
 
 
 def main() -> int:
-    args = parse_args(__doc__, families=True)
+    args = parse_args(__doc__, names="FAMILY")
     torch.set_num_threads(1)
-    chosen = args.families or (QUICK if args.quick else families())
+    chosen = args.names or (QUICK if args.quick else families())
     rows = []
     for number, family in enumerate(chosen, 1):
         rows.append(in_a_process(family))

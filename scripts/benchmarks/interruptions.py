@@ -2,25 +2,26 @@
 
 Every meaningful cell of {in memory, map-style, stream} × {1, 2 ranks} × {0, 2 workers} × {six moments} × {SIGKILL,
 SIGTERM} trains, is interrupted once and resumes; so do a run of 2 ranks with mixing, erasing, a balanced sampler, EMA,
-a teacher and best-epoch selection, and runs of 3 and 4 ranks with a model that fills two DDP buckets. Batches, tickets,
-accuracies, epoch metrics and the last resume point (weights, optimizer, masks) must then equal those of the
-uninterrupted run. Two canaries show that the comparison can fail: `_accelerate_canary.py`, which resumes as Accelerate
-documents it, runs the one-rank cells, and a run of 3 ranks leaves DDP's buckets unsettled.
+a teacher and best-epoch selection, runs of 3 and 4 ranks with a model that fills two DDP buckets, and runs of 2 and 3
+ranks whose weights FSDP2 shards, also within a save and at drawn steps. Batches, tickets, accuracies, epoch metrics and
+the last resume point (weights, optimizer, masks) must then equal those of the uninterrupted run. Two canaries show that
+the comparison can fail: `_accelerate_canary.py`, which resumes as Accelerate documents it, runs the one-rank cells, and
+a run of 3 ranks leaves DDP's buckets unsettled. `interruptions.py KIND…`, such as `sharded`, tests only these.
 """
 
 import csv
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import _accelerate_canary
@@ -36,6 +37,7 @@ SECONDS = 240
 ON_GPUS = os.environ.get("VIT_RSST_RANKS") == "cuda"
 """Ranks train on GPUs, over NCCL, with deterministic kernels; from NCCL 2.30 on, several of them may share one."""
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 STEPS = 4  # per epoch; round 0 has 2 epochs, rounds 1 and 2 have 3 each
 MOMENTS = {
     "mid-epoch": ("step", 6),
@@ -46,30 +48,14 @@ MOMENTS = {
     "first step of a round": ("step", 9),
 }
 """Moment → the event that the plugin waits for, and its global step. The window of round 1 is steps 9 to 14."""
-
-RECIPE = """\
-name: run
-data: {{source: folder, path: {data}, image_size: 16, val_fraction: 0.1, {access}}}
-model:
-  name: vit_tiny
-  args: {{img_size: 16, patch_size: 8, embed_dim: {width}, depth: 1, num_heads: 3, mlp_ratio: 1.0, drop_rate: 0.1}}
-optim: {{lr: 3e-3}}
-train:
-  {{epochs: 2, round_epochs: 3, global_batch: {batch}, batch_per_device: {share}, steps_per_epoch: 4,
-   save_every_steps: 2{more}}}
-pruning: {{method: {{name: rsst, remove_at: 0.5}}, schedule: {{rounds: 2, final_sparsity: 0.9}}}}
-output_dir: {folder}
-plugins: [_interrupt]
-"""
-ACCESS = {
-    "in memory": "in_memory: true",
-    "two buckets": "in_memory: true",
-    "map-style": "in_memory: false, augment: {{crop: resized}}, workers: {workers}",
-    "stream": "streaming: true, shuffle_buffer: 100, augment: {{crop: resized}}, workers: {workers}",
-    "techniques": "in_memory: false, augment: {{preset: strong, aug_repeats: 2}}, imbalance: {{kind: step, ratio: 3}}, "
-    "sampler: class_balanced, workers: {workers}",
+SEEDS = range(4)
+OF_SHARDS = {
+    "gathering of a save": ("gather", 10),
+    "writing of a save": ("write", 10),
+    # A signal after step 21 may be heard too late to stop a run of 32 steps: ranks agree every ten steps.
+    **{f"drawn step {step}": ("step", step) for step in sorted(random.Random(i).randrange(1, 22) for i in SEEDS)},
 }
-TECHNIQUES = ", ema_decay: 0.9, keep_best: true, label_smoothing: 0.1, distill: {teacher: dense}"
+"""More moments of runs whose weights are sharded, which all ranks save together."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +70,48 @@ class Setting:
         return f"{self.kind}, {self.ranks} rank(s), {self.workers} workers"
 
 
+RECIPE = """\
+name: run
+data: {{source: folder, path: {data}, image_size: 16, val_fraction: 0.1, {access}}}
+model:
+  name: vit_tiny
+  args: {{img_size: 16, patch_size: 8, embed_dim: {width}, depth: 1, num_heads: 3, mlp_ratio: 1.0, drop_rate: 0.1}}
+optim: {{lr: 3e-3}}
+train:
+  {{epochs: 2, round_epochs: 3, global_batch: {batch}, batch_per_device: {share}, steps_per_epoch: 4,
+   save_every_steps: 2{more}}}
+pruning: {{method: {{name: rsst, remove_at: 0.5}}, schedule: {{rounds: 2, final_sparsity: 0.9}}{rewind}}}
+output_dir: {folder}
+plugins: [_interrupt]
+"""
+ACCESS = {
+    "in memory": "in_memory: true",
+    "two buckets": "in_memory: true",
+    "sharded": "in_memory: true",
+    "map-style": "in_memory: false, augment: {{crop: resized}}, workers: {workers}",
+    "stream": "streaming: true, shuffle_buffer: 100, augment: {{crop: resized}}, workers: {workers}",
+    "techniques": "in_memory: false, augment: {{preset: strong, aug_repeats: 2}}, imbalance: {{kind: step, ratio: 3}}, "
+    "sampler: class_balanced, workers: {workers}",
+}
+TECHNIQUES = ", ema_decay: 0.9, keep_best: true, label_smoothing: 0.1, distill: {teacher: dense}"
+RANKS = {"two buckets": (3, 4), "sharded": (2, 3), "techniques": (2,)}
+"""Kind of setting → numbers of processes; others: 1 and 2. The sum of two ranks does not depend on the order."""
+WORKERS = {"map-style": (0, 2), "stream": (0, 2), "techniques": (2,)}
+"""Kind of setting → numbers of decoding processes; others: none, for there is nothing to decode."""
+SIZES = {
+    Setting("two buckets", 3, 0): (288, 24, 8),  # the first of DDP's buckets holds 1 MiB
+    Setting("two buckets", 4, 0): (288, 24, 3),
+    Setting("sharded", 2, 0): (27, 24, 6),  # units lie on two ranks
+    Setting("sharded", 3, 0): (27, 24, 4),
+}
+"""Width of the model, images per step, and images per rank and pass."""
+
+
 SETTINGS = [
     Setting(kind, ranks, workers)
-    for kind, ranks, workers in product(ACCESS, (1, 2, 3, 4), (0, 2))
-    if kind not in ("in memory", "two buckets") or not workers  # nothing to decode
-    if kind != "techniques" or ranks == workers == 2
-    if (kind == "two buckets") == (ranks > 2)  # the sum of two ranks does not depend on the order
+    for kind in ACCESS
+    for ranks in RANKS.get(kind, (1, 2))
+    for workers in WORKERS.get(kind, (0,))
 ]
 
 
@@ -103,7 +125,14 @@ class Cell:
         return f"{self.setting}, {self.moment}, SIG{self.signal}"
 
 
-CELLS = [Cell(*cell) for cell in product(SETTINGS, MOMENTS, ("KILL", "TERM"))]
+def moments(setting: Setting) -> Mapping[str, tuple[str, int]]:
+    """Those at which a setting is interrupted."""
+    return MOMENTS | OF_SHARDS if setting.kind == "sharded" else MOMENTS
+
+
+CELLS = [
+    Cell(setting, moment, name) for setting in SETTINGS for moment in moments(setting) for name in ("KILL", "TERM")
+]
 
 
 class Bench:
@@ -131,8 +160,9 @@ class Bench:
         expected = self.undisturbed(cell.setting)
         folder = self.folder / "cell"
         shutil.rmtree(folder, ignore_errors=True)
-        event, step = MOMENTS[cell.moment]
-        codes = self.train(cell.setting, folder, f"{event}:{cell.signal}:{cell.setting.ranks - 1}", step)
+        event, step = moments(cell.setting)[cell.moment]
+        rank = 0 if event == "write" else cell.setting.ranks - 1  # rank 0 alone writes
+        codes = self.train(cell.setting, folder, f"{event}:{cell.signal}:{rank}", step)
         if 0 in codes:
             return False, f"it was not interrupted: exit codes {codes}"
         if cell.signal == "TERM" and set(codes) != {75}:
@@ -149,16 +179,15 @@ class Bench:
         folder.mkdir(exist_ok=True)
         access = ACCESS[setting.kind].format(workers=setting.workers)
         recipe = folder / "recipe.yaml"
-        more = (TECHNIQUES if setting.kind == "techniques" else "") + (", deterministic: true" if ON_GPUS else "")
-        # The first of DDP's buckets holds 1 MiB; 24 images are 8 × 3 ranks and 3 × 4 ranks × 2.
-        width, batch, share = (
-            (288, 24, 24 // setting.ranks // (setting.ranks - 2)) if setting.ranks > 2 else (24, 32, 8)
-        )
-        sizes = {"width": width, "batch": batch, "share": share}
-        text = RECIPE.format(data=self.data, folder=folder, access=access, more=more, **sizes)
+        is_sharded = setting.kind == "sharded"
+        more = TECHNIQUES if is_sharded or setting.kind == "techniques" else ""
+        more += ", deterministic: true" if ON_GPUS else ""
+        sizes = dict(zip(("width", "batch", "share"), SIZES.get(setting, (24, 32, 8)), strict=True))
+        rewind = ", rewind: 'epoch:1'" if is_sharded else ""
+        text = RECIPE.format(data=self.data, folder=folder, access=access, more=more, rewind=rewind, **sizes)
         recipe.write_text(text, encoding="utf-8")
         common = {"INTERRUPT": interrupt, "STEP": str(step), "BATCHES": f"{folder}/batches-"}
-        common["SETTLES"] = str(self.settles)
+        common |= {"SETTLES": str(self.settles), **(FSDP2 if is_sharded else {})}
         processes = []
         port = free_port()
         for rank in range(setting.ranks):
@@ -292,24 +321,29 @@ def write_digits(folder: Path) -> Path:
     return folder
 
 
-def chosen(quick: bool) -> Iterator[Cell]:
-    """All cells, or a subset that covers every setting and moment."""
-    for number, cell in enumerate(CELLS):
-        if not quick or number % len(MOMENTS) == number // len(MOMENTS) % len(MOMENTS):
-            yield cell
+def chosen(kinds: Sequence[str], quick: bool) -> Iterator[Cell]:
+    """The cells of these kinds of settings, or of all; quick: each setting at some moments, each moment with some."""
+    for place, setting in enumerate(SETTINGS):
+        if kinds and setting.kind not in kinds:
+            continue
+        for number, cell in enumerate(cell for cell in CELLS if cell.setting == setting):
+            if not quick or number % len(MOMENTS) == place % len(MOMENTS):
+                yield cell
 
 
 def main() -> int:
     import torch
     from _common import environment, parse_args, report, show_progress
 
-    args = parse_args(__doc__)
+    args = parse_args(__doc__, names="KIND")
+    if unknown := [kind for kind in args.names if kind not in ACCESS]:
+        sys.exit(f"unknown kind {unknown[0]!r}; expected {', '.join(ACCESS)}")
     result = {"environment": environment(torch.device("cpu")), "cells": {}, "missed": []}
     canary: dict[str, bool] = {}
     unsettled = Cell(Setting("two buckets", 3, 0), "mid-epoch", "TERM")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for cell in chosen(args.quick):
+        for cell in chosen(args.names, args.quick):
             survived, why = bench.survives(cell)
             result["cells"][str(cell)] = {"survived": survived, "why": why}
             show_progress(f"{len(result['cells'])}  {cell}: {why}")
@@ -317,20 +351,24 @@ def main() -> int:
                 result["missed"].append(f"{cell}: {why}")
             if cell.setting.ranks == 1 and cell.moment in _accelerate_canary.MOMENTS:
                 canary[str(cell)] = bench.canary_survives(cell)
-        bench = Bench(Path(folder) / "unsettled")
-        bench.settles = False
-        result["unsettled"] = bench.survives(unsettled)[1]
-        if result["unsettled"] == EQUAL:
-            result["missed"].append(f"{unsettled}, buckets unsettled: {EQUAL}, so the comparison proves nothing")
+        if not args.names or unsettled.setting.kind in args.names:
+            bench = Bench(Path(folder) / "unsettled")
+            bench.settles = False
+            result["unsettled"] = bench.survives(unsettled)[1]
+            if result["unsettled"] == EQUAL:
+                result["missed"].append(f"{unsettled}, buckets unsettled: {EQUAL}, so the comparison proves nothing")
     tried, survived = len(result["cells"]), sum(cell["survived"] for cell in result["cells"].values())
     result["survived"], result["tried"] = survived, tried
     result["canary"] = canary
     rows = []
     for setting in SETTINGS:
+        if args.names and setting.kind not in args.names:
+            continue
         of = [v["survived"] for k, v in result["cells"].items() if k.startswith(str(setting))]
         theirs = [v for k, v in canary.items() if k.startswith(str(setting))]
         rows.append([str(setting), f"{sum(of)}/{len(of)}", f"{sum(theirs)}/{len(theirs)}" if theirs else "–"])
-    rows.append([f"{unsettled}, buckets unsettled", result["unsettled"], "–"])
+    if "unsettled" in result:
+        rows.append([f"{unsettled}, buckets unsettled", result["unsettled"], "–"])
     rows.append(["all: survived/tried", f"{survived}/{tried}", f"{sum(canary.values())}/{len(canary)}"])
     return report(args, result, ["setting", "vit_rsst", "save_state/load_state"], rows)
 
