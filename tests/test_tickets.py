@@ -115,6 +115,18 @@ def test_the_file_layout_is_as_documented(tmp_path):
     assert num_bytes == path.stat().st_size
 
 
+def test_equal_tickets_are_equal_files(saved):
+    path, net, mask = saved
+    header = {**HEADER, "seed": "0", "classes": "Größe", "method": "imp"}
+    contents = set()
+    for number in range(4):
+        copy = path.with_name(f"{number}.safetensors")
+        ticket_file.save(copy, net.state_dict(), mask, header)
+        contents.add(copy.read_bytes())
+    assert len(contents) == 1
+    assert ticket_file.load(copy).metadata == {"format": ticket_file.FORMAT, **header}
+
+
 def test_a_ticket_fits_a_model_that_timm_builds_from_the_header_alone(saved):
     path, net, mask = saved
     ticket = ticket_file.load(path)

@@ -58,6 +58,7 @@ def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mappi
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, temporary, metadata=header)
+        sort_metadata_(temporary)
         files.settle(temporary)
         os.replace(temporary, path)
     except SafetensorError as error:
@@ -66,6 +67,19 @@ def save(path: Path, state: Mapping[str, Tensor], mask: MaskSet, metadata: Mappi
         temporary.unlink(missing_ok=True)
     files.settle_folder(path.parent)
     return path.stat().st_size
+
+
+def sort_metadata_(path: Path) -> None:
+    """Sorts the metadata of a safetensors file, which its library writes in another order each time, so that equal
+    tickets are equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")  # of the JSON that follows, padded with spaces
+        listed = json.loads(file.read(size))
+        listed["__metadata__"] = dict(sorted(listed["__metadata__"].items()))
+        text = json.dumps(listed, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "a header in another spelling"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load(path: Path) -> Ticket:
