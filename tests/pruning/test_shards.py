@@ -1,39 +1,52 @@
 """Masks of weights of which every rank holds some rows: bit for bit those of one process.
 
 Weights are quantised, so that most scores are tied, and have odd numbers of rows: some units lie on two ranks, and of
-some weights a rank holds nothing.
+some weights a rank holds nothing. Granularities, criteria and scopes are all that there are.
 """
 
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import faulty
 import pytest
 import torch
+from timm.models.resnet import BasicBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
 
-from vit_rsst import shards
+from vit_rsst import files, shards
 from vit_rsst.models.anatomy import prunable_parts
 from vit_rsst.pruning.allocation import Allocation
+from vit_rsst.pruning.contest import Entry, contest
 from vit_rsst.pruning.criteria import CRITERIA, Evidence, SiteStatistics, Statistics
+from vit_rsst.pruning.granularity import units_left
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.movement import Movement
+from vit_rsst.pruning.patterns import GRANULARITIES, UNIT_KINDS
+from vit_rsst.pruning.plan import Density
 from vit_rsst.pruning.selector import Floors, Selector
 from vit_rsst.pruning.swapping import swap
+from vit_rsst.recipe.schema import Pruning
+from vit_rsst.tickets import ticket_file
 from vit_rsst.training.ema import Ema
 
-SCOPES = ("global", "isomorphic", "layer", "erk")
+SCOPES = get_args(get_args(get_type_hints(Pruning)["scope"])[0])
+PATTERNS = {"N:M": ("2:4", "1:2")}
 
 
 def model() -> nn.Module:
-    """Heads of 10 rows, which two or three ranks split; a head of 5 classes; one row, which most ranks lack."""
+    """Heads of 10 rows, which two or three ranks split; a head of 5 classes; one row, which most ranks lack; and a
+    residual block of 4 channels, of which the last of three ranks holds none."""
     torch.manual_seed(0)
     net = VisionTransformer(img_size=8, patch_size=4, embed_dim=20, depth=2, num_heads=2, mlp_ratio=1.4, num_classes=5)
     net.pretrained_cfg = {"first_conv": "patch_embed.proj", "classifier": "head"}
     net.add_module("gate", nn.Linear(20, 1))
+    net.add_module("stage", BasicBlock(4, 4))
     with torch.no_grad():
         for weight in net.parameters():
             weight.copy_((weight * 40).round() / 4)
@@ -58,22 +71,42 @@ def statistics(weights: dict, groups: list) -> Statistics:
     return Statistics(absolute, square, {name: some(*w.shape).float() for name, w in weights.items()}, sites)
 
 
-def selections(net: nn.Module, every: bool) -> Iterator[tuple[str, Selector, float, dict[str, Tensor], MaskSet]]:
+def selections(net: nn.Module, every: bool) -> Iterator[tuple[str, Selector, Density, dict[str, Tensor], MaskSet]]:
     """Granularities with criteria and scopes, some elements dead already; all combinations, or each of them once."""
     scope_of = itertools.cycle(SCOPES)
-    for granularity in ("element", "2:4", "head", "neuron", "head+neuron"):
+    for granularity in itertools.chain.from_iterable(PATTERNS.get(name, (name,)) for name in GRANULARITIES):
         weights, groups = prunable_parts(net, granularity, ["head.weight"])
         alive = MaskSet({name: weight.detach() != 0.25 for name, weight in weights.items()})
         criteria = [CRITERIA[name] for name in CRITERIA if groups or CRITERIA[name].elements is not None]
         criteria = [one for one in criteria if one.needs != "moments"]  # refused: they need whole weights
         for rule, scope in itertools.product(criteria, SCOPES if every else [None]):
             scope = scope or next(scope_of)
-            if (groups and scope == "erk") or (granularity == "2:4" and scope != "global" and every):
+            if (groups and scope == "erk") or (":" in granularity and scope != "global" and every):
                 continue
             allocation = Allocation(scope, (0.5, 1.5) if scope == "layer" else None, {"*fc1*": 0.8} if groups else {})
             chosen = Selector(rule, granularity, groups, allocation, Floors(3, 0.9))
-            for density in (0.6, 0.2) if every else (0.3,):
+            for density in (0.8, 0.6, 0.2) if every else (0.3,):
                 yield f"{granularity}, {rule.__doc__}, {scope}, {density}", chosen, density, weights, alive
+        if groups:  # budgets, and densities by kind
+            rule = CRITERIA["magnitude"]
+            for dearer, floors in ((0.0, Floors()), (1.5, Floors()), (1.5, Floors(2, 0.7))):
+                costs = {group.name: 7.0 + dearer * place for place, group in enumerate(groups)}
+                chosen = Selector(rule, granularity, groups, Allocation(never_above=True), floors, costs)
+                yield f"{granularity}, {costs}, {floors}", chosen, 0.45, weights, alive
+            by_kind = {kind: 0.3 + 0.2 * place for place, kind in enumerate(UNIT_KINDS[granularity])}
+            yield f"{granularity}, {by_kind}", Selector(rule, granularity, groups), by_kind, weights, alive
+
+
+def contests() -> Iterator[tuple[list[Tensor], list[Tensor], list[int], int]]:
+    """Scores of few values, among them both zeros, infinities and a subnormal, of weights with one to seven rows."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, 1e-40, 0.5])
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        shapes = torch.randint(1, 8, (3, 2), generator=draw).tolist()
+        scores = [values[torch.randint(len(values), shape, generator=draw)] for shape in shapes]
+        alive = [torch.rand(shape, generator=draw) < 0.7 for shape in shapes]
+        least = torch.randint(0, 5, (3,), generator=draw).tolist()
+        yield scores, alive, least, int(torch.randint(0, sum(map(torch.numel, scores)) + 1, (), generator=draw))
 
 
 def joined(rank: int, world: int, port: int) -> object:
@@ -107,11 +140,23 @@ def select(rank: int, world: int, port: int, every: bool = False) -> None:
         assert equal(found, expected), what
         assert (found.num_alive, found.fingerprint()) == (expected.num_alive, expected.fingerprint()), what
         number += 1
+        assert units_left(selector.groups, found) == units_left(selector.groups, expected), what
+        assert selector.alive_cost(split.weights, found) == selector.alive_cost(weights, expected), what
         if selector.groups:
             elements, split_elements = selector.elements(whole, density), selector.elements(split, density)
             assert equal(split_elements, elements), what
             assert equal(selector.fill(split, split_elements, 0.2), selector.fill(whole, elements, 0.2)), what
     assert number > (60 if every else 20)
+    for scores, living, least, k in contests():
+        whole_entries, split_entries = (
+            [
+                Entry(f"{i}", "", cut(s), cut(a), 1.0, n)
+                for i, (s, a, n) in enumerate(zip(scores, living, least, strict=True))
+            ]
+            for cut in (lambda tensor: tensor, lambda tensor: sharded(tensor, mesh))
+        )
+        for ours, theirs in zip(contest(split_entries, k), contest(whole_entries, k), strict=True):
+            assert torch.equal(shards.whole(ours), theirs), (scores, living, least, k)
     distributed.destroy_process_group()
 
 
@@ -165,6 +210,13 @@ def edit_shards(rank: int, world: int, port: int) -> None:
         Selector(CRITERIA["magnitude"]).units(Evidence(broken, mask, 0), 0.2)
     for name, weight in split.items():
         net.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(weight)
+    state, masks = shards.gathered(net.state_dict()), mask.gathered()
+    if rank == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = Path(folder) / "ours.safetensors", Path(folder) / "theirs.safetensors"
+            ticket_file.save(ours, state, masks, {"seed": "0"})
+            ticket_file.save(theirs, model().state_dict(), alive, {"seed": "0"})
+            assert files.sha256(ours) == files.sha256(theirs), "a ticket does not tell how its weights were held"
     averages = {}
     for owner, removed in ((net, mask), (model(), alive)):
         average = averages[owner] = Ema(owner, 0.5)
