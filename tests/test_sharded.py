@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from vit_rsst import files
 from vit_rsst.tickets import ticket_file
 from vit_rsst.tickets.ticket_file import Ticket
 
@@ -31,13 +32,16 @@ train_step = loop.train_step
 
 def stopping(run, micro_batches):
     done = train_step(run, micro_batches)
-    if (os.environ.get("RANK"), str(run.progress.global_step)) == ("1", os.environ.get("STOP_AT")):
+    is_last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+    if is_last and str(run.progress.global_step) == os.environ.get("STOP_AT"):
         os.kill(os.getpid(), signal.SIGTERM)
     return done
 
 loop.train_step = stopping
+if os.environ.get("STANDS_STILL"):
+    loop.optim.step_unless_ = lambda *_: None
 """
-"""A plugin of the recipe: small evaluation batches, and a signal to rank 1."""
+"""A plugin of the recipe: small evaluation batches, a signal to the last rank, and steps without effect."""
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -108,6 +112,8 @@ METHODS = {
     "rsst by saliency": ["pruning.criterion=saliency"],
     "rsst of units by taylor": [*UNITS, "pruning.criterion=taylor"],
     "rsst by movement": ["pruning.criterion=movement"],
+    "rsst with gradients": ["pruning.method={name: rsst, penalty: {condemned_gradient: true, span: epoch}}"],
+    "rst": ["pruning.method={name: rst}"],
     "imp": ["pruning.method={name: imp}", "pruning.criterion=activation_l2", "pruning.rewind=init"],
     "imp of 1:3": ["pruning.method={name: imp}", "pruning.granularity=1:3", "pruning.schedule={rounds: 2}"],
     "refill": ["pruning.method={name: refill}", *UNITS],
@@ -169,3 +175,30 @@ def test_a_sharded_run_resumes_to_the_bit_and_with_any_processes(tmp_path):
         assert "not bit-exact" in other.log
         assert why in other.log
         assert_alike(other, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_was_not_sharded_goes_on_sharded(tmp_path, ranks):
+    overrides = ["train.ema_decay=0.9", "train.keep_best=true", "pruning.rewind=init"]
+    undisturbed = trained(tmp_path / "undisturbed", 2, *overrides)
+    stopped = command(tmp_path / "stopped", ranks, *overrides, is_sharded=False, STOP_AT="8")
+    assert set(stopped.codes) == {75}, stopped.log
+    resumed = trained(tmp_path / "stopped", 2, *overrides, "--allow-world-size-change")
+    assert "not bit-exact" in resumed.log
+    assert "sharding None → FSDP2" in resumed.log
+    assert_alike(resumed, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rsst", "refill"])
+def test_equal_weights_give_equal_files_however_they_are_held(tmp_path, method):
+    """Steps without effect leave the same weights to any number of processes; masks and files then are the same too."""
+    found = []
+    for ranks, is_sharded in ((1, False), (2, False), (2, True), (3, True)):
+        folder = tmp_path / f"{ranks}{is_sharded}"
+        job = command(folder, ranks, *METHODS[method], is_sharded=is_sharded, STANDS_STILL="1")
+        assert not any(job.codes), job.log
+        found.append([files.sha256(path) for path in sorted(folder.glob("runs/tiny/tickets/*.safetensors"))])
+    assert len(set(found[0])) == len(found[0]) == 3
+    assert all(hashes == found[0] for hashes in found), found
