@@ -291,6 +291,8 @@ def test_a_sharded_run_is_evaluated_analyzed_exported_and_reported_as_any_other(
     assert tiny.command("report", run.run, "--no-latency", "--out", tmp_path / "report") == 0
     page = next((tmp_path / "report").glob("*.md")).read_text(encoding="utf-8")
     assert f"{scores['top1']:.2f}" in page
+    assert re.search(r"sharding\W+FSDP2", page)
+    assert "accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 -m vit_rsst.train" in page
     capsys.readouterr()
 
 

@@ -223,7 +223,7 @@ def recipe_facts(recipe: Mapping) -> list[tuple[str, str]]:
 
 def environment_facts(environment: Mapping) -> list[tuple[str, str]]:
     facts = [(f"data: {key.replace('_', ' ')}", str(value)) for key, value in at(environment, "data", {}).items()]
-    for key in ("device", "processes", "threads", "host", "commit"):
+    for key in ("device", "processes", "sharding", "threads", "host", "commit"):
         facts.append((key, str(at(environment, key, ""))))
     versions = ", ".join(f"{name} {version}" for name, version in at(environment, "versions", {}).items() if version)
     facts += [("versions", versions), ("command", shlex.join(map(str, at(environment, "command", []))))]
@@ -238,7 +238,9 @@ def reproduction(history: History) -> str:
     if commit := at(history.environment, "commit", ""):
         changed = "   # plus uncommitted changes" if str(commit).endswith("+") else ""
         lines.append(f"git checkout {str(commit).rstrip('+')}{changed}")
-    launch = "vit-rsst train" if processes == 1 else f"accelerate launch --num_processes {processes} -m vit_rsst.train"
+    sharded = " --use_fsdp --fsdp_version 2" if at(history.environment, "sharding", "") else ""
+    many = f"accelerate launch --num_processes {processes}{sharded} -m vit_rsst.train"
+    launch = "vit-rsst train" if processes == 1 else many
     lines.append(f"{launch} {recipe} {name}")
     lines.append(f"vit-rsst evaluate {shlex.quote(shown_path(history.path))}")
     return "\n".join(lines)
