@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vit_rsst import files
+from vit_rsst import files, shards
 from vit_rsst.errors import Damaged, MissingRequirement
 from vit_rsst.run import checkpoint
 from vit_rsst.run.checkpoint import Checkpointer, ResumePoint
@@ -95,6 +95,25 @@ def test_a_resume_point_round_trips(tmp_path):
             assert back.contiguous().flatten().view(torch.uint8).tolist() == (
                 tensor.contiguous().flatten().view(torch.uint8).tolist()
             )
+
+
+def test_a_lent_point_is_copied_and_an_own_one_is_not(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(Checkpointer, "_write", lambda self, found: written.append(found))
+    checkpointer, given = Checkpointer(tmp_path / "c"), point(3)
+    for is_own in (False, True):
+        checkpointer.save(given, is_own)
+        checkpointer.wait()
+        for name, tensor in written[-1].tensors["model"].items():
+            assert torch.equal(tensor, given.tensors["model"][name])
+            assert (tensor.data_ptr() == given.tensors["model"][name].data_ptr()) == is_own
+
+
+def test_what_is_gathered_for_a_point_is_nobody_elses():
+    net = torch.nn.Linear(2, 3)
+    for copies in (False, True):
+        found = shards.gathered(net.state_dict(), copies)
+        assert (found["weight"].data_ptr() == net.weight.data_ptr()) != copies
 
 
 def test_without_points_there_is_nothing_to_load(tmp_path):

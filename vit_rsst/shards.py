@@ -108,9 +108,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def gathered(tensors: Mapping[str, Tensor], copies: bool = False) -> Mapping[str, Tensor]:
     """Whole tensors in the host memory of rank 0; collective. Other ranks, which drop each at once, get those that are
-    not sharded alone."""
+    not sharded alone.
+
+    Args:
+        copies: rank 0 gets copies of those that are not sharded too, so that nothing else holds what it gets.
+    """
     found = {}
     for name, tensor in tensors.items():
         if is_sharded(tensor):
@@ -118,7 +122,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             if distributed.get_rank() == 0:
                 found[name] = complete.cpu()
         else:
-            found[name] = tensor
+            found[name] = tensor.detach().to("cpu", copy=True) if copies else tensor
     return found
 
 

@@ -65,9 +65,9 @@ def after_log(self: Tracker, what: str, at: int, metrics: dict) -> None:
         send()
 
 
-def gathering(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def gathering(tensors: Mapping[str, Tensor], **options: bool) -> Mapping[str, Tensor]:
     """Of a resume point, or of a ticket."""
-    found = gathered(tensors)
+    found = gathered(tensors, **options)
     if is_target and event == "gather" and is_there:
         send()
     return found

@@ -68,11 +68,15 @@ class Checkpointer:
     _failures: int = 0
     _step: int = -1
 
-    def save(self, point: ResumePoint) -> None:
-        """Copies the tensors to host memory and writes them in the background; `settle` comes first."""
+    def save(self, point: ResumePoint, is_own: bool = False) -> None:
+        """Copies the tensors to host memory and writes them in the background; `settle` comes first.
+
+        Args:
+            is_own: they are in host memory, and nobody else's: there is no need to copy them.
+        """
         self.settle()
         copied = {
-            stem: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+            stem: {name: tensor.detach().to("cpu", copy=not is_own).contiguous() for name, tensor in tensors.items()}
             for stem, tensors in point.tensors.items()
         }
         self._step = point.step

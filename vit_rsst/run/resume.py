@@ -28,7 +28,7 @@ def save(run: Run) -> None:
     if is_wanted(run, lambda: run.checkpointer.has_room(step)):
         point = taken(run, meter)
         if run.accelerator.is_main_process:
-            run.checkpointer.save(point)
+            run.checkpointer.save(point, is_own=True)
 
 
 def save_last(run: Run) -> None:
@@ -38,7 +38,7 @@ def save_last(run: Run) -> None:
 
     def write() -> None:
         if point is not None:
-            run.checkpointer.save(point)
+            run.checkpointer.save(point, is_own=True)
         run.checkpointer.wait()
 
     run.ranks.on_main(f"writing the resume point of step {step}", write)
@@ -59,7 +59,8 @@ def gather_(run: Run) -> list[float]:
 
 
 def taken(run: Run, meter: list[float]) -> ResumePoint:
-    """The run as it stands, with the sums of its meter; collective if weights are sharded: rank 0 gathers them."""
+    """A copy of the run as it stands, with the sums of its meter; collective if weights are sharded: rank 0 gathers
+    them."""
     masks, controller = run.controller.state_dict()
     best, best_numbers = run.best.state_dict()
     live = run.controller.live() if best else {}
@@ -70,7 +71,7 @@ def taken(run: Run, meter: list[float]) -> ResumePoint:
         "controller": masks,
         **({"best": {path: shards.like(own, live[path]) for path, own in best.items()}} if best else {}),
     }
-    tensors = {stem: shards.gathered(of_stem) for stem, of_stem in tensors.items()}
+    tensors = {stem: shards.gathered(of_stem, copies=True) for stem, of_stem in tensors.items()}
     numbers = {
         "progress": run.progress.state_dict(),
         "controller": controller,
