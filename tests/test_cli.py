@@ -473,7 +473,7 @@ def test_the_seconds_of_a_round_are_its_training_time(finished):
 
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_evaluate_reproduces_the_scores_of_the_run(finished, tmp_path, capsys, monkeypatch, split):
-    monkeypatch.setattr(evaluate, "EVALUATION_BATCH", 50)
+    monkeypatch.setattr(data, "EVALUATION_BATCH", 50)
     run = finished / "runs" / "tiny"
     for number, row in enumerate(rounds(run)):
         ticket = run / "tickets" / f"round_{number:02d}.safetensors"

@@ -1,7 +1,6 @@
 """The memory of a step, counted on shapes: by hand, beside torch's own allocator and autocast, and beside an H100's."""
 
 import json
-from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -18,6 +17,8 @@ from vit_rsst.models import zoo
 from vit_rsst.models.footprint import IN_BF16, Footprint, Functions, evaluation_bytes, training_bytes
 from vit_rsst.recipe.loading import load
 from vit_rsst.recipe.schema import Train
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def build(name: str, **args: object) -> nn.Module:
@@ -161,13 +162,25 @@ def test_attention_with_dropout_or_a_mask_is_counted_too():
 def test_an_evaluation_takes_less_than_a_step_or_of_a_resnet_twice_as_much(name):
     """Where activations are what fills the memory: at few images the weights' copies in bf16 do."""
     net, train = build(name), Train(global_batch=64)
-    images = evaluation_batch(train)
+    images = evaluation_batch(GPU, train)
     assert images == 500
-    assert evaluation_batch(replace(train, batch_per_device=16)) == 128
-    assert evaluation_batch(replace(train, global_batch=4096)) == 500
     for bf16 in (False, True):
         most = 2.1 if name == "resnet20" else 1.05  # the first of its stages holds most of its activations
         assert evaluation_bytes(net, 32, images, bf16) < most * training_bytes(net, 32, 64, bf16)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "on_cpu", "of"),
+    [
+        (500, 128, None),
+        (500, 128, Train(global_batch=64)),
+        (500, 128, Train(global_batch=4096)),
+        (128, 128, Train(global_batch=4096, batch_per_device=16)),
+        (64, 64, Train(global_batch=8)),
+    ],
+)
+def test_an_evaluation_takes_few_images_at_once_on_a_cpu(on_gpu, on_cpu, of):
+    assert (evaluation_batch(GPU, of), evaluation_batch(CPU, of)) == (on_gpu, on_cpu)
 
 
 class Looking(nn.Module):

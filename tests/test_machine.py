@@ -1,11 +1,14 @@
 """Cores and memory are those of the job: affinity and the limits of its control groups, in both of their versions."""
 
 import os
+import platform
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import tiny
 
 from vit_rsst import machine
 
@@ -89,3 +92,37 @@ def test_the_processes_of_a_node_are_those_that_its_launcher_started(monkeypatch
     assert machine.local_processes(4) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert machine.local_processes(16) == 2
+
+
+FAULTS = """
+import resource, torch
+from vit_rsst import machine
+if {keeps}:
+    machine.keep_freed_memory()
+def step():
+    kept = [torch.ones(24 * 2**18) for _ in range(8)]  # 24 MiB each
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+@pytest.mark.parametrize(
+    ("keeps", "variables", "are_mapped_anew"),
+    [
+        (False, {}, True),
+        (True, {}, False),
+        (True, {"MALLOC_TRIM_THRESHOLD_": "65536"}, True),
+        (True, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=65536"}, True),
+    ],
+)
+def test_memory_that_a_step_frees_serves_the_next_unless_the_environment_says_otherwise(
+    keeps, variables, are_mapped_anew
+):
+    done = tiny.python("-c", FAULTS.format(keeps=keeps), **variables)
+    faults, pages = int(done.stdout), 5 * 8 * 24 * 2**20 // resource.getpagesize()
+    assert faults > pages / 4 if are_mapped_anew else faults < pages / 100, done.stderr

@@ -26,7 +26,7 @@ from _common import environment, report, show_progress
 
 import vit_rsst
 from vit_rsst.assembly.calibration import CALIBRATION_BATCH
-from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.assembly.data import evaluation_batch
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.sources import open_data
 from vit_rsst.recipe.loading import builtin_folder
@@ -102,12 +102,13 @@ def measure(path: Path, removals: Sequence[str], seed: int, data_path: str | Non
     """Top-1 and loss of one model: whole, and after each removal."""
     model = open_trained(path)
     net, data = model.net, open_data(replace(model.data, path=data_path), seed)
-    shown = {"rank": 0, "num_processes": 1, "device": torch.device("cpu"), "mean": model.mean, "std": model.std}
+    cpu = torch.device("cpu")
+    shown = {"rank": 0, "num_processes": 1, "device": cpu, "mean": model.mean, "std": model.std}
     loader = list(evaluation_batches(data.balanced("train", IMAGES, seed), CALIBRATION_BATCH, **shown))
     dense = {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
     def scored() -> dict[str, float]:
-        return score(net, evaluation_batches(data.test, EVALUATION_BATCH, **shown), torch.device("cpu"))
+        return score(net, evaluation_batches(data.test, evaluation_batch(cpu), **shown), cpu)
 
     yield {"seed": seed, "removed": "nothing", "criterion": "", "compensate": "none", **scored()}
     for removed, criterion, way in product(removals, CRITERIA, WAYS):

@@ -2,7 +2,9 @@
 
 Three epochs of 10,000 CIFAR-10 images at 32 px with the same small ViT (patch 4, width 192, 6 blocks of 3 heads), batch
 64, AdamW, crop and flip, one evaluation per epoch and one of the test images at the end. Each contender is a separate
-process; they alternate in random order. Printed are medians and ranges of the total time, of training with its
+process; they alternate in random order. Evaluations of the peers take as many images per pass as a training step, which
+is timm's default. With --json FILE, each alternation is kept in FILE.part, and a measurement that was interrupted goes
+on from there on the same machine and commit. Printed are medians and ranges of the total time, of training with its
 evaluations, and of the rest. The bound is missed if the whole interval of the ratio to the faster peer is above it.
 --quick: 256 images of noise, and 64 each for evaluation and test, one alternation; the numbers are then meaningless.
 """
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,7 +118,7 @@ def by_timm() -> None:
     net = timm_net()
     optimizer = create_optimizer_v2(net, "adamw", lr=LR, weight_decay=DECAY)
     train = DataLoader(Images(*splits["train"], augment), BATCH, shuffle=True, drop_last=True)
-    scored = {split: DataLoader(Images(*splits[split], v2.Compose(to_float)), 500) for split in ("val", "test")}
+    scored = {split: DataLoader(Images(*splits[split], v2.Compose(to_float)), BATCH) for split in ("val", "test")}
     scheduler = CosineLRScheduler(optimizer, EPOCHS * len(train), t_in_epochs=False)
 
     def evaluate(split: str) -> float:
@@ -171,7 +174,7 @@ def by_trainer() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, per_device_eval_batch_size=500,
+            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
             learning_rate=LR, weight_decay=DECAY, lr_scheduler_type="cosine", eval_strategy="epoch", logging_steps=50,
             save_strategy="no", report_to=[], dataloader_drop_last=True, disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
@@ -233,14 +236,28 @@ def whole_process(name: str, data: Path, number: int) -> dict[str, float]:
     return {"everything": ended - began, "training": training, "outside": ended - began - training}
 
 
-def measure(data: Path, number: int, alternations: int) -> dict[str, list[dict[str, float]]]:
-    """Contender → what `whole_process` finds in each alternation."""
-    names, rng = [OURS, *ROLES], np.random.default_rng(0)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(alternations):
-        for name in rng.permutation(names):
-            found[name].append(whole_process(name, data, number))
+def measure(data: Path, number: int, alternations: int, part: Path | None = None) -> list[dict[str, dict[str, float]]]:
+    """Contender → what `whole_process` finds, in each alternation.
+
+    Args:
+        part: file that holds the alternations so far.
+    """
+    here = {key: value for key, value in surroundings().items() if key not in ("date", "command")}
+    found = []
+    with suppress(OSError, ValueError, KeyError):
+        kept = json.loads(part.read_text(encoding="utf-8")) if part else {"environment": None}
+        found = kept["alternations"] if kept["environment"] == here else []
+    for i in range(len(found), alternations):
+        order = np.random.default_rng(i).permutation([OURS, *ROLES])
+        found.append({str(name): whole_process(name, data, number) for name in order})
+        print(i + 1, {name: round(times["everything"], 1) for name, times in found[-1].items()}, file=sys.stderr)
+        if part:
+            part.write_text(json.dumps({"environment": here, "alternations": found}), encoding="utf-8")
     return found
+
+
+def surroundings() -> dict:
+    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def main() -> int:
@@ -251,9 +268,12 @@ def main() -> int:
     if args.quick:
         with tempfile.TemporaryDirectory() as folder:
             write_noise(Path(folder))
-            found = measure(Path(folder), QUICK_IMAGES, QUICK_ALTERNATIONS)
+            alternations = measure(Path(folder), QUICK_IMAGES, QUICK_ALTERNATIONS)
     else:
-        found = measure(Path(os.environ.get(DATA, "data/cifar10")).resolve(), IMAGES, ALTERNATIONS)
+        data = Path(os.environ.get(DATA, "data/cifar10")).resolve()
+        part = args.json and args.json.with_name(args.json.name + ".part")
+        alternations = measure(data, IMAGES, ALTERNATIONS, part)
+    found = {name: [times[name] for times in alternations] for name in (OURS, *ROLES)}
     everything = {name: np.array([times["everything"] for times in runs]) for name, runs in found.items()}
     faster = min(ROLES, key=lambda name: float(np.median(everything[name])))
     ratio: Interval = interval(everything[OURS] / everything[faster])
@@ -268,7 +288,7 @@ def main() -> int:
             cells.append(f"{np.median(values):.1f} ({min(values):.1f}–{max(values):.1f})")
         rows.append((name, *cells))
     result = {
-        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "environment": surroundings(),
         "parameters": parameters,
         "ratio": asdict(ratio),
         "faster_peer": faster,

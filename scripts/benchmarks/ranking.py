@@ -22,7 +22,7 @@ from torch import nn
 
 from vit_rsst import cli
 from vit_rsst.assembly.calibration import CALIBRATION_BATCH
-from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.assembly.data import evaluation_batch
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.sources import open_data
 from vit_rsst.models.anatomy import prunable_parts
@@ -87,7 +87,7 @@ def measure(path: Path, seed: int, data_path: str | None) -> list[dict]:
     shown = {"rank": 0, "num_processes": 1, "device": cpu, "mean": mean, "std": std}
 
     def scored() -> dict[str, float]:
-        return score(net, evaluation_batches(data.test, EVALUATION_BATCH, **shown), cpu)
+        return score(net, evaluation_batches(data.test, evaluation_batch(cpu), **shown), cpu)
 
     whole = scored()
     found = [{"seed": seed, "kind": "", "criterion": "nothing", **whole}]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vit_rsst.assembly.data import evaluation_batch
@@ -85,7 +86,8 @@ def needs(
     batch, keeps_copies = dealing.batch_per_device, shards == 1
     passes = training_bytes(parts.net, image_size, batch, in_bf16, teacher, are_fresh, keeps_copies)
     update = _update_bytes(parts, rounds, total if are_fresh else 0, on_gpu)
-    largest = evaluation_batch(train) if None in evaluated else min(evaluation_batch(train), max(evaluated))
+    most = evaluation_batch(torch.device("cuda" if on_gpu else "cpu"), train)
+    largest = most if None in evaluated else min(most, max(evaluated))
     scoring = evaluation_bytes(parts.net, image_size, largest, in_bf16, keeps_copies)
     device |= {
         "teacher": 0 if teacher is None else -(-sum(4 * p.numel() for p in teacher.parameters()) // shards),

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 from vit_rsst import files, machine
-from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.assembly.data import evaluation_batch
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import evaluation_batches
 from vit_rsst.data.options import DataOptions
@@ -64,7 +64,7 @@ def evaluate(
         for line in data.told:
             to_stderr(line)
     place = (state.device, state.process_index, state.num_processes)
-    found, rate = outcomes_of(trained, data, split, batch or EVALUATION_BATCH, *place)
+    found, rate = outcomes_of(trained, data, split, batch or evaluation_batch(state.device), *place)
     if not np.isfinite(found.confidences).all():
         raise Damaged(f"{trained.path}: its logits are not finite (the weights diverged); use another ticket.")
 

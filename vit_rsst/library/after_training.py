@@ -20,7 +20,7 @@ from vit_rsst import files
 from vit_rsst.analysis.counts import count
 from vit_rsst.analysis.subject import Subject
 from vit_rsst.assembly.calibration import CALIBRATION_BATCH
-from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.assembly.data import evaluation_batch
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.loaders import Batch, evaluation_batches, placed
 from vit_rsst.data.sources import open_data
@@ -362,7 +362,7 @@ def _state(prepared: Prepared, mask: MaskSet) -> dict:
         "flops": flops,
     }
     if split:
-        found, _ = outcomes_of(trained, prepared.scored, split, EVALUATION_BATCH, prepared.device)
+        found, _ = outcomes_of(trained, prepared.scored, split, evaluation_batch(prepared.device), prepared.device)
         state |= {"samples": len(found), "top1": found.top(1), "top5": found.top(5), "loss": found.loss}
     return state
 

@@ -1,6 +1,6 @@
 """What `vit-rsst prune` prints: the plan of `--dry-run`, and the table of what was done."""
 
-from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.assembly.data import evaluation_batch
 from vit_rsst.assembly.fitting import fit_needs
 from vit_rsst.library.after_training import FIGURE, RESULT, TICKET, Prepared
 from vit_rsst.models.footprint import evaluation_bytes
@@ -40,7 +40,8 @@ def plan_text(prepared: Prepared) -> str:
     held = ", ".join(f"{name} {size(number)}" for name, number in memory.items())
     lines.append(f"memory     about {size(sum(memory.values()))} beside the program: {held}")
     if asked.split:
-        batch = min(EVALUATION_BATCH, prepared.scored.count(asked.split) or EVALUATION_BATCH)
+        most = evaluation_batch(prepared.device)
+        batch = min(most, prepared.scored.count(asked.split) or most)
         taken = size(evaluation_bytes(net, trained.data.size, batch))
         lines.append(f"scores     top-1 on {asked.split}, before and after; a batch of {batch} takes {taken}")
     kinds = [TICKET, *["slim/"] * prepared.has_units]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vit_rsst import files
-from vit_rsst.assembly.data import EVALUATION_BATCH
+from vit_rsst.assembly.data import evaluation_batch
 from vit_rsst.data.decoding import Corrupt, Decoder, Sample
 from vit_rsst.data.images import ImageData
 from vit_rsst.data.sources import open_data
@@ -64,7 +64,7 @@ class Exhibit:
 
     @cached_property
     def outcomes(self) -> Outcomes:
-        return outcomes_of(self.trained, self.data, "test", EVALUATION_BATCH, self.device)[0]
+        return outcomes_of(self.trained, self.data, "test", evaluation_batch(self.device), self.device)[0]
 
     @property
     def classes(self) -> list[str]:
