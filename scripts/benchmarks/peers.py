@@ -252,6 +252,7 @@ def measure(data: Path, number: int, alternations: int, part: Path | None = None
         found.append({str(name): whole_process(name, data, number) for name in order})
         print(i + 1, {name: round(times["everything"], 1) for name, times in found[-1].items()}, file=sys.stderr)
         if part:
+            part.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps({"environment": here, "alternations": found}), encoding="utf-8")
     return found
 
@@ -265,13 +266,13 @@ def main() -> int:
         ROLES[os.environ[ROLE]]()
         return 0
     args = parse_args(__doc__)
+    part = args.json.with_name(args.json.name + ".part") if args.json and not args.quick else None
     if args.quick:
         with tempfile.TemporaryDirectory() as folder:
             write_noise(Path(folder))
             alternations = measure(Path(folder), QUICK_IMAGES, QUICK_ALTERNATIONS)
     else:
         data = Path(os.environ.get(DATA, "data/cifar10")).resolve()
-        part = args.json and args.json.with_name(args.json.name + ".part")
         alternations = measure(data, IMAGES, ALTERNATIONS, part)
     found = {name: [times[name] for times in alternations] for name in (OURS, *ROLES)}
     everything = {name: np.array([times["everything"] for times in runs]) for name, runs in found.items()}
@@ -283,8 +284,8 @@ def main() -> int:
     rows = []
     for name, runs in found.items():
         cells = []
-        for part in ("everything", "training", "outside"):
-            values = [times[part] for times in runs]
+        for phase in ("everything", "training", "outside"):
+            values = [times[phase] for times in runs]
             cells.append(f"{np.median(values):.1f} ({min(values):.1f}–{max(values):.1f})")
         rows.append((name, *cells))
     result = {
@@ -295,7 +296,10 @@ def main() -> int:
         "missed": missed,
         "seconds": found,
     }
-    return report(args, result, ("peers", "total s", "training", "start-up, test and end"), rows)
+    code = report(args, result, ("peers", "total s", "training", "start-up, test and end"), rows)
+    if part:
+        part.unlink()
+    return code
 
 
 if __name__ == "__main__":
