@@ -215,7 +215,7 @@ def test_a_dry_run_says_what_it_takes_and_looks_at_no_image(folder, tmp_path, mo
     assert needed.operations == 4 * 2 * 512 * 65 * 24**2
     for line in (
         "512 training images", "0.5000, 0.2000", f"activations {size(needed.activations)}", "sparsity_0.8", "front.svg",
-        "2 fits", "a batch of 360 takes",
+        "2 fits", "a batch of 128 takes",
     ):  # fmt: skip
         assert line in shown
     assert not (tmp_path / "out").exists()
