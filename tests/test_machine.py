@@ -1,11 +1,13 @@
 """Cores and memory are those of the job: affinity and the limits of its control groups, in both of their versions."""
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import tiny
 
 from vit_rsst import machine
 
@@ -89,3 +91,34 @@ def test_the_processes_of_a_node_are_those_that_its_launcher_started(monkeypatch
     assert machine.local_processes(4) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert machine.local_processes(16) == 2
+
+
+HELD = """
+import psutil, torch
+from vit_rsst import machine
+if {keeps}:
+    machine.keep_freed_memory()
+def step():
+    kept = [torch.ones(24 * 2**18) for _ in range(8)]  # 24 MiB each
+torch.ones(1)
+before = psutil.Process().memory_info().rss
+for _ in range(3):
+    step()
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+@pytest.mark.parametrize(
+    ("keeps", "variables", "is_held"),
+    [
+        (False, {}, False),
+        (True, {}, True),
+        (True, {"MALLOC_TRIM_THRESHOLD_": "65536"}, False),
+        (True, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=65536"}, False),
+    ],
+)
+def test_memory_that_a_step_frees_serves_the_next_unless_the_environment_says_otherwise(keeps, variables, is_held):
+    done = tiny.python("-c", HELD.format(keeps=keeps), **variables)
+    held = int(done.stdout) / (8 * 24 * 2**20)
+    assert held > 0.9 if is_held else held < 0.5, done.stderr

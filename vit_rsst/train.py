@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from vit_rsst import machine
 from vit_rsst.arguments import Parser
 from vit_rsst.errors import (
     CheckFailed,
@@ -288,6 +289,8 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
         fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients are held once
     )
+    if accelerator.device.type == "cpu":
+        machine.keep_freed_memory()
     if plugin is not None:
         sharding.shard_with_(accelerator, plugin)
     return accelerator
