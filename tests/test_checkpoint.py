@@ -65,6 +65,17 @@ def hidden(folder: Path) -> list[str]:
 # -- round trips
 
 
+def test_no_thread_outlives_a_save(tmp_path):
+    before = set(threading.enumerate())
+    checkpointer = Checkpointer(tmp_path)
+    for step in (1, 2):
+        checkpointer.save(point(step))
+        checkpointer.wait()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+        assert set(threading.enumerate()) == before
+
+
 def test_a_resume_point_round_trips(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {

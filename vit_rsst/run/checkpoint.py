@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -63,7 +63,6 @@ class Checkpointer:
     folder: Path
     keep: int = 2
     warn: Callable[[str], None] = warnings.warn
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), repr=False)
     _pending: Future | None = None
     _failures: int = 0
     _step: int = -1
@@ -80,7 +79,11 @@ class Checkpointer:
             for stem, tensors in point.tensors.items()
         }
         self._step = point.step
-        self._pending = self._pool.submit(self._write, ResumePoint(point.step, copied, point.numbers))
+        # The thread ends with the save: as long as a second one that has used OpenMP lives, GNU's runtime counts more
+        # threads than cores and sends idle ones to sleep between loops: 5 % of a training step on a CPU.
+        pool = ThreadPoolExecutor(1)
+        self._pending = pool.submit(self._write, ResumePoint(point.step, copied, point.numbers))
+        pool.shutdown(wait=False)
 
     def has_room(self, step: int) -> bool:
         """Whether the point before has been written; if not, warns that this step's is skipped. Never waits long."""
