@@ -80,7 +80,7 @@ class Checkpointer:
         }
         self._step = point.step
         # The thread ends with the save: as long as a second one that has used OpenMP lives, GNU's runtime counts more
-        # threads than cores and sends idle ones to sleep between loops: 5 % of a training step on a CPU.
+        # threads than cores and sends idle ones to sleep between loops: 5 % of a training step on two cores.
         pool = ThreadPoolExecutor(1)
         self._pending = pool.submit(self._write, ResumePoint(point.step, copied, point.numbers))
         pool.shutdown(wait=False)
