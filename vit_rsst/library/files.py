@@ -106,7 +106,7 @@ def described(net: nn.Module, name: str | None = None, args: Mapping[str, Any] |
 
 def _noted(net: nn.Module) -> list[tuple[str, dict]]:
     """What timm and transformers note in a model of theirs."""
-    config = getattr(net, "config", None)
+    config: Any = getattr(net, "config", None)
     if hasattr(config, "to_diff_dict") and hasattr(net, "base_model_prefix"):
         fields = {key: value for key, value in config.to_diff_dict().items() if key not in hub.OF_A_FILE}
         architectures = {"architectures": [type(net).__name__], "num_labels": config.num_labels}

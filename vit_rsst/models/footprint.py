@@ -173,7 +173,8 @@ def training_bytes(
                 with torch.no_grad(), in_mode(teacher, training=False), Functions(bf16):
                     targets = functional_call(teacher, theirs, (seen,)).float()
                 loss = loss + divergence(logits, targets, 1.0)
-            if (auxiliary_loss := getattr(net, "auxiliary_loss", None)) is not None:
+            auxiliary_loss: Callable[[], Tensor] | None = getattr(net, "auxiliary_loss", None)
+            if auxiliary_loss is not None:
                 loss = loss + auxiliary_loss()
             with Functions(bf16, has_cache=False):
                 _backward(loss)

@@ -4,7 +4,7 @@ A forward and backward pass finds the weights that are applied unmodified and th
 trial removal on a copy finds units that the forward pass cannot do without.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,8 +48,9 @@ class _Pass(nn.Module):
         names = {id(parameter): name for name, parameter in self.net.named_parameters()}
         with torch.enable_grad(), _Applied(names) as applied:
             loss = self.net(images).float().square().sum()
-        if (own := getattr(self.net, "auxiliary_loss", None)) is not None:
-            loss = loss + own()
+        auxiliary_loss: Callable[[], Tensor] | None = getattr(self.net, "auxiliary_loss", None)
+        if auxiliary_loss is not None:
+            loss = loss + auxiliary_loss()
         return Observed(frozenset(applied.found), unreached_by(loss, self.net))
 
 

@@ -1,7 +1,7 @@
 """Optimizers: parameter groups, construction, and the in-place edits that pruning needs."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,8 @@ def param_groups(model: nn.Module, weight_decay: float, lr_scales: Mapping[str, 
         lr_scales: parameter → fraction of the learning rate, the group's `lr_scale`; None: 1. Groups are sorted by
             decreasing scale, so that the first has the recipe's learning rate.
     """
-    undecayed = set(getattr(model, "no_weight_decay", set)()) | set(TOKENS)
+    named: Callable[[], Iterable[str]] = getattr(model, "no_weight_decay", set)
+    undecayed = set(named()) | set(TOKENS)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
