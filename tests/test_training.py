@@ -272,7 +272,7 @@ def test_the_average_matches_float64_and_follows_unaveraged_weights():
         with torch.no_grad():
             net.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(step)))
         ema.update_()
-        ema.follow_({"weight": staying})
+        ema.follow_({"weight": ~staying})
         decay = min(0.95, (1 + step) / (10 + step))
         reference = torch.where(staying, decay * reference + (1 - decay) * net.weight.detach().double(), net.weight)
     assert torch.allclose(ema.tensors["weight"].double(), reference, atol=1e-6)

@@ -23,6 +23,7 @@ from vit_rsst.data.loaders import Batch, InMemoryLoader
 from vit_rsst.data.mixing import Mixing
 from vit_rsst.data.tables import Split
 from vit_rsst.pruning.controller import Controller, RoundState
+from vit_rsst.pruning.fading import Fading
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.movement import Movement
 from vit_rsst.recipe.schema import Recipe
@@ -156,7 +157,11 @@ def stand_in(recipe: Recipe, folder: Path, teacher: bool = False) -> tuple[Run, 
 
 
 def begin_phase(run: Run, phase: str) -> None:
-    """Puts the controller in a phase of a round, as after a selection: `dense`, `window`, `masked` or `ste`."""
+    """Puts the controller in a phase of a round, as after a selection.
+
+    Args:
+        phase: `dense`, `window` of the first round that prunes, `later window`, `masked` or `ste`.
+    """
     controller, method = run.controller, run.controller.method
     sparse = MaskSet({n: torch.empty_like(w, dtype=torch.bool) for n, w in controller.weights.items()})
     controller.mask.__dict__["is_full"], sparse.__dict__["is_full"] = True, False
@@ -164,12 +169,13 @@ def begin_phase(run: Run, phase: str) -> None:
     run.progress.round = min(1, len(run.progress.round_epochs) - 1)
     if controller.selector.criterion.needs == "movement":
         controller.movement = Movement.zeros(controller.weights)
-    if phase == "window":
-        controller.staying = sparse
-        controller.state = RoundState(round=1, penalty=method.penalty, remove_at=1.0)
-    elif phase in ("masked", "ste"):
+    if phase in ("later window", "masked", "ste"):
         controller.mask = sparse
-        controller.state = RoundState(round=1, forward="straight_through" if phase == "ste" else "masked")
+    if phase in ("window", "later window"):
+        controller.fading = Fading(controller.weights, controller.optimizer, sparse, method.penalty)
+        controller.state = RoundState(round=1, penalty=method.penalty, remove_at=1.0)
+    elif phase == "ste":
+        controller.state = RoundState(round=1, forward="straight_through")
 
 
 def batches(run: Run) -> list[Batch]:

@@ -35,8 +35,13 @@ WAITS, WAITS_LOGGED, WAITS_MOVING, COPIES, PRUNING = 0, 1, 2, 0, 6
 pruning to a dense step."""
 BARE, DENSE = "bare loop", "dense"
 PLAIN, STRONG = Augment(hflip=0.5), Augment(hflip=0.5, mixup=0.8, cutmix=1.0, reprob=0.25)
-WHOLE = Rsst(Penalty(window=(0.0, 1.0)), remove_at=1.0)
-COUPLED = Rsst(Penalty(window=(0.0, 1.0), coupling="gradient", strength=0.3), remove_at=1.0)
+COUPLED, LEARNT = {"coupling": "gradient", "strength": 0.3}, {"condemned_gradient": True}
+PENALTIES = {
+    "rsst": {},
+    "rsst coupled to the gradient": COUPLED,
+    "rsst that lets the condemned learn": LEARNT,
+    "rsst coupled to the gradient that lets the condemned learn": COUPLED | LEARNT,
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,11 @@ class Case:
         )
 
 
+def rsst(**penalty: object) -> Rsst:
+    """With a window as long as the round."""
+    return Rsst(Penalty(window=(0.0, 1.0), **penalty), remove_at=1.0)
+
+
 CASES = {
     DENSE: Case(Dense(), "dense"),
     "dense, a step that logs": Case(Dense(), "dense", logs=True),
@@ -90,13 +100,13 @@ CASES = {
     "dense, strong augmentation": Case(Dense(), "dense", augment=STRONG),
     "dense, ema": Case(Dense(), "dense", ema=0.99),
     "dense, distillation": Case(Dense(), "dense", teacher=True),
-    "rsst in its window": Case(WHOLE, "window"),
-    "rsst in its window, sgd": Case(WHOLE, "window", "dense, sgd", optimizer="sgd"),
-    "rsst in its window, accumulation 4": Case(WHOLE, "window", "dense, accumulation 4", accumulation=4),
-    "rsst in its window, strong augmentation": Case(WHOLE, "window", "dense, strong augmentation", STRONG),
-    "rsst in its window, ema": Case(WHOLE, "window", "dense, ema", ema=0.99),
-    "rsst in its window, distillation": Case(WHOLE, "window", "dense, distillation", teacher=True),
-    "rsst after its window": Case(WHOLE, "masked"),
+    "rsst in its window": Case(rsst(), "window"),
+    "rsst in its window, sgd": Case(rsst(), "window", "dense, sgd", optimizer="sgd"),
+    "rsst in its window, accumulation 4": Case(rsst(), "window", "dense, accumulation 4", accumulation=4),
+    "rsst in its window, strong augmentation": Case(rsst(), "window", "dense, strong augmentation", STRONG),
+    "rsst in its window, ema": Case(rsst(), "window", "dense, ema", ema=0.99),
+    "rsst in its window, distillation": Case(rsst(), "window", "dense, distillation", teacher=True),
+    "rsst after its window": Case(rsst(), "masked"),
     "imp": Case(Imp(), "masked"),
     "imp by movement": Case(Imp(), "masked", criterion="movement"),
     "gmp": Case(Gmp(interval=10**6), "masked"),
@@ -105,13 +115,21 @@ CASES = {
     "ste, a step that chooses": Case(StraightThrough((0.0, 1.0), 1), "ste", is_due=True),
     "set": Case(SparseEvolutionary(interval=1000), "masked"),
     "rigl": Case(RigL(interval=1000), "masked"),
-    "rsst coupled to the gradient, sgd": Case(COUPLED, "window", "dense, sgd", optimizer="sgd"),
     "set, a step that moves": Case(SparseEvolutionary((0.0, 1.0), 1), "masked", is_due=True),
     "rigl, a step that moves": Case(RigL((0.0, 1.0), 1), "masked", is_due=True),
     "set of 2:4, a step that moves": Case(SparseEvolutionary((0.0, 1.0), 1), "masked", granularity="2:4", is_due=True),
     "rigl of 2:4, a step that moves": Case(RigL((0.0, 1.0), 1), "masked", granularity="2:4", is_due=True),
     "ste, ema": Case(StraightThrough(interval=10**6), "ste", "dense, ema", ema=0.99),
+} | {
+    f"{name}, by {criterion}, in a later window, {optimizer}": Case(
+        rsst(**penalty), "later window", like, optimizer=optimizer, criterion=criterion
+    )
+    for name, penalty in PENALTIES.items()
+    for criterion in ("magnitude", "movement")
+    for optimizer, like in (("adamw", DENSE), ("sgd", "dense, sgd"))
 }
+"""Of rsst in a later window, all forms of the penalty: what a step adds depends on them, the criterion and the
+optimizer."""
 
 
 def count(case: Case, folder: Path) -> Counting:

@@ -183,6 +183,6 @@ def test_each_part_of_a_point_is_needed(tmp_path, missing):
     elif missing == "optimizer":
         optim.reset_state_(second.optimizer)
     else:
-        second.controller.staying = None
+        second.controller.fading = None
     loop.train(second)
     assert end(tmp_path / "stopped") != expected

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toys import Toy, copied, mlp, train_rounds, vit
 
 from vit_rsst import loop
+from vit_rsst.pruning.fading import Fading
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.methods.rsst import Rsst
 from vit_rsst.pruning.plan import Penalty
@@ -85,11 +86,11 @@ def test_the_condemned_end_at_the_residual_after_6000_steps_at_two_rates(tmp_pat
     controller.evaluate = lambda: seen.append(copied(controller.weights)) or {"top1": 0.0, "loss": 0.0}
     train_rounds(run, 1)
     batches = [micro_batches[0] for micro_batches in run.loader.steps(progress)]
-    controller.begin_round(1)
     layers = zip(controller.weights.values(), rates, strict=True)
     groups = [{"params": [w], "lr": lr, "weight_decay": 0.05} for w, lr in layers]
     plain = torch.optim.SGD(groups, momentum=0.9) if optimizer == "sgd" else torch.optim.AdamW(groups)
     controller.optimizer = plain
+    controller.begin_round(1)
     condemned, began = controller.condemned, copied(controller.weights)
     for step in range(6000):
         images, labels = batches[step % 20]
@@ -186,8 +187,13 @@ def test_each_step_shrinks_the_condemned_by_its_own_factor(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_skipped_step_does_not_change_the_residual(tmp_path, optimizer):
-    toy = Toy(whole_round(), optimizer=optimizer, weight_decay=1.0, round_epochs=(1, 1), steps_per_epoch=20)
+@pytest.mark.parametrize("criterion", ["magnitude", "movement"])
+@pytest.mark.parametrize("host_knows", [True, False], ids=["by the host", "on the device"])
+def test_a_skipped_step_does_not_change_the_residual(tmp_path, monkeypatch, optimizer, criterion, host_knows):
+    """Whether a step was skipped is for the host to see on a CPU; on a GPU only the device knows."""
+    monkeypatch.setattr(Fading, "_host_knows_at_once", host_knows)
+    options = {"weight_decay": 1.0, "criterion": criterion}
+    toy = Toy(whole_round(), optimizer=optimizer, round_epochs=(1, 1), steps_per_epoch=20, **options)
     run = replace(toy, max_skipped_steps=2).make(tmp_path)
     plain = run.loss
 

@@ -118,7 +118,7 @@ def _update_bytes(parts: Parts, rounds: Sequence[RoundPreview], gradients: int, 
     scores = 8 * prunable  # two copies; `scripts/benchmarks/selection.py`
     if CRITERIA[parts.recipe.pruning.criterion].needs == "moments":
         scores += moments_bytes(parts.net, parts.weights, parts.groups)
-    return max(gradients + factors + read + noted, 3 * factors + noted if shrinks else 0, scores)
+    return max(gradients + factors * (2 if shrinks else 1) + read + noted, scores)
 
 
 def _teacher(parts: Parts) -> nn.Module | None:

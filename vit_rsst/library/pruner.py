@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vit_rsst import shards
 from vit_rsst.assembly.pruning import check_gradual
 from vit_rsst.errors import CheckFailed, InputError
 from vit_rsst.library import optimizers
@@ -26,6 +27,7 @@ from vit_rsst.library.steps import Steps, rounds_in_steps
 from vit_rsst.library.target import CALIBRATION, Target
 from vit_rsst.models.complexity import evaluating
 from vit_rsst.pruning.controller import Controller, RoundResult
+from vit_rsst.pruning.foreach import zero_
 from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.plan import Method
 from vit_rsst.recipe.calls import OF_SCHEDULE, in_words_of, pruning_section
@@ -184,7 +186,7 @@ class Pruner:
             calibrate=calibrate,
             compensate=make_up,
         )
-        self._reached: dict[str, Tensor] | None = None
+        self._kept_out: tuple[dict[str, Tensor], bool] | None = None  # factors of gradients, and which are zeroed
         self._called = model  # with its wrappers
         self._handles: list[RemovableHandle] = []
         self._watches_forward = False
@@ -376,9 +378,10 @@ class Pruner:
         """Masks a gradient as it is accumulated; factors of 0 and 1 commute with sums, scaling and averaging."""
 
         def hook(weight: Tensor) -> None:
-            if self._reached is not None and weight.grad is not None:
+            if self._kept_out is not None and weight.grad is not None:
                 self._check_device()
-                weight.grad.mul_(self._reached[name])
+                made, where = self._kept_out
+                zero_([shards.local(weight.grad)], [shards.local(made[name])], where)
 
         return hook
 
@@ -535,8 +538,8 @@ class Pruner:
     def _turn(self) -> None:
         """Notes which gradients the next step takes."""
         reads = not self.is_over and self._controller.reads_gradients(self.progress)
-        mask = None if reads else self._controller.reached_by_gradient(self.progress)
-        self._reached = None if mask is None else _multipliers(mask)
+        masking = None if reads else self._controller.masks_gradients(self.progress)
+        self._kept_out = None if masking is None else (_multipliers(masking[0]), masking[1])
 
     def _tell(self, name: str, result: RoundResult | None = None) -> None:
         if self._on_event is not None:

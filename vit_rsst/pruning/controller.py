@@ -1,6 +1,6 @@
 """The controller: asks the method for a plan and carries it out on the model's weights, in place.
 
-It enforces masks, applies the penalty, commits targets, rewinds, and measures the cost of each removal. It knows
+It enforces masks, lets the condemned fade, commits targets, rewinds, and measures the cost of each removal. It knows
 nothing about recipes, loaders or trackers. Weights keep their names and storage, so Accelerate, DDP and FSDP2 notice
 nothing; of sharded weights, each rank edits the rows it holds.
 """
@@ -18,8 +18,10 @@ from vit_rsst import shards
 from vit_rsst.progress import Progress, at_fraction
 from vit_rsst.pruning.agreement import agreed, fingerprints, share_buffers_
 from vit_rsst.pruning.criteria import Evidence, Statistics
+from vit_rsst.pruning.fading import Fading
+from vit_rsst.pruning.foreach import factors, products, zero_
 from vit_rsst.pruning.granularity import units_left
-from vit_rsst.pruning.masks import MaskSet, factors
+from vit_rsst.pruning.masks import MaskSet
 from vit_rsst.pruning.movement import Movement
 from vit_rsst.pruning.patterns import pattern
 from vit_rsst.pruning.plan import RAMPS_OF_0_1, Density, Growth, Method, Penalty, PruningView, changes_within_rounds
@@ -94,7 +96,7 @@ class Controller:
         compensate: lets the weights that stay make up for those that leave; None: they keep their values.
         evaluate: scores the model before and after a removal; None: what-if gaps are not measured.
         mask: elements alive now.
-        staying: elements that survive this round's removal; None: nothing is condemned.
+        fading: of the condemned of this round; None: nothing is condemned.
         ema: moving average that is evaluated and saved in place of the weights; None: no averaging.
     """
 
@@ -112,13 +114,13 @@ class Controller:
     ema: Ema | None = None
     calibrate: Calibrate | None = None
     compensate: Compensate | None = None
-    staying: MaskSet | None = None
+    fading: Fading | None = None
     rewind_point: dict[str, Tensor] | None = None
     state: RoundState = field(default_factory=RoundState)
     dense: list[Tensor] | None = None  # straight-through: the dense weights, while the model holds w · M
     movement: Movement | None = None  # over the steps of this round, for criteria that need it
     gradients: dict[str, Tensor] | None = None  # of all elements, before they are masked, until the end of the step
-    _made: tuple[MaskSet, list[Tensor]] | None = field(default=None, repr=False)  # cached factors of a mask
+    _made: tuple[MaskSet, list[Tensor]] | None = field(default=None, repr=False)  # cached factors of the mask
 
     # -- called by the loop, in this order
 
@@ -146,7 +148,7 @@ class Controller:
         self._set_mask_(plan.mask)
         self.state = replace(self.state, forward=plan.forward)
         if plan.target is not None:
-            self.staying = self.mask & plan.target
+            self.fading = Fading(self.weights, self.optimizer, ~(self.mask & plan.target), plan.penalty)
             self.state = replace(
                 self.state, penalty=plan.penalty, remove_at=plan.remove_at, condemned_norm=self._norm(self.condemned)
             )
@@ -159,7 +161,7 @@ class Controller:
     @property
     def condemned(self) -> MaskSet | None:
         """Elements alive now and removed later in this round; None: none."""
-        return None if self.staying is None else self.mask.minus(self.staying)
+        return None if self.fading is None else self.mask & self.fading.leaving
 
     @torch.no_grad()
     def before_forward(self) -> None:
@@ -177,28 +179,28 @@ class Controller:
         if self.state.forward == "straight_through":  # the gradient at w · M serves as that at w
             self.restore_dense_()
             return
-        if self.movement is not None:
-            self.movement.note(self.weights)
+        others = [] if self.fading is None else self.fading.begin_step(progress)
+        found = products(*others) if self.movement is None else self.movement.note(self.weights, *others)
+        if found:
+            [self.fading.before] = found
         if self.reads_gradients(progress):  # averaged over ranks and micro-batches already
             read = {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in self.weights.items()}
             self.gradients = read
-        if (reached := self.reached_by_gradient(progress)) is None:
+        if (masking := self.masks_gradients(progress)) is None:
             return
-        if reached is self.staying and progress.round_step == self.state.penalty.steps(progress.round_steps).start:
-            leaving = {name: ~stays for name, stays in self.staying.masks.items()}
-            optim.clear_moments_(self.optimizer, self.weights, leaving)
-        made = self._factors(reached)
+        _, where = masking
+        made = self.fading.factors if where else self._factors()
         pairs = [(w.grad, f) for w, f in zip(self.weights.values(), made, strict=True) if w.grad is not None]
         if pairs:
-            torch._foreach_mul_(shards.locals_of(grad for grad, _ in pairs), [f for _, f in pairs])
+            zero_(shards.locals_of(grad for grad, _ in pairs), [f for _, f in pairs], where)
 
-    def reached_by_gradient(self, progress: Progress) -> MaskSet | None:
-        """The elements that the loss's gradient reaches in this step; None: all."""
+    def masks_gradients(self, progress: Progress) -> tuple[MaskSet, bool] | None:
+        """What the loss's gradient does not reach in this step: where the mask has this value; None: it reaches all."""
         if self.state.forward == "straight_through":
             return None
-        if self._condemned_gradient_blocked(progress):
-            return self.staying
-        return None if self.mask.is_full else self.mask
+        if self.fading is not None and self.fading.blocks_gradient(progress):
+            return self.fading.leaving, True
+        return None if self.mask.is_full else (self.mask, False)
 
     def reads_gradients(self, progress: Progress) -> bool:
         """Whether the method needs the gradients of all elements in this step."""
@@ -208,23 +210,8 @@ class Controller:
     @torch.no_grad()
     def before_step(self, progress: Progress) -> None:
         """Adds the coupled penalty to the clipped gradient; else cancels the weight decay of the condemned."""
-        penalty = self._penalty(progress)
-        if penalty is None:
-            return
-        if penalty.coupling == "gradient":
-            strength = dict.fromkeys(self.weights, self._strength(penalty, progress))
-        elif not penalty.condemned_gradient:
-            # SGD adds wd · w to the gradient: subtracted here, so that only the penalty moves the condemned.
-            rates = optim.decay_rates(self.optimizer, self.weights)
-            strength = {name: -l2 for name, (_, l2) in rates.items()}
-        else:
-            return
-        if any(strength.values()):
-            parts = zip(self.weights.values(), self._weights(), self._leaving(), strength.values(), strict=True)
-            found = [(shards.local(w.grad), own, minus, -value) for w, own, minus, value in parts if w.grad is not None]
-            # Removed weights are zero, so only the condemned contribute.
-            if found:
-                torch._foreach_addcmul_(*map(list, zip(*found, strict=True)))
+        if self.fading is not None:
+            self.fading.add_to_gradients_(progress)
 
     @torch.no_grad()
     def after_step(self, progress: Progress, skipped: Tensor | None = None) -> None:
@@ -235,10 +222,9 @@ class Controller:
         """
         if self.movement is not None:
             self.movement.add_(skipped)
-        penalty = self._penalty(progress)
-        if penalty is not None and penalty.coupling == "decoupled":
-            # Masked gradients and zero moments keep dead weights at zero here, which saves a pass over the weights.
-            self._shrink_(penalty, progress, skipped)
+        if self.fading is not None and self.fading.is_active(progress):
+            self.fading.shrink_(progress, skipped)
+            self.fading.end_step()
         elif not self.mask.is_full and self.state.forward == "masked":
             self.enforce_()
         self._made = None
@@ -246,8 +232,8 @@ class Controller:
             share_buffers_(self.model)
             self.ema.update_()
         done = progress.round_step + 1
-        if self.staying is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
-            self._remove_(self.staying)
+        if self.fading is not None and done >= at_fraction(self.state.remove_at, progress.round_steps):
+            self._remove_(self.mask.minus(self.fading.leaving))
         view = self._view(progress.global_step)
         if changes_within_rounds(self.method) and (new := self.method.refresh(progress, view)) is not None:
             self._commit_(new)
@@ -266,7 +252,7 @@ class Controller:
 
     def is_settled(self, progress: Progress) -> bool:
         """Whether this round has no removal and no rewind point ahead."""
-        if self.staying is not None:
+        if self.fading is not None:
             return False
         if progress.round == 0 and progress.epoch < (self.rewind_epoch or 0):
             return False
@@ -308,8 +294,8 @@ class Controller:
     def metrics(self, progress: Progress) -> dict[str, float]:
         """Metrics at the current step; `condemned_left` is the norm relative to the start of the round."""
         found = {"prune/density": self.mask.density}
-        if self.condemned is not None and self.state.penalty is not None:
-            found["prune/penalty"] = self._strength(self.state.penalty, progress)
+        if self.fading is not None and self.fading.penalty is not None:
+            found["prune/penalty"] = self.fading.strength_at(progress)
             found["prune/condemned_ratio"] = self._condemned_ratio(self.condemned)
             found["prune/condemned_left"] = self._norm(self.condemned) / max(self.state.condemned_norm, 1e-30)
         if self.state.what_if_gap is not None:
@@ -341,7 +327,6 @@ class Controller:
             self.ema.load_(parts["ema"], numbers.pop("ema_steps"))
         self.mask = MaskSet.unpack(parts["mask"], self.weights)
         condemned = MaskSet.unpack(parts["condemned"], self.weights) if parts["condemned"] else None
-        self.staying = None if condemned is None else self.mask.minus(condemned)
         self.rewind_point = self._own_rows(parts["rewind"]) or None
         self.movement = Movement.zeros(self.weights) if parts["movement"] else None
         if self.movement is not None:
@@ -351,6 +336,9 @@ class Controller:
             renamed = RAMPS_OF_0_1.get(penalty["ramp"], {})
             penalty = Penalty(**{**penalty, **renamed, "window": tuple(penalty["window"])})
         self.state = RoundState(**{**numbers, "penalty": penalty})
+        self.fading = None
+        if condemned is not None:
+            self.fading = Fading(self.weights, self.optimizer, ~self.mask | condemned, penalty)
 
     def live(self) -> dict[str, Tensor]:
         """The current weights and their average, by the names they have in a snapshot."""
@@ -374,20 +362,16 @@ class Controller:
         """What this rank holds of the weights."""
         return shards.locals_of(self.weights.values())
 
-    def _leaving(self) -> list[Tensor]:
-        """0 for elements that stay, −1 for the others."""
-        return torch._foreach_sub(self._factors(self.staying), 1)
-
-    def _factors(self, mask: MaskSet) -> list[Tensor]:
-        """See `factors`; cached for one step."""
-        if self._made is None or self._made[0] is not mask:
-            self._made = (mask, factors(shards.locals_of(mask.tensors()), self._weights()))
+    def _factors(self) -> list[Tensor]:
+        """1 where an element is alive, else 0; see `foreach.factors`. Cached for one step."""
+        if self._made is None or self._made[0] is not self.mask:
+            self._made = (self.mask, factors(shards.locals_of(self.mask.tensors()), self._weights()))
         return self._made[1]
 
     @torch.no_grad()
     def enforce_(self) -> None:
         """Zeroes masked weights again: with masked gradients alone, decay and moments would move them."""
-        torch._foreach_mul_(self._weights(), self._factors(self.mask))
+        torch._foreach_mul_(self._weights(), self._factors())
 
     @torch.no_grad()
     def restore_dense_(self) -> None:
@@ -398,8 +382,8 @@ class Controller:
 
     def _follow_(self) -> None:
         """Copies the condemned into the average unaveraged: they shrink to zero, and it would lag behind."""
-        if self.ema is not None and self.staying is not None:
-            self.ema.follow_(self.staying.masks)
+        if self.ema is not None and self.fading is not None:
+            self.ema.follow_(self.fading.leaving.masks)
 
     @torch.no_grad()
     def _set_mask_(self, mask: MaskSet) -> None:
@@ -420,7 +404,7 @@ class Controller:
         leaving = self.mask.minus(mask)
         ratio, before = self._condemned_ratio(leaving), self._deployed_scores()
         self._commit_(mask)
-        self.staying = None
+        self.fading = None
         after = self._deployed_scores()
         self.state = replace(self.state, condemned_ratio=ratio)
         if before is not None and after is not None:
@@ -444,27 +428,6 @@ class Controller:
         share_buffers_(self.model)
         with self.as_deployed():
             return self.evaluate()
-
-    def _shrink_(self, penalty: Penalty, progress: Progress, skipped: Tensor | None) -> None:
-        sigma = penalty.shrink_at(progress.round_step, progress.round_steps, progress.steps_per_epoch)
-        kept = math.exp(-sigma)
-        # AdamW multiplies all weights by 1 − lr · wd: divided out until the removal, so that `residual` is exact.
-        rates = optim.decay_rates(self.optimizer, self.weights)
-        undone = {name: 1.0 if penalty.condemned_gradient else decay for name, (decay, _) in rates.items()}
-        if all(kept == decay for decay in undone.values()):
-            return
-        leaving, weights = self._leaving(), self._weights()
-        for decay in dict.fromkeys(undone.values()):
-            places = [i for i, rate in enumerate(undone.values()) if rate == decay]
-            shrunk, minus = [weights[i] for i in places], [leaving[i] for i in places]
-            taken, left = 1.0 - kept / decay, 1.0 - kept  # a skipped step has no decay
-            if decay == 1.0 or skipped is None:
-                torch._foreach_addcmul_(shrunk, shrunk, minus, taken)
-            elif skipped.device.type == "cpu":  # no synchronization, and no copy of the factors
-                torch._foreach_addcmul_(shrunk, shrunk, minus, left if skipped else taken)
-            else:
-                share = torch.rsub(skipped, taken, alpha=taken - left)
-                torch._foreach_addcmul_(shrunk, shrunk, torch._foreach_mul(minus, share))
 
     @torch.no_grad()
     def _rewind_(self) -> None:
@@ -523,21 +486,6 @@ class Controller:
         if density is not None and self.state.density_asked < 1.0 - 0.5 / self.mask.num_elements:
             chosen.__dict__["is_full"] = False  # known here; counting would synchronize with the device
         return chosen
-
-    def _penalty(self, progress: Progress) -> Penalty | None:
-        """The penalty if it is active: from the start of its window until the condemned are removed."""
-        penalty = self.state.penalty if self.staying is not None else None
-        if penalty is None or not (window := penalty.steps(progress.round_steps)):
-            return None
-        return penalty if progress.round_step >= window.start else None
-
-    def _condemned_gradient_blocked(self, progress: Progress) -> bool:
-        penalty = self._penalty(progress)
-        return penalty is not None and not penalty.condemned_gradient
-
-    def _strength(self, penalty: Penalty, progress: Progress) -> float:
-        phi = penalty.ramp_at(progress.round_step, progress.round_steps, progress.steps_per_epoch)
-        return penalty.strength * phi
 
     def _condemned_ratio(self, condemned: MaskSet) -> float:
         return self._mean_size(condemned) / max(self._mean_size(self.mask.minus(condemned)), 1e-30)

@@ -44,15 +44,15 @@ class Ema:
         return shards.locals_of(self.tensors.values()), shards.locals_of(self._live.values())
 
     @torch.no_grad()
-    def follow_(self, averaged: Mapping[str, Tensor]) -> None:
+    def follow_(self, unaveraged: Mapping[str, Tensor]) -> None:
         """Copies the current weights where they are not averaged.
 
         Args:
-            averaged: weight name → bool tensor of its shape.
+            unaveraged: weight name → bool tensor of its shape.
         """
-        for name, elements in averaged.items():
+        for name, elements in unaveraged.items():
             average, live = shards.local(self.tensors[name]), shards.local(self._live[name])
-            torch.where(shards.local(elements), average, live, out=average)
+            torch.where(shards.local(elements), live, average, out=average)
 
     def zero_(self, removed: Mapping[str, Tensor]) -> None:
         """Zeroes the removed elements (bool, by name)."""
