@@ -289,7 +289,7 @@ def make_accelerator(recipe: "Recipe") -> "Accelerator":
         fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients are held once
     )
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu" and plugin is None:  # who shards weights is short of memory
         machine.keep_freed_memory()
     if plugin is not None:
         sharding.shard_with_(accelerator, plugin)
