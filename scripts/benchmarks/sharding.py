@@ -1,8 +1,7 @@
 """Memory of a process and cost of pruning under FSDP2, with two gloo processes on the CPU.
 
 Memory: vit_base (85 M parameters) with AdamW in an rsst round, from before the model is built to after two steps; the
-highest resident memory minus that before, of the rank that needs most, under FSDP2 and under DDP. A run of vit_tiny
-comes first, so that imported code, which no sharding divides, does not count. The bound holds where
+highest resident memory minus that before, of the rank that needs most, under FSDP2 and under DDP. The bound holds where
 freed memory goes back to the system (MALLOC_MMAP_THRESHOLD_=65536), as it does on a GPU; glibc's defaults, which keep
 much of it, are shown beside it.
 
@@ -10,7 +9,6 @@ Time: a step inside the window of an rsst round and one after its removal, again
 The runs alternate in short blocks, in the same random order on both ranks; `no pruning, again` shows the noise.
 """
 
-import gc
 import multiprocessing
 import os
 import socket
@@ -75,18 +73,12 @@ def resident(field: str) -> int:
 
 def memory(folder: Path) -> int:
     """Bytes that this rank needs for two steps of vit_base."""
-    train_for_memory(folder, "vit_tiny")
-    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")
-    train_for_memory(folder, "vit_base")
-    return resident("VmHWM") - before
-
-
-def train_for_memory(folder: Path, model: str) -> None:
-    run = begin_run(recipe(folder, model, model, 8, 2, 1.0), images(8 * STEPS), round=1)
+    run = begin_run(recipe(folder, "memory", "vit_base", 8, 2, 1.0), images(8 * STEPS), round=1)
     train_epoch(run)
     run.ranks.heartbeat.close()
+    return resident("VmHWM") - before
 
 
 def peaks(folder: Path) -> dict[str, int]:
