@@ -44,6 +44,10 @@ def watch(run: Run) -> Counter:
 METHODS = {
     "rsst": Rsst(Penalty(window=(0.0, 0.5)), remove_at=0.75),
     "rsst with gradients": Rsst(Penalty(window=(0.25, 0.5), condemned_gradient=True), remove_at=0.75),
+    "rsst, coupled": Rsst(Penalty(window=(0.0, 0.5), coupling="gradient"), remove_at=0.75),
+    "rsst, coupled, with gradients": Rsst(
+        Penalty(window=(0.25, 0.5), coupling="gradient", condemned_gradient=True), remove_at=0.75
+    ),
     "imp": Imp(),
 }
 
